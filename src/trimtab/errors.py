@@ -1,0 +1,52 @@
+"""What a user is told when a run cannot be what they asked for: what was asked, what there is, what to do.
+
+Each error carries its exit code (2 bad input, 3 does not fit, 4 stopped with a checkpoint), so that the command line
+prints it and leaves without a traceback. Anything else that escapes is a bug of ours and exits with 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrimtabError(Exception):
+    """A user's mistake or a machine's limit. `asked`, `have` and `do` are one sentence each, without a full stop."""
+
+    exit_code = 2
+
+    def __init__(self, asked: str, have: str, do: str):
+        super().__init__(asked, have, do)
+        self.asked, self.have, self.do = asked, have, do
+
+    def __str__(self) -> str:
+        return f"{self.asked}: {self.have}. {self.do}."
+
+
+class BadInput(TrimtabError):
+    """The recipe, the data or a file is not what it must be (exit code 2)."""
+
+
+class DoesNotFit(TrimtabError):
+    """The plan exceeds the budget (exit code 3)."""
+
+    exit_code = 3
+
+
+class Stopped(TrimtabError):
+    """The guard stopped a run at a clean point, with a checkpoint (exit code 4)."""
+
+    exit_code = 4
+
+
+class Interrupted(TrimtabError):
+    """Ctrl-C: the step was finished and a checkpoint written (exit code 130)."""
+
+    exit_code = 130
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`did you mean "x"` for the known word closest to `word`, or the list of what there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.55)
+    return f'Did you mean "{close[0]}"?'.rstrip("?") + "?" if close else "Known: " + ", ".join(known)

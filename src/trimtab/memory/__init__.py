@@ -1,0 +1,1 @@
+"""Budgets, meters and the slow tier."""

@@ -1,0 +1,56 @@
+"""The table of methods. It imports none of them: the README's table, the CLI's help and the law tests come from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from ..errors import BadInput, nearest
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: where its class is, what kind it is (patch, objective, stepper), and one line for people."""
+
+    target: str  # "module:Class" under trimtab.methods
+    kind: str
+    title: str
+    summary: str
+    paper: str = ""  # arXiv id
+
+    def load(self) -> Any:
+        module, _, name = self.target.partition(":")
+        return getattr(import_module(f".{module}", __name__), name)
+
+
+TABLE: dict[str, Row] = {
+    "paca": Row("paca:PaCA", "patch", "PaCA, QPaCA", "trains r input columns of each weight in place; a 4/8-bit base "
+                "makes it QPaCA", "2503.01905"),
+    "lora": Row("lora:LoRA", "patch", "LoRA, QLoRA, DoRA", "low-rank adapters, computed by peft", "2106.09685"),
+    "parallel_adapter": Row("parallel_adapter:ParallelAdapter", "patch", "Parallel Adapter",
+                            "a wide two-layer ReLU network beside each FFN", "2110.04366"),
+    "full": Row("full:Full", "patch", "Full fine-tuning", "every weight is trained"),
+    "causal_lm": Row("causal_lm:CausalLM", "objective", "Causal language modelling",
+                     "next-token loss, logits never whole"),
+    "classification": Row("classification:Classification", "objective", "Sequence classification",
+                          "a classification head on an encoder or decoder"),
+    "backprop": Row("backprop:Backprop", "stepper", "Back-propagation", "gradients and an optimiser of transformers"),
+}  # fmt: skip
+
+
+def names(kind: str) -> list[str]:
+    return [name for name, row in TABLE.items() if row.kind == kind]
+
+
+def find(name: str, kind: str = "patch") -> Any:
+    """The class called `name` in the table; unknown names are answered with the nearest one."""
+    if name not in TABLE or TABLE[name].kind != kind:
+        raise BadInput(f'{kind} "{name}"', f"there is no such {kind}", nearest(name, names(kind)))
+    return TABLE[name].load()
+
+
+def name_of(instance: Any) -> str:
+    """The table's name for an instance of a method's class."""
+    wanted = type(instance).__name__
+    return next(name for name, row in TABLE.items() if row.target.endswith(":" + wanted))

@@ -1,0 +1,1 @@
+"""What trimtab knows of transformers' models: loading, anatomy, surgery, lean operations, the loss."""

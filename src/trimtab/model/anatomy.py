@@ -1,0 +1,101 @@
+"""The only file that knows transformers' attribute names: where a model keeps its blocks, FFNs, linears and norms.
+
+Models are never named here. Parts are found by their structure (the longest list of equal blocks, a linear inside a
+block) and by the few leaf names that families share (q_proj, query, gate_proj, intermediate).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import BadInput
+
+# Leaf names of linears that read the same input tensor, family by family.
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q", "k", "v"),
+                 ("w1", "w3"))  # fmt: skip
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear and its quantised kin (bitsandbytes' Linear4bit and Linear8bitLt are subclasses)."""
+    return isinstance(module, nn.Linear)
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its head: token ids -> hidden states (batch, tokens, hidden)."""
+    return model.base_model
+
+
+def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The stack of transformer blocks: the longest ModuleList, with its path."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not found:
+        raise BadInput(f"patch {type(model).__name__}", "it has no list of blocks", "Use a transformer model")
+    return max(found, key=lambda item: len(item[1]))
+
+
+def target_linears(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]:
+    """Path -> linear for each linear inside the blocks that `targets` names (the head and the pooler are not)."""
+    prefix = blocks(model)[0] + "."
+    inside = {n: m for n, m in model.named_modules() if n.startswith(prefix) and is_linear(m)}
+    if targets == "all-linear":
+        return inside
+    endings = tuple(part.strip() for part in targets.split(","))
+    chosen = {n: m for n, m in inside.items() if n.rpartition(".")[2] in endings or n.endswith(tuple("." + e for e in endings))}
+    if not chosen:
+        try:
+            chosen = {n: m for n, m in inside.items() if re.search(targets, n)}
+        except re.error:
+            chosen = {}
+    if not chosen:
+        leaves = sorted({n.rpartition(".")[2] for n in inside})
+        raise BadInput(
+            f'targets: "{targets}"',
+            f"no linear of {type(model).__name__} has such a name; there are {', '.join(leaves)}",
+            'Say "all-linear", or name some of these',
+        )
+    return chosen
+
+
+def shared_input_groups(names: list[str]) -> list[list[str]]:
+    """Paths of linears, grouped where they read the same tensor (q/k/v, gate/up); each path is in one group."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        family = next((group[0] for group in SHARED_INPUTS if leaf in group), leaf)
+        groups.setdefault((parent, family), []).append(name)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """One block's feed-forward network: `entry` sees its input first, `exit` gives its output (often one module)."""
+
+    name: str
+    entry: nn.Module
+    exit: nn.Module
+    width: int  # hidden size, in and out
+
+
+def ffns(model: PreTrainedModel) -> list[Ffn]:
+    """Each block's FFN. `mlp`-type modules hold it whole; BERT-type blocks have `intermediate` and `output.dense`."""
+    path, stack = blocks(model)
+    hidden = model.config.get_text_config().hidden_size
+    found = []
+    for index, block in enumerate(stack):
+        whole = next((leaf for leaf in ("mlp", "feed_forward", "ffn") if hasattr(block, leaf)), None)
+        if whole:
+            module = getattr(block, whole)
+            found.append(Ffn(f"{path}.{index}.{whole}", module, module, hidden))
+        elif hasattr(block, "intermediate") and hasattr(getattr(block, "output", None), "dense"):
+            found.append(Ffn(f"{path}.{index}.output.dense", block.intermediate, block.output.dense, hidden))
+        else:
+            raise BadInput(
+                f"find the FFN of {type(block).__name__}",
+                f"its parts are {', '.join(name for name, _ in block.named_children())}",
+                "Use a model of the Llama, Qwen, Gemma, Mistral or BERT kind",
+            )
+    return found

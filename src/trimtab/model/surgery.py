@@ -1,0 +1,58 @@
+"""Swap or hook a module, and the exact way back.
+
+Everything a patch does to a model goes through one `Swaps`, which remembers it and undoes it in reverse order: modules
+replaced, hooks added, `requires_grad` flags and attributes set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Swaps:
+    """What was changed in one model, and how to undo it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._undo: list[Callable[[], Any]] = []
+
+    def replace(self, name: str, new: nn.Module) -> nn.Module:
+        """Put `new` where the module `name` ("model.layers.0.mlp") stands; returns the one taken out."""
+        path, _, leaf = name.rpartition(".")
+        parent = self.model.get_submodule(path)
+        old = parent.get_submodule(leaf)
+        new.train(old.training)
+        _put(parent, leaf, new)
+        self._undo.append(lambda: _put(parent, leaf, old))
+        return old
+
+    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set `module.name = value` on the instance (a `forward`, a flag), shadowing or replacing what is there."""
+        had, old = name in vars(module), vars(module).get(name)
+        setattr(module, name, value)
+        self._undo.append(lambda: setattr(module, name, old) if had else delattr(module, name))
+
+    def hook(self, handle: Any) -> None:
+        """Remember a hook's handle (what `register_forward_hook` returned)."""
+        self._undo.append(handle.remove)
+
+    def set_requires_grad(self, parameter: nn.Parameter, flag: bool) -> None:
+        old = parameter.requires_grad
+        parameter.requires_grad_(flag)
+        self._undo.append(lambda: parameter.requires_grad_(old))
+
+    def on_undo(self, action: Callable[[], Any]) -> None:
+        self._undo.append(action)
+
+    def undo(self) -> None:
+        """Take every change back, newest first. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def _put(parent: nn.Module, leaf: str, module: nn.Module) -> None:
+    # add_module would re-order the dict of an nn.Module; assignment into _modules keeps the place, and so `str(model)`
+    parent._modules[leaf] = module
