@@ -11,7 +11,6 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -222,6 +221,3 @@ class Stepper(ABC):
     @abstractmethod
     def step(self, losses: Iterable[Callable[[], Tensor]]) -> float: ...
 
-
-def folder_of(path: str | Path) -> Path:
-    return Path(path).expanduser()

@@ -49,4 +49,4 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`did you mean "x"` for the known word closest to `word`, or the list of what there is."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.55)
-    return f'Did you mean "{close[0]}"?'.rstrip("?") + "?" if close else "Known: " + ", ".join(known)
+    return f'Did you mean "{close[0]}"' if close else "Known: " + ", ".join(known)
