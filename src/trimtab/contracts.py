@@ -159,9 +159,12 @@ class LinearSurgery(Surgery):
         self.swaps.undo()
 
     def merge(self) -> None:
-        for layer in self.layers.values():
-            layer.merge_into_base()
+        """Each wrapper's `merge_into_base()` gives the linear that stands there from now on."""
+        merged = {name: layer.merge_into_base() for name, layer in self.layers.items()}
         self.swaps.undo()
+        for name, linear in merged.items():
+            if self.model.get_submodule(name) is not linear:
+                self.swaps.replace(name, linear)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""The judge: what the process, the allocator and the device really held.
+
+On a CPU: anonymous resident memory of the process (`RssAnon`), sampled in a thread, beside the bytes of live tensors
+during one step; pages of mapped files (`RssFile`) apart, since the kernel can take them back. On CUDA: the allocator's
+peak allocated and peak reserved bytes. Device totals are never called peaks.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+GIB = 2**30
+
+
+def process_memory(pid: int | str = "self") -> dict[str, int]:
+    """{"anon": bytes, "file": bytes} of a process from the kernel's own account (zeros where there is no /proc)."""
+    found = {"anon": 0, "file": 0}
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            for line in status:
+                if line.startswith("RssAnon:"):
+                    found["anon"] = int(line.split()[1]) * 1024
+                elif line.startswith("RssFile:"):
+                    found["file"] = int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return found
+
+
+class Meter:
+    """Samples memory from `start` to `stop`; `mark(...)` names the phase that the timeline is in.
+
+    `baseline` is what the process held when the meter was started, so growth = peak - baseline.
+    """
+
+    def __init__(self, timeline: Path | None = None, seconds: float = 0.02, device: torch.device | None = None):
+        self.timeline, self.seconds = timeline, seconds
+        self.device = device if device is not None and device.type == "cuda" else None
+        self.baseline = self.peak = {"anon": 0, "file": 0}
+        self.phase = "start"
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._began = 0.0
+        self._last_written = -1.0
+
+    def start(self) -> Meter:
+        self.baseline = process_memory()
+        self.peak = dict(self.baseline)
+        if self.device:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="trimtab-meter", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        if self._thread:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+            self._sample()
+
+    def mark(self, phase: str) -> None:
+        self.phase = phase
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.seconds):
+            self._sample()
+
+    def _sample(self) -> None:
+        now = process_memory()
+        self.peak = {kind: max(self.peak[kind], now[kind]) for kind in now}
+        seconds = time.monotonic() - self._began
+        if self.timeline and seconds - self._last_written >= 0.5:  # the file holds twice a second, the peak every sample
+            self._last_written = seconds
+            row: dict[str, Any] = {"seconds": round(seconds, 2), "phase": self.phase, **now}
+            if self.device:
+                row["allocated"] = torch.cuda.memory_allocated(self.device)
+            with self.timeline.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def result(self) -> dict[str, int]:
+        """Bytes: `fast_peak_bytes`, `fast_growth_bytes` (over the start), `slow_bytes` (mapped pages at their peak)."""
+        if self.device:
+            stats = torch.cuda.memory_stats(self.device)
+            reserved = stats["reserved_bytes.all.peak"]
+            return {
+                "fast_peak_bytes": reserved,
+                "fast_growth_bytes": reserved,
+                "allocated_peak_bytes": stats["allocated_bytes.all.peak"],
+                "slow_bytes": process_memory()["anon"],
+            }
+        return {
+            "fast_peak_bytes": self.peak["anon"],
+            "fast_growth_bytes": self.peak["anon"] - self.baseline["anon"],
+            "slow_bytes": self.peak["file"],
+        }
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of live tensor storages while active: those given at the start, and all that operations make.
+
+    `peak_bytes` is exact for what torch allocates as tensors; scratch memory inside kernels is not seen. It costs some
+    Python per operation, so the engine keeps it on for one step only. Storages mapped from a file count in `mapped`.
+    """
+
+    def __init__(self, known: Any = ()):
+        super().__init__()
+        self.live = self.peak_bytes = self.mapped = 0
+        self._seen: dict[int, weakref.ref] = {}
+        maps = file_ranges()
+        for tensor in known:
+            self._add(tensor, maps)
+        self.peak_bytes = self.live
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for item in tree_iter(out):
+            if isinstance(item, torch.Tensor):
+                self._add(item)
+        self.peak_bytes = max(self.peak_bytes, self.live)
+        return out
+
+    def _add(self, tensor: torch.Tensor, maps: list[tuple[int, int]] | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen or not size:
+            return
+        if maps and any(low <= storage.data_ptr() < high for low, high in maps):
+            self.mapped += size
+            size = 0
+        self.live += size
+
+        def gone(_, key=key, size=size):
+            self._seen.pop(key, None)
+            self.live -= size
+
+        self._seen[key] = weakref.ref(storage, gone)
+
+
+def file_ranges() -> list[tuple[int, int]]:
+    """Address ranges of this process that are mapped from safetensors files."""
+    found = []
+    try:
+        with open("/proc/self/maps") as maps:
+            for line in maps:
+                if ".safetensors" in line:
+                    low, _, high = line.split(" ", 1)[0].partition("-")
+                    found.append((int(low, 16), int(high, 16)))
+    except OSError:
+        pass
+    return found

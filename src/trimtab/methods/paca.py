@@ -1,0 +1,304 @@
+"""PaCA: Partial Connection Adaptation for Efficient Fine-Tuning (Woo et al., ICLR 2025, arXiv 2503.01905).
+
+Of each targeted weight W (out x in), r input columns are trained and nothing else; no adapter branch is added.
+
+    y  = x W'^T,   W' = W with W'[:, I] = W[:, I] + s D                                    (forward, section 3.1)
+    dx = dy W'     dD = s dy^T x[:, I]                                                      (backward, section 3.1)
+
+So backward needs only the r chosen columns of the input, T x r numbers instead of T x in. QPaCA (section 3.3) is the
+same on a base that is stored in 4 or 8 bits and de-quantised for each product.
+
+    I   the r chosen column indices, drawn once      D   trained delta, zero at the start (out x r)
+    s   alpha / r
+
+What differs from the paper, and why. We train a delta from zero rather than the columns themselves, so that the base
+stays intact and s scales the update. Linears that read the same tensor (q/k/v, gate/up) share I, and so one saved
+slice. By default I is a contiguous block at a random place (columns have no order of their own): the slice is one
+strided copy. Two forms of the same sum: `side` adds x[:, I] D^T to y and leaves W alone, so a memory-mapped base stays
+mapped; `live` writes the columns into W once per optimiser step, which costs nothing per product but turns every page
+of a mapped base into anonymous memory. `reselect_every` bakes D, keeps it in a log and draws a new I (an extension).
+
+Shapes: T tokens (all leading dimensions), I in, O out, R chosen, P columns held from earlier draws.
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..contracts import LinearPatch, LinearSurgery, ModulePatch, Place, Portable
+from ..errors import BadInput
+from ..model import anatomy, quant
+
+
+@dataclass(frozen=True)
+class PaCA(LinearPatch):
+    """Train r columns of each targeted weight (section 3). Defaults are the reference library's, save `selection`."""
+
+    paper: ClassVar[str] = "2503.01905"
+
+    r: int = 8  # columns per linear (section 4: 16 matches LoRA's r 8 in parameters)
+    alpha: float | None = None  # s = alpha / r; None: s = 1. Under Adam, s only scales the learning rate
+    selection: Literal["block", "random"] = "block"  # a contiguous block at a random place, or r random columns
+    form: Literal["side", "live"] = "side"  # add the columns' product beside W x, or write them into W
+    share_inputs: bool = True  # q/k/v and gate/up draw one I and save one slice
+    reselect_every: int = 0  # draw new columns every n optimiser steps; 0: never (the paper)
+    seed: int = 0
+
+    def surgery(self, model: PreTrainedModel) -> PacaSurgery:
+        if self.r < 1:
+            raise BadInput(f"paca: r: {self.r}", "r counts trained columns", "Give a number of 1 or more")
+        if self.form == "live" and any(quant.is_quantised(m) for m in anatomy.target_linears(model, self.targets).values()):
+            raise BadInput("paca: form: live", "the base is quantised, so no column can be written", "Use form: side")
+        return PacaSurgery(self, model)
+
+    def apply(self, model: PreTrainedModel, place: Place) -> PacaSurgery:
+        linears = anatomy.target_linears(model, self.targets)
+        if self.form == "live":
+            refuse_tied(model, linears)
+        surgery = super().apply(model, place)
+        groups = anatomy.shared_input_groups(list(surgery.layers)) if self.share_inputs else [[n] for n in surgery.layers]
+        for group in groups:
+            shared = SharedSlice()
+            for name in group:
+                layer = surgery.layers[name]
+                layer.group, layer.shared = group[0], shared
+                layer.draw(0)
+        return surgery
+
+    def wrap(self, linear: nn.Module, name: str) -> PartialLinear:
+        return PartialLinear(linear, self, name)
+
+
+class SharedSlice:
+    """x[..., I] of the tensor that q, k and v (or gate and up) all read: gathered once, kept by no one but autograd."""
+
+    def __init__(self):
+        self.of: weakref.ref | None = None
+        self.slice: weakref.ref | None = None
+        self.version = -1
+
+    def take(self, x_TI: Tensor, layer: PartialLinear) -> Tensor:
+        kept = self.slice() if self.slice is not None and self.of() is x_TI and self.version == x_TI._version else None
+        if kept is None:
+            with torch.no_grad():
+                kept = layer.columns_of(x_TI)
+            self.of, self.slice, self.version = weakref.ref(x_TI), weakref.ref(kept), x_TI._version
+        return kept
+
+
+class PartialLinear(ModulePatch):
+    """A frozen linear (`base`) of which the columns `indices` are trained through `delta`."""
+
+    def __init__(self, base: nn.Module, patch: PaCA, name: str):
+        super().__init__()
+        self.base, self.patch, self.name = base, patch, name
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.r = min(patch.r, base.in_features)
+        self.scale = 1.0 if patch.alpha is None else patch.alpha / patch.r
+        self.quantised = quant.is_quantised(base)
+        device = base.weight.device
+        self.delta = nn.Parameter(torch.zeros(base.out_features, self.r, device=device))
+        self.register_buffer("indices", torch.zeros(self.r, dtype=torch.int64, device=device))
+        self.register_buffer("held_indices", torch.zeros(0, dtype=torch.int64, device=device))
+        self.register_buffer("held_delta", torch.zeros(base.out_features, 0, device=device))
+        self.group, self.shared, self.start = name, SharedSlice(), None
+        self._original: Tensor | None = None  # live form: the columns under `delta` (and those held) as they were
+        self._written: object = None
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scale={self.scale:g}, selection={self.patch.selection}, form={self.patch.form}"
+
+    # --- which columns -------------------------------------------------------------------------------------------
+
+    def draw(self, round_: int) -> None:
+        """Choose I for the `round_`-th time; linears of one group draw the same."""
+        rng = torch.Generator().manual_seed((self.patch.seed << 20) + zlib.crc32(f"{self.group}#{round_}".encode()))
+        if self.patch.selection == "block":
+            start = int(torch.randint(self.in_features - self.r + 1, (), generator=rng))
+            chosen = torch.arange(start, start + self.r)
+        else:
+            chosen = torch.randperm(self.in_features, generator=rng)[: self.r].sort().values
+        self.indices.copy_(chosen)
+        self.note_indices()
+
+    def note_indices(self) -> None:
+        """After `indices` changed: remember whether they are one block, so that slices can be plain strides."""
+        start = int(self.indices[0])
+        self.start = start if int(self.indices[-1]) - start == self.r - 1 else None
+
+    def columns_of(self, x_TI: Tensor) -> Tensor:
+        if self.start is not None:
+            return x_TI[..., self.start : self.start + self.r].contiguous()
+        return x_TI.index_select(-1, self.indices)
+
+    # --- the product ---------------------------------------------------------------------------------------------
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        if self.patch.form == "live":
+            self.refresh()
+        if torch.is_autocast_enabled(x_TI.device.type):
+            x_TI = x_TI.to(torch.get_autocast_dtype(x_TI.device.type))
+        x_TR = self.shared.take(x_TI, self)
+        return _Partial.apply(x_TI, x_TR, self.delta, self)
+
+    def weight_now(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """-> the (out, in) weight to multiply by, and whether it already holds the trained columns."""
+        if not self.quantised:
+            return self.base.weight.to(dtype), self.patch.form == "live"
+        weight_OI = quant.dense_weight(self.base, dtype)
+        self.add_columns(weight_OI)
+        return weight_OI, True
+
+    def add_columns(self, weight_OI: Tensor) -> None:
+        """weight[:, I] += s D, and the columns held from earlier draws; in place, in the weight's dtype."""
+        with torch.no_grad():
+            if self.held_indices.numel():
+                weight_OI.index_add_(1, self.held_indices, self.held_delta.to(weight_OI.dtype))
+            weight_OI.index_add_(1, self.indices, (self.delta * self.scale).to(weight_OI.dtype))
+
+    def refresh(self) -> None:
+        """Live form: write the columns if `delta` changed since they were last written (any optimiser, any loop)."""
+        state = (self.delta._version, self.delta.data_ptr())
+        if self._written == state:
+            return
+        touched = torch.cat([self.indices, self.held_indices]).unique()
+        weight_OI = self.base.weight.data  # `.data`: the write is ours to order, autograd need not see it
+        if self._original is None:
+            self._original = weight_OI[:, touched].clone()
+            self._touched = touched
+        fresh_OC = self._original.clone()
+        place = torch.searchsorted(self._touched, self.indices)
+        held = torch.searchsorted(self._touched, self.held_indices)
+        with torch.no_grad():
+            fresh_OC.index_add_(1, held, self.held_delta.to(fresh_OC.dtype))
+            fresh_OC.index_add_(1, place, (self.delta * self.scale).to(fresh_OC.dtype))
+            weight_OI[:, self._touched] = fresh_OC
+        self._written = state
+
+    def restore(self) -> None:
+        """Live form: put the original columns back, bit for bit."""
+        if self._original is not None:
+            self.base.weight.data[:, self._touched] = self._original
+            self._original = self._written = None
+
+    detach_base = restore
+
+    # --- schedule, merge -----------------------------------------------------------------------------------------
+
+    def reselect(self, round_: int) -> None:
+        """Keep what was trained as held columns and start a new block from zero."""
+        with torch.no_grad():
+            self.restore()
+            self.held_indices = torch.cat([self.held_indices, self.indices.clone()])
+            self.held_delta = torch.cat([self.held_delta, self.delta.detach() * self.scale], 1)
+            self.delta.zero_()
+        self.draw(round_)
+
+    def merge_into_base(self) -> nn.Module:
+        """The linear that stands here after merging: the base with the columns added (de-quantised if it must be)."""
+        self.restore()
+        linear = quant.dense_linear(self.base) if self.quantised else self.base
+        self.add_columns(linear.weight.data)
+        return linear
+
+
+class _Partial(torch.autograd.Function):
+    """Equations of section 3.1. Saved for backward: x[:, I] and D; the weight is held by the layer."""
+
+    @staticmethod
+    def forward(ctx, x_TI: Tensor, x_TR: Tensor, delta_OR: Tensor, layer: PartialLinear) -> Tensor:
+        weight_OI, holds_delta = layer.weight_now(x_TI.dtype)
+        bias = None if layer.base.bias is None else layer.base.bias.to(x_TI.dtype)
+        y_TO = F.linear(x_TI, weight_OI, bias)
+        if not holds_delta:
+            flat_TO = y_TO.view(-1, layer.out_features)
+            flat_TO.addmm_(x_TR.reshape(-1, layer.r), delta_OR.to(x_TI.dtype).t(), alpha=layer.scale)
+            if layer.held_indices.numel():
+                flat_TO.addmm_(x_TI.reshape(-1, layer.in_features)[:, layer.held_indices], layer.held_delta.to(x_TI.dtype).t())
+        ctx.save_for_backward(x_TR, delta_OR)
+        ctx.layer = layer
+        return y_TO
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        layer: PartialLinear = ctx.layer
+        x_TR, delta_OR = ctx.saved_tensors
+        dy_TO = dy.reshape(-1, layer.out_features)
+        dx_TI = d_delta_OR = None
+        if ctx.needs_input_grad[0]:
+            weight_OI, holds_delta = layer.weight_now(dy.dtype)
+            dx_TI = dy_TO @ weight_OI
+            if not holds_delta:
+                delta_OR = delta_OR.to(dy.dtype)
+                if layer.start is not None:
+                    dx_TI[:, layer.start : layer.start + layer.r].addmm_(dy_TO, delta_OR, alpha=layer.scale)
+                else:
+                    dx_TI.index_add_(1, layer.indices, dy_TO @ delta_OR, alpha=layer.scale)
+                if layer.held_indices.numel():
+                    dx_TI.index_add_(1, layer.held_indices, dy_TO @ layer.held_delta.to(dy.dtype))
+            dx_TI = dx_TI.view(*dy.shape[:-1], layer.in_features)
+        if ctx.needs_input_grad[2]:
+            # (x_R^T dy)^T: twice as fast here as dy^T x_R, since the wide side stays contiguous
+            d_delta_OR = (x_TR.reshape(-1, layer.r).t() @ dy_TO).t().to(torch.float32)
+            if layer.scale != 1.0:
+                d_delta_OR = d_delta_OR * layer.scale
+        return dx_TI, None, d_delta_OR, None
+
+
+class PacaSurgery(LinearSurgery):
+    patch: PaCA
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        every = self.patch.reselect_every
+        if every and (step + 1) % every == 0:
+            for layer in self.layers.values():
+                layer.reselect((step + 1) // every)
+                for moment in optimizer.state.get(layer.delta, {}).values():
+                    if isinstance(moment, Tensor):
+                        moment.zero_()  # new columns start with no history; `step` too, for Adam's bias correction
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for name, layer in self.layers.items():
+            layer.restore()
+            for key in ("held_indices", "held_delta"):  # their width depends on how often columns were drawn anew
+                saved = tensors.get(f"{name}.{key}")
+                if saved is not None and saved.dim() == getattr(layer, key).dim():
+                    setattr(layer, key, torch.empty_like(saved, device=layer.delta.device))
+        super().load_tensors(tensors)
+        for layer in self.layers.values():
+            layer.note_indices()
+
+    def portable(self) -> Portable:
+        """LoRA with a one-hot A: A = rows I of the identity, B = s D (specs 2.1)."""
+        from peft import LoraConfig
+
+        tensors = {}
+        rank = max(layer.r + layer.held_indices.numel() for layer in self.layers.values())
+        for name, layer in self.layers.items():
+            columns = torch.cat([layer.indices, layer.held_indices])
+            b_OR = torch.cat([layer.delta.detach() * layer.scale, layer.held_delta], 1)
+            a_RI = torch.zeros(rank, layer.in_features)
+            a_RI[torch.arange(len(columns)), columns.cpu()] = 1.0
+            wide_OR = torch.zeros(layer.out_features, rank)
+            wide_OR[:, : len(columns)] = b_OR.cpu()
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a_RI
+            tensors[f"base_model.model.{name}.lora_B.weight"] = wide_OR
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(self.layers), lora_dropout=0.0, bias="none")
+        return Portable(config, tensors)
+
+
+def refuse_tied(model: PreTrainedModel, linears: dict[str, nn.Module]) -> None:
+    """Writing into a weight that another module uses would change that module too."""
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in owners and any(linear.weight is parameter for linear in linears.values()):
+            raise BadInput(f"paca: form: live on {name}", f"it is tied to {owners[id(parameter)]}", "Use form: side")
+        owners[id(parameter)] = name

@@ -1,0 +1,121 @@
+"""Chunked cross-entropy: the loss of a language-model head without the logits.
+
+For N counted positions and a vocabulary of V, full logits are N x V numbers, several times over (logits, their fp32
+copy, softmax, gradient): for 1,024 tokens of SmolLM2 (V = 49,152) about 0.5 GB. Here a chunk of positions at a time is
+projected, turned into its loss *and* its gradient with respect to the hidden state at once, and thrown away. What
+stays is one (N, H) gradient. Two matrix products per chunk instead of the three of a recomputing head; nothing is
+computed for masked positions, and a frozen head gets no gradient buffer.
+
+Legend: N positions that count, C of them in a chunk, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import anatomy
+
+CHUNK_BYTES = 48 * 2**20  # of logits and their fp32 softmax, per chunk; below 128 positions the GEMMs get slow
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, bias_V, target_N, chunk, cap, scale):
+        wants = ctx.needs_input_grad
+        grad_NH = torch.empty_like(hidden_NH) if wants[0] else None
+        grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants[1] else None
+        grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wants[2] else None
+        loss = hidden_NH.new_zeros((), dtype=torch.float32)
+        correct = hidden_NH.new_zeros((), dtype=torch.int64)
+        for start in range(0, hidden_NH.shape[0], chunk):
+            hidden_CH, target_C1 = hidden_NH[start : start + chunk], target_N[start : start + chunk, None]
+            logits_CV = hidden_CH @ weight_VH.t()
+            if bias_V is not None:
+                logits_CV += bias_V
+            if scale != 1.0:
+                logits_CV *= scale
+            if cap is not None:  # logits <- cap * tanh(logits / cap)
+                logits_CV = logits_CV.div_(cap).tanh_().mul_(cap)
+            top_C1, argmax_C1 = logits_CV.max(-1, keepdim=True)
+            wanted_C1 = logits_CV.gather(1, target_C1)
+            probability_CV = torch.softmax(logits_CV, -1, dtype=torch.float32)
+            # log-sum-exp through the largest probability, which is never tiny: lse = max - log p(argmax)
+            lse_C1 = top_C1.float() - probability_CV.gather(1, argmax_C1).log_()
+            loss += (lse_C1 - wanted_C1.float()).sum()
+            correct += (argmax_C1 == target_C1).sum()
+            if not any(wants[:3]):
+                continue
+            probability_CV.scatter_add_(1, target_C1, -torch.ones_like(lse_C1))
+            if cap is not None:
+                probability_CV.mul_(1 - (logits_CV.float() / cap).square_())
+            if scale != 1.0:
+                probability_CV.mul_(scale)
+            slope_CV = logits_CV.copy_(probability_CV)  # d loss / d logits, in the logits' own memory
+            if grad_NH is not None:
+                torch.mm(slope_CV, weight_VH, out=grad_NH[start : start + chunk])
+            if grad_VH is not None:
+                grad_VH += slope_CV.t() @ hidden_CH
+            if grad_V is not None:
+                grad_V += slope_CV.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(grad_NH, grad_VH, grad_V)
+        ctx.weight_dtype = weight_VH.dtype
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx, slope, _):
+        grad_NH, grad_VH, grad_V = ctx.saved_tensors
+        scaled = [None if g is None else g * slope.to(g.dtype) for g in (grad_NH, grad_VH, grad_V)]
+        if scaled[1] is not None:
+            scaled[1] = scaled[1].to(ctx.weight_dtype)
+        if scaled[2] is not None:
+            scaled[2] = scaled[2].to(ctx.weight_dtype)
+        return (*scaled, None, None, None, None)
+
+
+def chunked_cross_entropy(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy (nats) of `target_N` under softmax(cap(scale * (hidden W^T + b))), and how many argmax hit.
+
+    `chunk`: positions projected at once (default: `CHUNK_BYTES` worth). Gradients flow to hidden, weight and bias,
+    whichever require them. Second derivatives are not supported.
+    """
+    if chunk is None:
+        chunk = max(128, CHUNK_BYTES // (weight_VH.shape[0] * (4 + weight_VH.element_size())) // 64 * 64)
+    weight_VH = weight_VH.to(hidden_NH.dtype)
+    return _ChunkedCrossEntropy.apply(hidden_NH, weight_VH, bias_V, target_N, chunk, softcap, scale)
+
+
+def next_token_loss(
+    model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, count: Tensor | int | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> mean loss over the counted next tokens (shape ()), how many the argmax hit, how many there were.
+
+    Runs the backbone, drops the positions whose next label is -100, and projects only the rest. `count` is the number
+    of tokens that the whole optimiser step averages over (default: those of this batch).
+    """
+    head = anatomy.head(model)
+    hidden_BTH = anatomy.backbone(model)(**inputs, use_cache=False).last_hidden_state
+    target_N = labels_BT[:, 1:].reshape(-1)
+    keep_N = (target_N != -100).nonzero().squeeze(1)
+    hidden_NH = hidden_BTH[:, :-1].reshape(-1, hidden_BTH.shape[-1])
+    if keep_N.numel() < target_N.numel():
+        hidden_NH, target_N = hidden_NH.index_select(0, keep_N), target_N[keep_N]
+    total, correct = chunked_cross_entropy(
+        hidden_NH, head.weight, target_N, getattr(head, "bias", None),
+        chunk=chunk, softcap=anatomy.logit_softcap(model), scale=anatomy.logit_scale(model),
+    )  # fmt: skip
+    seen = torch.as_tensor(target_N.numel(), device=total.device)
+    divisor = seen if count is None else torch.as_tensor(count, device=total.device)
+    return total / divisor.clamp(min=1), correct, seen

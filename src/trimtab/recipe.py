@@ -1,0 +1,271 @@
+"""Recipe <-> YAML: model + data + place + patches + objective + stepper + training arguments.
+
+`Recipe.load("recipe.yaml", ["training.max_steps=20"])` reads a file and overrides; `Recipe(...)` takes the same keys
+from Python. Every key is checked against the dataclasses below (and a patch's against the patch's own), and an unknown
+one is answered with the nearest name. Reading a recipe loads no torch unless it names a patch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from . import methods
+from .data_spec import DataSpec
+from .errors import BadInput, nearest
+from .model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from .contracts import Objective, Patch, Place, Stepper
+
+
+@dataclass(frozen=True)
+class PlaceSpec:
+    """Where things are kept: `fast` (auto, cpu, cuda), `slow` (auto, ram, disk), `folder` for the slow tier's files."""
+
+    fast: str = "auto"
+    slow: Literal["auto", "ram", "disk"] = "auto"
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How steps are computed; none of it changes what is computed beyond rounding."""
+
+    lean: bool = True  # norms, gated FFNs and attention that keep less for backward (model/lean.py)
+    compile: bool = False  # torch.compile each block
+    loss_chunk: int | None = None  # positions per chunk of the loss; None: by bytes
+    allocator: Literal["auto", "none", "mimalloc", "jemalloc", "tcmalloc"] = "auto"
+
+
+# What `training:` may hold besides the fields of TRL's SFTConfig or transformers' TrainingArguments: nothing.
+# These are our defaults where theirs would surprise on a small machine.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "max_length": 512,
+    "num_train_epochs": 1,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "gradient_checkpointing": False,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "seed": 0,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, whole. Each field is a key of the YAML file; only `model`, `data` and one patch are needed to train."""
+
+    model: ModelSpec = field(default_factory=lambda: ModelSpec("smollm2-135m"))
+    data: DataSpec = field(default_factory=DataSpec)
+    patches: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+    objective: str | dict[str, dict[str, Any]] = "causal_lm"
+    stepper: str | dict[str, dict[str, Any]] = "backprop"
+    training: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, str] | None = None
+    place: PlaceSpec = field(default_factory=PlaceSpec)
+    engine: EngineSpec = field(default_factory=EngineSpec)
+    output: str = "runs/run"
+    resume: bool = False  # go on from the newest checkpoint in `output`
+    overwrite: bool = False  # replace the run that `output` holds
+
+    def __post_init__(self):
+        # From Python the same short forms as in YAML are taken: a model's name, a data dict, ready patch objects.
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        put("model", _as(ModelSpec, self.model, "model", short="name"))
+        put("data", _as(DataSpec, self.data, "data", short="train"))
+        put("place", _as(PlaceSpec, self.place, "place", short="fast"))
+        put("engine", _as(EngineSpec, self.engine, "engine"))
+        put("patches", [_patch_entry(entry) for entry in self.patches])
+
+    # --- reading and writing -------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a YAML file; `overrides` are "key=value" with dots for depth ("training.max_steps=20").
+
+        Data files are looked for beside the recipe first, then in the working folder.
+        """
+        path = Path(path)
+        tree = _read_yaml(path)
+        for override in overrides:
+            _override(tree, override)
+        data = tree.get("data")
+        if isinstance(data, str):
+            tree["data"] = data = {"train": data}
+        if isinstance(data, dict):
+            for split in ("train", "test"):
+                value = data.get(split)
+                beside = [path.parent / v for v in ([value] if isinstance(value, str) else value or [])]
+                if beside and all(p.exists() for p in beside):
+                    data[split] = str(beside[0]) if isinstance(value, str) else [str(p) for p in beside]
+        return cls.from_dict(tree)
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> Recipe:
+        return _build(cls, tree, "recipe")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def hash(self) -> str:
+        """A name for what is computed: equal recipes, equal hash (where it writes and how it resumes do not count)."""
+        tree = {k: v for k, v in self.to_dict().items() if k not in ("output", "resume", "overwrite")}
+        return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    # --- what it names -------------------------------------------------------------------------------------------
+
+    def load_patches(self) -> list[Patch]:
+        """The patches as objects, in order; checks each one's keys and that they compose."""
+        patches = []
+        for entry in self.patches:
+            ((name, values),) = entry.items()
+            patches.append(_build(methods.find(name), values, f"patches: {name}"))
+        trained = [p for p in patches if p.when.value != "infer"]
+        for patch in trained:
+            if patch.alone and len(trained) > 1:
+                others = ", ".join(methods.name_of(p) for p in trained if p is not patch)
+                raise BadInput(f"{methods.name_of(patch)} with {others}", patch.alone, "Take one of them out")
+        return patches
+
+    def load_objective(self) -> Objective:
+        return self._one(self.objective, "objective")
+
+    def load_stepper(self) -> Stepper:
+        return self._one(self.stepper, "stepper")
+
+    def load_place(self) -> Place:
+        from .contracts import Place
+
+        return Place(**dataclasses.asdict(self.place))
+
+    def training_values(self) -> dict[str, Any]:
+        """`training:` over our defaults (`max_steps` given: no default for epochs is needed)."""
+        return {**TRAINING_DEFAULTS, **self.training}
+
+    # --- doing ---------------------------------------------------------------------------------------------------
+
+    def train(self, **options: Any) -> Any:
+        """Run it; returns the content of run.json (see `trimtab.train.train`)."""
+        from .train import train  # the one look upward: a convenience for Python, not part of the floors
+
+        return train(self, **options)
+
+    @staticmethod
+    def _one(value: str | dict[str, dict[str, Any]], kind: str) -> Any:
+        name, values = (value, {}) if isinstance(value, str) else next(iter(value.items()))
+        return _build(methods.find(name, kind), values or {}, f"{kind}: {name}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        have = f"there is no such file; the folder has {', '.join(there[:8])}" if there else "there is no such file"
+        raise BadInput(f"recipe {path}", have, "Check the path")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise BadInput(f"recipe {path}", f"{where}{getattr(error, 'problem', error)}", "Write it as YAML") from None
+    if not isinstance(tree, dict):
+        raise BadInput(f"recipe {path}", "it holds no keys", 'Start with "model:", "data:" and "patches:"')
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise BadInput(f'"{override}"', "it is not of the form key=value", 'Write, say, "training.max_steps=20"')
+    *parents, last = key.split(".")
+    node: Any = tree
+    if parents == ["model"] and isinstance(tree.get("model"), str):
+        tree["model"] = {"name": tree["model"]}
+    for parent in parents:
+        if isinstance(node, list):  # patches.paca.r or patches.0.r
+            named = next((entry[parent] for entry in node if isinstance(entry, dict) and parent in entry), None)
+            if named is None:
+                raise BadInput(f'"{override}"', f"the recipe has no patch {parent}", "Name one that it has")
+            node = named
+        else:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+        if not isinstance(node, dict | list):
+            raise BadInput(f'"{override}"', f"{parent} holds a value, not keys", "Check the key")
+    try:
+        value = yaml.safe_load(text)
+        value = float(text) if isinstance(value, str) and _is_float(text) else value  # YAML 1.1 reads 1e-4 as text
+    except yaml.YAMLError:
+        value = text
+    node[last] = value
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _as(cls: type, value: Any, where: str, short: str | None = None) -> Any:
+    if isinstance(value, cls):
+        return value
+    if short and isinstance(value, str | list):
+        value = {short: value}
+    return _build(cls, value or {}, where)
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    """`cls(**values)` with every key and type checked; errors name the key and the nearest known one."""
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise BadInput(f"{where}: {values!r}", "this place holds keys", "Write key: value lines under it")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise BadInput(f'{where}: "{key}"', "there is no such key", nearest(str(key), fields))
+    numbers = {k: float(v) if isinstance(v, str) and "float" in str(fields[k].type) and _is_float(v) else v
+               for k, v in values.items()}  # fmt: skip
+    if cls is Recipe:  # its nested parts are built one by one in __post_init__, each with its own errors
+        for key, kind in (("training", dict), ("patches", list), ("output", str)):
+            if key in numbers and not isinstance(numbers[key], kind):
+                raise BadInput(f"recipe: {key}: {numbers[key]!r}", f"a {kind.__name__} is wanted", "Check the indentation")
+        return cls(**numbers)
+    try:
+        return TypeAdapter(cls).validate_python(numbers)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or where
+        raise BadInput(f"{where}: {place}: {first['input']!r}", first["msg"].lower(), "Give a value of that kind") from None
+
+
+def _patch_entry(entry: Any) -> dict[str, dict[str, Any]]:
+    """One item of `patches:` as {name: {fields}}; takes "paca", {"paca": {...}}, {"paca": None} or a Patch object."""
+    if dataclasses.is_dataclass(entry) and not isinstance(entry, type):
+        return {methods.name_of(entry): dataclasses.asdict(entry)}
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise BadInput(f"patches: {entry!r}", "each item names one patch", 'Write "- paca: {r: 8}"')
+    ((name, values),) = entry.items()
+    if name not in methods.names("patch"):
+        raise BadInput(f'patch "{name}"', "there is no such patch", nearest(str(name), methods.names("patch")))
+    return {name: dict(values or {})}
