@@ -11,7 +11,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,10 @@ class Surgery(ABC):
         raise BadInput(
             f"merge {type(self.patch).__name__}", "it depends on its input, so no weight can hold it", "Keep the adapter"
         )
+
+    def adapter_config(self) -> dict[str, Any]:
+        """What adapter_config.json holds. PEFT reads it where the method is one of PEFT's own (LoRA overrides this)."""
+        return {"peft_type": type(self.patch).__name__.upper(), **self.patch.config()}
 
     def portable(self) -> Portable:
         """The adapter as stock `peft` knows it, where the mathematics allows."""
@@ -204,6 +208,14 @@ def own_parameters(layer: nn.Module) -> Iterable[nn.Parameter]:
     return (p for p in layer.parameters() if id(p) not in base)
 
 
+class Loss(NamedTuple):
+    """A loss with what it counted on the way, for the log."""
+
+    value: Tensor  # shape ()
+    correct: Tensor  # how many items were predicted right
+    seen: Tensor  # of how many
+
+
 class Objective(ABC):
     """A batch -> a loss. `task` says which transformers head the model needs."""
 
@@ -213,13 +225,19 @@ class Objective(ABC):
         """May sample from the model (RL); by default the batch is used as it is."""
         return batch
 
+    def prepare(self, model: PreTrainedModel) -> Surgery | None:
+        """A surgery for what the objective itself trains (a fresh classification head), or None."""
+        return None
+
     @abstractmethod
-    def loss(self, model: PreTrainedModel, batch: dict[str, Any], count: Tensor | int | None = None) -> Tensor:
-        """-> shape (). `count`: how many items the whole optimiser step averages over (gradient accumulation)."""
+    def loss(self, model: PreTrainedModel, batch: dict[str, Any], count: Tensor | int | None = None) -> Loss:
+        """-> mean loss, shape (). `count`: how many items the whole optimiser step averages over (accumulation)."""
 
 
 class Stepper(ABC):
     """A loss -> new weights. One closure per micro-batch; returns the mean loss."""
+
+    by_trainer: ClassVar[bool] = False  # True: the engine's own backward pass and optimiser are this stepper
 
     @abstractmethod
     def step(self, losses: Iterable[Callable[[], Tensor]]) -> float: ...

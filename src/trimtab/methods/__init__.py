@@ -31,6 +31,7 @@ TABLE: dict[str, Row] = {
     "parallel_adapter": Row("parallel_adapter:ParallelAdapter", "patch", "Parallel Adapter",
                             "a wide two-layer ReLU network beside each FFN", "2110.04366"),
     "full": Row("full:Full", "patch", "Full fine-tuning", "every weight is trained"),
+    "head": Row("classification:Head", "part", "Classification head", "the fresh head that classification trains"),
     "causal_lm": Row("causal_lm:CausalLM", "objective", "Causal language modelling",
                      "next-token loss, logits never whole"),
     "classification": Row("classification:Classification", "objective", "Sequence classification",
@@ -45,7 +46,7 @@ def names(kind: str) -> list[str]:
 
 def find(name: str, kind: str = "patch") -> Any:
     """The class called `name` in the table; unknown names are answered with the nearest one."""
-    if name not in TABLE or TABLE[name].kind != kind:
+    if name not in TABLE or TABLE[name].kind not in (kind, "part"):
         raise BadInput(f'{kind} "{name}"', f"there is no such {kind}", nearest(name, names(kind)))
     return TABLE[name].load()
 

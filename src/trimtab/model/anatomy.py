@@ -41,6 +41,12 @@ def head(model: PreTrainedModel) -> nn.Linear:
     return found
 
 
+def fresh_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Name -> parameter of a classifier's head: what lies outside the pretrained backbone."""
+    inside = {id(parameter) for parameter in backbone(model).parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) not in inside}
+
+
 def logit_softcap(model: PreTrainedModel) -> float | None:
     """Gemma 2 and 3 squash their logits: cap * tanh(logits / cap)."""
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)

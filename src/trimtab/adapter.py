@@ -1,0 +1,203 @@
+"""The adapter folder: write it, read it, check it against the base.
+
+    adapter/adapter_config.json         what PEFT reads (a LoRA is a plain PEFT LoRA)
+    adapter/adapter_model.safetensors   the patch's own tensors, `base_model.model.<path>`, nothing of the base
+    adapter/trimtab.json                the patch, its fields, the base's name and hash, labels
+    adapter/README.md                   a model card
+
+Several patches lie in sub-folders, `adapter/0-paca`, `adapter/1-head`, each as above. Everything is JSON or
+safetensors; what comes from others is checked and never executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import __version__, methods
+from .contracts import Place, Surgery
+from .errors import BadInput
+from .recipe import _build
+
+CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Base:
+    """Whose adapter it is: the base's name as the user wrote it, its hash, its task and precision, and class labels."""
+
+    name: str
+    hash: str
+    task: str = "causal-lm"
+    precision: str = "auto"
+    labels: list[str] = field(default_factory=list)
+
+
+def save_adapter(folder: str | Path, surgeries: Sequence[Surgery], base: Base) -> Path:
+    """Write what the surgeries own. The folder appears whole or not at all; one that is there is replaced."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_adapter(partial, surgeries, base)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise BadInput(f"write the adapter to {folder}", error.strerror or str(error), "Free some space and resume") from error
+    return folder
+
+
+def write_adapter(folder: Path, surgeries: Sequence[Surgery], base: Base) -> None:
+    """Write into `folder` in place (a checkpoint calls this inside a folder that is itself made whole or not at all)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(surgeries) == 1:
+        _write_one(folder, surgeries[0], base)
+        return
+    parts = [f"{index}-{surgery_name(surgery)}" for index, surgery in enumerate(surgeries)]
+    for part, surgery in zip(parts, surgeries, strict=True):
+        _write_one(folder / part, surgery, base)
+    _write_json(folder / OURS, {"trimtab": __version__, "parts": parts, "base": vars(base)})
+
+
+def surgery_name(surgery: Surgery) -> str:
+    return methods.name_of(surgery.patch)
+
+
+def _write_one(folder: Path, surgery: Surgery, base: Base) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = surgery_name(surgery)
+    tensors = {PREFIX + key: t.detach().contiguous().cpu() for key, t in surgery.own_tensors().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = {**surgery.adapter_config(), "base_model_name_or_path": base.name}
+    _write_json(folder / CONFIG, config)
+    ours = {"trimtab": __version__, "patch": name, "config": surgery.patch.config(), "base": vars(base)}
+    _write_json(folder / OURS, ours)
+    (folder / "README.md").write_text(_card(name, surgery, base, tensors), encoding="utf-8")
+
+
+def _card(name: str, surgery: Surgery, base: Base, tensors: dict[str, Tensor]) -> str:
+    count = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    row = methods.TABLE[name]
+    fields = "\n".join(f"- {key}: {value}" for key, value in surgery.patch.config().items())
+    tag = base.name if "/" in base.name and not Path(base.name).exists() else ""
+    front = ["---", *([f"base_model: {tag}"] if tag else []), "library_name: peft", "tags:", "- trimtab", f"- {name}", "---"]
+    paper = f" (arXiv {row.paper})" if row.paper else ""
+    return "\n".join(front) + f"""
+
+# A {row.title} adapter for {base.name}
+
+{row.title}{paper}: {row.summary}. {count:,} numbers; base hash `{base.hash}`.
+
+{fields}
+
+Load it with `trimtab.load_adapter(model, folder)`, or turn it into other forms with `trimtab export`.
+"""
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, default=_plain) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_meta(folder: str | Path) -> dict[str, Any]:
+    """The content of trimtab.json, checked to be one of ours."""
+    path = Path(folder) / OURS
+    if not path.is_file():
+        raise BadInput(f"adapter {folder}", f"it has no {OURS}", "Name the adapter/ folder of a trimtab run")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        base = Base(**meta["base"])
+        fits = isinstance(meta.get("parts", []), list) and ("parts" in meta or isinstance(meta.get("patch"), str))
+    except (ValueError, KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise BadInput(f"adapter {folder}", f"its {OURS} is damaged", "Make the adapter again, or take an intact copy")
+    return {**meta, "base": base}
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, place: Place | None = None, hash_of_base: str | None = None) -> list[Surgery]:
+    """Apply the adapter's patches to `model` and load their tensors; returns the surgeries, in order.
+
+    The base must be the one the adapter was made with: its hash is compared (`hash_of_base`: the model's, if known).
+    """
+    from .model.load import base_hash
+
+    folder = Path(folder)
+    meta = read_meta(folder)
+    actual = hash_of_base or base_hash(model)
+    if meta["base"].hash != actual:
+        raise BadInput(
+            f"adapter {folder}, made for {meta['base'].name} (hash {meta['base'].hash})",
+            f"this model is another one (hash {actual})",
+            f"Load {meta['base'].name}, or train the adapter anew on this model",
+        )
+    surgeries: list[Surgery] = []
+    try:
+        for part in _parts(folder, meta):
+            surgeries.append(_load_one(model, part, place or Place()))
+    except BaseException:
+        for surgery in reversed(surgeries):
+            surgery.revert()
+        raise
+    return surgeries
+
+
+def _parts(folder: Path, meta: dict[str, Any]) -> list[Path]:
+    parts = [folder / str(part) for part in meta["parts"]] if "parts" in meta else [folder]
+    for part in parts:
+        if folder.resolve() not in (part.resolve(), part.resolve().parent):
+            raise BadInput(f"adapter {folder}", f"it names {part}, outside itself", "Do not use this adapter")
+    return parts
+
+
+def _load_one(model: PreTrainedModel, folder: Path, place: Place) -> Surgery:
+    meta = read_meta(folder)
+    patch = _build(methods.find(meta["patch"]), meta.get("config", {}), f"adapter {folder}")
+    tensors = read_tensors(folder)
+    surgery = patch.apply(model, place)
+    try:
+        surgery.load_tensors(tensors)
+    except BaseException:
+        surgery.revert()
+        raise
+    return surgery
+
+
+def load_into(surgeries: Sequence[Surgery], folder: str | Path) -> None:
+    """Load saved tensors into patches that are already applied (resume)."""
+    folder = Path(folder)
+    parts = _parts(folder, read_meta(folder))
+    if len(parts) != len(surgeries):
+        raise BadInput(f"resume from {folder}", f"it holds {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same")
+    for surgery, part in zip(surgeries, parts, strict=True):
+        surgery.load_tensors(read_tensors(part))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise BadInput(f"adapter {folder}", f"it has no {WEIGHTS}", "Take an intact copy")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"adapter {folder}", f"{WEIGHTS} is damaged ({error})", "Take an intact copy") from None
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}

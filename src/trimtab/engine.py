@@ -1,0 +1,277 @@
+"""The engine: TRL's SFTTrainer and transformers' Trainer, each subclassed thinly.
+
+Ours are only: the loss (the objective's), what a checkpoint holds (what the patches own, not the model), that a
+checkpoint appears whole or not at all, that long rows are counted before anything is cut, and that packed rows stay
+rows. Data formats, schedulers, optimisers, trackers, evaluation, data order and distribution are the libraries'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from . import adapter
+from .contracts import Objective, Stepper, Surgery
+from .data import check_lengths
+from .errors import BadInput, nearest
+from .model import anatomy
+from .model.lean import lean
+from .model.surgery import Swaps
+from .recipe import Recipe
+
+
+@dataclass
+class Job:
+    """All that a trainer of ours is given beside the model and the data."""
+
+    objective: Objective
+    stepper: Stepper
+    surgeries: Sequence[Surgery]
+    base: adapter.Base
+    too_long: str = "error"
+    say: Any = print
+    long_rows: int = 0  # how many rows were cut or dropped, filled in while the data is prepared
+
+
+class _OurTrainer:
+    """What both trainers share. Mixed in before the library's class."""
+
+    job: Job
+
+    def loss_of(self, model: Any, inputs: dict[str, Any], count: Any) -> torch.Tensor:
+        """The objective's loss, through the model's own forward (so that DDP sees it), and the counts for the log."""
+        value, correct, seen = model(objective_batch=inputs, objective_count=count)
+        mode = "train" if self.model.training else "eval"
+        self.counted.setdefault(mode, []).append((correct.detach(), seen.detach()))
+        if count is not None and self.args.average_tokens_across_devices:
+            value = value * self.accelerator.num_processes  # `count` is over all ranks; DDP averages the gradients
+        return value
+
+    def counts(self, mode: str) -> dict[str, float]:
+        pairs = self.counted.pop(mode, [])
+        seen = sum(float(s) for _, s in pairs)
+        return {"accuracy": sum(float(c) for c, _ in pairs) / seen} if seen else {}
+
+    @contextlib.contextmanager
+    def compute_loss_context_manager(self) -> Iterator[None]:
+        # Patches whose own weights are fp32 nn.Linears beside a bf16 base (LoRA, full) ask for autocast; the others
+        # cast by themselves, and run without its bookkeeping.
+        wanted = any(getattr(type(s.patch), "autocast", False) for s in self.job.surgeries)
+        half = self.model.dtype if self.model.dtype in (torch.bfloat16, torch.float16) else None
+        dtype = half or (torch.bfloat16 if self.autocast_wanted else None)
+        on = dtype is not None and (wanted or self.autocast_wanted)
+        with torch.autocast(self.args.device.type, dtype=dtype, enabled=True) if on else contextlib.nullcontext():
+            yield
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            adapter.write_adapter(Path(output_dir or self.args.output_dir), self.job.surgeries, self.job.base)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        adapter.load_into(self.job.surgeries, resume_from_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return getattr(self, "_partial_dir", None) or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The library writes into a hidden folder, which becomes `checkpoint-N` by one rename when it is complete."""
+        run = Path(super()._get_output_dir(trial))
+        partial = run / ".checkpoint.partial"
+        name = f"checkpoint-{self.state.global_step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        self._partial_dir = str(partial)
+        try:
+            # Trainer's own method, not SFTTrainer's, which would write a model card into the run's folder first
+            Trainer._save_checkpoint(self, model, trial)
+            if self.args.should_save:
+                _sync(partial / name)
+                shutil.rmtree(run / name, ignore_errors=True)
+                os.replace(partial / name, run / name)
+                self._rotate(run)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "write" not in str(error):
+                raise  # torch.save reports a full disk as a RuntimeError of its writer
+            raise BadInput(
+                f"write checkpoint {name} to {run}",
+                getattr(error, "strerror", None) or str(error).splitlines()[0],
+                "Free some space and go on with resume=true; earlier checkpoints are intact",
+            ) from error
+        finally:
+            self._partial_dir = None
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _rotate(self, run: Path) -> None:
+        limit = self.args.save_total_limit
+        found = checkpoints(run)
+        for old in found[: -limit if limit else 0] if limit else []:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+class CausalTrainer(_OurTrainer, SFTTrainer):
+    """SFTTrainer on an objective of ours."""
+
+    def __init__(self, job: Job, **kwargs: Any):
+        self.job, self.counted, self.autocast_wanted = job, {}, bool(kwargs["args"].bf16)
+        kwargs["args"].bf16 = False  # autocast is ours to order, see compute_loss_context_manager
+        super().__init__(**kwargs)
+        if self.padding_free and isinstance(self.data_collator, DataCollatorForLanguageModeling):
+            self.data_collator = PackedRows(pad_token_id=self.data_collator.pad_token_id)
+        self.model_accepts_loss_kwargs = True
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """Tokenise without cutting, count what is longer than max_length, then pack or cut as TRL does."""
+        limit, strategy = args.max_length, args.packing_strategy
+        args.max_length = None
+        try:
+            rows = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        finally:
+            args.max_length = limit
+        if limit is not None and not (packing and strategy != "bfd"):
+            rows, touched = check_lengths(rows, limit, self.job.too_long, f"{dataset_name} data")
+            self.job.long_rows += touched
+        if not packing:
+            return rows
+        shuffle, args.shuffle_dataset = args.shuffle_dataset, False
+        try:
+            return super()._prepare_dataset(rows, processing_class, args, True, None, dataset_name)
+        finally:
+            args.shuffle_dataset = shuffle
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.model.training:
+            self._total_train_tokens += int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
+        loss = self.loss_of(model, dict(inputs), num_items_in_batch)
+        return (loss, None) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        prefix, mode = ("", "train") if self.model.training else ("eval_", "eval")
+        logs.update({prefix + key: value for key, value in self.counts(mode).items()})
+        if mode == "train":
+            logs["num_tokens"] = self._total_train_tokens
+        Trainer.log(self, logs, start_time)
+
+
+class ClassifierTrainer(_OurTrainer, Trainer):
+    """transformers' Trainer on an objective of ours."""
+
+    def __init__(self, job: Job, **kwargs: Any):
+        self.job, self.counted, self.autocast_wanted = job, {}, bool(kwargs["args"].bf16)
+        self._total_train_tokens = 0
+        kwargs["args"].bf16 = False
+        super().__init__(**kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.model.training:
+            self._total_train_tokens += int(inputs["attention_mask"].sum())
+        loss = self.loss_of(model, dict(inputs), None)
+        return (loss, None) if return_outputs else loss
+
+    prediction_step = CausalTrainer.prediction_step
+    log = CausalTrainer.log
+
+
+class PackedRows(DataCollatorForLanguageModeling):
+    """Packed documents as rows (B, T) with restarting position ids, not as one sequence of B x T.
+
+    transformers builds the block mask from the position ids, and attention over B rows of T costs a B-th of attention
+    over one row of B x T. The first token of each document is no target (its label is masked).
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        width = max(len(e["input_ids"]) for e in examples)
+        ids = torch.full((len(examples), width), self.pad_token_id)
+        labels = torch.full((len(examples), width), -100)
+        positions = torch.zeros((len(examples), width), dtype=torch.int64)
+        for row, example in enumerate(examples):
+            size = len(example["input_ids"])
+            ids[row, :size] = torch.tensor(example["input_ids"])
+            labels[row, :size] = torch.tensor(example["labels"])
+            lengths = list(example.get("seq_lengths", [size])) + ([width - size] if size < width else [])
+            positions[row] = torch.cat([torch.arange(n) for n in lengths])
+        labels[positions == 0] = -100
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+@contextlib.contextmanager
+def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> Iterator[None]:
+    """The model as the engine steps it: lean forms in, blocks compiled if asked, forward leading to the objective."""
+    swaps = Swaps(model)
+    lean_swaps = lean(model) if recipe.engine.lean else Swaps(model)
+    original = model.forward
+
+    def forward(*args, objective_batch=None, objective_count=None, **kwargs):
+        if objective_batch is None:
+            return original(*args, **kwargs)
+        return objective.loss(model, objective_batch, objective_count)
+
+    try:
+        if recipe.engine.compile:
+            for block in anatomy.blocks(model)[1]:
+                swaps.set_attribute(block, "_compiled_call_impl", None)
+                block.compile(dynamic=False)
+        had = vars(model).get("forward")
+        model.forward = forward
+        swaps.on_undo(lambda: setattr(model, "forward", had) if had is not None else vars(model).pop("forward", None))
+        yield
+    finally:
+        swaps.undo()
+        lean_swaps.undo()
+
+
+def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:
+    """`training:` as the library's own dataclass; unknown fields and bad values are the user's to mend."""
+    import dataclasses
+
+    values = recipe.training_values()
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    if cls is not SFTConfig:
+        for only_sft in ("max_length", "packing"):
+            values.pop(only_sft, None)
+    for key in values:
+        if key not in known:
+            raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(key, known))
+    ours = {"output_dir": str(output), "use_cpu": cpu, "disable_tqdm": True, "dataloader_pin_memory": not cpu}
+    if cls is SFTConfig:
+        values.setdefault("bf16", False)
+    try:
+        return cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
+    except (TypeError, ValueError, ImportError) as error:
+        raise BadInput("training", str(error).strip().splitlines()[0], "Mend the value") from error
+
+
+def quiet(trainer: Trainer) -> None:
+    """Take out the library's own printing; ours replaces it."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [p for p in run.glob("checkpoint-*") if p.name.split("-")[-1].isdigit() and (p / "trainer_state.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+
+
+def _sync(folder: Path) -> None:
+    """Bytes to the disk before the rename that makes them count."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)

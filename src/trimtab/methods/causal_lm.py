@@ -1,0 +1,28 @@
+"""Causal language modelling: the mean negative log-likelihood of the next token, over the labels that count.
+
+The logits are never whole (model/loss.py). Prompt tokens carry the label -100 and are neither projected nor counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..contracts import Loss, Objective
+from ..model.loss import next_token_loss
+
+
+@dataclass(frozen=True)
+class CausalLM(Objective):
+    """Next-token cross-entropy. `chunk`: positions projected at once (None: by bytes)."""
+
+    task: ClassVar[str] = "causal-lm"
+
+    chunk: int | None = None
+
+    def loss(self, model: PreTrainedModel, batch: dict[str, Any], count: Tensor | int | None = None) -> Loss:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        return Loss(*next_token_loss(model, inputs, batch["labels"], count, self.chunk))

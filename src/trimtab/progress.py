@@ -1,0 +1,172 @@
+"""What a user sees while a run goes on, and the lines it leaves in metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from .contracts import Surgery
+from .memory.meter import GIB, LiveTensors, Meter
+
+Say = Callable[[str], None]
+
+
+def speaker(quiet: bool = False) -> Say:
+    """A function that tells the user one line: on standard error, styled on a terminal, plain elsewhere."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    return lambda line: None if quiet else console.print(line, markup=False)
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON line per log: step, loss, learning rate, tokens. A resumed run first drops lines past its checkpoint."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= state.global_step]
+        if len(kept) < len(lines):
+            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        row = {"step": state.global_step, **{key: value for key, value in (logs or {}).items()}}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize
+
+
+class Steps(TrainerCallback):
+    """Counts tokens and seconds per step, calls the surgeries around each step, and watches one step's live tensors."""
+
+    def __init__(self, surgeries: Sequence[Surgery], meter: Meter, model: Any):
+        self.surgeries, self.meter, self.model = surgeries, meter, model
+        self.seconds: list[float] = []
+        self.tokens: list[int] = []
+        self.live: LiveTensors | None = None
+        self.live_peak = self.live_mapped = 0
+        self.trainer: Any = None
+        self.first = 0
+        self._counted = 0
+        self.first_step_at: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first = state.global_step
+        self._counted = self.trainer._total_train_tokens
+        self.meter.mark("train")
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        for surgery in self.surgeries:
+            surgery.before_step(state.global_step)
+        if state.global_step == self.first + 1:  # the second step: optimiser state is there, warm-up is over
+            held = [*self.model.parameters(), *self.model.buffers()]
+            held += [t for s in (optimizer.state.values() if optimizer else ()) for t in s.values() if hasattr(t, "untyped_storage")]
+            self.live = LiveTensors(held)
+            self.live.__enter__()
+        if self.first_step_at is None:
+            self.first_step_at = time.monotonic()
+        self._began = time.monotonic()
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        inner = getattr(optimizer, "optimizer", optimizer)
+        for surgery in self.surgeries:
+            surgery.after_step(state.global_step, inner)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        metered = self.live is not None
+        self.end_live()
+        tokens = self.trainer._total_train_tokens - self._counted
+        self._counted += tokens
+        if not metered and state.global_step > self.first + 1:  # the first and the metered step are no measure of speed
+            self.seconds.append(time.monotonic() - self._began)
+            self.tokens.append(tokens)
+
+    def end_live(self) -> None:
+        if self.live is not None:
+            self.live.__exit__(None, None, None)
+            self.live_peak, self.live_mapped, self.live = self.live.peak_bytes, self.live.mapped, None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(self.tokens) / sum(self.seconds) if self.seconds else 0.0
+
+
+class Live(TrainerCallback):
+    """The line a user watches: step, loss, tokens/s, time left, memory. Plain lines where there is no terminal."""
+
+    def __init__(self, steps: Steps, say: Say, quiet: bool):
+        self.steps, self.say, self.quiet = steps, say, quiet
+        self.bar: Progress | None = None
+        self._next = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=False)
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.quiet or not logs or "loss" not in logs:
+            return
+        held = self.steps.meter.peak["anon"] / GIB
+        speed = self.steps.tokens_per_second
+        text = f"loss {float(logs['loss']):.3f}  {speed:,.0f} tokens/s  {held:.2f} GiB"
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step, description=text)
+        elif time.monotonic() >= self._next or state.global_step == state.max_steps:
+            self._next = time.monotonic() + 5
+            self.say(f"step {state.global_step}/{state.max_steps}  {text}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C (or SIGTERM): the step is finished, a checkpoint written, and the run ends. A second Ctrl-C ends it at once."""
+
+    def __init__(self, say: Say):
+        self.say, self.asked = say, False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.say("Stopping: finishing this step and writing a checkpoint (again to stop at once)")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+        return control
