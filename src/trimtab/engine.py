@@ -41,7 +41,6 @@ class Job:
     base: adapter.Base
     too_long: str = "error"
     say: Any = print
-    long_rows: int = 0  # how many rows were cut or dropped, filled in while the data is prepared
 
 
 class _OurTrainer:
@@ -138,8 +137,10 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         finally:
             args.max_length = limit
         if limit is not None and not (packing and strategy != "bfd"):
-            rows, touched = check_lengths(rows, limit, self.job.too_long, f"{dataset_name} data")
-            self.job.long_rows += touched
+            rows, found = check_lengths(rows, limit, self.job.too_long, "train" if dataset_name == "train" else "test")
+            if found.over:
+                what = f"{found.cut} cut, {found.dropped} left out"
+                self.job.say(f"{found.over} {dataset_name} rows are longer than max_length {limit}: {what}")
         if not packing:
             return rows
         shuffle, args.shuffle_dataset = args.shuffle_dataset, False

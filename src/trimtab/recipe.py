@@ -93,11 +93,13 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-        """Read a YAML file; `overrides` are "key=value" with dots for depth ("training.max_steps=20").
+        """Read a YAML file, or the one in a run's folder; `overrides` are "key=value" ("training.max_steps=20").
 
         Data files are looked for beside the recipe first, then in the working folder.
         """
         path = Path(path)
+        if (path / "recipe.yaml").is_file():
+            path = path / "recipe.yaml"
         tree = _read_yaml(path)
         for override in overrides:
             _override(tree, override)

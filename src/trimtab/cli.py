@@ -1,0 +1,170 @@
+"""The command line: `trimtab VERB RECIPE.yaml [key=value ...]`. Nothing but argument handling.
+
+Exit codes: 0 done, 2 bad input, 3 does not fit, 4 stopped by the guard with a checkpoint, 130 Ctrl-C, 1 our bug.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__, methods
+from .errors import TrimtabError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Fine-tune and run language models inside a memory budget you state.")  # fmt: skip
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="A recipe, or the folder of a run.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Override keys of the recipe.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and the result.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="Another adapter folder than the run's own.")]
+BaseOnly = Annotated[bool, typer.Option("--base", help="The base model, without the adapter.")]
+
+
+def main() -> None:
+    """Entry point: run a verb; a user's mistake becomes one message and an exit code, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except TrimtabError as error:
+        print(f"trimtab: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except typer.TyperException as error:  # an unknown option or verb
+        error.show()
+        sys.exit(2)
+
+
+def _epilog() -> str:
+    return "Patches: " + ", ".join(f"{name} ({methods.TABLE[name].summary})" for name in methods.names("patch"))
+
+
+@app.command(epilog=_epilog())
+def train(recipe: RecipeArg, overrides: Overrides = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Fine-tune a model as the recipe says; leaves adapter/, run.json and metrics.jsonl in its output folder."""
+    from .recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    _allocator(loaded)
+    from .train import train as run
+
+    result = run(loaded, quiet=quiet)
+    if as_json:
+        print(json.dumps(result, indent=2, default=str))
+
+
+@app.command("eval")
+def eval_(
+    recipe: RecipeArg, overrides: Overrides = None, adapter: Adapter = None, base: BaseOnly = False,
+    tasks: Annotated[str, typer.Option(help="Benchmarks of lm-eval, comma-separated, instead of data.test.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Only so many rows.", min=1)] = None,
+    quiet: Quiet = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Measure the run's model on data.test: loss, answers, accuracy."""
+    from .recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    _allocator(loaded)
+    from .evaluate import evaluate
+
+    result = evaluate(loaded, adapter, base, [t for t in tasks.split(",") if t], limit)
+    if as_json:
+        print(json.dumps(result, indent=2, default=str))
+        return
+    for sample in [] if quiet else result.get("samples", [])[:5]:
+        print(f"  {sample['prompt']}\n    {sample['reply']}    (wanted: {' | '.join(sample['answers'])})")
+    rows = f" on {result['rows']} rows" if "rows" in result else ""
+    print(f"{result['model']}{'' if result['adapter'] is None else ' + ' + result['adapter']}{rows}")
+    for name, value in result["metrics"].items():
+        print(f"  {name:<16} {value:.4f}")
+
+
+@app.command()
+def generate(
+    recipe: RecipeArg, overrides: Overrides = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Ask this; may be given several times.")] = None,
+    adapter: Adapter = None, base: BaseOnly = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not use the chat template.")] = False,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="A generation setting, e.g. temperature=0.7.")] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Answer prompts, or chat in the terminal when none is given."""
+    from .recipe import Recipe, _override
+
+    loaded = Recipe.load(recipe, overrides or ())
+    _allocator(loaded)
+    settings: dict[str, Any] = {}
+    for item in setting or ():
+        _override(settings, item)
+    if "temperature" in settings or "top_p" in settings or "top_k" in settings:
+        settings.setdefault("do_sample", True)
+    from . import generate as verb
+
+    if not prompt:
+        verb.chat(loaded, adapter, base, **settings)
+        return
+    replies = list(verb.generate(loaded, prompt, adapter, base, raw, **settings))
+    if as_json:
+        print(json.dumps([{"prompt": p, "reply": r} for p, r in zip(prompt, replies, strict=True)], indent=2))
+        return
+    for asked, reply in zip(prompt, replies, strict=True):
+        print(reply if len(prompt) == 1 else f"{asked}\n  {reply}")
+
+
+@app.command()
+def export(
+    recipe: RecipeArg, overrides: Overrides = None,
+    to: Annotated[str, typer.Option("--to", help="peft: a stock PEFT adapter; merged: a plain transformers folder.")] = "merged",
+    out: Annotated[str | None, typer.Option("--out", help="The folder to write (default: OUTPUT/peft or OUTPUT/merged).")] = None,
+    adapter: Adapter = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+) -> None:  # fmt: skip
+    """Write the result in a form that needs no trimtab."""
+    from .export import export as run
+    from .recipe import Recipe
+
+    print(run(Recipe.load(recipe, overrides or ()), to, out, adapter, overwrite))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine has, and how fast it is."""
+    from .doctor import doctor as run
+
+    found = run()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    facts, gib = found["machine"], 2**30
+    print(f"processor   {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads")
+    print(f"memory      {facts['memory_bytes'] / gib:.1f} GiB, {found['memory_free_bytes'] / gib:.1f} GiB free")
+    print(f"disk        {found['disk_free_bytes'] / gib:.1f} GiB free in this folder")
+    print(f"gpu         {facts.get('gpu', 'none')}")
+    print("gemm        " + ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in found["gflops"].items()))
+    print(f"allocator   {facts['allocator']} now, {found['allocator_found']} for training")
+    print("versions    " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
+    for line in found["advice"]:
+        print(f"advice      {line}")
+
+
+@app.command()
+def version() -> None:
+    """The version of trimtab."""
+    print(__version__)
+
+
+def _allocator(recipe: Any) -> None:
+    """Start again under a better malloc where one is found (memory/allocator.py says why)."""
+    from .memory.allocator import restart_under
+
+    restart_under(recipe.engine.allocator)
+
+
+if __name__ == "__main__":
+    main()

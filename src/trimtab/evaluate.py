@@ -1,0 +1,177 @@
+"""`trimtab eval RECIPE.yaml`: how good the run's model is on the test data, and how good its base was.
+
+Causal models: loss and perplexity on the completions, and, where rows hold answers, the share of questions answered
+exactly (after SQuAD's normalisation) and the share whose answer occurs in the reply. Classifiers: accuracy and
+Matthews correlation, or Pearson and Spearman correlation for numbers. `tasks`: benchmarks of lm-eval, if installed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput
+from .recipe import Recipe
+
+Say = Callable[[str], None]
+
+
+def evaluate(
+    recipe: Recipe, adapter: str | Path | None = None, base_only: bool = False, tasks: Sequence[str] = (),
+    limit: int | None = None, say: Say = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure on `data.test` (or on lm-eval's `tasks`); returns {"rows", "metrics", "samples"}."""
+    from .runs import load_run
+
+    if not recipe.data.test and not tasks:
+        raise BadInput("eval", "the recipe names no data.test", "Add data: {test: FILE}, or name --tasks of lm-eval")
+    model, tokenizer, _, meta = load_run(recipe, adapter, base_only)
+    result: dict[str, Any] = {"model": recipe.model.name, "adapter": None if base_only else str(adapter or recipe.output)}
+    if tasks:
+        result["metrics"] = harness(model, tokenizer, tasks, limit)
+        return result
+    if meta.task == "classification":
+        return {**result, **classify(recipe, model, tokenizer, meta.labels, limit)}
+    return {**result, **answer(recipe, model, tokenizer, limit, say)}
+
+
+# --- causal language models ------------------------------------------------------------------------------------------
+
+
+def answer(recipe: Recipe, model: Any, tokenizer: Any, limit: int | None, say: Say = lambda line: None) -> dict[str, Any]:
+    """Loss over the test rows and, where they hold answers, how many questions are answered right by greedy search."""
+    from .data import eval_pairs, read_rows
+    from .model.sampling import sample
+
+    rows = read_rows(recipe.data, "test", tokenizer, "causal-lm")
+    metrics: dict[str, float] = {}
+    samples: list[dict[str, Any]] = []
+    size = min(len(rows.dataset), limit or len(rows.dataset))
+    metrics.update(losses(recipe, rows, model, tokenizer, size))
+    if rows.answers:
+        pairs = eval_pairs(rows)[:size]
+        longest = max(len(tokenizer(text)["input_ids"]) for _, accepted in pairs for text in accepted)
+        exact = contains = 0
+        replies = sample(model, tokenizer, [prompt for prompt, _ in pairs], max_new_tokens=min(256, longest + 8))
+        for (prompt, accepted), reply in zip(pairs, replies, strict=True):
+            exact += exactly(reply, accepted)
+            contains += occurs(reply, accepted)
+            samples.append({"prompt": _shown(prompt), "reply": reply, "answers": accepted})
+        metrics |= {"exact_match": exact / size, "contains": contains / size}
+    return {"rows": size, "metrics": metrics, "samples": samples[:20]}
+
+
+def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> dict[str, float]:
+    """Mean next-token loss (nats) over the tokens that count, its perplexity, and the share predicted right."""
+    import tempfile
+
+    from trl import SFTConfig
+
+    from .adapter import Base
+    from .engine import CausalTrainer, Job, prepared, quiet, training_arguments
+
+    objective, stepper = recipe.load_objective(), recipe.load_stepper()
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(recipe, SFTConfig, Path(folder), recipe.load_place().device.type == "cpu")
+        args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
+        args.per_device_eval_batch_size = args.per_device_train_batch_size
+        dataset = rows.dataset.select(range(size))
+        job = Job(objective, stepper, [], Base(recipe.model.name, ""), recipe.data.too_long)
+        trainer = CausalTrainer(job, model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer)
+        quiet(trainer)
+        with prepared(model, objective, recipe):
+            found = trainer.evaluate()
+        vars(model).pop("forward", None)  # the fused head that TRL put on the instance
+    loss = found["eval_loss"]
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": found["eval_accuracy"]}
+
+
+def normalise(text: str) -> str:
+    """SQuAD's: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(ch for ch in text.lower() if ch not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exactly(reply: str, accepted: Sequence[str]) -> bool:
+    return normalise(reply) in {normalise(a) for a in accepted}
+
+
+def occurs(reply: str, accepted: Sequence[str]) -> bool:
+    said = f" {normalise(reply)} "
+    return any(f" {normalise(a)} " in said for a in accepted if normalise(a))
+
+
+def _shown(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+# --- classifiers -----------------------------------------------------------------------------------------------------
+
+
+def classify(recipe: Recipe, model: Any, tokenizer: Any, labels: list[str], limit: int | None) -> dict[str, Any]:
+    """Accuracy and Matthews correlation, or Pearson and Spearman correlation where labels are numbers."""
+    import torch
+    from transformers import DataCollatorWithPadding
+
+    from .data import Rows, read_rows, tokenize_classification
+
+    like = Rows(None, "", labels=labels) if labels else None  # type: ignore[arg-type]
+    rows = read_rows(recipe.data, "test", tokenizer, "classification", like=like)
+    dataset, _ = tokenize_classification(rows, tokenizer, recipe.training_values()["max_length"], recipe.data.too_long, "test")
+    size = min(len(dataset), limit or len(dataset))
+    collate = DataCollatorWithPadding(tokenizer)
+    scores, truth = [], []
+    with torch.no_grad():
+        for start in range(0, size, 32):
+            batch = collate([dataset[i] for i in range(start, min(start + 32, size))])
+            truth.append(batch.pop("labels"))
+            scores.append(model(**{k: v.to(model.device) for k, v in batch.items()}).logits.float().cpu())
+    wanted, got = torch.cat(truth), torch.cat(scores)
+    if rows.regression:
+        got = got.squeeze(-1)
+        metrics = {"pearson": _correlation(got, wanted), "spearman": _correlation(_ranks(got), _ranks(wanted))}
+    else:
+        chosen = got.argmax(-1)
+        metrics = {"accuracy": float((chosen == wanted).float().mean())}
+        if got.shape[1] == 2:
+            metrics["matthews"] = _correlation(chosen, wanted)  # of two binary variables: the same number
+    return {"rows": size, "metrics": metrics, "samples": []}
+
+
+def _correlation(a: Any, b: Any) -> float:
+    import torch
+
+    value = torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1]
+    return 0.0 if value.isnan() else float(value)
+
+
+def _ranks(values: Any) -> Any:
+    """Mean ranks, ties shared."""
+    import torch
+
+    _, inverse, counts = values.unique(sorted=True, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    return ((ends - counts + 1 + ends) / 2)[inverse] if len(values) else torch.empty(0)
+
+
+# --- lm-eval ---------------------------------------------------------------------------------------------------------
+
+
+def harness(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None) -> dict[str, float]:
+    """Benchmarks of EleutherAI's lm-eval on the model as it stands (extra: `pip install trimtab[eval]`)."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise BadInput(f"tasks {', '.join(tasks)}", "lm-eval is not installed", 'Run: pip install "trimtab[eval]"') from None
+    found = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks), limit=limit)
+    return {
+        f"{task}/{name.split(',')[0]}": value
+        for task, row in found["results"].items()
+        for name, value in row.items()
+        if isinstance(value, float)
+    }

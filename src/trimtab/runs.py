@@ -1,0 +1,158 @@
+"""A run's folder: recipe.yaml, run.json, metrics.jsonl, memory.jsonl, checkpoint-N/, adapter/."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput
+from .recipe import Recipe
+
+PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html")
+
+
+def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
+    """-> the output folder, made ready, and the checkpoint to resume from (None for a new run).
+
+    A folder that holds a run is refused unless `resume` or `overwrite` is set; `overwrite` removes only what a run of
+    ours writes, and only once everything else about the recipe has been found good.
+    """
+    from .engine import checkpoints
+
+    output = Path(recipe.output)
+    if output.exists() and not output.is_dir():
+        raise BadInput(f"output: {output}", "it is a file", "Name a folder")
+    held = output.is_dir() and ((output / "recipe.yaml").exists() or (output / "run.json").exists() or checkpoints(output))
+    if recipe.resume:
+        found = checkpoints(output) if output.is_dir() else []
+        if held and not found:
+            raise BadInput(f"resume {output}", "it holds no complete checkpoint", "Run it again with overwrite=true")
+        if found:
+            _same_recipe(output, recipe)
+            return output, found[-1]
+    elif held and not recipe.overwrite:
+        raise BadInput(
+            f"output: {output}", "it already holds a run",
+            "Say resume=true to go on with it, overwrite=true to replace it, or name another folder",
+        )  # fmt: skip
+    return output, None
+
+
+def begin_run(output: Path, recipe: Recipe, resumed: bool) -> None:
+    """Write the resolved recipe; a new run first removes an old one's parts."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            for part in [*(output / p for p in PARTS), *output.glob("checkpoint-*"), output / ".checkpoint.partial"]:
+                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        write_text(output / "recipe.yaml", recipe.to_yaml())
+    except OSError as error:
+        raise BadInput(f"output: {output}", error.strerror or str(error), "Name a folder that can be written") from None
+
+
+def _same_recipe(output: Path, recipe: Recipe) -> None:
+    """Resuming computes what was begun: the recipe must be the one in the folder (but for how far it goes)."""
+    path = output / "recipe.yaml"
+    if not path.is_file():
+        return
+    old, new = Recipe.load(path), recipe
+    free = ("max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps", "report_to")
+    strip = lambda r: {k: v for k, v in r.training.items() if k not in free}  # noqa: E731
+    for name, before, now in [
+        ("patches", old.patches, new.patches),
+        ("model", old.model, new.model),
+        ("training", strip(old), strip(new)),
+        ("objective", old.objective, new.objective),
+    ]:
+        if before != now:
+            raise BadInput(
+                f"resume {output} with {name}: {now}", f"the run was begun with {before}", "Use the recipe in its folder"
+            )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def load_run(recipe: Recipe, adapter_folder: str | Path | None = None, base_only: bool = False) -> tuple[Any, Any, list, Any]:
+    """-> model, tokenizer, surgeries, base: the recipe's model with the adapter that its run left (or another one).
+
+    `base_only`: the model as it was before. The labels and the task come from the adapter where there is one.
+    """
+    from .adapter import Base, load_adapter, read_meta
+    from .model.load import load_model
+
+    folder = Path(adapter_folder) if adapter_folder else Path(recipe.output) / "adapter"
+    if not adapter_folder and not base_only and not folder.is_dir():
+        raise BadInput(
+            f"the adapter of {recipe.output}", f"there is no {folder}", "Train first, name one with --adapter, or say --base"
+        )
+    if adapter_folder and not folder.is_dir():
+        raise BadInput(f"adapter {folder}", "there is no such folder", "Name the adapter/ folder of a run")
+    meta = read_meta(folder)["base"] if folder.is_dir() else Base(recipe.model.name, "", recipe.load_objective().task)
+    place = recipe.load_place()
+    labels = len(meta.labels) or (1 if meta.task == "classification" else None)
+    model, tokenizer = load_model(recipe.model, task=meta.task, labels=labels, device=place.device)
+    if meta.labels:
+        model.config.id2label = dict(enumerate(meta.labels))
+        model.config.label2id = {label: index for index, label in enumerate(meta.labels)}
+    surgeries = [] if base_only else load_adapter(model, folder, place)
+    return model.eval(), tokenizer, surgeries, meta
+
+
+def machine() -> dict[str, Any]:
+    """What this run ran on, without names that tell whose machine it is."""
+    import torch
+
+    from .memory import allocator
+
+    cpu = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    found: dict[str, Any] = {
+        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_bytes": _memory_bytes(),
+        "system": platform.system(), "python": platform.python_version(), "allocator": allocator.active(),
+    }  # fmt: skip
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["gpu_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
+    return found
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("trimtab", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0

@@ -1,0 +1,184 @@
+"""`trimtab train RECIPE.yaml`: read, load, patch, train, save, report.
+
+The order is chosen so that what is cheap to refuse is refused first: the recipe, then the output folder, then the
+data, then the model. Nothing is written before all of them are found good.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import methods
+from .errors import BadInput, Interrupted
+from .memory.meter import GIB, Meter
+from .recipe import Recipe
+from .runs import begin_run, machine, now, open_run, versions, write_json
+
+
+def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Run a recipe; returns what run.json holds.
+
+    Raises BadInput for what the user must mend and Interrupted after Ctrl-C (a checkpoint is then in the folder).
+    """
+    began = time.monotonic()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not recipe.patches:
+        raise BadInput("train", "the recipe has no patch", f"Add one under patches: {', '.join(methods.names('patch'))}")
+    import transformers
+    from transformers import set_seed
+
+    from . import adapter
+    from .progress import Live, MetricsFile, Steps, StopOnInterrupt, speaker
+
+    transformers.utils.logging.set_verbosity_error()
+    say = say or speaker(quiet)
+    output, checkpoint = open_run(recipe)
+    objective, stepper, patches, place = (
+        recipe.load_objective(), recipe.load_stepper(), recipe.load_patches(), recipe.load_place(),
+    )  # fmt: skip
+    from .engine import Job, checkpoints, prepared, quiet as hush  # noqa: I001  (imports TRL: after the cheap checks)
+
+    args = _arguments(recipe, objective, output, place)
+    tokenizer, rows, test = _data(recipe, objective)
+    set_seed(args.seed)
+    model = _model(recipe, objective, place, rows, say)
+    base = adapter.Base(recipe.model.name, model.trimtab_base, objective.task, recipe.model.precision, rows.labels or [])
+    meter = Meter(output / "memory.jsonl", device=place.device)
+    surgeries = []
+    trained = None
+    begin_run(output, recipe, resumed=checkpoint is not None)
+    meter.start()
+    try:
+        for patch in patches:
+            surgeries.append(patch.apply(model, place))
+        if (head := objective.prepare(model)) is not None:
+            surgeries.append(head)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(t.numel() for s in surgeries for t in s.own_tensors().values())
+        say(f"{', '.join(methods.name_of(p) for p in patches)} on {recipe.model.name}: {trainable:,} numbers are trained")
+        job = Job(objective, stepper, surgeries, base, recipe.data.too_long, say)
+        trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
+        hush(trainer)
+        steps = Steps(surgeries, meter, model)
+        steps.trainer = trainer
+        live = Live(steps, say, quiet)
+        interrupt = StopOnInterrupt(say)
+        for callback in (MetricsFile(output / "metrics.jsonl"), steps, live, interrupt):
+            trainer.add_callback(callback)
+        with prepared(model, objective, recipe), interrupt:
+            try:
+                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                steps.end_live()
+                live.close()
+        finished = trainer.state.global_step
+        meter.stop()
+        if interrupt.asked:
+            raise Interrupted(
+                f"stopped after step {finished} of {trainer.state.max_steps}",
+                f"{checkpoints(output)[-1]} holds everything", "Go on with resume=true",
+            )  # fmt: skip
+        adapter.save_adapter(output / "adapter", surgeries, base)
+        trained = {
+            "recipe": recipe.hash, "finished": now(), "output": str(output), "steps": finished,
+            "tokens": trainer._total_train_tokens, "final_loss": _final_loss(trainer), "mean_loss": result.training_loss,
+            "trainable_parameters": trainable, "adapter_numbers": total,
+            "evaluation": {k: v for k, v in (trainer.state.log_history[-1] if test else {}).items() if k.startswith("eval_")},
+            "predicted": {},
+            "measured": {
+                **meter.result(), "live_peak_bytes": steps.live_peak, "mapped_weight_bytes": steps.live_mapped,
+                "tokens_per_second": round(steps.tokens_per_second, 2),
+                "seconds_to_first_step": round((steps.first_step_at or time.monotonic()) - began, 2),
+                "seconds": round(time.monotonic() - began, 2),
+            },
+            "machine": machine(), "versions": versions(),
+        }  # fmt: skip
+        write_json(output / "run.json", trained)
+        _tell(trained, output, say)
+        return trained
+    finally:
+        meter.stop()
+        for surgery in reversed(surgeries):
+            surgery.revert()
+
+
+def _arguments(recipe: Recipe, objective: Any, output: Path, place: Any) -> Any:
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    from .engine import training_arguments
+
+    cls = SFTConfig if objective.task == "causal-lm" else TrainingArguments
+    args = training_arguments(recipe, cls, output, place.device.type == "cpu")
+    if cls is SFTConfig and args.completion_only_loss is None and args.max_length is None and args.packing:
+        raise BadInput("training: packing: true", "max_length is None", "Give max_length")
+    return args
+
+
+def _data(recipe: Recipe, objective: Any) -> tuple[Any, Any, Any]:
+    from .data import read_rows
+    from .model.load import cached_folder, load_tokenizer
+
+    spec = recipe.model
+    folder = cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
+    rows = read_rows(recipe.data, "train", tokenizer, objective.task)
+    test = None
+    if recipe.data.test and recipe.training.get("eval_strategy", "no") != "no":
+        test = read_rows(recipe.data, "test", tokenizer, objective.task, like=rows)
+    return tokenizer, rows, test
+
+
+def _model(recipe: Recipe, objective: Any, place: Any, rows: Any, say: Callable[[str], None]) -> Any:
+    from .model.load import load_model
+
+    labels = 1 if rows.regression else len(rows.labels) if rows.labels else None
+    model, _ = load_model(recipe.model, task=objective.task, labels=labels, device=place.device, say=say)
+    if rows.labels:
+        model.config.id2label = dict(enumerate(rows.labels))
+        model.config.label2id = {label: index for index, label in enumerate(rows.labels)}
+    # the library refuses to train a quantised model unless it says that an adapter is on it; ours will be
+    if getattr(model, "is_quantized", False):
+        model._hf_peft_config_loaded = True
+    return model
+
+
+def _trainer(recipe, objective, job, model, tokenizer, rows, test, args) -> Any:
+    from .engine import CausalTrainer, ClassifierTrainer
+
+    common = {"model": model, "args": args, "processing_class": tokenizer}
+    if objective.task == "causal-lm":
+        args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
+        return CausalTrainer(job, train_dataset=rows.dataset, eval_dataset=test.dataset if test else None, **common)
+    from transformers import DataCollatorWithPadding
+
+    from .data import tokenize_classification
+
+    length = recipe.training_values()["max_length"]
+    parts = {}
+    for name, part in (("train", rows), ("test", test)):
+        parts[name], found = (
+            tokenize_classification(part, tokenizer, length, recipe.data.too_long, name) if part else (None, None)
+        )
+        if found and found.over:
+            job.say(f"{found.over} {name} rows are longer than max_length {length}: {found.cut} cut, {found.dropped} left out")
+    return ClassifierTrainer(
+        job, train_dataset=parts["train"], eval_dataset=parts["test"], data_collator=DataCollatorWithPadding(tokenizer), **common
+    )
+
+
+def _final_loss(trainer: Any) -> float | None:
+    return next((float(row["loss"]) for row in reversed(trainer.state.log_history) if "loss" in row), None)
+
+
+def _tell(run: dict[str, Any], output: Path, say: Callable[[str], None]) -> None:
+    measured = run["measured"]
+    loss = "" if run["final_loss"] is None else f", loss {run['final_loss']:.3f}"
+    say(f"{run['steps']} steps, {run['tokens']:,} tokens{loss}, {measured['tokens_per_second']:,.0f} tokens/s")
+    growth = measured["fast_growth_bytes"] / GIB
+    say(f"fast tier: {measured['fast_peak_bytes'] / GIB:.2f} GiB at the peak, {growth:.2f} GiB of it for this run")
+    say(f"{output / 'adapter'}: the adapter    {output / 'run.json'}: all figures")
