@@ -1,7 +1,7 @@
 """The columns of the ecosystem -> a data set that TRL's SFTTrainer understands, or a classification data set.
 
-A row's *form* is found from its columns: `messages`, `prompt`+`completion`, `question`+`answer`, `text`+`label`, `text`.
-The loss falls on the completion alone wherever there is a prompt; TRL masks, renders chat templates and packs.
+A row's *form* is found from its columns (data_columns.py). The loss falls on the completion alone wherever
+there is a prompt; TRL masks, renders chat templates and packs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .data_files import Table, read_table
+from .data_columns import Reader, kind, name_columns
+from .data_files import read_table
 from .data_spec import DataSpec
 from .errors import BadInput, nearest
 
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FORMS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))  # of causal-lm, in order of choice
-PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-MESSAGE = 'Each message is {"role": ..., "content": ...}'
 
 
 @dataclass
@@ -64,10 +62,10 @@ def read_rows(
     if not source:
         raise BadInput(f"read data.{part}", "the recipe names none", f"Add data.{part}: a file or a hub id")
     table = read_table([source] if isinstance(source, str) else list(source), spec.limit, part)
-    renamed = _names(table, spec, task)
+    renamed = name_columns(table, spec, task)
     if task == "classification":
-        return _classification(_Reader(table, renamed), like)
-    return _causal(_Reader(table, renamed), spec, tokenizer)
+        return _classification(Reader(table, renamed), like)
+    return _causal(Reader(table, renamed), spec, tokenizer)
 
 
 def eval_pairs(rows: Rows) -> list[tuple[Any, list[str]]]:
@@ -110,7 +108,7 @@ def tokenize_classification(
 def check_lengths(
     dataset: Dataset, max_length: int | None, too_long: str = "error", where: str = "train"
 ) -> tuple[Dataset, Lengths]:
-    """Rows of `input_ids` longer than `max_length` tokens: refused ("error"), cut at the end ("cut") or left out ("drop").
+    """Rows of `input_ids` longer than `max_length` tokens: refused ("error"), cut ("cut") or left out ("drop").
 
     A row whose trained tokens are all cut away is left out too, and counted as dropped.
     """
@@ -156,99 +154,10 @@ def _cut(dataset: Dataset, max_length: int) -> Dataset:
     return Dataset.from_dict(columns, features=dataset.features)
 
 
-# Columns
-
-
-def _names(table: Table, spec: DataSpec, task: str) -> dict[str, str]:
-    """{our column: the file's}. The first row decides; `_Reader` holds every other row to it."""
-    there = list(table.rows[0])
-    for ours, theirs in spec.columns.items():
-        if theirs not in there:
-            have = f"{table.where(0)} has the columns {', '.join(map(str, there)) or '(none)'}"
-            raise BadInput(f'data.columns: {ours}: "{theirs}"', have, nearest(theirs, map(str, there)))
-    taken = set(spec.columns.values())
-    names = {name: name for name in there if name not in taken} | dict(spec.columns)
-    if task == "classification":
-        first = next(((a, b) for a, b in PAIRS if a in names and b in names), None)
-        if "text" not in names and first:
-            names["text"], names["text_pair"] = names[first[0]], names[first[1]]
-        elif "text" not in names and "sentence" in names:
-            names["text"] = names["sentence"]
-        forms: tuple[tuple[str, ...], ...] = (("text", "label"),)
-    else:
-        forms = tuple(sorted(FORMS, key=lambda form: -sum(name in spec.columns for name in form)))
-    form = next((form for form in forms if all(name in names for name in form)), None)
-    if form is None:
-        wanted = " or ".join(" + ".join(form) for form in forms)
-        raise BadInput(
-            f"use {table.where(0)} for {task}",
-            f"its columns are {', '.join(map(str, there)) or '(none)'}, and {wanted} is needed",
-            "Say which is which, as in data.columns: {" + ", ".join(f"{name}: ..." for name in forms[0]) + "}",
-        )
-    optional = [name for name in ("tools", "text_pair") if name in names]
-    return {name: names[name] for name in [*form, *optional]}
-
-
-class _Reader:
-    """Takes checked values out of a table's rows by our names for the columns."""
-
-    def __init__(self, table: Table, names: dict[str, str]):
-        self.table, self.names = table, names
-
-    def __len__(self) -> int:
-        return len(self.table.rows)
-
-    def get(self, index: int, ours: str) -> Any:
-        row, theirs = self.table.rows[index], self.names[ours]
-        if theirs not in row:
-            have = f"it has no column {theirs}, only {', '.join(row) or '(none)'}"
-            raise BadInput(f"read {self.table.where(index)}", have, "Give every row the same columns")
-        return row[theirs]
-
-    def wrong(self, index: int, ours: str, have: str, do: str) -> BadInput:
-        return BadInput(f"read {self.table.where(index)}", f"{self.names[ours]} {have}", do)
-
-    def text(self, index: int, ours: str) -> str:
-        return self.check_text(index, ours, self.get(index, ours))
-
-    def check_text(self, index: int, ours: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise self.wrong(index, ours, f"is {_kind(value)}, not a text", 'Write it in quotes, "like this"')
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise self.wrong(index, ours, "holds half a surrogate pair", "Write valid Unicode") from None
-        return value
-
-    def texts(self, index: int, ours: str) -> list[str]:
-        """One text or a list of them (accepted answers), never empty."""
-        value = self.get(index, ours)
-        values = value if isinstance(value, list) else [value]
-        if not values:
-            raise self.wrong(index, ours, "is an empty list", "Give one answer or more")
-        return [self.check_text(index, ours, item) for item in values]
-
-    def messages(self, index: int, ours: str) -> list[dict[str, Any]]:
-        value = self.get(index, ours)
-        if not isinstance(value, list) or not value:
-            raise self.wrong(index, ours, f"is {_kind(value)}, not a list of messages", MESSAGE)
-        for message in value:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise self.wrong(index, ours, "has a message without a role", MESSAGE)
-            if message.get("content") is not None or not message.get("tool_calls"):
-                self.check_text(index, ours, message.get("content"))
-        return value
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__} ({json.dumps(value, default=str)[:40]})"
-
-
 # Causal language modelling
 
 
-def _causal(reader: _Reader, spec: DataSpec, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
+def _causal(reader: Reader, spec: DataSpec, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
     template = getattr(tokenizer, "chat_template", None)
     if spec.chat and not template:
         raise BadInput(
@@ -296,7 +205,7 @@ def _causal(reader: _Reader, spec: DataSpec, tokenizer: PreTrainedTokenizerBase 
 
 
 def _pair(
-    reader: _Reader, index: int, ask: str, reply: str, chat: bool, system: str | None
+    reader: Reader, index: int, ask: str, reply: str, chat: bool, system: str | None
 ) -> tuple[dict[str, Any], list[str]]:
     """One prompt/completion row, as text or as messages, and the accepted answers."""
     if isinstance(reader.get(index, ask), list):  # the prompt is a conversation already
@@ -333,7 +242,7 @@ def _last_assistant(messages: list[dict[str, Any]]) -> int:
     return max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
 
 
-def _dataset(rows: list[dict[str, Any]], reader: _Reader) -> Dataset:
+def _dataset(rows: list[dict[str, Any]], reader: Reader) -> Dataset:
     import pyarrow as pa
     from datasets import Dataset
 
@@ -347,7 +256,7 @@ def _dataset(rows: list[dict[str, Any]], reader: _Reader) -> Dataset:
 # Classification
 
 
-def _classification(reader: _Reader, like: Rows | None) -> Rows:
+def _classification(reader: Reader, like: Rows | None) -> Rows:
     texts = {
         name: [reader.text(i, name) for i in range(len(reader))]
         for name in ("text", "text_pair")
@@ -357,11 +266,11 @@ def _classification(reader: _Reader, like: Rows | None) -> Rows:
     kinds = {type(value) for value in values}
     if str in kinds and len(kinds) > 1:
         odd = next(i for i, value in enumerate(values) if type(value) is not type(values[0]))
-        raise reader.wrong(odd, "label", f"is {_kind(values[odd])}, unlike the rows before", "Give all labels one type")
+        raise reader.wrong(odd, "label", f"is {kind(values[odd])}, unlike the rows before", "Give all labels one type")
     regression = like.regression if like else float in kinds and any(value != int(value) for value in values)
     if regression:
         if str in kinds:
-            raise reader.wrong(0, "label", f"is {_kind(values[0])}", "The training rows have numbers as labels")
+            raise reader.wrong(0, "label", f"is {kind(values[0])}", "The training rows have numbers as labels")
         return Rows(_columns(texts, [float(value) for value in values]), "text + label", regression=True)
     values = [int(value) if isinstance(value, float) else value for value in values]
     names = like.labels if like and like.labels else [str(value) for value in sorted(set(values))]
@@ -370,19 +279,19 @@ def _classification(reader: _Reader, like: Rows | None) -> Rows:
     number = {name: index for index, name in enumerate(names)}
     unknown = next((i for i, value in enumerate(values) if str(value) not in number), None)
     if unknown is not None:
-        have = f"is {_kind(values[unknown])}, which no training row has"
+        have = f"is {kind(values[unknown])}, which no training row has"
         raise reader.wrong(unknown, "label", have, nearest(str(values[unknown]), names))
     return Rows(_columns(texts, [number[str(value)] for value in values]), "text + label", labels=names)
 
 
-def _label(reader: _Reader, index: int) -> str | int | float:
+def _label(reader: Reader, index: int) -> str | int | float:
     value = reader.get(index, "label")
     if isinstance(value, str) and NUMBER.fullmatch(value):
         value = float(value)
     if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
         raise reader.wrong(index, "label", f"is {value}", "Give a finite number")
     if not isinstance(value, (str, int, float)):
-        raise reader.wrong(index, "label", f"is {_kind(value)}", "Give a text or a number")
+        raise reader.wrong(index, "label", f"is {kind(value)}", "Give a text or a number")
     if value == -1:
         raise reader.wrong(index, "label", "is -1, which marks rows without one", "Leave unlabelled rows out")
     return reader.check_text(index, "label", value) if isinstance(value, str) else value

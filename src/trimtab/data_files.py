@@ -1,6 +1,6 @@
-"""Files and hub ids -> rows (dicts), each with its place ("facts.jsonl.gz, line 12") for whoever must complain about it.
+"""Files and hub ids -> rows (dicts), each with its place ("facts.jsonl.gz, line 12") for whoever must complain of it.
 
-JSONL is read line by line here and not through `datasets`, whose reader names no line and merges nested keys across rows.
+JSONL is read line by line here and not through `datasets`, whose reader names no line and merges nested keys of rows.
 Nothing is written beside the user's files, nor cached.
 """
 
@@ -33,7 +33,7 @@ class Table:
 
 
 def read_table(names: list[str], limit: int | None, part: str) -> Table:
-    """All rows of the sources in turn, the first `limit` of them. `part` ("train", "test") is a hub id's default split."""
+    """The first `limit` rows of all sources in turn. `part` ("train" or "test") is a hub id's default split."""
     table = Table()
     for name in names:
         start = len(table.rows)

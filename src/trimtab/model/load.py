@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -67,8 +68,8 @@ def load_model(
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     for module in model.modules():
-        # bitsandbytes re-packs a 4-bit weight for AVX512 at the first forward in eval mode and never packs it back: from
-        # then on backward loses the input's gradient without a word, and dequantising the weight gives noise.
+        # bitsandbytes re-packs a 4-bit weight for AVX512 at the first forward in eval mode and never packs it back:
+        # from then on backward loses the input's gradient without a word, and dequantising the weight gives noise.
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
     model.trimtab_base = base or base_hash(model)
@@ -97,14 +98,14 @@ def base_hash(source: PreTrainedModel | str | Path) -> str:
     """-> 32 hex digits that name a base: an adapter made on another base is refused by it.
 
     Covers the configuration's essentials and a sample of the embeddings and of every tensor in the blocks, in bf16, so
-    that bf16 and fp32 loads of one file agree. Heads are left out: a causal LM and a classifier on one base agree. Quantised
-    values do not; `load_model` takes the hash before it quantises and leaves it on the model, where it is found again.
-    Call it on a model before any patch writes into it.
+    that bf16 and fp32 loads of one file agree. Heads are left out: a causal LM and a classifier on one base agree.
+    Quantised values do not; `load_model` takes the hash before it quantises and leaves it on the model (`trimtab_base`),
+    where it is found again. Call it on a model before any patch writes into it.
     """
     if isinstance(source, (str, Path)):
         folder = cached_folder(str(source))
         spec = ModelSpec(str(folder))
-        source = _from_pretrained(folder, spec, "causal-lm", _config(folder, spec, "hash", None), {"dtype": "auto"})
+        source = _from_pretrained(folder, spec, "base", _config(folder, spec, "base", None), {"dtype": "auto"})
     known = getattr(source, "trimtab_base", None)
     if known:
         return known
@@ -177,7 +178,7 @@ def _config(folder: Path, spec: ModelSpec, task: str, labels: int | None) -> Any
 def _from_pretrained(folder: Path, spec: ModelSpec, task: str, config: Any, options: dict[str, Any]) -> PreTrainedModel:
     try:
         with quiet():
-            model, report = TASKS[task].from_pretrained(
+            model, report = TASKS.get(task, AutoModel).from_pretrained(
                 folder,
                 config=config,
                 local_files_only=True,
@@ -194,8 +195,8 @@ def _from_pretrained(folder: Path, spec: ModelSpec, task: str, config: Any, opti
         raise _unreadable(folder, "its weights", error) from None
     bad = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]} | set(report["missing_keys"])
     inside = anatomy.blocks(model)[0] + "."
-    if task == "classification":  # the new head is missing by nature
-        bad = {name for name in bad if name.startswith(inside)}
+    if task != "causal-lm":  # a new head or a pooler is missing by nature
+        bad = {name for name in bad if name.startswith(inside) or "embed" in name}
     if bad:
         raise BadInput(
             f"model: {folder}",
