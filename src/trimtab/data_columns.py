@@ -1,0 +1,104 @@
+"""Which of a file's columns is which of ours, and the reading of single values, each fault told with file and line.
+
+A row's form is one of `messages`, `prompt`+`completion`, `question`+`answer`, `text` (causal-lm), or `text`+`label`
+(classification, where `sentence`, `sentence1`+`sentence2` and their like serve as the text too).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .data_files import Table
+from .data_spec import DataSpec
+from .errors import BadInput, nearest
+
+MESSAGE = 'Each message is {"role": ..., "content": ...}'
+PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
+FORMS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))  # of causal-lm, in order of choice
+
+
+def name_columns(table: Table, spec: DataSpec, task: str) -> dict[str, str]:
+    """{our column: the file's}. The first row decides; `Reader` holds every other row to it."""
+    there = list(table.rows[0])
+    for ours, theirs in spec.columns.items():
+        if theirs not in there:
+            have = f"{table.where(0)} has the columns {', '.join(map(str, there)) or '(none)'}"
+            raise BadInput(f'data.columns: {ours}: "{theirs}"', have, nearest(theirs, map(str, there)))
+    taken = set(spec.columns.values())
+    names = {name: name for name in there if name not in taken} | dict(spec.columns)
+    if task == "classification":
+        first = next(((a, b) for a, b in PAIRS if a in names and b in names), None)
+        if "text" not in names and first:
+            names["text"], names["text_pair"] = names[first[0]], names[first[1]]
+        elif "text" not in names and "sentence" in names:
+            names["text"] = names["sentence"]
+        forms: tuple[tuple[str, ...], ...] = (("text", "label"),)
+    else:
+        forms = tuple(sorted(FORMS, key=lambda form: -sum(name in spec.columns for name in form)))
+    form = next((form for form in forms if all(name in names for name in form)), None)
+    if form is None:
+        wanted = " or ".join(" + ".join(form) for form in forms)
+        raise BadInput(
+            f"use {table.where(0)} for {task}",
+            f"its columns are {', '.join(map(str, there)) or '(none)'}, and {wanted} is needed",
+            "Say which is which, as in data.columns: {" + ", ".join(f"{name}: ..." for name in forms[0]) + "}",
+        )
+    optional = [name for name in ("tools", "text_pair") if name in names]
+    return {name: names[name] for name in [*form, *optional]}
+
+
+class Reader:
+    """Takes checked values out of a table's rows by our names for the columns."""
+
+    def __init__(self, table: Table, names: dict[str, str]):
+        self.table, self.names = table, names
+
+    def __len__(self) -> int:
+        return len(self.table.rows)
+
+    def get(self, index: int, ours: str) -> Any:
+        row, theirs = self.table.rows[index], self.names[ours]
+        if theirs not in row:
+            have = f"it has no column {theirs}, only {', '.join(row) or '(none)'}"
+            raise BadInput(f"read {self.table.where(index)}", have, "Give every row the same columns")
+        return row[theirs]
+
+    def wrong(self, index: int, ours: str, have: str, do: str) -> BadInput:
+        return BadInput(f"read {self.table.where(index)}", f"{self.names[ours]} {have}", do)
+
+    def text(self, index: int, ours: str) -> str:
+        return self.check_text(index, ours, self.get(index, ours))
+
+    def check_text(self, index: int, ours: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self.wrong(index, ours, f"is {kind(value)}, not a text", 'Write it in quotes, "like this"')
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise self.wrong(index, ours, "holds half a surrogate pair", "Write valid Unicode") from None
+        return value
+
+    def texts(self, index: int, ours: str) -> list[str]:
+        """One text or a list of them (accepted answers), never empty."""
+        value = self.get(index, ours)
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise self.wrong(index, ours, "is an empty list", "Give one answer or more")
+        return [self.check_text(index, ours, item) for item in values]
+
+    def messages(self, index: int, ours: str) -> list[dict[str, Any]]:
+        value = self.get(index, ours)
+        if not isinstance(value, list) or not value:
+            raise self.wrong(index, ours, f"is {kind(value)}, not a list of messages", MESSAGE)
+        for message in value:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise self.wrong(index, ours, "has a message without a role", MESSAGE)
+            if message.get("content") is not None or not message.get("tool_calls"):
+                self.check_text(index, ours, message.get("content"))
+        return value
+
+
+def kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__} ({json.dumps(value, default=str)[:40]})"

@@ -1,0 +1,43 @@
+"""Which data, and what its columns are called. Plain data: importing it loads neither torch nor datasets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .errors import BadInput, nearest
+
+# What a column may be to us. `columns: {ours: theirs}` renames.
+CANONICAL = ("messages", "prompt", "completion", "question", "answer", "text", "text_pair", "label", "tools")
+TOO_LONG = ("error", "cut", "drop")
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Training and test rows.
+
+    `train`, `test`: a JSONL(.gz), CSV(.gz) or Parquet file, or a hub id (`owner/name`, `owner/name:split` or
+    `owner/name:config:split`); `train` may list several. `columns`: {our name: theirs}. `chat`: None lets the form
+    decide, True wraps prompts in the tokenizer's chat template, False never does. `system`: a system message for each
+    chat. `too_long`: rows over `max_length` tokens are refused, cut or dropped. `limit`: only the first so many rows.
+    """
+
+    train: str | list[str] | None = None
+    test: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    chat: bool | None = None
+    system: str | None = None
+    too_long: str = "error"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for ours in self.columns:
+            if ours not in CANONICAL:
+                raise BadInput(
+                    f'data.columns: "{ours}"', "no such column is known to trimtab", nearest(ours, CANONICAL)
+                )
+        if self.too_long not in TOO_LONG:
+            raise BadInput(
+                f'data.too_long: "{self.too_long}"', "there is no such choice", nearest(str(self.too_long), TOO_LONG)
+            )
+        if self.limit is not None and self.limit < 1:
+            raise BadInput(f"data.limit: {self.limit}", "no row would be left", "Give a number of rows, 1 or more")

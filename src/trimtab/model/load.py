@@ -1,0 +1,213 @@
+"""A model and its tokenizer from a hub id, a folder, a GGUF file or a short name, at the precision that was asked for.
+
+A base read at its file's own precision stays memory-mapped: transformers hands out views of the safetensors file, and
+the process's anonymous memory hardly grows. Any conversion (fp32 of a bf16 file, nf4, int8) makes a copy of our own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import BadInput, TrimtabError, nearest
+from . import anatomy
+from .cache import Say, cached_folder
+from .quiet import quiet
+from .spec import ModelSpec
+
+__all__ = ["base_hash", "cached_folder", "load_model", "load_tokenizer"]
+
+TASKS = {"causal-lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16,
+          "int8": torch.bfloat16}  # fmt: skip
+ESSENTIALS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "vocab_size", "num_local_experts", "tie_word_embeddings")  # fmt: skip
+SAMPLES = 32  # values of each tensor that enter the hash
+
+
+def load_model(
+    spec: ModelSpec | str,
+    *,
+    task: str = "causal-lm",
+    labels: int | None = None,
+    device: torch.device | str | None = None,
+    say: Say | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """-> (model in eval mode, tokenizer with a pad token). `model.trimtab_base` holds its `base_hash`.
+
+    `task`: "causal-lm" or "classification" (a sequence head of `labels` classes; 1 is regression). `device`: None is
+    the CPU. BadInput for whatever is wrong with the name or the files.
+    """
+    spec = ModelSpec(spec) if isinstance(spec, str) else spec
+    if task not in TASKS:
+        raise BadInput(f'task: "{task}"', "there is no such task", nearest(task, TASKS))
+    folder = cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code, say=say)
+    device = torch.device(device or "cpu")
+    config = _config(folder, spec, task, labels)
+    tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
+    base = None
+    if spec.precision in ("nf4", "int8", "fp16", "fp32"):  # a base is known by its file's values
+        base = base_hash(_from_pretrained(folder, spec, task, config, {"dtype": "auto"}))
+    model = _from_pretrained(folder, spec, task, config, _precision(spec.precision, device))
+    if device.type != "cpu" and not getattr(model, "is_quantized", False):
+        model.to(device)
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    for module in model.modules():
+        # bitsandbytes re-packs a 4-bit weight for AVX512 at the first forward in eval mode and never packs it back:
+        # from then on backward loses the input's gradient without a word, and dequantising the weight gives noise.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+    model.trimtab_base = base or base_hash(model)
+    return model, tokenizer
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; where it has no pad token, the end-of-text token serves."""
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # tokenizers raises bare Exception; the files are a stranger's
+        raise _unreadable(folder, "its tokenizer", error) from None
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BadInput(
+                f"model: {folder}", "its tokenizer has neither a pad nor an eos token", "Set one and save it"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def base_hash(source: PreTrainedModel | str | Path) -> str:
+    """-> 32 hex digits that name a base: an adapter made on another base is refused by it.
+
+    Covers the configuration's essentials and a sample of the embeddings and of every tensor in the blocks, in bf16, so
+    that bf16 and fp32 loads of one file agree. Heads are left out: a causal LM and a classifier on one base agree.
+    Quantised values do not; `load_model` takes the hash before it quantises and leaves it on the model (`trimtab_base`),
+    where it is found again. Call it on a model before any patch writes into it.
+    """
+    if isinstance(source, (str, Path)):
+        folder = cached_folder(str(source))
+        spec = ModelSpec(str(folder))
+        source = _from_pretrained(folder, spec, "base", _config(folder, spec, "base", None), {"dtype": "auto"})
+    known = getattr(source, "trimtab_base", None)
+    if known:
+        return known
+    if getattr(source, "is_quantized", False) and Path(source.name_or_path).is_dir():
+        if "quantization_config" not in json.loads((Path(source.name_or_path) / "config.json").read_text()):
+            return base_hash(source.name_or_path)
+    config = source.config.get_text_config()
+    digest = hashlib.sha256(repr([(key, getattr(config, key, None)) for key in ESSENTIALS]).encode())
+    stack = anatomy.blocks(source)[1]
+    tensors = [("embeddings", source.get_input_embeddings().weight), *sorted(stack.named_parameters())]
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(_sample(tensor.detach()))
+    return digest.hexdigest()[:32]
+
+
+def _sample(tensor: torch.Tensor) -> bytes:
+    """SAMPLES values spread evenly over a tensor, as bf16 bytes (integers as they are)."""
+    flat = tensor.reshape(-1)
+    values = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu()
+    if values.is_floating_point():
+        values = values.to(torch.bfloat16).view(torch.int16)
+    return values.contiguous().numpy().tobytes()
+
+
+def _precision(precision: str, device: torch.device) -> dict[str, Any]:
+    """The arguments of from_pretrained that make the asked precision."""
+    if precision == "auto":
+        return {"dtype": "auto"}
+    options: dict[str, Any] = {"dtype": DTYPES[precision]}
+    if precision == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    elif precision == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if "quantization_config" in options and device.type != "cpu":
+        options["device_map"] = {"": device}
+    return options
+
+
+def _config(folder: Path, spec: ModelSpec, task: str, labels: int | None) -> Any:
+    extra = {"num_labels": labels} if task == "classification" and labels else {}
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=spec.trust_remote_code, **extra
+            )
+    except Exception as error:  # any value of a stranger's config may trip its class
+        raise _unreadable(folder, "its config.json", error) from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise BadInput(
+            f"model: {spec.name}", "it is an encoder-decoder", "Use a decoder-only model or a BERT-type encoder"
+        )
+    heads = [name for name in config.architectures or [] if name.endswith(("CausalLM", "LMHeadModel", "Generation"))]
+    if task == "causal-lm" and config.architectures and not heads:
+        raise BadInput(
+            f"model: {spec.name} as a causal language model",
+            f"its weights are of {', '.join(config.architectures)}, which has no such head",
+            "Use a decoder-only model, or train a classifier on this one",
+        )
+    if task == "classification" and getattr(config, "quantization_config", None) is None:
+        config.problem_type = "regression" if labels == 1 else config.problem_type
+    return config
+
+
+def _from_pretrained(folder: Path, spec: ModelSpec, task: str, config: Any, options: dict[str, Any]) -> PreTrainedModel:
+    try:
+        with quiet():
+            model, report = TASKS.get(task, AutoModel).from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=spec.trust_remote_code,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # looked at below; a classifier's head may differ
+                **options,
+            )
+    except (MemoryError, torch.OutOfMemoryError, TrimtabError):
+        raise
+    except Exception as error:
+        raise _unreadable(folder, "its weights", error) from None
+    bad = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]} | set(report["missing_keys"])
+    inside = anatomy.blocks(model)[0] + "."
+    if task != "causal-lm":  # a new head or a pooler is missing by nature
+        bad = {name for name in bad if name.startswith(inside) or "embed" in name}
+    if bad:
+        raise BadInput(
+            f"model: {folder}",
+            f"{len(bad)} tensors are missing or do not have the shape that config.json says ({sorted(bad)[0]})",
+            "Fetch the model again",
+        )
+    return model
+
+
+def _unreadable(folder: Path, part: str, error: Exception) -> BadInput:
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    return BadInput(
+        f"model: {folder}", f"{part} cannot be read ({type(error).__name__}: {reason})", "Fetch the model again"
+    )

@@ -1,0 +1,289 @@
+"""Data: each form from each kind of file, the masks that TRL makes of it, lengths, and each thing that may be wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from helpers_load import CHAT, tiny_tokenizer
+from trimtab.data import check_lengths, eval_pairs, read_rows, tokenize_classification
+from trimtab.data_spec import DataSpec
+from trimtab.errors import BadInput
+
+QA = [{"question": "paris ?", "answer": "france"}, {"question": "madrid ?", "answer": ["spain", "the spain"]}]
+
+
+def write(path, rows, packed=False):
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if packed else content)
+    return str(path)
+
+
+def read(path, tokenizer=None, task="causal-lm", like=None, **spec):
+    return read_rows(DataSpec(train=path, **spec), "train", tokenizer, task, like)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_question_and_answer_become_a_chat(tmp_path):
+    path = write(tmp_path / "d.jsonl.gz", QA, packed=True)
+    rows = read(path, tiny_tokenizer())
+    assert rows.dataset.column_names == ["prompt", "completion"]
+    assert rows.dataset[1] == {"prompt": [user("madrid ?")], "completion": [assistant("spain")]}
+    assert eval_pairs(rows)[1] == ([user("madrid ?")], ["spain", "the spain"])
+    rows = read(path, tiny_tokenizer(), system="good")
+    assert rows.dataset[0]["prompt"] == [{"role": "system", "content": "good"}, user("paris ?")]
+
+
+@pytest.mark.parametrize("template, chat", [(None, None), (CHAT, False)])
+def test_question_and_answer_without_a_chat(tmp_path, template, chat):
+    rows = read(write(tmp_path / "d.jsonl", QA), tiny_tokenizer(template), chat=chat)
+    assert rows.dataset[0] == {"prompt": "paris ?\n", "completion": "france"}
+
+
+def test_prompt_and_completion_stay_as_they_are(tmp_path):
+    path = write(tmp_path / "d.jsonl", QA)
+    columns = {"prompt": "question", "completion": "answer"}
+    rows = read(path, tiny_tokenizer(), columns=columns)
+    assert rows.form == "prompt + completion" and rows.dataset[0] == {"prompt": "paris ?", "completion": "france"}
+    rows = read(path, tiny_tokenizer(), columns=columns, chat=True)
+    assert rows.dataset[0] == {"prompt": [user("paris ?")], "completion": [assistant("france")]}
+    path = write(tmp_path / "c.jsonl", [{"prompt": [user("paris ?")], "completion": "france"}])
+    assert read(path, tiny_tokenizer()).dataset[0]["completion"] == [assistant("france")]
+
+
+def test_messages(tmp_path):
+    talk = [user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    path = write(tmp_path / "d.jsonl", [{"messages": talk, "tools": tools, "id": 1}])
+    rows = read(path, tiny_tokenizer())
+    assert rows.dataset[0] == {"prompt": talk[:3], "completion": [talk[3]], "tools": json.dumps(tools)}
+    assert not rows.assistant_only and eval_pairs(rows) == [(talk[:3], ["d"])]
+    marked = read(path, tiny_tokenizer("{%- generation %}x{% endgeneration -%}"))
+    assert marked.assistant_only and marked.dataset[0]["messages"] == talk
+    assert eval_pairs(marked) == [(talk[:3], ["d"])]
+
+
+def test_tool_calls_are_not_merged_across_rows(tmp_path):
+    call = [{"function": {"name": "f", "arguments": {"x": 1}}}]
+    other = [{"function": {"name": "g", "arguments": {"y": "two"}}}]
+    rows = [{"messages": [user("a"), {"role": "assistant", "tool_calls": c}]} for c in (call, other)]
+    dataset = read(write(tmp_path / "d.jsonl", rows), tiny_tokenizer()).dataset
+    assert dataset[0]["completion"][0]["tool_calls"] == call
+    assert dataset[1]["completion"][0]["tool_calls"] == other
+
+
+def test_text_csv_and_parquet(tmp_path):
+    rows = [{"text": 'a "good", film\nis', "x": 1}, {"text": "007", "x": 2}]
+    (tmp_path / "d.csv").write_text('text,x\n"a ""good"", film\nis",1\n007,2\n')
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    for name in ("d.csv", "d.parquet"):
+        found = read(str(tmp_path / name))
+        assert found.form == "text" and found.dataset.to_list() == [{"text": row["text"]} for row in rows]
+    with pytest.raises(BadInput, match="hold no answers"):
+        eval_pairs(found)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.csv", "d.parquet"]
+
+
+def test_several_files_and_a_limit(tmp_path):
+    paths = [write(tmp_path / f"{i}.jsonl", [{"text": f"{i}{j}"} for j in range(3)]) for i in range(2)]
+    assert read(paths).dataset["text"][:] == ["00", "01", "02", "10", "11", "12"]
+    assert read(paths, limit=4).dataset["text"][:] == ["00", "01", "02", "10"]
+
+
+def test_trl_masks_the_prompt(tmp_path):
+    trl = pytest.importorskip("trl")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=64,
+                                         num_attention_heads=2))  # fmt: skip
+    tokenizer = tiny_tokenizer()
+    dataset = read(write(tmp_path / "d.jsonl", QA), tokenizer).dataset
+    args = trl.SFTConfig(str(tmp_path / "out"), report_to=[], use_cpu=True, bf16=False)
+    done = trl.SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer).train_dataset
+    trained = [t for t in done[0]["labels"] if t != -100]
+    assert tokenizer.decode([t for t in trained if t != 4]) == "france </s>"
+
+
+# Classification
+
+
+def test_classification_labels(tmp_path):
+    rows = [{"sentence1": "a", "sentence2": "b", "label": "yes"}, {"sentence1": "c", "sentence2": "d", "label": "no"}]
+    train = read(write(tmp_path / "d.jsonl", rows), task="classification")
+    assert train.labels == ["no", "yes"]
+    assert train.dataset[0] == {"text": "a", "text_pair": "b", "label": 1}
+    one = read(write(tmp_path / "t.jsonl", rows[:1]), task="classification", like=train)
+    assert one.labels == train.labels and one.dataset["label"][:] == [1]
+    rows[0]["label"] = "yess"
+    with pytest.raises(BadInput, match='line 1.*Did you mean "yes"'):
+        read(write(tmp_path / "t.jsonl", rows), task="classification", like=train)
+
+
+@pytest.mark.parametrize("values, names", [([0, 1, 2], ["0", "1", "2"]), ([1.0, 0.0], ["0", "1"]), ([10, 9], ["9", "10"]),
+                                           ([True, False], ["False", "True"]), (["1", "0"], ["0", "1"])])  # fmt: skip
+def test_kinds_of_labels(tmp_path, values, names):
+    path = write(tmp_path / "d.jsonl", [{"sentence": "a", "label": value} for value in values])
+    rows = read(path, task="classification")
+    assert rows.labels == names and [names[i] for i in rows.dataset["label"]] == [
+        str(v).removesuffix(".0") for v in values
+    ]
+
+
+def test_regression(tmp_path):
+    pairs = [{"sentence1": "a", "sentence2": "b", "score": score} for score in (5.0, 3.8)]
+    train = read(write(tmp_path / "d.jsonl", pairs), task="classification", columns={"label": "score"})
+    assert train.regression and train.labels is None and train.dataset["label"][:] == [5.0, 3.8]
+    spec = {"task": "classification", "columns": {"label": "score"}, "like": train}
+    assert read(write(tmp_path / "t.jsonl", pairs[:1]), **spec).dataset["label"][:] == [5.0]
+
+
+@pytest.mark.parametrize("values, words", [([0, 0], "every row has the label 0"), ([0, None], "line 2.*null"),
+                                           ([0, "x"], "line 2.*unlike"), ([0, -1], "line 2.*without one"),
+                                           ([0, [1]], "line 2.*list"), ([0.5, float("nan")], "finite")])  # fmt: skip
+def test_bad_labels(tmp_path, values, words):
+    path = write(tmp_path / "d.jsonl", [{"sentence": "a", "label": value} for value in values])
+    with pytest.raises(BadInput, match=words):
+        read(path, task="classification")
+
+
+def test_tokenize_classification(tmp_path):
+    rows = [{"sentence1": "paris is", "sentence2": "a film", "label": i, "id": i} for i in (0, 1)]
+    rows[1]["sentence2"] = "good " * 20
+    train = read(write(tmp_path / "d.jsonl", rows), task="classification")
+    tokenizer = tiny_tokenizer(None)
+    dataset, lengths = tokenize_classification(train, tokenizer)
+    assert lengths.longest == 25 and dataset["labels"][:] == [0, 1] and len(dataset[0]["input_ids"]) == 7
+    with pytest.raises(BadInput, match="1 of 2 rows .* the longest 25"):
+        tokenize_classification(train, tokenizer, 10)
+    cut, lengths = tokenize_classification(train, tokenizer, 10, "cut")
+    assert lengths.cut == 1 and len(cut[1]["input_ids"]) == 10 and cut[1]["input_ids"][-1] == 4
+    dropped, lengths = tokenize_classification(train, tokenizer, 10, "drop")
+    assert lengths.dropped == 1 and len(dropped) == 1
+
+
+# Lengths
+
+
+def test_lengths():
+    ids = {"input_ids": [[1] * 5, [1] * 9, [1] * 7], "name": ["a", "b", "c"]}
+    ids["labels"] = [[1] * 5, [1] * 9, [-100] * 6 + [1]]
+    dataset = Dataset.from_dict(ids)
+    same, lengths = check_lengths(dataset, 9)
+    assert same is dataset and (lengths.over, lengths.longest) == (0, 9)
+    assert check_lengths(dataset, None)[1].over == 0
+    with pytest.raises(BadInput, match="2 of 3 rows have more than 6 tokens, the longest 9"):
+        check_lengths(dataset, 6)
+    cut, lengths = check_lengths(dataset, 6, "cut")
+    assert cut.to_dict() == {"input_ids": [[1] * 5, [1] * 6], "name": ["a", "b"], "labels": [[1] * 5, [1] * 6]}
+    assert (lengths.over, lengths.cut, lengths.dropped) == (2, 1, 1)
+    assert check_lengths(dataset, 6, "drop")[0]["name"][:] == ["a"]
+    with pytest.raises(BadInput, match="no row is left"):
+        check_lengths(dataset, 2, "drop")
+
+
+# Bad input
+
+GOOD = b'{"text": "a"}\n'
+FILES = {
+    "not JSON": (GOOD + b"{text}\n", "d.jsonl, line 2: it is not JSON"),
+    "not an object": (GOOD + b"\n[1]\n", "line 3: it is a list, not an object"),
+    "no column": (GOOD + b'{"txt": "b"}\n', "line 2: it has no column text, only txt"),
+    "wrong type": (GOOD + b'{"text": 5}\n', "line 2: text is a int .5., not a text"),
+    "null": (GOOD + b'{"text": null}\n', "line 2: text is null"),
+    "not UTF-8": (GOOD + b'{"text": "\xe9"}\n', "line 2: it is not UTF-8"),
+    "surrogate": (GOOD + b'{"text": "\\ud800"}\n', "line 2: text holds half a surrogate"),
+    "deep": (b"[" * 10**5 + b"\n", "line 1: it is not JSON"),
+    "huge number": (b'{"text": ' + b"9" * 5000 + b"}\n", "line 1: it is not JSON"),
+    "empty": (b"", "holds no rows"),
+    "blank": (b"\n\n", "holds no rows"),
+    "no known columns": (b'{"instruction": "a"}\n', "its columns are instruction"),
+    "empty object": (b"{}\n", r"its columns are \(none\)"),
+    "no role": (b'{"messages": [{"from": "human", "value": "a"}]}\n', "line 1: messages has a message without a role"),
+    "no messages": (b'{"messages": []}\n', "line 1: messages is a list"),
+    "no answer turn": (b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: messages has no assistant turn"),
+    "no answers": (b'{"question": "a", "answer": []}\n', "line 1: answer is an empty list"),
+    "answer a number": (b'{"question": "a", "answer": 7}\n', "line 1: answer is a int"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_rows(tmp_path, case):
+    content, words = FILES[case]
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(BadInput, match=words):
+        read(str(tmp_path / "d.jsonl"), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("d.jsonl.gz", GOOD, "not sound gzip"),
+    ("d.jsonl.gz", gzip.compress(GOOD * 99)[:-20], "not sound gzip"),
+    ("d.csv", b"text\n\xe9\n", "line 2: it is not UTF-8"),
+    ("d.csv", b"text,label\na,1\nb,2,3\n", "it is not CSV"),
+    ("d.csv", b"", "holds no rows"),
+    ("d.csv", b"text\n", "holds no rows"),
+    ("d.parquet", b"PAR1 but no", "not a sound Parquet"),
+    ("d.txt", b"text", "ends in none of"),
+])  # fmt: skip
+def test_bad_files(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=words):
+        read(str(tmp_path / name))
+
+
+def test_missing_things(tmp_path):
+    path = write(tmp_path / "facts.jsonl", QA)
+    with pytest.raises(BadInput, match='Did you mean "facts.jsonl"'):
+        read(str(tmp_path / "fact.jsonl"))
+    with pytest.raises(BadInput, match="it is a folder"):
+        read(str(tmp_path))
+    with pytest.raises(BadInput, match='has the columns question, answer. Did you mean "question"'):
+        read(path, columns={"prompt": "questions", "completion": "answer"})
+    with pytest.raises(BadInput, match='Did you mean "completion"'):
+        DataSpec(path, columns={"completions": "answer"})
+    with pytest.raises(BadInput, match="too_long"):
+        DataSpec(path, too_long="skip")
+    with pytest.raises(BadInput, match="limit"):
+        DataSpec(path, limit=0)
+    with pytest.raises(BadInput, match="names none"):
+        read_rows(DataSpec(path), "test")
+    with pytest.raises(BadInput, match="no chat template"):
+        read(path, tiny_tokenizer(None), chat=True)
+    with pytest.raises(BadInput, match="plain text, not a chat"):
+        read(path, tiny_tokenizer(None), system="good")
+    with pytest.raises(BadInput, match="text \\+ label is needed"):
+        read(path, task="classification")
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    def fail(*_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("datasets.get_dataset_split_names", fail)
+    with pytest.raises(BadInput, match="the hub does not give it .*no route"):
+        read("nobody/nothing")
+
+
+def test_hub_splits(monkeypatch):
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train", "validation"])
+    asked = []
+
+    def load(*args, split):
+        asked.append((*args, split))
+        return Dataset.from_list([{"text": "a"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    for name, part in [("o/n", "train"), ("o/n", "test"), ("o/n:dev", "test"), ("o/n:c:dev", "train")]:
+        read_rows(DataSpec(name, name), part)
+    assert asked == [("o/n", None, "train"), ("o/n", None, "validation"), ("o/n", None, "dev"), ("o/n", "c", "dev")]
