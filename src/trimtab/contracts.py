@@ -19,7 +19,11 @@ from transformers import PreTrainedModel
 
 from .errors import BadInput
 from .model import anatomy
-from .model.surgery import Swaps
+from .model.packing import keep_trainable_layout
+from .model.surgery import ModulePatch as ModulePatch
+from .model.surgery import Swaps, is_patch
+
+ALONE = "trimtab_alone"  # on a model whose patch composes with no other: why
 
 
 class When(enum.Enum):
@@ -100,7 +104,9 @@ class Surgery(ABC):
     def merge(self) -> None:
         """Write the change into the base weights and take the patch out: a plain transformers model remains."""
         raise BadInput(
-            f"merge {type(self.patch).__name__}", "it depends on its input, so no weight can hold it", "Keep the adapter"
+            f"merge {type(self.patch).__name__}",
+            "it depends on its input, so no weight can hold it",
+            "Keep the adapter",
         )
 
     def portable(self) -> Portable:
@@ -109,16 +115,16 @@ class Surgery(ABC):
             f"export {type(self.patch).__name__} to peft", "no tuner of peft computes it", "Run it through trimtab"
         )
 
-    def before_step(self, step: int) -> None:
-        """Called by the engine before optimiser step `step` (0, 1, ...), for methods whose parts change on a schedule."""
+    def before_step(self, step: int) -> None:  # noqa: B027
+        """Called by the engine before optimiser step `step` (0, 1, ...), for parts that change on a schedule."""
 
-    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
         """Called by the engine after optimiser step `step`, while the gradients are still there."""
 
 
 @dataclass(frozen=True)
 class Patch(ABC):
-    """A reversible change to a model. Its dataclass fields *are* its configuration: YAML and CLI keys come from them."""
+    """A reversible change to a model. Its dataclass fields *are* its configuration: YAML and CLI keys are theirs."""
 
     paper: ClassVar[str] = ""  # arXiv id
     when: ClassVar[When] = When.TRAIN
@@ -130,10 +136,6 @@ class Patch(ABC):
 
     def config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-class ModulePatch(nn.Module):
-    """Marks a module that a patch put into a model: its parameters are the patch's own, never frozen as base."""
 
 
 class LinearSurgery(Surgery):
@@ -188,16 +190,30 @@ class LinearPatch(Patch):
 
 
 def freeze_base(model: nn.Module, swaps: Swaps) -> None:
-    """Freeze each parameter that no patch put there; `swaps` remembers the flags for the way back."""
-    ours = {id(p) for module in model.modules() if isinstance(module, ModulePatch) for p in own_parameters(module)}
+    """Freeze each parameter that no patch put there; `swaps` remembers the flags for the way back.
+
+    A patch calls it before it changes anything, so that one that cannot join those on the model leaves no trace.
+    """
+    if why := getattr(model, ALONE, ""):
+        raise BadInput("apply a second trained patch", why, "Keep one of the two")
+    keep_trainable_layout(model, swaps)
+    ours = {id(p) for module in model.modules() if is_patch(module) for p in own_parameters(module)}
     for parameter in model.parameters():
         if id(parameter) not in ours and parameter.requires_grad:
             swaps.set_requires_grad(parameter, False)
 
 
+def stand_alone(model: nn.Module, swaps: Swaps, patch: Patch) -> None:
+    """For a patch that composes with no other (`alone` says why): refuse a patched model, and mark this one."""
+    if getattr(model, ALONE, "") or any(is_patch(module) for module in model.modules()):
+        raise BadInput(f"apply {type(patch).__name__} to a patched model", patch.alone, "Keep one of the two")
+    swaps.set_attribute(model, ALONE, patch.alone)
+
+
 def own_parameters(layer: nn.Module) -> Iterable[nn.Parameter]:
-    """The parameters of a wrapper without those of the module it wraps (its `base`)."""
-    base = {id(p) for p in layer.base.parameters()} if isinstance(getattr(layer, "base", None), nn.Module) else set()
+    """The parameters of a wrapper without those of the module it wraps (its `base`; `base_layer` in peft)."""
+    wrapped = (getattr(layer, name, None) for name in ("base", "base_layer"))
+    base = {id(p) for module in wrapped if isinstance(module, nn.Module) for p in module.parameters()}
     return (p for p in layer.parameters() if id(p) not in base)
 
 
@@ -220,4 +236,3 @@ class Stepper(ABC):
 
     @abstractmethod
     def step(self, losses: Iterable[Callable[[], Tensor]]) -> float: ...
-

@@ -11,6 +11,16 @@ from typing import Any
 
 from torch import nn
 
+PATCH_MARK = "trimtab_patch"  # set on a foreign module (a layer of peft) that one of our patches put into a model
+
+
+class ModulePatch(nn.Module):
+    """Marks a module that a patch put into a model: its parameters are the patch's own, never frozen as base."""
+
+
+def is_patch(module: nn.Module) -> bool:
+    return isinstance(module, ModulePatch) or getattr(module, PATCH_MARK, False)
+
 
 class Swaps:
     """What was changed in one model, and how to undo it."""
