@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -93,6 +95,16 @@ def test_names_and_shapes_are_those_of_peft():
         f"{path}.lora_B.weight": (32, 4),
         f"{path}.lora_magnitude_vector": (32,),
     }
+
+
+def test_the_adapter_config_is_json_that_peft_reads(tmp_path):
+    from peft import LoraConfig, PeftConfig
+
+    surgery = LoRA(r=4, dora=True, targets="q_proj").apply(MODELS["llama"](), PLACE)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(surgery.adapter_config()))
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(config, LoraConfig) and config.r == 4 and config.use_dora
+    assert config.target_modules == {f"model.layers.{index}.self_attn.q_proj" for index in range(2)}
 
 
 def test_alpha_defaults_to_twice_the_rank_and_rslora_divides_by_its_root():

@@ -20,10 +20,8 @@ from transformers import PreTrainedModel
 from .errors import BadInput
 from .model import anatomy
 from .model.packing import keep_trainable_layout
+from .model.surgery import ALONE, Swaps, is_patch
 from .model.surgery import ModulePatch as ModulePatch
-from .model.surgery import Swaps, is_patch
-
-ALONE = "trimtab_alone"  # on a model whose patch composes with no other: why
 
 
 class When(enum.Enum):
@@ -190,10 +188,7 @@ class LinearPatch(Patch):
 
 
 def freeze_base(model: nn.Module, swaps: Swaps) -> None:
-    """Freeze each parameter that no patch put there; `swaps` remembers the flags for the way back.
-
-    A patch calls it before it changes anything, so that one that cannot join those on the model leaves no trace.
-    """
+    """Freeze each parameter that no patch put there; `swaps` remembers the flags for the way back. Call it before any change."""
     if why := getattr(model, ALONE, ""):
         raise BadInput("apply a second trained patch", why, "Keep one of the two")
     keep_trainable_layout(model, swaps)
@@ -201,13 +196,6 @@ def freeze_base(model: nn.Module, swaps: Swaps) -> None:
     for parameter in model.parameters():
         if id(parameter) not in ours and parameter.requires_grad:
             swaps.set_requires_grad(parameter, False)
-
-
-def stand_alone(model: nn.Module, swaps: Swaps, patch: Patch) -> None:
-    """For a patch that composes with no other (`alone` says why): refuse a patched model, and mark this one."""
-    if getattr(model, ALONE, "") or any(is_patch(module) for module in model.modules()):
-        raise BadInput(f"apply {type(patch).__name__} to a patched model", patch.alone, "Keep one of the two")
-    swaps.set_attribute(model, ALONE, patch.alone)
 
 
 def own_parameters(layer: nn.Module) -> Iterable[nn.Parameter]:

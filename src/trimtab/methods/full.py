@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..contracts import Patch, Place, Portable, Surgery, stand_alone
+from ..contracts import Patch, Place, Portable, Surgery
 from ..errors import BadInput
-from ..model.surgery import Swaps
+from ..model.surgery import Swaps, stand_alone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "keep": None}
 
@@ -43,7 +43,7 @@ class Full(Patch):
             raise BadInput(f'full: dtype: "{self.dtype}"', "no such precision here", f"Say {', '.join(DTYPES)}")
         chosen = self._chosen(model)
         surgery = FullSurgery(self, model)
-        stand_alone(model, surgery.swaps, self)
+        stand_alone(model, surgery.swaps, self.alone)
         for parameter in model.parameters():
             surgery.swaps.set_requires_grad(parameter, False)
         for name, parameter in chosen.items():

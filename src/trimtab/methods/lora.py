@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -163,15 +163,23 @@ class LoraSurgery(Surgery):
             if not key.startswith("base_layer.")
         }
 
+    def adapter_config(self) -> dict[str, Any]:
+        """What peft writes into adapter_config.json."""
+        config = self._config().to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+    def _config(self) -> LoraConfig:
+        config = copy.deepcopy(self.model.peft_config[ADAPTER])
+        config.inference_mode = True
+        config.base_model_name_or_path = self.model.config.name_or_path or None
+        return config
+
     def portable(self) -> Portable:
         """As peft saves it. PiSSA and OLoRA are made again from the same base when it is loaded."""
         if self.patch.init.startswith("pissa_niter"):
             raise BadInput("export lora to peft", "its start was random and peft cannot repeat it", "Export merged")
-        config = copy.deepcopy(self.model.peft_config[ADAPTER])
-        config.inference_mode = True
-        config.base_model_name_or_path = self.model.config.name_or_path or None
         tensors = {f"base_model.model.{name}": tensor.detach() for name, tensor in self.own_tensors().items()}
-        return Portable(config, tensors)
+        return Portable(self._config(), tensors)
 
 
 def _dense(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
