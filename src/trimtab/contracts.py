@@ -188,7 +188,7 @@ class LinearPatch(Patch):
 
 
 def freeze_base(model: nn.Module, swaps: Swaps) -> None:
-    """Freeze each parameter that no patch put there; `swaps` remembers the flags for the way back. Call it before any change."""
+    """Freeze what no patch put there, before any other change; `swaps` remembers the flags for the way back."""
     if why := getattr(model, ALONE, ""):
         raise BadInput("apply a second trained patch", why, "Keep one of the two")
     keep_trainable_layout(model, swaps)
