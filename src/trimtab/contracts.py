@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 
 from .errors import BadInput
 from .model import anatomy
-from .model.surgery import Swaps
+from .model.packing import keep_trainable_layout
+from .model.surgery import ALONE, Swaps, is_patch
+from .model.surgery import ModulePatch as ModulePatch
 
 
 class When(enum.Enum):
@@ -100,7 +102,9 @@ class Surgery(ABC):
     def merge(self) -> None:
         """Write the change into the base weights and take the patch out: a plain transformers model remains."""
         raise BadInput(
-            f"merge {type(self.patch).__name__}", "it depends on its input, so no weight can hold it", "Keep the adapter"
+            f"merge {type(self.patch).__name__}",
+            "it depends on its input, so no weight can hold it",
+            "Keep the adapter",
         )
 
     def adapter_config(self) -> dict[str, Any]:
@@ -113,16 +117,16 @@ class Surgery(ABC):
             f"export {type(self.patch).__name__} to peft", "no tuner of peft computes it", "Run it through trimtab"
         )
 
-    def before_step(self, step: int) -> None:
-        """Called by the engine before optimiser step `step` (0, 1, ...), for methods whose parts change on a schedule."""
+    def before_step(self, step: int) -> None:  # noqa: B027
+        """Called by the engine before optimiser step `step` (0, 1, ...), for parts that change on a schedule."""
 
-    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
         """Called by the engine after optimiser step `step`, while the gradients are still there."""
 
 
 @dataclass(frozen=True)
 class Patch(ABC):
-    """A reversible change to a model. Its dataclass fields *are* its configuration: YAML and CLI keys come from them."""
+    """A reversible change to a model. Its dataclass fields *are* its configuration: YAML and CLI keys are theirs."""
 
     paper: ClassVar[str] = ""  # arXiv id
     when: ClassVar[When] = When.TRAIN
@@ -134,10 +138,6 @@ class Patch(ABC):
 
     def config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-class ModulePatch(nn.Module):
-    """Marks a module that a patch put into a model: its parameters are the patch's own, never frozen as base."""
 
 
 class LinearSurgery(Surgery):
@@ -195,16 +195,20 @@ class LinearPatch(Patch):
 
 
 def freeze_base(model: nn.Module, swaps: Swaps) -> None:
-    """Freeze each parameter that no patch put there; `swaps` remembers the flags for the way back."""
-    ours = {id(p) for module in model.modules() if isinstance(module, ModulePatch) for p in own_parameters(module)}
+    """Freeze what no patch put there, before any other change; `swaps` remembers the flags for the way back."""
+    if why := getattr(model, ALONE, ""):
+        raise BadInput("apply a second trained patch", why, "Keep one of the two")
+    keep_trainable_layout(model, swaps)
+    ours = {id(p) for module in model.modules() if is_patch(module) for p in own_parameters(module)}
     for parameter in model.parameters():
         if id(parameter) not in ours and parameter.requires_grad:
             swaps.set_requires_grad(parameter, False)
 
 
 def own_parameters(layer: nn.Module) -> Iterable[nn.Parameter]:
-    """The parameters of a wrapper without those of the module it wraps (its `base`)."""
-    base = {id(p) for p in layer.base.parameters()} if isinstance(getattr(layer, "base", None), nn.Module) else set()
+    """The parameters of a wrapper without those of the module it wraps (its `base`; `base_layer` in peft)."""
+    wrapped = (getattr(layer, name, None) for name in ("base", "base_layer"))
+    base = {id(p) for module in wrapped if isinstance(module, nn.Module) for p in module.parameters()}
     return (p for p in layer.parameters() if id(p) not in base)
 
 
@@ -241,4 +245,3 @@ class Stepper(ABC):
 
     @abstractmethod
     def step(self, losses: Iterable[Callable[[], Tensor]]) -> float: ...
-

@@ -1,4 +1,4 @@
-"""The table of methods. It imports none of them: the README's table, the CLI's help and the law tests come from here."""
+"""The table of methods. It imports none of them: README, the CLI's help and the law tests come from here."""
 
 from __future__ import annotations
 

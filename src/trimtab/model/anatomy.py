@@ -7,19 +7,22 @@ block) and by the few leaf names that families share (q_proj, query, gate_proj, 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import BadInput
+from .surgery import is_patch
 
 # Leaf names of linears that read the same input tensor, family by family.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q", "k", "v"),
                  ("w1", "w3"))  # fmt: skip
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module | None) -> bool:
     """nn.Linear and its quantised kin (bitsandbytes' Linear4bit and Linear8bitLt are subclasses)."""
     return isinstance(module, nn.Linear)
 
@@ -73,16 +76,15 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def target_linears(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]:
     """Path -> linear for each linear inside the blocks that `targets` names (the head and the pooler are not)."""
     prefix = blocks(model)[0] + "."
-    inside = {n: m for n, m in model.named_modules() if n.startswith(prefix) and is_linear(m)}
-    if targets == "all-linear":
-        return inside
-    endings = tuple(part.strip() for part in targets.split(","))
-    chosen = {n: m for n, m in inside.items() if n.rpartition(".")[2] in endings or n.endswith(tuple("." + e for e in endings))}
-    if not chosen:
-        try:
-            chosen = {n: m for n, m in inside.items() if re.search(targets, n)}
-        except re.error:
-            chosen = {}
+    inside, patched = {}, []
+    for name, module in model.named_modules():
+        if not name.startswith(prefix) or name.startswith(tuple(f"{path}." for path in patched)):
+            continue
+        if is_patch(module):
+            patched.append(name)
+        if is_linear(module) or (is_patch(module) and _wraps_linear(module)):
+            inside[name] = module
+    chosen = _chosen(list(inside), targets)
     if not chosen:
         leaves = sorted({n.rpartition(".")[2] for n in inside})
         raise BadInput(
@@ -90,7 +92,30 @@ def target_linears(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]
             f"no linear of {type(model).__name__} has such a name; there are {', '.join(leaves)}",
             'Say "all-linear", or name some of these',
         )
-    return chosen
+    if taken := [name for name in chosen if name in patched]:
+        raise BadInput(
+            f'targets: "{targets}"',
+            f"{len(taken)} of these linears are patched already, {taken[0]} among them",
+            "Give each patch linears of its own",
+        )
+    return {name: inside[name] for name in chosen}
+
+
+def _chosen(names: list[str], targets: str) -> list[str]:
+    """Which of `names` are meant: by ending first, by regex where no ending fits."""
+    if targets == "all-linear":
+        return names
+    endings = tuple("." + part.strip() for part in targets.split(","))
+    if chosen := [name for name in names if name.endswith(endings)]:
+        return chosen
+    try:
+        return [name for name in names if re.search(targets, name)]
+    except re.error:
+        return []
+
+
+def _wraps_linear(module: nn.Module) -> bool:
+    return any(is_linear(getattr(module, name, None)) for name in ("base", "base_layer"))
 
 
 def shared_input_groups(names: list[str]) -> list[list[str]]:
@@ -105,26 +130,45 @@ def shared_input_groups(names: list[str]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Ffn:
-    """One block's feed-forward network: `entry` sees its input first, `exit` gives its output (often one module)."""
+    """One block's feed-forward network: the module that a companion network lives in, and what width it has."""
 
     name: str
-    entry: nn.Module
-    exit: nn.Module
+    host: nn.Module  # the whole FFN, or, in BERT-type blocks, the module that adds the FFN's output to its input
+    whole: bool
     width: int  # hidden size, in and out
+
+    def beside(self, add: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        """From now on `add(h, y)` stands where `y` stood: h (..., width) is the FFN's input, y what to add to.
+
+        Returns the hook's handle. A whole FFN gives its own output as y; a BERT-type block its residual (which is h).
+        Neither keeps a tensor after the forward pass, and no linear is hooked, so other patches may replace those.
+        """
+        if self.whole:
+
+            def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+                h = args[0] if args else next(iter(kwargs.values()))
+                return (add(h, output[0]), *output[1:]) if isinstance(output, tuple) else add(h, output)
+
+            return self.host.register_forward_hook(after, with_kwargs=True)
+
+        def before(module: nn.Module, args: tuple) -> tuple:
+            inner, h = args
+            return inner, add(h, h)
+
+        return self.host.register_forward_pre_hook(before)
 
 
 def ffns(model: PreTrainedModel) -> list[Ffn]:
-    """Each block's FFN. `mlp`-type modules hold it whole; BERT-type blocks have `intermediate` and `output.dense`."""
+    """Each block's FFN. `mlp`-type modules hold it whole; BERT-type blocks have `intermediate` and `output`."""
     path, stack = blocks(model)
     hidden = model.config.get_text_config().hidden_size
     found = []
     for index, block in enumerate(stack):
         whole = next((leaf for leaf in ("mlp", "feed_forward", "ffn") if hasattr(block, leaf)), None)
         if whole:
-            module = getattr(block, whole)
-            found.append(Ffn(f"{path}.{index}.{whole}", module, module, hidden))
+            found.append(Ffn(f"{path}.{index}.{whole}", getattr(block, whole), True, hidden))
         elif hasattr(block, "intermediate") and hasattr(getattr(block, "output", None), "dense"):
-            found.append(Ffn(f"{path}.{index}.output.dense", block.intermediate, block.output.dense, hidden))
+            found.append(Ffn(f"{path}.{index}.output", block.output, False, hidden))
         else:
             raise BadInput(
                 f"find the FFN of {type(block).__name__}",

@@ -11,6 +11,19 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import BadInput
+
+PATCH_MARK = "trimtab_patch"  # set on a foreign module (a layer of peft) that one of our patches put into a model
+ALONE = "trimtab_alone"  # set on a model whose patch composes with no other: why
+
+
+class ModulePatch(nn.Module):
+    """Marks a module that a patch put into a model: its parameters are the patch's own, never frozen as base."""
+
+
+def is_patch(module: nn.Module) -> bool:
+    return isinstance(module, ModulePatch) or getattr(module, PATCH_MARK, False)
+
 
 class Swaps:
     """What was changed in one model, and how to undo it."""
@@ -51,6 +64,13 @@ class Swaps:
         """Take every change back, newest first. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
+
+
+def stand_alone(model: nn.Module, swaps: Swaps, why: str) -> None:
+    """For a patch that composes with no other: refuse a patched model, and mark this one until the way back."""
+    if getattr(model, ALONE, "") or any(is_patch(module) for module in model.modules()):
+        raise BadInput("apply it to a patched model", why, "Keep one of the two patches")
+    swaps.set_attribute(model, ALONE, why)
 
 
 def _put(parent: nn.Module, leaf: str, module: nn.Module) -> None:

@@ -1,0 +1,134 @@
+"""Full fine-tuning: every weight is trained. The baseline of all the others, and the costliest.
+
+A copy is trained, the original tensors are kept for the way back. Where the base is mapped from its file (the usual
+case on CPU) the originals cost no fast memory; where it is not, they cost what the base costs.
+
+By default the copy is fp32. bf16 has 8 significant bits: a step smaller than 1/512 of a weight is rounded away, and at
+a learning rate of 1e-5 most of AdamW's steps are. `dtype: bf16` halves weights, gradients and Adam's state at that
+price. With fp32 weights, bf16 autocast (`training: {bf16: true}`) keeps the products fast.
+
+`train` restricts training to the parameters whose path the regex matches ("norm"). Where these are then wider than the
+frozen rest, their modules compute in fp32 and hand on the dtype that the base would.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..contracts import Patch, Place, Portable, Surgery
+from ..errors import BadInput
+from ..model.surgery import Swaps, stand_alone
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "keep": None}
+
+
+@dataclass(frozen=True)
+class Full(Patch):
+    """All weights, or those that `train` names, are trained in place."""
+
+    trains_base: ClassVar[bool] = True
+    alone: ClassVar[str] = "full fine-tuning moves the base weights, which every other trained patch holds still"
+
+    dtype: Literal["fp32", "bf16", "keep"] = "fp32"  # of the weights while they are trained; bf16 loses small updates
+    train: str = "all"  # "all", or a regex on parameter paths
+
+    def apply(self, model: PreTrainedModel, place: Place) -> FullSurgery:
+        if self.dtype not in DTYPES:
+            raise BadInput(f'full: dtype: "{self.dtype}"', "no such precision here", f"Say {', '.join(DTYPES)}")
+        chosen = self._chosen(model)
+        surgery = FullSurgery(self, model)
+        stand_alone(model, surgery.swaps, self.alone)
+        for parameter in model.parameters():
+            surgery.swaps.set_requires_grad(parameter, False)
+        for name, parameter in chosen.items():
+            surgery.train(name, parameter, DTYPES[self.dtype] or parameter.dtype)
+        surgery.bridge()
+        return surgery
+
+    def _chosen(self, model: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """Path -> parameter of those to train; a tied one once, under its first path."""
+        try:
+            wanted = {n for n, _ in model.named_parameters() if self.train == "all" or re.search(self.train, n)}
+        except re.error as error:
+            raise BadInput(f'full: train: "{self.train}"', f"not a regex ({error})", 'Say "all"') from None
+        chosen = {name: p for name, p in model.named_parameters() if name in wanted}
+        if not chosen:
+            raise BadInput(f'full: train: "{self.train}"', "no parameter has such a path", 'Say "all", or "norm"')
+        if quantised := [name for name, p in chosen.items() if not p.is_floating_point()]:
+            raise BadInput(
+                f"full fine-tuning of {len(quantised)} quantised weights",
+                f"{quantised[0]} is stored in {chosen[quantised[0]].dtype}, and its values cannot move by small steps",
+                "Load the base in bf16, or train an adapter (lora, paca) on it",
+            )
+        return chosen
+
+
+class FullSurgery(Surgery):
+    def __init__(self, patch: Full, model: PreTrainedModel):
+        self.patch, self.model = patch, model
+        self.swaps = Swaps(model)
+        self.trained: dict[str, nn.Parameter] = {}
+        self.originals: dict[str, Tensor] = {}
+
+    def train(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+        """Give `parameter` a copy of its values in `dtype`. The object stays the same, and so do all its ties."""
+        original = parameter.data
+        parameter.data = original.to(dtype, copy=True)
+        self.trained[name], self.originals[name] = parameter, original
+        self.swaps.on_undo(lambda: _put_back(parameter, original))
+        self.swaps.set_requires_grad(parameter, True)
+
+    def bridge(self) -> None:
+        """Cast around each module whose trained weights are of another dtype than the frozen rest of the model."""
+        trained = {id(parameter): self.originals[name].dtype for name, parameter in self.trained.items()}
+        rest = {p.dtype for p in self.model.parameters() if id(p) not in trained and p.is_floating_point()}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                before = trained.get(id(parameter), parameter.dtype)
+                if rest and before != parameter.dtype:
+                    self.swaps.hook(module.register_forward_pre_hook(_Cast(parameter.dtype).inputs))
+                    self.swaps.hook(module.register_forward_hook(_Cast(before).output))
+                    break
+
+    def revert(self) -> None:
+        self.swaps.undo()
+
+    def merge(self) -> None:
+        """Keep the trained values, in the base's own dtype; the model stays as it was otherwise."""
+        values = {name: p.data.to(self.originals[name].dtype) for name, p in self.trained.items()}
+        self.swaps.undo()
+        for name, parameter in self.trained.items():
+            parameter.data = values[name]
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        return dict(self.trained)
+
+    def portable(self) -> Portable:
+        raise BadInput("export full to peft", "its weights are the model", "Export merged: it is a plain model folder")
+
+
+class _Cast:
+    """Hooks that cast the floating tensors which a module is handed, or hands on."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def _to(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def inputs(self, module: nn.Module, args: tuple) -> tuple:
+        return tuple(self._to(value) for value in args)
+
+    def output(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return tuple(self._to(value) for value in output) if isinstance(output, tuple) else self._to(output)
+
+
+def _put_back(parameter: nn.Parameter, original: Tensor) -> None:
+    parameter.grad = None
+    parameter.data = original

@@ -1,0 +1,198 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models. Hu, Shen, Wallis, Allen-Zhu et al., arXiv 2106.09685.
+
+    h = W_0 x + (alpha / r) B A x      (equation 3, section 4.1; rslora: alpha / sqrt(r), arXiv 2312.03732)
+
+    W_0: the frozen weight   A: `lora_A`, (r, in)   B: `lora_B`, (out, r), zero at the start   alpha: `alpha`
+
+Nothing of it is computed here: `peft` puts its layers into the model, in place and without a wrapper around it, so it
+remains an ordinary transformers model. On a 4- or 8-bit base this is QLoRA (2305.14314); with `dora` the weight's norm
+is trained apart from its direction (2402.09353).
+
+What is ours: the way back (module by module, and the weights that PiSSA and OLoRA change), random numbers that leave
+the global generator alone, and files in PEFT's layout.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..contracts import Patch, Place, Portable, Surgery, freeze_base
+from ..errors import BadInput
+from ..model import anatomy
+from ..model.surgery import PATCH_MARK, Swaps
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ADAPTER = "default"  # peft's name for the one adapter of a model
+INITS = ("default", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
+
+
+@dataclass(frozen=True)
+class LoRA(Patch):
+    """Low-rank adapters beside the targeted linears, computed by peft."""
+
+    paper: ClassVar[str] = "2106.09685"
+
+    r: int = 8
+    alpha: float | None = None  # None: 2 r
+    dropout: float = 0.0
+    targets: str = "all-linear"  # "all-linear", a comma list of name endings ("q_proj,v_proj"), or a regex on the path
+    dora: bool = False
+    rslora: bool = False
+    init: str = "default"  # one of INITS, as peft's init_lora_weights has them ("default" is its True)
+    seed: int = 0
+
+    def apply(self, model: PreTrainedModel, place: Place) -> LoraSurgery:
+        from peft import inject_adapter_in_model
+        from peft.tuners.tuners_utils import cast_adapter_dtype
+
+        if hasattr(model, "peft_config"):
+            raise BadInput("apply lora", "the model already has an adapter of peft", "Merge or unload that one first")
+        targets = anatomy.target_linears(model, self.targets)
+        self._check(targets)
+        config = self.peft_config(list(targets))
+        surgery = LoraSurgery(self, model)
+        freeze_base(model, surgery.swaps)
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        surgery.keep(targets, changed=self._moves_base)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                inject_adapter_in_model(config, model, ADAPTER)
+            cast_adapter_dtype(model, ADAPTER)  # A and B in fp32
+        except (ValueError, TypeError) as error:
+            surgery.swaps.undo()
+            raise BadInput("apply lora", f"peft refuses ({error})".rstrip("."), "Change the patch's fields") from None
+        for parameter, flag in flags:  # peft froze the other patches' parameters too
+            parameter.requires_grad_(flag)
+        surgery.adopt(targets)
+        return surgery
+
+    def peft_config(self, names: list[str]) -> LoraConfig:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=2 * self.r if self.alpha is None else self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=names,
+            use_dora=self.dora,
+            use_rslora=self.rslora,
+            init_lora_weights=True if self.init == "default" else self.init,
+        )
+
+    @property
+    def _moves_base(self) -> bool:
+        """PiSSA and OLoRA take from the weight what they put into the adapter."""
+        return self.init.startswith(("pissa", "olora"))
+
+    def _check(self, targets: dict[str, nn.Module]) -> None:
+        if self.r < 1:
+            raise BadInput(f"lora: r: {self.r}", "a rank is at least 1", "Say r: 8")
+        if self.init not in INITS and not self.init.startswith("pissa_niter_"):
+            raise BadInput(f'lora: init: "{self.init}"', "no such start here", f"Say one of {', '.join(INITS)}")
+        int8 = [w for w in (t.weight for t in targets.values()) if type(w).__name__ == "Int8Params"]
+        if self.dora and any(weight.device.type == "cpu" for weight in int8):
+            raise BadInput(
+                "lora: dora on an 8-bit base", "peft loses its scales on a CPU", "Load the base in nf4 or bf16"
+            )
+        if self._moves_base and any(not linear.weight.is_floating_point() for linear in targets.values()):
+            raise BadInput(f'lora: init: "{self.init}"', "the base is quantised", 'Say init: "default"')
+
+
+class LoraSurgery(Surgery):
+    def __init__(self, patch: LoRA, model: PreTrainedModel):
+        self.patch, self.model = patch, model
+        self.swaps = Swaps(model)
+        self.layers: dict[str, nn.Module] = {}  # path -> peft's layer
+
+    def keep(self, targets: dict[str, nn.Module], changed: bool) -> None:
+        """Before peft comes: remember each linear, and its values where peft will write new ones."""
+        self.swaps.on_undo(lambda: vars(self.model).pop("peft_config", None))
+        for name, linear in targets.items():
+            self.swaps.on_undo(lambda name=name, linear=linear: self._put_back(name, linear))
+            if changed:
+                original = linear.weight.data
+                linear.weight.data = original.clone()
+                self.swaps.on_undo(lambda linear=linear, original=original: setattr(linear.weight, "data", original))
+
+    def adopt(self, targets: dict[str, nn.Module]) -> None:
+        """After peft: its layers are ours."""
+        for name, linear in targets.items():
+            self.layers[name] = layer = self.model.get_submodule(name).train(linear.training)
+            self.swaps.set_attribute(layer, PATCH_MARK, True)
+
+    def _put_back(self, name: str, linear: nn.Module) -> None:
+        path, _, leaf = name.rpartition(".")
+        linear.train(self.model.get_submodule(name).training)
+        self.model.get_submodule(path)._modules[leaf] = linear
+
+    def revert(self) -> None:
+        self.swaps.undo()
+
+    def merge(self) -> None:
+        """W_0 + (alpha / r) B A, by peft. A 4- or 8-bit linear gives way to a plain one, so nothing is rounded anew."""
+        if broken := [name for name, tensor in self.own_tensors().items() if not tensor.isfinite().all()]:
+            raise BadInput("merge lora", f"{broken[0]} holds NaN or infinity", "Use an earlier checkpoint")
+        merged = {}
+        for name, layer in self.layers.items():
+            if layer.base_layer.weight.is_floating_point():
+                layer.merge()
+                merged[name] = (layer.base_layer, layer.base_layer.weight.data)
+            else:
+                plain = _dense(layer, self.model.dtype)
+                merged[name] = (plain, plain.weight.data)
+        self.swaps.undo()
+        for name, (linear, values) in merged.items():
+            linear.weight.data = values
+            self._put_back(name, linear)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """PEFT's file names without its prefix: `<path>.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector`."""
+        return {
+            f"{name}.{key.replace(f'.{ADAPTER}', '')}".replace("magnitude_vector.weight", "magnitude_vector"): tensor
+            for name, layer in self.layers.items()
+            for key, tensor in layer.state_dict(keep_vars=True).items()
+            if not key.startswith("base_layer.")
+        }
+
+    def adapter_config(self) -> dict[str, Any]:
+        """What peft writes into adapter_config.json."""
+        config = self._config().to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+    def _config(self) -> LoraConfig:
+        config = copy.deepcopy(self.model.peft_config[ADAPTER])
+        config.inference_mode = True
+        config.base_model_name_or_path = self.model.config.name_or_path or None
+        return config
+
+    def portable(self) -> Portable:
+        """As peft saves it. PiSSA and OLoRA are made again from the same base when it is loaded."""
+        if self.patch.init.startswith("pissa_niter"):
+            raise BadInput("export lora to peft", "its start was random and peft cannot repeat it", "Export merged")
+        tensors = {f"base_model.model.{name}": tensor.detach() for name, tensor in self.own_tensors().items()}
+        return Portable(self._config(), tensors)
+
+
+def _dense(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """A plain linear with the de-quantised weight of peft's `layer` and its adapter."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    base, variant = layer.base_layer, layer.lora_variant.get(ADAPTER)
+    weight_OI = dequantize_module_weight(base).float()
+    if variant is None:
+        weight_OI = weight_OI + layer.get_delta_weight(ADAPTER).float()
+    else:
+        weight_OI = variant.merge_safe(layer, ADAPTER, weight_OI)
+    plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(weight_OI.detach().to(dtype), requires_grad=False)
+    plain.bias = base.bias
+    return plain

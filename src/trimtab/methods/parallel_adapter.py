@@ -1,0 +1,133 @@
+"""Parallel Adapter. Towards a Unified View of Parameter-Efficient Transfer Learning (He et al., arXiv 2110.04366).
+
+A second, wide, two-layer ReLU network stands beside each frozen FFN and reads the same input. Column i of W_A is a
+*key*, row i of W_B its *value*: a pair that fires adds its value to the FFN's output. MEFT (2406.04984) keeps most of
+these pairs in slow memory; this is its dense twin and baseline.
+
+    FFN'(h) = FFN(h) + s * ReLU(h W_A) W_B        (table 1, "Scaled PA"; s is the paper's scale)
+
+    h: what the FFN reads   W_A: `keys`, transposed   W_B: `values`   s: `scale`   bottleneck: `r`
+
+What differs from the paper, and why:
+- Both matrices are kept by pairs, (r, hidden): one pair is one row, as MEFT's tables need it.
+- No bias terms, keys ~ N(0, 0.02^2) and values 0, after MEFT: the adapter starts as a no-op.
+- Default s = 1 (after MEFT) where the paper settles on 4; r = 512 is the paper's wide setting.
+- In BERT-type blocks the adapter's output joins the residual, so the FFN's dropout does not act on it.
+
+The pass back keeps h, the ReLU's output and nothing else: the mask is where that output is zero. In the model's
+precision (or autocast's) the products are computed, in fp32 the weights and their gradients are held.
+"""
+
+# Shape letters: ... any leading dimensions, T their product (tokens), D hidden size, R pairs.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from ..contracts import ModulePatch, Patch, Place, Surgery, freeze_base
+from ..errors import BadInput
+from ..model import anatomy
+from ..model.surgery import Swaps
+
+NAME = "trimtab_parallel_adapter"
+
+
+@dataclass(frozen=True)
+class ParallelAdapter(Patch):
+    """A dense ReLU network of `r` key-value pairs beside each FFN."""
+
+    paper: ClassVar[str] = "2110.04366"
+
+    r: int = 512  # pairs per layer; the paper's "bottleneck dimension" (512 in table 6, FFN rows)
+    scale: float = 1.0  # s, section 4.6 (4 there)
+    seed: int = 0  # of the keys
+
+    def apply(self, model: PreTrainedModel, place: Place) -> ParallelAdapterSurgery:
+        if self.r < 1:
+            raise BadInput(f"parallel_adapter: r: {self.r}", "a layer needs at least one pair", "Say r: 512")
+        surgery = ParallelAdapterSurgery(self, model)
+        ffns = anatomy.ffns(model)
+        if any(hasattr(ffn.host, NAME) for ffn in ffns):
+            raise BadInput("apply a second parallel_adapter", "the model has one", "Give the first one a larger r")
+        freeze_base(model, surgery.swaps)
+        random = torch.Generator().manual_seed(self.seed)
+        for ffn in ffns:
+            adapter = Adapter(ffn.width, self.r, self.scale, next(ffn.host.parameters()).device, random)
+            surgery.swaps.set_attribute(ffn.host, NAME, adapter)
+            surgery.swaps.hook(ffn.beside(adapter))
+            surgery.adapters[ffn.name] = adapter
+        return surgery
+
+
+class ParallelAdapterSurgery(Surgery):
+    def __init__(self, patch: ParallelAdapter, model: PreTrainedModel):
+        self.patch = patch
+        self.swaps = Swaps(model)
+        self.adapters: dict[str, Adapter] = {}
+
+    def revert(self) -> None:
+        self.swaps.undo()
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        return {f"{name}.{key}": p for name, adapter in self.adapters.items() for key, p in adapter.named_parameters()}
+
+
+class Adapter(ModulePatch):
+    """s * ReLU(h W_A) W_B, added to y. `keys` is W_A transposed and `values` is W_B, both (R, D) in fp32."""
+
+    def __init__(self, width: int, r: int, scale: float, device: torch.device, random: torch.Generator):
+        super().__init__()
+        self.scale = scale
+        keys_RD = torch.empty(r, width, dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")
+        self.keys = nn.Parameter(keys_RD.normal_(0, 0.02, generator=random).to(device))
+        self.values = nn.Parameter(torch.zeros(r, width, dtype=torch.float32, device=device))
+
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        kind = h.device.type
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else h.dtype
+        return _Beside.apply(h, y, self.keys, self.values, self.scale, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.keys.shape[1]} -> {self.keys.shape[0]} -> {self.keys.shape[1]}, scale={self.scale}"
+
+
+class _Beside(torch.autograd.Function):
+    """y + s * ReLU(h W_A) W_B, its products in `dtype`; y and the result keep y's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, y: Tensor, keys_RD: Tensor, values_RD: Tensor, scale: float, dtype: torch.dtype):
+        h_TD = h.reshape(-1, h.shape[-1]).to(dtype)  # where autocast is on, `dtype` is its own: it casts nothing here
+        fired_TR = (h_TD @ keys_RD.to(dtype).T).relu_()
+        y_TD = y.reshape(-1, y.shape[-1])
+        if y.dtype == dtype:
+            out_TD = torch.addmm(y_TD, fired_TR, values_RD.to(dtype), alpha=scale)
+        else:
+            out_TD = y_TD + (fired_TR @ values_RD.to(dtype)).mul_(scale)
+        ctx.save_for_backward(h_TD, fired_TR, keys_RD, values_RD)
+        ctx.scale, ctx.shape, ctx.h_dtype = scale, h.shape, h.dtype
+        return out_TD.view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        h_TD, fired_TR, keys_RD, values_RD = ctx.saved_tensors
+        needs_h, _, needs_keys, needs_values, _, _ = ctx.needs_input_grad
+        dtype = h_TD.dtype
+        grad_h = grad_keys_RD = grad_values_RD = None
+        grad_TD = grad.reshape(-1, grad.shape[-1]).to(dtype)
+        if needs_values:
+            grad_values_RD = (fired_TR.T @ grad_TD).to(values_RD.dtype).mul_(ctx.scale)
+        if needs_keys or needs_h:
+            grad_TR = (grad_TD @ values_RD.to(dtype).T).mul_(fired_TR > 0).mul_(ctx.scale)
+            if needs_keys:
+                grad_keys_RD = (grad_TR.T @ h_TD).to(keys_RD.dtype)
+            if needs_h:
+                grad_h = (grad_TR @ keys_RD.to(dtype)).view(ctx.shape).to(ctx.h_dtype)
+        return grad_h, grad, grad_keys_RD, grad_values_RD, None, None

@@ -1,0 +1,90 @@
+"""Tiny random models, built in memory: one per family, hidden 64, two blocks, 128 words, fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+GQA = {**SMALL, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+ENCODER = {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+
+
+def _builder(family: str, head: str, **config: Any) -> Callable[[int], PreTrainedModel]:
+    def build(seed: int = 0) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        model = getattr(transformers, family + head)(getattr(transformers, family + "Config")(**config))
+        return model.eval()
+
+    return build
+
+
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": _builder("Llama", "ForCausalLM", **GQA, tie_word_embeddings=True),
+    "qwen2": _builder("Qwen2", "ForCausalLM", **GQA),  # biases on q, k and v
+    "gemma2": _builder("Gemma2", "ForCausalLM", **GQA, head_dim=16, sliding_window=8),
+    "mistral": _builder("Mistral", "ForCausalLM", **GQA, sliding_window=8),
+    "bert": _builder("Bert", "ForSequenceClassification", **ENCODER),
+    "mpnet": _builder("MPNet", "ForSequenceClassification", **ENCODER),
+}
+
+
+def tiny_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 10, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Random ids (rows, tokens) with labels of the model's task; the last row is padded."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 128, (rows, tokens), generator=random)
+    mask = torch.ones_like(ids)
+    mask[-1, tokens - 3 :] = 0
+    if "SequenceClassification" in type(model).__name__:
+        labels = torch.randint(0, model.config.num_labels, (rows,), generator=random)
+    else:
+        labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The model's outputs at the positions that count, without gradients."""
+    with torch.no_grad():
+        out = model(**batch).logits
+    return out[batch["attention_mask"] == 1] if out.dim() == 3 else out
+
+
+def quantise(model: PreTrainedModel, kind: str = "nf4", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The linears of the blocks in bitsandbytes' 4- or 8-bit form, on the CPU."""
+    import bitsandbytes as bnb
+
+    from trimtab.model import anatomy
+
+    for name, linear in anatomy.target_linears(model, "all-linear").items():
+        path, _, leaf = name.rpartition(".")
+        sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+        if kind == "nf4":
+            new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        new.load_state_dict(linear.state_dict())
+        new.requires_grad_(False)
+        setattr(model.get_submodule(path), leaf, new.to("cpu"))
+    for module in model.modules():  # bitsandbytes re-packs in eval mode, and rounds: no way back would be exact
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

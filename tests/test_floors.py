@@ -1,0 +1,80 @@
+"""The house's floors: each module imports only from below, methods never know each other, nothing goes in a circle."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import trimtab
+
+ROOT = Path(trimtab.__file__).parent
+FLOORS = (  # from the ground up; a module belongs to the first line that fits
+    r"errors",
+    r"(memory|model)(\..+)?|data\w*|demo",
+    r"contracts",
+    r"methods(\..+)?",
+    r"recipe|adapter|rehearsal|integrations(\..+)?",
+    r"engine\w*",
+    r"doctor|plan|train|evaluate|generate|export|report",
+    r"cli|__main__",
+)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(name: str) -> set[str]:
+    """The modules of trimtab that `name` imports, anywhere in it, also inside functions."""
+    path = FILES[name]
+    package = ["trimtab", *path.relative_to(ROOT).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            below = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {path if path.removeprefix("trimtab.") in FILES else source for path in below}
+    ours = {path.removeprefix("trimtab").removeprefix(".") for path in found if re.match(r"trimtab(\.|$)", path)}
+    return (ours & FILES.keys()) - {name}
+
+
+def floor(name: str) -> int:
+    return next((rank for rank, pattern in enumerate(FLOORS) if re.fullmatch(pattern, name)), -1)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name])
+def test_imports_go_down(name):
+    assert floor(name) >= 0, f"{name} stands on no floor: give it one in FLOORS"
+    for other in imports(name) - {""}:
+        assert floor(other) <= floor(name), f"{name} imports {other}, which stands above it"
+        assert not (name.startswith("methods") and other.startswith("methods")), f"{name} imports {other}"
+
+
+def test_no_circle():
+    TopologicalSorter({name: imports(name) - {""} for name in FILES if name}).prepare()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_stay_small(name):
+    limit = 250 if name == "contracts" else 320 if name.startswith("methods.") else 400
+    assert len(FILES[name].read_text().splitlines()) <= limit
+
+
+def test_importing_trimtab_loads_no_torch():
+    heavy = ("torch", "transformers", "peft", "trl", "datasets")
+    code = f"import sys, trimtab, trimtab.methods; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

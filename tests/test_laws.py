@@ -1,0 +1,353 @@
+"""What holds for every patch in the table, on every family of models (DESIGN 7, promises 1, 2, 4, 6 and 7).
+
+A new patch adds one row to CASES, and all of this is asked of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from conftest import MODELS, logits, quantise, tiny_batch
+from trimtab import methods
+from trimtab.contracts import Place, When
+from trimtab.errors import BadInput
+
+# name -> fields that suit a hidden size of 64. "pair" gives the fields under which a patch shares a model with others.
+CASES = {
+    "paca": {"r": 4},
+    "lora": {"r": 4},
+    "parallel_adapter": {"r": 16},
+    "full": {},
+}
+PAIR = {"paca": {"targets": "q_proj,v_proj"}, "lora": {"targets": "up_proj,down_proj"}}
+UNMERGED = {"parallel_adapter"}  # depends on its input
+UNPORTABLE = {"parallel_adapter", "full"}
+QUANTISED = ("paca", "lora", "parallel_adapter")
+LEARNING_RATE = 2e-2
+PLACE = Place(fast="cpu")
+
+patches = pytest.mark.parametrize("name", CASES)
+families = pytest.mark.parametrize("family", MODELS)
+
+
+def make(name: str, **fields):
+    return methods.find(name)(**{**CASES[name], **fields})
+
+
+def snapshot(model: nn.Module) -> dict:
+    """All that a revert must bring back."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+             "_load_state_dict_pre_hooks", "_state_dict_pre_hooks")  # fmt: skip
+    return {
+        "text": str(model),
+        "modules": [(name, id(module), sorted(vars(module))) for name, module in model.named_modules()],
+        "hooks": sum(len(getattr(module, kind)) for module in model.modules() for kind in hooks),
+        "flags": [(name, p.requires_grad, id(p)) for name, p in model.named_parameters(remove_duplicate=False)],
+    }
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit, dtypes and order included."""
+    return list(left) == list(right) and all(
+        a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip((t.contiguous() for t in left.values()), (t.contiguous() for t in right.values()), strict=True)
+    )
+
+
+def train(model: nn.Module, surgery, steps: int, rate: float = LEARNING_RATE) -> list[float]:
+    batch = tiny_batch(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.01)
+    losses = []
+    for step in range(steps):
+        surgery.before_step(step)
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        surgery.after_step(step, optimizer)
+        losses.append(loss.item())
+    return losses
+
+
+def trained(name: str, family: str, steps: int = 3, **fields):
+    model = MODELS[family]()
+    surgery = make(name, **fields).apply(model, PLACE)
+    train(model, surgery, steps)
+    return model, surgery
+
+
+def test_every_patch_has_a_case():
+    assert set(CASES) == set(methods.names("patch"))
+
+
+@patches
+@families
+def test_apply_changes_nothing_and_revert_leaves_nothing(name, family):
+    model = MODELS[family]()
+    batch, before, weights = tiny_batch(model), snapshot(model), values(model)
+    outputs = logits(model, batch)
+    surgery = make(name).apply(model, PLACE)
+    assert torch.allclose(logits(model, batch), outputs, atol=1e-5), "apply must not change the outputs"
+    if surgery.patch.when is not When.INFER:
+        train(model, surgery, 2)
+        assert not torch.allclose(logits(model, batch), outputs, atol=1e-5), "training must change them"
+    surgery.revert()
+    assert snapshot(model) == before
+    assert same(model.state_dict(), weights)
+    assert torch.equal(logits(model, batch), outputs)
+
+
+@patches
+def test_apply_again_after_a_revert(name):
+    model = MODELS["llama"]()
+    batch, before = tiny_batch(model), snapshot(model)
+    ends = []
+    for _ in range(2):
+        surgery = make(name).apply(model, PLACE)
+        train(model, surgery, 2)
+        ends.append(logits(model, batch))
+        surgery.revert()
+    assert torch.equal(*ends) and snapshot(model) == before
+
+
+@patches
+@families
+def test_frozen_weights_do_not_move_and_the_loss_falls(name, family):
+    model = MODELS[family]()
+    weights = values(model)
+    surgery = make(name).apply(model, PLACE)
+    own = {id(tensor) for tensor in surgery.own_tensors().values()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert trainable and all(id(p) in own for p in trainable), "what is trained is what is saved"
+    frozen = {key: p.detach().clone() for key, p in model.named_parameters() if not p.requires_grad}
+    losses = train(model, surgery, 12)
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(frozen[key], p) for key, p in model.named_parameters() if key in frozen)
+    surgery.revert()
+    assert same(model.state_dict(), weights)
+
+
+@patches
+@families
+def test_own_tensors_carry_a_patch_to_a_fresh_model(name, family):
+    model, surgery = trained(name, family)
+    own = {key: tensor.detach().clone() for key, tensor in surgery.own_tensors().items()}
+    fresh = MODELS[family]()
+    again = make(name).apply(fresh, PLACE)
+    again.load_tensors(own)
+    batch = tiny_batch(model)
+    assert torch.equal(logits(fresh, batch), logits(model, batch))
+    with pytest.raises(BadInput):
+        again.load_tensors(dict(list(own.items())[1:]))
+    with pytest.raises(BadInput):
+        again.load_tensors({key: tensor[..., None] for key, tensor in own.items()})
+
+
+READER = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from trimtab import methods
+from trimtab.contracts import Place
+torch.set_num_threads(1)
+folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+batch, outputs = load_file(folder / "batch.safetensors"), {}
+for name, fields in cases.items():
+    model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    methods.find(name)(**fields).apply(model, Place(fast="cpu")).load_tensors(load_file(folder / f"{name}.safetensors"))
+    with torch.no_grad():
+        outputs[name] = model(**batch).logits[batch["attention_mask"] == 1]
+save_file(outputs, folder / "outputs.safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def read_elsewhere(tmp_path_factory):
+    """Each patch trained and saved here, loaded and run in one fresh process; name -> (outputs here, outputs there)."""
+    from safetensors.torch import load_file
+
+    folder = tmp_path_factory.mktemp("fresh")
+    base = MODELS["llama"]()
+    batch, here = tiny_batch(base), {}
+    base.save_pretrained(folder / "base")
+    save_file(batch, folder / "batch.safetensors")
+    for name in CASES:
+        model, surgery = trained(name, "llama")
+        own = {key: tensor.detach().contiguous() for key, tensor in surgery.own_tensors().items()}
+        save_file(own, folder / f"{name}.safetensors")
+        here[name] = logits(model, batch)
+    subprocess.run([sys.executable, "-c", READER, str(folder), json.dumps(CASES)], check=True)
+    there = load_file(folder / "outputs.safetensors")
+    return {name: (here[name], there[name]) for name in CASES}
+
+
+@patches
+def test_a_fresh_process_loads_it(name, read_elsewhere):
+    here, there = read_elsewhere[name]
+    assert torch.equal(here, there)
+
+
+@patches
+@families
+def test_merged_is_a_plain_model_with_the_same_outputs(name, family, tmp_path):
+    model, surgery = trained(name, family)
+    batch = tiny_batch(model)
+    outputs = logits(model, batch)
+    if name in UNMERGED:
+        with pytest.raises(BadInput):
+            surgery.merge()
+        assert torch.equal(logits(model, batch), outputs), "a refusal must change nothing"
+        return
+    plain = MODELS[family]()
+    surgery.merge()
+    assert str(model) == str(plain) and list(model.state_dict()) == list(plain.state_dict())
+    assert snapshot(model)["hooks"] == snapshot(plain)["hooks"]
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in plain.parameters()]
+    assert torch.allclose(logits(model, batch), outputs, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    auto = AutoModelForCausalLM if "CausalLM" in type(model).__name__ else AutoModelForSequenceClassification
+    assert torch.equal(logits(auto.from_pretrained(tmp_path).eval(), batch), logits(model, batch))
+
+
+@patches
+@families
+def test_portable_loads_in_stock_peft(name, family, tmp_path):
+    model, surgery = trained(name, family)
+    if name in UNPORTABLE:
+        with pytest.raises(BadInput):
+            surgery.portable()
+        return
+    from peft import PeftModel
+
+    portable = surgery.portable()
+    portable.config.save_pretrained(tmp_path)
+    tensors = {key: tensor.contiguous() for key, tensor in portable.tensors.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    stock = PeftModel.from_pretrained(MODELS[family](), tmp_path).eval()
+    batch = tiny_batch(model)
+    assert torch.allclose(logits(stock, batch), logits(model, batch), atol=1e-5)
+
+
+@patches
+def test_the_same_seed_gives_the_same_numbers_and_leaves_the_global_generator(name):
+    state = torch.get_rng_state()
+    model = MODELS["llama"]()
+    torch.set_rng_state(state)
+    first = {key: t.detach().clone() for key, t in make(name).apply(model, PLACE).own_tensors().items()}
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1234)
+    second = make(name).apply(MODELS["llama"](), PLACE).own_tensors()
+    assert same(first, {key: t.detach() for key, t in second.items()})
+    left, right = (trained(name, "qwen2", steps=4)[0] for _ in range(2))
+    assert same(left.state_dict(), right.state_dict())
+
+
+@pytest.mark.parametrize("first,second", itertools.permutations(CASES, 2))
+def test_each_pair_composes_or_is_refused(first, second):
+    model = MODELS["llama"]()
+    batch, before, weights = tiny_batch(model), snapshot(model), values(model)
+    outputs = logits(model, batch)
+    one, two = (make(name, **PAIR.get(name, {})) for name in (first, second))
+    below = one.apply(model, PLACE)
+    if one.alone or two.alone:
+        patched = snapshot(model)
+        with pytest.raises(BadInput):
+            two.apply(model, PLACE)
+        assert snapshot(model) == patched, "a refusal must change nothing"
+    else:
+        above = two.apply(model, PLACE)
+        assert torch.allclose(logits(model, batch), outputs, atol=1e-5)
+        train(model, above, 1)
+        for surgery in (below, above):
+            own = [t for t in surgery.own_tensors().values() if t.requires_grad]
+            assert own and any(t.grad is not None and t.grad.abs().max() > 0 for t in own), type(surgery).__name__
+        assert {id(p) for p in model.parameters() if p.requires_grad} == {
+            id(t) for surgery in (below, above) for t in surgery.own_tensors().values() if t.requires_grad
+        }
+        above.revert()
+    below.revert()
+    assert snapshot(model) == before and same(model.state_dict(), weights)
+
+
+@pytest.mark.parametrize("first,second", itertools.product(("paca", "lora"), repeat=2))
+def test_one_linear_takes_one_patch(first, second):
+    model = MODELS["llama"]()
+    make(first, targets="q_proj").apply(model, PLACE)
+    patched = snapshot(model)
+    for targets in ("all-linear", "q_proj", "k_proj,q_proj", r"self_attn\.q"):
+        with pytest.raises(BadInput):
+            make(second, targets=targets).apply(model, PLACE)
+    assert snapshot(model) == patched
+
+
+def gradients(model: nn.Module, surgery, batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {k: t.grad.clone() for k, t in surgery.own_tensors().items() if t.requires_grad and t.grad is not None}
+
+
+@patches
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bert"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(name, family, reentrant):
+    model, surgery = trained(name, family, steps=1)
+    batch = tiny_batch(model)
+    model.train()
+    plain = gradients(model, surgery, batch)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    again = gradients(model, surgery, batch)
+    assert plain.keys() == again.keys() and plain
+    assert all(torch.allclose(plain[key], again[key], atol=1e-6) for key in plain)
+
+
+@patches
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bert"])
+def test_gradients_equal_finite_differences(name, family):
+    """Along each tensor's own gradient the loss must climb at the rate |gradient|, whatever the formula."""
+    model, surgery = trained(name, family, steps=2)
+    model.double()
+    batch = tiny_batch(model)
+    own = surgery.own_tensors()
+    for key, gradient in gradients(model, surgery, batch).items():
+        if (length := gradient.norm().double().item()) < 1e-3:
+            continue
+        climb = []
+        for step in (1e-3, -1e-3):
+            moved = copy.deepcopy(own[key].detach())
+            with torch.no_grad():
+                own[key].add_(gradient / length, alpha=step)
+                climb.append(model(**batch).loss.item())
+                own[key].copy_(moved)
+        assert (climb[0] - climb[1]) / 2e-3 == pytest.approx(length, rel=1e-2, abs=2e-4), key
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_on_a_quantised_base(name, kind):
+    model = quantise(MODELS["llama"](), kind)
+    batch, before, weights = tiny_batch(model), snapshot(model), values(model)
+    outputs = logits(model, batch)
+    surgery = make(name).apply(model, PLACE)
+    assert torch.allclose(logits(model, batch), outputs, atol=0.1 if (name, kind) == ("paca", "int8") else 1e-4)
+    losses = train(model, surgery, 8)
+    assert losses[-1] < 0.9 * losses[0]
+    surgery.revert()
+    assert same(model.state_dict(), weights)
+    assert snapshot(model) == before
+    assert torch.equal(logits(model, batch), outputs)
