@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from . import __version__, methods
 from .contracts import Place, Surgery
 from .errors import BadInput
-from .recipe import _build
+from .recipe import build
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
 PREFIX = "base_model.model."
@@ -56,12 +56,14 @@ def save_adapter(folder: str | Path, surgeries: Sequence[Surgery], base: Base) -
         os.replace(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise BadInput(f"write the adapter to {folder}", error.strerror or str(error), "Free some space and resume") from error
+        raise BadInput(
+            f"write the adapter to {folder}", error.strerror or str(error), "Free some space and resume"
+        ) from error
     return folder
 
 
 def write_adapter(folder: Path, surgeries: Sequence[Surgery], base: Base) -> None:
-    """Write into `folder` in place (a checkpoint calls this inside a folder that is itself made whole or not at all)."""
+    """Write into `folder` in place (a checkpoint calls this in a folder that is itself made whole or not at all)."""
     folder.mkdir(parents=True, exist_ok=True)
     if len(surgeries) == 1:
         _write_one(folder, surgeries[0], base)
@@ -93,9 +95,19 @@ def _card(name: str, surgery: Surgery, base: Base, tensors: dict[str, Tensor]) -
     row = methods.TABLE[name]
     fields = "\n".join(f"- {key}: {value}" for key, value in surgery.patch.config().items())
     tag = base.name if "/" in base.name and not Path(base.name).exists() else ""
-    front = ["---", *([f"base_model: {tag}"] if tag else []), "library_name: peft", "tags:", "- trimtab", f"- {name}", "---"]
+    front = [
+        "---",
+        *([f"base_model: {tag}"] if tag else []),
+        "library_name: peft",
+        "tags:",
+        "- trimtab",
+        f"- {name}",
+        "---",
+    ]
     paper = f" (arXiv {row.paper})" if row.paper else ""
-    return "\n".join(front) + f"""
+    return (
+        "\n".join(front)
+        + f"""
 
 # A {row.title} adapter for {base.name}
 
@@ -105,6 +117,7 @@ def _card(name: str, surgery: Surgery, base: Base, tensors: dict[str, Tensor]) -
 
 Load it with `trimtab.load_adapter(model, folder)`, or turn it into other forms with `trimtab export`.
 """
+    )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -134,7 +147,9 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     return {**meta, "base": base}
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, place: Place | None = None, hash_of_base: str | None = None) -> list[Surgery]:
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, place: Place | None = None, hash_of_base: str | None = None
+) -> list[Surgery]:
     """Apply the adapter's patches to `model` and load their tensors; returns the surgeries, in order.
 
     The base must be the one the adapter was made with: its hash is compared (`hash_of_base`: the model's, if known).
@@ -171,7 +186,7 @@ def _parts(folder: Path, meta: dict[str, Any]) -> list[Path]:
 
 def _load_one(model: PreTrainedModel, folder: Path, place: Place) -> Surgery:
     meta = read_meta(folder)
-    patch = _build(methods.find(meta["patch"]), meta.get("config", {}), f"adapter {folder}")
+    patch = build(methods.find(meta["patch"]), meta.get("config", {}), f"adapter {folder}")
     tensors = read_tensors(folder)
     surgery = patch.apply(model, place)
     try:
@@ -187,7 +202,9 @@ def load_into(surgeries: Sequence[Surgery], folder: str | Path) -> None:
     folder = Path(folder)
     parts = _parts(folder, read_meta(folder))
     if len(parts) != len(surgeries):
-        raise BadInput(f"resume from {folder}", f"it holds {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same")
+        raise BadInput(
+            f"resume from {folder}", f"it holds {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same"
+        )
     for surgery, part in zip(surgeries, parts, strict=True):
         surgery.load_tensors(read_tensors(part))
 

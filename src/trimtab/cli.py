@@ -22,6 +22,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and the result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="Another adapter folder than the run's own.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Ask this; may be given several times.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="A generation setting, e.g. temperature=0.7.")]
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base model, without the adapter.")]
 
 
@@ -88,20 +90,20 @@ def eval_(
 @app.command()
 def generate(
     recipe: RecipeArg, overrides: Overrides = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Ask this; may be given several times.")] = None,
+    prompt: Prompts = None,
     adapter: Adapter = None, base: BaseOnly = False,
     raw: Annotated[bool, typer.Option("--raw", help="Do not use the chat template.")] = False,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A generation setting, e.g. temperature=0.7.")] = None,
+    setting: Settings = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Answer prompts, or chat in the terminal when none is given."""
-    from .recipe import Recipe, _override
+    from .recipe import Recipe, override
 
     loaded = Recipe.load(recipe, overrides or ())
     _allocator(loaded)
     settings: dict[str, Any] = {}
     for item in setting or ():
-        _override(settings, item)
+        override(settings, item)
     if "temperature" in settings or "top_p" in settings or "top_k" in settings:
         settings.setdefault("do_sample", True)
     from . import generate as verb
@@ -120,8 +122,8 @@ def generate(
 @app.command()
 def export(
     recipe: RecipeArg, overrides: Overrides = None,
-    to: Annotated[str, typer.Option("--to", help="peft: a stock PEFT adapter; merged: a plain transformers folder.")] = "merged",
-    out: Annotated[str | None, typer.Option("--out", help="The folder to write (default: OUTPUT/peft or OUTPUT/merged).")] = None,
+    to: Annotated[str, typer.Option(help="peft: a stock PEFT adapter; merged: a transformers folder.")] = "merged",
+    out: Annotated[str | None, typer.Option(help="The folder to write (default: OUTPUT/TO).")] = None,
     adapter: Adapter = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
 ) -> None:  # fmt: skip

@@ -30,7 +30,10 @@ def evaluate(
     if not recipe.data.test and not tasks:
         raise BadInput("eval", "the recipe names no data.test", "Add data: {test: FILE}, or name --tasks of lm-eval")
     model, tokenizer, _, meta = load_run(recipe, adapter, base_only)
-    result: dict[str, Any] = {"model": recipe.model.name, "adapter": None if base_only else str(adapter or recipe.output)}
+    result: dict[str, Any] = {
+        "model": recipe.model.name,
+        "adapter": None if base_only else str(adapter or recipe.output),
+    }
     if tasks:
         result["metrics"] = harness(model, tokenizer, tasks, limit)
         return result
@@ -42,7 +45,9 @@ def evaluate(
 # --- causal language models ------------------------------------------------------------------------------------------
 
 
-def answer(recipe: Recipe, model: Any, tokenizer: Any, limit: int | None, say: Say = lambda line: None) -> dict[str, Any]:
+def answer(
+    recipe: Recipe, model: Any, tokenizer: Any, limit: int | None, say: Say = lambda line: None
+) -> dict[str, Any]:
     """Loss over the test rows and, where they hold answers, how many questions are answered right by greedy search."""
     from .data import eval_pairs, read_rows
     from .model.sampling import sample
@@ -81,7 +86,9 @@ def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> 
         args.per_device_eval_batch_size = args.per_device_train_batch_size
         dataset = rows.dataset.select(range(size))
         job = Job(objective, stepper, [], Base(recipe.model.name, ""), recipe.data.too_long)
-        trainer = CausalTrainer(job, model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer)
+        trainer = CausalTrainer(
+            job, model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
+        )
         quiet(trainer)
         with prepared(model, objective, recipe):
             found = trainer.evaluate()
@@ -121,7 +128,9 @@ def classify(recipe: Recipe, model: Any, tokenizer: Any, labels: list[str], limi
 
     like = Rows(None, "", labels=labels) if labels else None  # type: ignore[arg-type]
     rows = read_rows(recipe.data, "test", tokenizer, "classification", like=like)
-    dataset, _ = tokenize_classification(rows, tokenizer, recipe.training_values()["max_length"], recipe.data.too_long, "test")
+    dataset, _ = tokenize_classification(
+        rows, tokenizer, recipe.training_values()["max_length"], recipe.data.too_long, "test"
+    )
     size = min(len(dataset), limit or len(dataset))
     collate = DataCollatorWithPadding(tokenizer)
     scores, truth = [], []
@@ -167,7 +176,9 @@ def harness(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None)
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError:
-        raise BadInput(f"tasks {', '.join(tasks)}", "lm-eval is not installed", 'Run: pip install "trimtab[eval]"') from None
+        raise BadInput(
+            f"tasks {', '.join(tasks)}", "lm-eval is not installed", 'Run: pip install "trimtab[eval]"'
+        ) from None
     found = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks), limit=limit)
     return {
         f"{task}/{name.split(',')[0]}": value

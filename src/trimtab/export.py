@@ -46,7 +46,9 @@ def _peft(folder: Path, model: Any, tokenizer: Any, surgeries: list, base: Any) 
     portable.config.inference_mode = True
     portable.config.task_type = portable.config.task_type or "CAUSAL_LM"
     portable.config.save_pretrained(folder)
-    save_file({k: t.contiguous() for k, t in portable.tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(
+        {k: t.contiguous() for k, t in portable.tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
+    )
 
 
 def _merged(folder: Path, model: Any, tokenizer: Any, surgeries: list, base: Any) -> None:
@@ -82,6 +84,8 @@ def _whole(out: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(out, ignore_errors=True)
         os.replace(partial, out)
     except OSError as error:
-        raise BadInput(f"write {out}", error.strerror or str(error), "Free some space, or name another folder") from error
+        raise BadInput(
+            f"write {out}", error.strerror or str(error), "Free some space, or name another folder"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -56,7 +56,9 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
                 input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer,
                 pad_token_id=tokenizer.pad_token_id, **settings,
             )  # fmt: skip
-        turns.append({"role": "assistant", "content": tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)})
+        turns.append(
+            {"role": "assistant", "content": tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)}
+        )
 
 
 def _ask(terminal: bool) -> str | None:

@@ -75,7 +75,12 @@ class Steps(TrainerCallback):
             surgery.before_step(state.global_step)
         if state.global_step == self.first + 1:  # the second step: optimiser state is there, warm-up is over
             held = [*self.model.parameters(), *self.model.buffers()]
-            held += [t for s in (optimizer.state.values() if optimizer else ()) for t in s.values() if hasattr(t, "untyped_storage")]
+            held += [
+                t
+                for s in (optimizer.state.values() if optimizer else ())
+                for t in s.values()
+                if hasattr(t, "untyped_storage")
+            ]
             self.live = LiveTensors(held)
             self.live.__enter__()
         if self.first_step_at is None:
@@ -118,7 +123,13 @@ class Live(TrainerCallback):
         if self.quiet:
             return
         if sys.stderr.isatty():
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
             self.bar = Progress(*columns, console=Console(stderr=True), transient=False)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
@@ -145,7 +156,7 @@ class Live(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C (or SIGTERM): the step is finished, a checkpoint written, and the run ends. A second Ctrl-C ends it at once."""
+    """Ctrl-C (or SIGTERM): the step is finished, a checkpoint written, the run ends. A second one ends it at once."""
 
     def __init__(self, say: Say):
         self.say, self.asked = say, False

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,8 +102,8 @@ class Recipe:
         if (path / "recipe.yaml").is_file():
             path = path / "recipe.yaml"
         tree = _read_yaml(path)
-        for override in overrides:
-            _override(tree, override)
+        for text in overrides:
+            override(tree, text)
         data = tree.get("data")
         if isinstance(data, str):
             tree["data"] = data = {"train": data}
@@ -116,7 +117,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Recipe:
-        return _build(cls, tree, "recipe")
+        return build(cls, tree, "recipe")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -137,7 +138,7 @@ class Recipe:
         patches = []
         for entry in self.patches:
             ((name, values),) = entry.items()
-            patches.append(_build(methods.find(name), values, f"patches: {name}"))
+            patches.append(build(methods.find(name), values, f"patches: {name}"))
         trained = [p for p in patches if p.when.value != "infer"]
         for patch in trained:
             if patch.alone and len(trained) > 1:
@@ -162,16 +163,23 @@ class Recipe:
 
     # --- doing ---------------------------------------------------------------------------------------------------
 
-    def train(self, **options: Any) -> Any:
-        """Run it; returns the content of run.json (see `trimtab.train.train`)."""
-        from .train import train  # the one look upward: a convenience for Python, not part of the floors
+    def train(self, **options: Any) -> dict[str, Any]:
+        """Run it; returns what run.json holds (`trimtab.train.train`)."""
+        return self._verb("train")(self, **options)
 
-        return train(self, **options)
+    def evaluate(self, **options: Any) -> dict[str, Any]:
+        """Measure it on data.test (`trimtab.evaluate.evaluate`)."""
+        return self._verb("evaluate")(self, **options)
+
+    @staticmethod
+    def _verb(name: str) -> Any:
+        # A door for Python users to the floor above; the recipe itself knows none of the verbs.
+        return getattr(import_module(f"{__package__}.{name}"), name)
 
     @staticmethod
     def _one(value: str | dict[str, dict[str, Any]], kind: str) -> Any:
         name, values = (value, {}) if isinstance(value, str) else next(iter(value.items()))
-        return _build(methods.find(name, kind), values or {}, f"{kind}: {name}")
+        return build(methods.find(name, kind), values or {}, f"{kind}: {name}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -190,10 +198,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
+def override(tree: dict[str, Any], order: str) -> None:
+    """Put one "key=value" into a tree of a recipe, the value read as YAML."""
+    key, sign, text = order.partition("=")
     if not sign or not key:
-        raise BadInput(f'"{override}"', "it is not of the form key=value", 'Write, say, "training.max_steps=20"')
+        raise BadInput(f'"{order}"', "it is not of the form key=value", 'Write, say, "training.max_steps=20"')
     *parents, last = key.split(".")
     node: Any = tree
     if parents == ["model"] and isinstance(tree.get("model"), str):
@@ -202,14 +211,14 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if isinstance(node, list):  # patches.paca.r or patches.0.r
             named = next((entry[parent] for entry in node if isinstance(entry, dict) and parent in entry), None)
             if named is None:
-                raise BadInput(f'"{override}"', f"the recipe has no patch {parent}", "Name one that it has")
+                raise BadInput(f'"{order}"', f"the recipe has no patch {parent}", "Name one that it has")
             node = named
         else:
             if node.get(parent) is None:
                 node[parent] = {}
             node = node[parent]
         if not isinstance(node, dict | list):
-            raise BadInput(f'"{override}"', f"{parent} holds a value, not keys", "Check the key")
+            raise BadInput(f'"{order}"', f"{parent} holds a value, not keys", "Check the key")
     try:
         value = yaml.safe_load(text)
         value = float(text) if isinstance(value, str) and _is_float(text) else value  # YAML 1.1 reads 1e-4 as text
@@ -231,10 +240,10 @@ def _as(cls: type, value: Any, where: str, short: str | None = None) -> Any:
         return value
     if short and isinstance(value, str | list):
         value = {short: value}
-    return _build(cls, value or {}, where)
+    return build(cls, value or {}, where)
 
 
-def _build(cls: type, values: Any, where: str) -> Any:
+def build(cls: type, values: Any, where: str) -> Any:
     """`cls(**values)` with every key and type checked; errors name the key and the nearest known one."""
     if values is None:
         values = {}
@@ -244,19 +253,23 @@ def _build(cls: type, values: Any, where: str) -> Any:
     for key in values:
         if key not in fields:
             raise BadInput(f'{where}: "{key}"', "there is no such key", nearest(str(key), fields))
-    numbers = {k: float(v) if isinstance(v, str) and "float" in str(fields[k].type) and _is_float(v) else v
+    numbers: dict[str, Any] = {k: float(v) if isinstance(v, str) and "float" in str(fields[k].type) and _is_float(v) else v
                for k, v in values.items()}  # fmt: skip
     if cls is Recipe:  # its nested parts are built one by one in __post_init__, each with its own errors
         for key, kind in (("training", dict), ("patches", list), ("output", str)):
             if key in numbers and not isinstance(numbers[key], kind):
-                raise BadInput(f"recipe: {key}: {numbers[key]!r}", f"a {kind.__name__} is wanted", "Check the indentation")
+                raise BadInput(
+                    f"recipe: {key}: {numbers[key]!r}", f"a {kind.__name__} is wanted", "Check the indentation"
+                )
         return cls(**numbers)
     try:
         return TypeAdapter(cls).validate_python(numbers)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or where
-        raise BadInput(f"{where}: {place}: {first['input']!r}", first["msg"].lower(), "Give a value of that kind") from None
+        raise BadInput(
+            f"{where}: {place}: {first['input']!r}", first["msg"].lower(), "Give a value of that kind"
+        ) from None
 
 
 def _patch_entry(entry: Any) -> dict[str, dict[str, Any]]:

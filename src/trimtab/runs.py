@@ -28,7 +28,9 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
     output = Path(recipe.output)
     if output.exists() and not output.is_dir():
         raise BadInput(f"output: {output}", "it is a file", "Name a folder")
-    held = output.is_dir() and ((output / "recipe.yaml").exists() or (output / "run.json").exists() or checkpoints(output))
+    held = output.is_dir() and (
+        (output / "recipe.yaml").exists() or (output / "run.json").exists() or checkpoints(output)
+    )
     if recipe.resume:
         found = checkpoints(output) if output.is_dir() else []
         if held and not found:
@@ -72,7 +74,9 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
     ]:
         if before != now:
             raise BadInput(
-                f"resume {output} with {name}: {now}", f"the run was begun with {before}", "Use the recipe in its folder"
+                f"resume {output} with {name}: {now}",
+                f"the run was begun with {before}",
+                "Use the recipe in its folder",
             )
 
 
@@ -87,7 +91,9 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
-def load_run(recipe: Recipe, adapter_folder: str | Path | None = None, base_only: bool = False) -> tuple[Any, Any, list, Any]:
+def load_run(
+    recipe: Recipe, adapter_folder: str | Path | None = None, base_only: bool = False
+) -> tuple[Any, Any, list, Any]:
     """-> model, tokenizer, surgeries, base: the recipe's model with the adapter that its run left (or another one).
 
     `base_only`: the model as it was before. The labels and the task come from the adapter where there is one.
@@ -98,7 +104,9 @@ def load_run(recipe: Recipe, adapter_folder: str | Path | None = None, base_only
     folder = Path(adapter_folder) if adapter_folder else Path(recipe.output) / "adapter"
     if not adapter_folder and not base_only and not folder.is_dir():
         raise BadInput(
-            f"the adapter of {recipe.output}", f"there is no {folder}", "Train first, name one with --adapter, or say --base"
+            f"the adapter of {recipe.output}",
+            f"there is no {folder}",
+            "Train first, name one with --adapter, or say --base",
         )
     if adapter_folder and not folder.is_dir():
         raise BadInput(f"adapter {folder}", "there is no such folder", "Name the adapter/ folder of a run")
@@ -119,7 +127,9 @@ def machine() -> dict[str, Any]:
 
     from .memory import allocator
 
-    cpu = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
     found: dict[str, Any] = {
         "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_bytes": _memory_bytes(),
         "system": platform.system(), "python": platform.python_version(), "allocator": allocator.active(),
@@ -132,7 +142,17 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     found = {}
-    for name in ("trimtab", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors"):
+    for name in (
+        "trimtab",
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "bitsandbytes",
+        "safetensors",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -27,7 +27,9 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
     began = time.monotonic()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not recipe.patches:
-        raise BadInput("train", "the recipe has no patch", f"Add one under patches: {', '.join(methods.names('patch'))}")
+        raise BadInput(
+            "train", "the recipe has no patch", f"Add one under patches: {', '.join(methods.names('patch'))}"
+        )
     import transformers
     from transformers import set_seed
 
@@ -46,7 +48,9 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
     tokenizer, rows, test = _data(recipe, objective)
     set_seed(args.seed)
     model = _model(recipe, objective, place, rows, say)
-    base = adapter.Base(recipe.model.name, model.trimtab_base, objective.task, recipe.model.precision, rows.labels or [])
+    base = adapter.Base(
+        recipe.model.name, model.trimtab_base, objective.task, recipe.model.precision, rows.labels or []
+    )
     meter = Meter(output / "memory.jsonl", device=place.device)
     surgeries = []
     trained = None
@@ -59,7 +63,7 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
             surgeries.append(head)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(t.numel() for s in surgeries for t in s.own_tensors().values())
-        say(f"{', '.join(methods.name_of(p) for p in patches)} on {recipe.model.name}: {trainable:,} numbers are trained")
+        say(f"{' + '.join(map(methods.name_of, patches))} on {recipe.model.name}: {trainable:,} numbers are trained")
         job = Job(objective, stepper, surgeries, base, recipe.data.too_long, say)
         trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
         hush(trainer)
@@ -85,9 +89,10 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
         adapter.save_adapter(output / "adapter", surgeries, base)
         trained = {
             "recipe": recipe.hash, "finished": now(), "output": str(output), "steps": finished,
-            "tokens": trainer._total_train_tokens, "final_loss": _final_loss(trainer), "mean_loss": result.training_loss,
+            "tokens": trainer._total_train_tokens, "final_loss": _final_loss(trainer),
+            "mean_loss": result.training_loss,
             "trainable_parameters": trainable, "adapter_numbers": total,
-            "evaluation": {k: v for k, v in (trainer.state.log_history[-1] if test else {}).items() if k.startswith("eval_")},
+            "evaluation": _evaluation(trainer),
             "predicted": {},
             "measured": {
                 **meter.result(), "live_peak_bytes": steps.live_peak, "mapped_weight_bytes": steps.live_mapped,
@@ -165,10 +170,23 @@ def _trainer(recipe, objective, job, model, tokenizer, rows, test, args) -> Any:
             tokenize_classification(part, tokenizer, length, recipe.data.too_long, name) if part else (None, None)
         )
         if found and found.over:
-            job.say(f"{found.over} {name} rows are longer than max_length {length}: {found.cut} cut, {found.dropped} left out")
+            job.say(
+                f"{found.over} {name} rows are longer than max_length {length}: "
+                f"{found.cut} cut, {found.dropped} left out"
+            )
     return ClassifierTrainer(
-        job, train_dataset=parts["train"], eval_dataset=parts["test"], data_collator=DataCollatorWithPadding(tokenizer), **common
+        job,
+        train_dataset=parts["train"],
+        eval_dataset=parts["test"],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        **common,
     )
+
+
+def _evaluation(trainer: Any) -> dict[str, float]:
+    """The newest `eval_*` figures, where the recipe asked for evaluation on the way."""
+    newest = next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {})
+    return {key: value for key, value in newest.items() if key.startswith("eval_")}
 
 
 def _final_loss(trainer: Any) -> float | None:

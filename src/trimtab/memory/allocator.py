@@ -23,7 +23,9 @@ def find(name: str = "auto") -> tuple[str, str] | None:
         folders = [Path(p) / "cmeel.prefix" / "lib" for p in sys.path if p.endswith("site-packages")]
         folders += [Path("/usr/lib"), Path("/usr/local/lib"), *map(Path, glob.glob("/usr/lib/*-linux-gnu"))]
         for folder in folders:
-            hits = [p for pattern in (f"lib{wanted}.so*", f"lib{wanted}_minimal.so*") for p in sorted(folder.glob(pattern))]
+            hits = [
+                p for pattern in (f"lib{wanted}.so*", f"lib{wanted}_minimal.so*") for p in sorted(folder.glob(pattern))
+            ]
             if hits:
                 return wanted, str(hits[0])
     return None

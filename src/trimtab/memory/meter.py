@@ -80,7 +80,9 @@ class Meter:
         now = process_memory()
         self.peak = {kind: max(self.peak[kind], now[kind]) for kind in now}
         seconds = time.monotonic() - self._began
-        if self.timeline and seconds - self._last_written >= 0.5:  # the file holds twice a second, the peak every sample
+        if (
+            self.timeline and seconds - self._last_written >= 0.5
+        ):  # the file holds twice a second, the peak every sample
             self._last_written = seconds
             row: dict[str, Any] = {"seconds": round(seconds, 2), "phase": self.phase, **now}
             if self.device:

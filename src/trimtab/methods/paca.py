@@ -55,7 +55,9 @@ class PaCA(LinearPatch):
     def surgery(self, model: PreTrainedModel) -> PacaSurgery:
         if self.r < 1:
             raise BadInput(f"paca: r: {self.r}", "r counts trained columns", "Give a number of 1 or more")
-        if self.form == "live" and any(quant.is_quantised(m) for m in anatomy.target_linears(model, self.targets).values()):
+        if self.form == "live" and any(
+            quant.is_quantised(m) for m in anatomy.target_linears(model, self.targets).values()
+        ):
             raise BadInput("paca: form: live", "the base is quantised, so no column can be written", "Use form: side")
         return PacaSurgery(self, model)
 
@@ -64,7 +66,9 @@ class PaCA(LinearPatch):
         if self.form == "live":
             refuse_tied(model, linears)
         surgery = super().apply(model, place)
-        groups = anatomy.shared_input_groups(list(surgery.layers)) if self.share_inputs else [[n] for n in surgery.layers]
+        groups = (
+            anatomy.shared_input_groups(list(surgery.layers)) if self.share_inputs else [[n] for n in surgery.layers]
+        )
         for group in groups:
             shared = SharedSlice()
             for name in group:
@@ -222,7 +226,9 @@ class _Partial(torch.autograd.Function):
             flat_TO = y_TO.view(-1, layer.out_features)
             flat_TO.addmm_(x_TR.reshape(-1, layer.r), delta_OR.to(x_TI.dtype).t(), alpha=layer.scale)
             if layer.held_indices.numel():
-                flat_TO.addmm_(x_TI.reshape(-1, layer.in_features)[:, layer.held_indices], layer.held_delta.to(x_TI.dtype).t())
+                flat_TO.addmm_(
+                    x_TI.reshape(-1, layer.in_features)[:, layer.held_indices], layer.held_delta.to(x_TI.dtype).t()
+                )
         ctx.save_for_backward(x_TR, delta_OR)
         ctx.layer = layer
         return y_TO

@@ -91,13 +91,17 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 
 def _eps(module: nn.Module) -> float | None:
-    return next((getattr(module, n) for n in ("variance_epsilon", "eps") if isinstance(getattr(module, n, None), float)), None)
+    return next(
+        (getattr(module, n) for n in ("variance_epsilon", "eps") if isinstance(getattr(module, n, None), float)), None
+    )
 
 
 def _which_norm(module: nn.Module) -> str | None:
-    """"plain" or "shifted" if `module` computes that RMS norm (outputs compared on a probe), else None."""
+    """ "plain" or "shifted" if `module` computes that RMS norm (outputs compared on a probe), else None."""
     weight = module.weight
-    probe = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype) * 3
+    probe = (
+        torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype) * 3
+    )
     with torch.no_grad():
         try:
             wanted = module(probe)
@@ -105,7 +109,9 @@ def _which_norm(module: nn.Module) -> str | None:
             return None
         for name, shifted in (("plain", False), ("shifted", True)):
             got = _RMSNorm.apply(probe, weight, _eps(module), shifted)
-            if wanted.dtype == got.dtype and torch.allclose(got, wanted, rtol=1e-2 if got.dtype != torch.float32 else 1e-5):
+            if wanted.dtype == got.dtype and torch.allclose(
+                got, wanted, rtol=1e-2 if got.dtype != torch.float32 else 1e-5
+            ):
                 return name
     return None
 
@@ -234,7 +240,9 @@ class _Biases:
         if key not in self.causal:
             self.causal.clear()  # one length at a time
             above = torch.ones(T, T, dtype=torch.bool, device=like.device).triu(1)
-            bias = torch.zeros(T, T, dtype=like.dtype, device=like.device).masked_fill_(above, torch.finfo(like.dtype).min)
+            bias = torch.zeros(T, T, dtype=like.dtype, device=like.device).masked_fill_(
+                above, torch.finfo(like.dtype).min
+            )
             self.causal[key] = bias.repeat(groups, 1)[None]
         return self.causal[key]
 
@@ -256,14 +264,14 @@ _biases = _Biases()
 def lean_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
     """transformers' attention interface: (B, H, T, D) queries -> ((B, T, H, D), None)."""
     B, H, T, D = query.shape
-    special = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache", "sliding_window"))
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    dense = attention_mask is not None and attention_mask.shape[1] == 1
     fits = (
         query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad and not dropout
-        and query.dtype in (torch.bfloat16, torch.float16) and key.shape[2] == T and value.shape[-1] == D
-        and B * H * T * T * query.element_size() <= SCORES_BYTES and key.dtype == value.dtype == query.dtype
-        and not (special and attention_mask is None) and not any(kwargs.get(n) is not None for n in ("softcap", "s_aux", "cache"))
-        and (attention_mask is not None or causal) and (attention_mask is None or attention_mask.shape[1] == 1)
+        and query.dtype == key.dtype == value.dtype and query.dtype in (torch.bfloat16, torch.float16)
+        and key.shape[2] == T and value.shape[-1] == D and B * H * T * T * query.element_size() <= SCORES_BYTES
+        and not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
+        and (dense or (attention_mask is None and causal and not kwargs.get("sliding_window")))
     )  # fmt: skip
     if not fits:
         return sdpa_attention_forward(
