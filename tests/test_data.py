@@ -131,7 +131,8 @@ def test_classification_labels(tmp_path):
         read(write(tmp_path / "t.jsonl", rows), task="classification", like=train)
 
 
-@pytest.mark.parametrize("values, names", [([0, 1, 2], ["0", "1", "2"]), ([1.0, 0.0], ["0", "1"]), ([10, 9], ["9", "10"]),
+@pytest.mark.parametrize("values, names", [([0, 1, 2], ["0", "1", "2"]), ([1.0, 0.0], ["0", "1"]),
+                                           ([10, 9], ["9", "10"]),
                                            ([True, False], ["False", "True"]), (["1", "0"], ["0", "1"])])  # fmt: skip
 def test_kinds_of_labels(tmp_path, values, names):
     path = write(tmp_path / "d.jsonl", [{"sentence": "a", "label": value} for value in values])

@@ -146,7 +146,7 @@ class LinearSurgery(Surgery):
     def __init__(self, patch: LinearPatch, model: PreTrainedModel):
         self.patch, self.model = patch, model
         self.swaps = Swaps(model)
-        self.layers: dict[str, nn.Module] = {}
+        self.layers: dict[str, Any] = {}  # path -> wrapper
 
     def own_tensors(self) -> dict[str, Tensor]:
         return {
@@ -158,8 +158,8 @@ class LinearSurgery(Surgery):
 
     def revert(self) -> None:
         for layer in self.layers.values():
-            if hasattr(layer, "detach_base"):
-                layer.detach_base()
+            if callable(detach := getattr(layer, "detach_base", None)):
+                detach()
         self.swaps.undo()
 
     def merge(self) -> None:

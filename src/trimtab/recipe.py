@@ -253,8 +253,10 @@ def build(cls: type, values: Any, where: str) -> Any:
     for key in values:
         if key not in fields:
             raise BadInput(f'{where}: "{key}"', "there is no such key", nearest(str(key), fields))
-    numbers: dict[str, Any] = {k: float(v) if isinstance(v, str) and "float" in str(fields[k].type) and _is_float(v) else v
-               for k, v in values.items()}  # fmt: skip
+    numbers: dict[str, Any] = dict(values)
+    for key, value in values.items():  # YAML 1.1 reads 1e-4 as text
+        if isinstance(value, str) and "float" in str(fields[key].type) and _is_float(value):
+            numbers[key] = float(value)
     if cls is Recipe:  # its nested parts are built one by one in __post_init__, each with its own errors
         for key, kind in (("training", dict), ("patches", list), ("output", str)):
             if key in numbers and not isinstance(numbers[key], kind):
