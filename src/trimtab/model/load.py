@@ -99,8 +99,8 @@ def base_hash(source: PreTrainedModel | str | Path) -> str:
 
     Covers the configuration's essentials and a sample of the embeddings and of every tensor in the blocks, in bf16, so
     that bf16 and fp32 loads of one file agree. Heads are left out: a causal LM and a classifier on one base agree.
-    Quantised values do not; `load_model` takes the hash before it quantises and leaves it on the model (`trimtab_base`),
-    where it is found again. Call it on a model before any patch writes into it.
+    Quantised values do not; `load_model` takes the hash before it quantises and leaves it on the model, as
+    `trimtab_base`, where it is found again. Call it on a model before any patch writes into it.
     """
     if isinstance(source, (str, Path)):
         folder = cached_folder(str(source))
