@@ -59,10 +59,12 @@ def load_model(
     device = torch.device(device or "cpu")
     config = _config(folder, spec, task, labels)
     tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
-    base = None
-    if spec.precision in ("nf4", "int8", "fp16", "fp32"):  # a base is known by its file's values
-        base = base_hash(_from_pretrained(folder, spec, task, config, {"dtype": "auto"}))
-    model = _from_pretrained(folder, spec, task, config, _precision(spec.precision, device))
+    model = _from_pretrained(folder, spec, task, config, {"dtype": "auto"})
+    base = base_hash(model)  # of the file's values, whatever is made of them next
+    if spec.precision != "auto":
+        options = _precision(spec.precision, device, heads=_outside_blocks(model))
+        del model  # it was mapped: nothing to give back
+        model = _from_pretrained(folder, spec, task, config, options)
     if device.type != "cpu" and not getattr(model, "is_quantized", False):
         model.to(device)
     if model.config.get_text_config().pad_token_id is None:
@@ -72,7 +74,7 @@ def load_model(
         # from then on backward loses the input's gradient without a word, and dequantising the weight gives noise.
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
-    model.trimtab_base = base or base_hash(model)
+    model.trimtab_base = base
     return model, tokenizer
 
 
@@ -131,20 +133,25 @@ def _sample(tensor: torch.Tensor) -> bytes:
     return values.contiguous().numpy().tobytes()
 
 
-def _precision(precision: str, device: torch.device) -> dict[str, Any]:
-    """The arguments of from_pretrained that make the asked precision."""
-    if precision == "auto":
-        return {"dtype": "auto"}
+def _outside_blocks(model: PreTrainedModel) -> list[str]:
+    """Paths of the linears that no quantiser may touch: language-model head, classifier, pooler."""
+    inside = anatomy.blocks(model)[0] + "."
+    return [n for n, m in model.named_modules() if anatomy.is_linear(m) and not n.startswith(inside)]
+
+
+def _precision(precision: str, device: torch.device, heads: list[str]) -> dict[str, Any]:
+    """The arguments of from_pretrained that make the asked precision; `heads` stay unquantised."""
     options: dict[str, Any] = {"dtype": DTYPES[precision]}
     if precision == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=heads,  # the name holds for 4 bits too
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     elif precision == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
     if "quantization_config" in options and device.type != "cpu":
         options["device_map"] = {"": device}
     return options
