@@ -6,8 +6,10 @@ the process's anonymous memory hardly grows. Any conversion (fp32 of a bf16 file
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,7 @@ def load_model(
         options = _precision(spec.precision, device, heads=_outside_blocks(model))
         del model  # it was mapped: nothing to give back
         model = _from_pretrained(folder, spec, task, config, options)
+        _give_back()
     if device.type != "cpu" and not getattr(model, "is_quantized", False):
         model.to(device)
     if model.config.get_text_config().pad_token_id is None:
@@ -131,6 +134,13 @@ def _sample(tensor: torch.Tensor) -> bytes:
     if values.is_floating_point():
         values = values.to(torch.bfloat16).view(torch.int16)
     return values.contiguous().numpy().tobytes()
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps 15 to 560 MiB of what quantising SmolLM2-135M used for a moment."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 def _outside_blocks(model: PreTrainedModel) -> list[str]:
