@@ -137,7 +137,7 @@ def _sample(tensor: torch.Tensor) -> bytes:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps 15 to 560 MiB of what quantising SmolLM2-135M used for a moment."""
+    """Return freed memory to the system: glibc keeps 15 to 560 MiB of what quantising SmolLM2-135M freed."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:
         trim(0)
