@@ -137,9 +137,8 @@ def test_classification_labels(tmp_path):
 def test_kinds_of_labels(tmp_path, values, names):
     path = write(tmp_path / "d.jsonl", [{"sentence": "a", "label": value} for value in values])
     rows = read(path, task="classification")
-    assert rows.labels == names and [names[i] for i in rows.dataset["label"]] == [
-        str(v).removesuffix(".0") for v in values
-    ]
+    assert rows.labels == names
+    assert [names[i] for i in rows.dataset["label"]] == [str(value).removesuffix(".0") for value in values]
 
 
 def test_regression(tmp_path):

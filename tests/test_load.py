@@ -112,6 +112,19 @@ def test_encoders(tmp_path):
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+@pytest.mark.parametrize("tiny", [tiny_llama, tiny_bert])
+def test_heads_are_not_quantised(tmp_path, tiny, precision):
+    model, _ = load_model(ModelSpec(str(tiny(tmp_path / "m")), precision), task="classification", labels=2)
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    assert {kinds.get("score"), kinds.get("classifier")} == {"Linear", None}
+    assert {kind for name, kind in kinds.items() if name.endswith(("q_proj", "query"))} <= {
+        "Linear4bit",
+        "Linear8bitLt",
+    }
+    assert model(IDS).logits.shape == (1, 2)
+
+
 def test_a_tokenizer_without_pad_gets_one(tmp_path):
     _, tokenizer = load_model(str(tiny_llama(tmp_path / "m", pad=False)))
     assert tokenizer.pad_token == tokenizer.eos_token

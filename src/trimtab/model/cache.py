@@ -251,31 +251,33 @@ def _from_gguf(path: Path, say: Say) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """A GGUF file -> bf16 safetensors, config and tokenizer in `folder`."""
+    """A GGUF file -> bf16 safetensors, config and tokenizer in `folder`.
+
+    In a process of its own: the conversion holds the whole model several times over, and what an allocator once took
+    for that would count as this process's memory from then on.
+    """
+    command = [sys.executable, "-c", f"from {__name__} import _convert_here as c; c()", str(gguf), str(folder)]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise BadInput(f"convert {gguf}", f"it cannot be read ({said[-1][:300]})", "Fetch the file again")
+
+
+def _convert_here() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from .quiet import quiet
-
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                dtype=torch.bfloat16,
-                quantization_config=GgufConfig(dequantize=True),  # else save_pretrained takes the model for quantised
-            )
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except MemoryError:
-        raise
-    except Exception as error:  # the file is a stranger's: whatever its reader trips over is the file's fault
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise BadInput(
-            f"convert {gguf}", f"it cannot be read ({type(error).__name__}: {error})", "Fetch the file again"
-        ) from None
+    gguf, folder = map(Path, sys.argv[1:])
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),  # else save_pretrained takes the model for quantised
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def sha256(path: Path) -> str:
