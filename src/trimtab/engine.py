@@ -39,6 +39,7 @@ class Job:
     stepper: Stepper
     surgeries: Sequence[Surgery]
     base: adapter.Base
+    dtype: torch.dtype | None = None  # the base's, before any patch
     too_long: str = "error"
     say: Any = print
 
@@ -64,12 +65,12 @@ class _OurTrainer:
 
     @contextlib.contextmanager
     def compute_loss_context_manager(self) -> Iterator[None]:
-        # Patches whose own weights are fp32 nn.Linears beside a bf16 base (LoRA, full) ask for autocast; the others
+        # Patches that multiply fp32 weights of their own beside a 16-bit base ask for autocast (full, DoRA); the others
         # cast by themselves, and run without its bookkeeping.
-        wanted = any(getattr(type(s.patch), "autocast", False) for s in self.job.surgeries)
-        half = self.model.dtype if self.model.dtype in (torch.bfloat16, torch.float16) else None
-        dtype = half or (torch.bfloat16 if self.autocast_wanted else None)
-        on = dtype is not None and (wanted or self.autocast_wanted)
+        wanted = any(getattr(s.patch, "autocast", False) for s in self.job.surgeries)
+        half = self.job.dtype if self.job.dtype in (torch.bfloat16, torch.float16) else None
+        dtype = half or torch.bfloat16
+        on = self.autocast_wanted or (wanted and half is not None)
         with torch.autocast(self.args.device.type, dtype=dtype, enabled=True) if on else contextlib.nullcontext():
             yield
 

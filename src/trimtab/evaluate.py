@@ -85,7 +85,7 @@ def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> 
         args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
         args.per_device_eval_batch_size = args.per_device_train_batch_size
         dataset = rows.dataset.select(range(size))
-        job = Job(objective, stepper, [], Base(recipe.model.name, ""), recipe.data.too_long)
+        job = Job(objective, stepper, [], Base(recipe.model.name, ""), model.dtype, recipe.data.too_long)
         trainer = CausalTrainer(
             job, model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
         )

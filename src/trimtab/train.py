@@ -51,6 +51,7 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
     base = adapter.Base(
         recipe.model.name, model.trimtab_base, objective.task, recipe.model.precision, rows.labels or []
     )
+    dtype = model.dtype
     meter = Meter(output / "memory.jsonl", device=place.device)
     surgeries = []
     trained = None
@@ -64,7 +65,7 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(t.numel() for s in surgeries for t in s.own_tensors().values())
         say(f"{' + '.join(map(methods.name_of, patches))} on {recipe.model.name}: {trainable:,} numbers are trained")
-        job = Job(objective, stepper, surgeries, base, recipe.data.too_long, say)
+        job = Job(objective, stepper, surgeries, base, dtype, recipe.data.too_long, say)
         trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
         hush(trainer)
         steps = Steps(surgeries, meter, model)

@@ -166,7 +166,11 @@ class PartialLinear(ModulePatch):
         with torch.no_grad():
             if self.held_indices.numel():
                 weight_OI.index_add_(1, self.held_indices, self.held_delta.to(weight_OI.dtype))
-            weight_OI.index_add_(1, self.indices, (self.delta * self.scale).to(weight_OI.dtype))
+            step_OR = (self.delta * self.scale).to(weight_OI.dtype)
+            if self.start is not None:
+                weight_OI[:, self.start : self.start + self.r] += step_OR
+            else:
+                weight_OI.index_add_(1, self.indices, step_OR)
 
     def refresh(self) -> None:
         """Live form: write the columns if `delta` changed since they were last written (any optimiser, any loop)."""
