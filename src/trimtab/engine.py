@@ -176,6 +176,7 @@ class ClassifierTrainer(_OurTrainer, Trainer):
         self._total_train_tokens = 0
         kwargs["args"].bf16 = False
         super().__init__(**kwargs)
+        self._set_signature_columns_if_needed()  # now, while the model's forward still names its arguments
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
+from .model.quiet import hushed, no_dataset_bars
 from .recipe import Recipe
 
 Say = Callable[[str], None]
 
 
+@hushed()
+@no_dataset_bars()
 def evaluate(
     recipe: Recipe, adapter: str | Path | None = None, base_only: bool = False, tasks: Sequence[str] = (),
     limit: int | None = None, say: Say = lambda line: None,

@@ -15,10 +15,13 @@ from typing import Any
 from . import methods
 from .errors import BadInput, Interrupted
 from .memory.meter import GIB, Meter
+from .model.quiet import hushed, no_dataset_bars
 from .recipe import Recipe
 from .runs import begin_run, machine, now, open_run, versions, write_json
 
 
+@hushed()
+@no_dataset_bars()
 def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Run a recipe; returns what run.json holds.
 
@@ -30,13 +33,11 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
         raise BadInput(
             "train", "the recipe has no patch", f"Add one under patches: {', '.join(methods.names('patch'))}"
         )
-    import transformers
     from transformers import set_seed
 
     from . import adapter
     from .progress import Live, MetricsFile, Steps, StopOnInterrupt, speaker
 
-    transformers.utils.logging.set_verbosity_error()
     say = say or speaker(quiet)
     output, checkpoint = open_run(recipe)
     objective, stepper, patches, place = (
