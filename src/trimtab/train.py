@@ -147,9 +147,6 @@ def _model(recipe: Recipe, objective: Any, place: Any, rows: Any, say: Callable[
     if rows.labels:
         model.config.id2label = dict(enumerate(rows.labels))
         model.config.label2id = {label: index for index, label in enumerate(rows.labels)}
-    # the library refuses to train a quantised model unless it says that an adapter is on it; ours will be
-    if getattr(model, "is_quantized", False):
-        model._hf_peft_config_loaded = True
     return model
 
 
