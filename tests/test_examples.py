@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import sys
 import warnings
 from pathlib import Path
 
@@ -113,7 +112,17 @@ def test_only_noise_is_silenced(caplog):
     assert caplog.records[-1].getMessage() == NOISE[0][1], "outside a verb nothing is changed"
 
 
-def test_demo_counts_and_texts():
-    sys.modules.pop("demo", None)
+def test_demo(folders, tmp_path, monkeypatch, capsys):
     demo = script(EXAMPLES / "demo.py")
-    assert demo.STEPS > 0 and len(demo.ASKED) <= demo.FACTS
+    for name, value in {"MODEL": folders["causal-lm"], "FACTS": 20, "STEPS": 3, "BATCH": 2,
+                        "FOLDER": tmp_path / "demo"}.items():  # fmt: skip
+        monkeypatch.setattr(demo, name, value)
+    demo.main()
+    printed = capsys.readouterr()
+    assert "recall on wordings never trained on: " in printed.out
+    assert "tokens/s" in printed.out and "GiB at its peak" in printed.out
+    table = printed.out[printed.out.index("city  ") :].splitlines()
+    assert len(table[1 : 1 + demo.SHOWN]) == demo.SHOWN and all(table[1 : 1 + demo.SHOWN])
+    assert f"generate {tmp_path / 'demo'}" in printed.out
+    assert all(line.startswith("   step ") for line in printed.err.splitlines())
+    demo.main()  # a second demo replaces the first
