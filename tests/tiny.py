@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from conftest import MODELS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from conftest import MODELS
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = "which country is the city of in where does a name its user assistant ? . : was".split()

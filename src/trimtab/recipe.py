@@ -43,8 +43,7 @@ class EngineSpec:
 
     lean: bool = True  # norms, gated FFNs and attention that keep less for backward (model/lean.py)
     compile: bool = False  # torch.compile each block
-    loss_chunk: int | None = None  # positions per chunk of the loss; None: by bytes
-    allocator: Literal["auto", "none", "mimalloc", "jemalloc", "tcmalloc"] = "auto"
+    allocator: Literal["auto", "none", "mimalloc", "jemalloc", "tcmalloc"] = "auto"  # a malloc that gives memory back
 
 
 # What `training:` may hold besides the fields of TRL's SFTConfig or transformers' TrainingArguments: nothing.
