@@ -132,8 +132,8 @@ def recipe_keys() -> str:
     defaults = [[f"`{key}`", shown(value)] for key, value in recipe.TRAINING_DEFAULTS.items()]
     parts.append(
         "## training\n\nAny field of TRL's `SFTConfig` (of transformers' `TrainingArguments` for classification)\n"
-        "under its own name; `gradient_checkpointing` and its new name `activation_checkpointing` are both taken. Where\n"
-        "their defaults would surprise on a small machine, ours are:\n\n" + table(["key", "default here"], defaults)
+        "under its own name; `gradient_checkpointing` and its new name `activation_checkpointing` are both taken.\n"
+        "Where their defaults would surprise on a small machine, ours are:\n\n" + table(["key", "default here"], defaults)
     )
     return "\n\n".join(parts)
 
