@@ -130,11 +130,13 @@ def recipe_keys() -> str:
             if dataclasses.fields(cls):
                 parts.append(f"## {kind}: {{{name}: ...}}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
     defaults = [[f"`{key}`", shown(value)] for key, value in recipe.TRAINING_DEFAULTS.items()]
-    parts.append(
-        "## training\n\nAny field of TRL's `SFTConfig` (of transformers' `TrainingArguments` for classification)\n"
-        "under its own name; `gradient_checkpointing` and its new name `activation_checkpointing` are both taken.\n"
-        "Where their defaults would surprise on a small machine, ours are:\n\n" + table(["key", "default here"], defaults)
-    )
+    parts += [
+        "## training",
+        "Any field of TRL's `SFTConfig` (of transformers' `TrainingArguments` for classification) under its own name;\n"
+        "`gradient_checkpointing` and its new name `activation_checkpointing` are both taken. Where their defaults\n"
+        "would surprise on a small machine, ours are:",
+        table(["key", "default here"], defaults),
+    ]
     return "\n\n".join(parts)
 
 

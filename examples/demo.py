@@ -89,9 +89,9 @@ def show(rows: list[tuple[str, str, str, str]]) -> None:
     if sys.stdout.isatty():
         from rich import box
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(*(Column(name, no_wrap=True) for name in head), box=box.SIMPLE_HEAD, pad_edge=False)
         for city, country, old, new in rows:
             right = country.lower() in new.lower()
             table.add_row(city, country, one_line(old, 48), f"[{'green' if right else 'red'}]{one_line(new, 30)}")
