@@ -123,6 +123,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
 
     def __init__(self, job: Job, **kwargs: Any):
         self.job, self.counted, self.autocast_wanted = job, {}, bool(kwargs["args"].bf16)
+        _admit_quantised(kwargs["model"])
         kwargs["args"].bf16 = False  # autocast is ours to order, see compute_loss_context_manager
         super().__init__(**kwargs)
         if self.padding_free and isinstance(self.data_collator, DataCollatorForLanguageModeling):
@@ -175,8 +176,10 @@ class ClassifierTrainer(_OurTrainer, Trainer):
     def __init__(self, job: Job, **kwargs: Any):
         self.job, self.counted, self.autocast_wanted = job, {}, bool(kwargs["args"].bf16)
         self._total_train_tokens = 0
+        _admit_quantised(kwargs["model"])
         kwargs["args"].bf16 = False
         super().__init__(**kwargs)
+        self._set_signature_columns_if_needed()  # now, while the model's forward still names its arguments
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -256,6 +259,15 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
         return cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
     except (TypeError, ValueError, ImportError) as error:
         raise BadInput("training", str(error).strip().splitlines()[0], "Mend the value") from error
+
+
+def _admit_quantised(model: PreTrainedModel) -> None:
+    """The library takes a quantised model only if it says that an adapter of peft is on it; ours is, or it only reads.
+
+    `export` takes the mark away again.
+    """
+    if getattr(model, "is_quantized", False):
+        model._hf_peft_config_loaded = True
 
 
 def quiet(trainer: Trainer) -> None:

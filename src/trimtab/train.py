@@ -15,10 +15,13 @@ from typing import Any
 from . import methods
 from .errors import BadInput, Interrupted
 from .memory.meter import GIB, Meter
+from .model.quiet import hushed, no_dataset_bars
 from .recipe import Recipe
 from .runs import begin_run, machine, now, open_run, versions, write_json
 
 
+@hushed()
+@no_dataset_bars()
 def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Run a recipe; returns what run.json holds.
 
@@ -30,13 +33,11 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
         raise BadInput(
             "train", "the recipe has no patch", f"Add one under patches: {', '.join(methods.names('patch'))}"
         )
-    import transformers
     from transformers import set_seed
 
     from . import adapter
     from .progress import Live, MetricsFile, Steps, StopOnInterrupt, speaker
 
-    transformers.utils.logging.set_verbosity_error()
     say = say or speaker(quiet)
     output, checkpoint = open_run(recipe)
     objective, stepper, patches, place = (
@@ -147,9 +148,6 @@ def _model(recipe: Recipe, objective: Any, place: Any, rows: Any, say: Callable[
     if rows.labels:
         model.config.id2label = dict(enumerate(rows.labels))
         model.config.label2id = {label: index for index, label in enumerate(rows.labels)}
-    # the library refuses to train a quantised model unless it says that an adapter is on it; ours will be
-    if getattr(model, "is_quantized", False):
-        model._hf_peft_config_loaded = True
     return model
 
 
