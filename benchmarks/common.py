@@ -1,8 +1,8 @@
 """What the benchmarks share: children in fresh processes, their memory read from outside, medians with spread, results.
 
 A benchmark starts each side in a process of its own, in turn (A B A B ...), and reads the child's anonymous memory from
-the kernel's account, the same way for both. A child says `@ready` when its model is loaded and nothing is trained yet
-(growth counts from there) and prints one JSON line `@result {...}` at its end.
+the kernel's account, the same way for both. A child says `@mark "load"` before it loads its model and `@mark "train"`
+when the model is there and nothing is trained yet (growth counts from a mark), and `@result {...}` at its end.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ RESULTS = HERE / "results"
 
 
 def child(command: list[str], malloc: str = "auto", timeout: float = 900) -> dict[str, Any]:
-    """Run `python command...`; its @result with `anon_peak`, `anon_growth`, `rss_peak`, `rss_growth` (bytes)."""
+    """Run `python command...`; its @result with `anon_peak`, `rss_peak` and their growth since each mark (bytes)."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRIMTAB_ALLOCATOR": "none", "HF_HUB_OFFLINE": "1"}
     found = allocator.find(malloc) if malloc != "none" else None
     environment["LD_PRELOAD"] = found[1] if found else ""
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=environment)  # fmt: skip
-    peak = {"anon": 0, "rss": 0}
-    ready = {"anon": 0, "rss": 0}
+    held = {"anon": 0, "rss": 0}
+    peak = dict(held)
+    marks: dict[str, dict[str, int]] = {}
     done = threading.Event()
+
+    def sample() -> None:
+        now_held = process_memory(process.pid)
+        held.update(anon=now_held["anon"], rss=now_held["anon"] + now_held["file"])
+        peak.update({kind: max(peak[kind], held[kind]) for kind in held})
 
     def watch() -> None:
         while not done.wait(0.01):
-            held = process_memory(process.pid)
-            peak["anon"] = max(peak["anon"], held["anon"])
-            peak["rss"] = max(peak["rss"], held["anon"] + held["file"])
+            sample()
 
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
@@ -51,10 +55,9 @@ def child(command: list[str], malloc: str = "auto", timeout: float = 900) -> dic
     stop = threading.Timer(timeout, process.kill)
     stop.start()
     for line in process.stdout:
-        if line.startswith("@ready"):
-            held = process_memory(process.pid)
-            ready = {"anon": held["anon"], "rss": held["anon"] + held["file"]}
-            peak.update(ready)
+        if line.startswith("@mark "):
+            sample()
+            marks[json.loads(line[6:])] = dict(held)
         elif line.startswith("@result "):
             result = json.loads(line[8:])
     code = process.wait()
@@ -63,14 +66,15 @@ def child(command: list[str], malloc: str = "auto", timeout: float = 900) -> dic
     watcher.join()
     reader.join()
     if code or not result:
-        raise RuntimeError(f"{' '.join(command)} failed with {code}:\n{''.join(errors[-30:])}")
-    growth = {f"{kind}_growth": peak[kind] - ready[kind] for kind in peak}
-    return {**result, **{f"{kind}_peak": value for kind, value in peak.items()}, **growth}
+        raise RuntimeError(f"{command} failed with {code}:\n{''.join(errors[-30:])}")
+    for name, at in marks.items():
+        result |= {f"{kind}_growth_since_{name}": peak[kind] - at[kind] for kind in peak}
+    return {**result, **{f"{kind}_peak": value for kind, value in peak.items()}}
 
 
-def say(word: str, content: Any = "") -> None:
-    """A child's line to its parent."""
-    print(f"@{word} {json.dumps(content) if content != '' else ''}".rstrip(), flush=True)
+def say(word: str, content: Any) -> None:
+    """A child's line to its parent: a mark by name, or the result."""
+    print(f"@{word} {json.dumps(content)}", flush=True)
 
 
 class Clock:
@@ -111,6 +115,6 @@ def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -
 def write_result(name: str, path: str | None, **content: Any) -> Path:
     target = Path(path) if path else RESULTS / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"name": name, "date": now(), "machine": machine(), "versions": versions(), **content}
+    facts = {"name": name, "date": now()[:10], "machine": machine(), "versions": versions(), **content}
     target.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return target
