@@ -218,7 +218,10 @@ class PackedRows(DataCollatorForLanguageModeling):
 def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> Iterator[None]:
     """The model as the engine steps it: lean forms in, blocks compiled if asked, forward leading to the objective."""
     swaps = Swaps(model)
-    lean_swaps = lean(model) if recipe.engine.lean else Swaps(model)
+    again = recipe.engine.recompute == "ffn"
+    if recipe.engine.recompute == "auto":  # whoever quantises prefers memory to speed
+        again = bool(getattr(model, "is_quantized", False))
+    lean_swaps = lean(model, recompute=again) if recipe.engine.lean else Swaps(model)
     original = model.forward
 
     def forward(*args, objective_batch=None, objective_count=None, **kwargs):

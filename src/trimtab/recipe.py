@@ -41,6 +41,7 @@ class PlaceSpec:
 class EngineSpec:
     """How steps are computed; none of it changes what is computed beyond rounding."""
 
+    recompute: Literal["auto", "none", "ffn"] = "auto"  # gated FFNs again in backward; auto: on a 4/8-bit base
     lean: bool = True  # norms, gated FFNs and attention that keep less for backward (model/lean.py)
     compile: bool = False  # torch.compile each block
     allocator: Literal["auto", "none", "mimalloc", "jemalloc", "tcmalloc"] = "auto"  # a malloc that gives memory back

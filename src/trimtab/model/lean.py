@@ -4,7 +4,8 @@ These change no weights and (to rounding) no outputs; they are put in for the le
 after it. Nothing is recognised by a model's name: a module is replaced only if, on a probe, ours gives what it gives.
 
     RMSNorm    saves its input and one number per token, instead of several fp32 copies
-    gated FFN  act(g) * u saves g and u, not act(g)
+    gated FFN  act(g) * u saves g and u, not act(g); with `recompute` it saves the FFN's input alone and multiplies by
+               the gate and up weights once more in backward: 1/8 more work, three fifths of a block's activations less
     attention  three batched products and a softmax in the weights' 16-bit type, probabilities recomputed in backward:
                for the short sequences of fine-tuning on a CPU about twice as fast as the fused kernel. The scores are
                rounded to 16 bits before the softmax, as transformers' eager attention does. Long sequences, CUDA,
@@ -20,6 +21,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -30,8 +32,11 @@ ATTENTION = "trimtab_lean"
 SCORES_BYTES = 32 * 2**20  # above this many bytes of attention probabilities the fused kernel holds less
 
 
-def lean(model: PreTrainedModel) -> Swaps:
-    """Put the lean forms into `model`; `undo()` of what is returned takes them out."""
+def lean(model: PreTrainedModel, recompute: bool = False) -> Swaps:
+    """Put the lean forms into `model`; `undo()` of what is returned takes them out.
+
+    `recompute`: gated FFNs keep only their input for backward.
+    """
     swaps = Swaps(model)
     fits: dict[tuple, str | None] = {}
     for module in model.modules():
@@ -44,7 +49,7 @@ def lean(model: PreTrainedModel) -> Swaps:
         elif all(isinstance(getattr(module, leaf, None), nn.Module) for leaf in ("gate_proj", "up_proj", "down_proj")):
             act = _which_activation(getattr(module, "act_fn", None))
             if act and type(module).__name__.endswith("MLP") and _is_gated(module):
-                swaps.set_attribute(module, "forward", _gated_forward(module, act))
+                swaps.set_attribute(module, "forward", _gated_forward(module, act, recompute))
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(ATTENTION, lean_attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -182,8 +187,16 @@ class _Toy:
     down_proj = staticmethod(lambda x: 2.0 * x + 0.3)
 
 
-def _gated_forward(module: nn.Module, act: str):
-    return lambda x: module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x), act))
+def _gated_forward(module: nn.Module, act: str, recompute: bool):
+    def inner(x: Tensor) -> Tensor:
+        return _Gated.apply(module.gate_proj(x), module.up_proj(x), act)
+
+    def forward(x: Tensor) -> Tensor:
+        if recompute and torch.is_grad_enabled():
+            return module.down_proj(checkpoint(inner, x, use_reentrant=False, preserve_rng_state=False))
+        return module.down_proj(inner(x))
+
+    return forward
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
