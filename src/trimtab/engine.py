@@ -8,6 +8,7 @@ rows. Data formats, schedulers, optimisers, trackers, evaluation, data order and
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from .model import anatomy
 from .model.lean import lean
 from .model.surgery import Swaps
 from .recipe import Recipe
+from .runs import OLD, PARTIAL, STATE, checkpoints
 
 
 @dataclass
@@ -52,15 +54,21 @@ class _OurTrainer:
         """The objective's loss, through the model's own forward (so that DDP sees it), and the counts for the log."""
         value, correct, seen = model(objective_batch=inputs, objective_count=count)
         mode = "train" if self.model.training else "eval"
-        self.counted.setdefault(mode, []).append((correct.detach(), seen.detach()))
+        self.counted.setdefault(mode, []).append(torch.stack([correct.detach(), seen, value.detach() * seen]).double())
         if count is not None and self.args.average_tokens_across_devices:
             value = value * self.accelerator.num_processes  # `count` is over all ranks; DDP averages the gradients
         return value
 
     def counts(self, mode: str) -> dict[str, float]:
-        pairs = self.counted.pop(mode, [])
-        seen = sum(float(s) for _, s in pairs)
-        return {"accuracy": sum(float(c) for c, _ in pairs) / seen} if seen else {}
+        """Share predicted right since the last call, over all processes; and in evaluation the loss per item."""
+        sums = sum(self.counted.pop(mode, []), torch.zeros(3, dtype=torch.float64, device=self.args.device))
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        correct, seen, loss = sums.tolist()
+        if not seen:
+            return {}
+        # transformers averages the batches' means; batches hold unequal numbers of items
+        return {"accuracy": correct / seen, **({"loss": loss / seen} if mode == "eval" else {})}
 
     @contextlib.contextmanager
     def compute_loss_context_manager(self) -> Iterator[None]:
@@ -80,41 +88,62 @@ class _OurTrainer:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         adapter.load_into(self.job.surgeries, resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        adapter.load_into(self.job.surgeries, str(self.state.best_model_checkpoint))
+
+    def tokens(self) -> int:
+        """Tokens trained on so far, over all processes (each must call this)."""
+        count = torch.tensor(self._total_train_tokens, device=self.args.device)
+        return int(self.accelerator.reduce(count, "sum")) if self.args.world_size > 1 else int(count)
+
     def _get_output_dir(self, trial: Any) -> str:
         return getattr(self, "_partial_dir", None) or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The library writes into a hidden folder, which becomes `checkpoint-N` by one rename when it is complete."""
         run = Path(super()._get_output_dir(trial))
-        partial = run / ".checkpoint.partial"
-        name = f"checkpoint-{self.state.global_step}"
-        shutil.rmtree(partial, ignore_errors=True)
+        partial, name = run / PARTIAL, f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        if self.args.include_num_input_tokens_seen == "no":
+            self.state.num_input_tokens_seen = self.tokens()  # a resumed run counts on from here
+        self.accelerator.wait_for_everyone()
         self._partial_dir = str(partial)
         try:
             # Trainer's own method, not SFTTrainer's, which would write a model card into the run's folder first
             Trainer._save_checkpoint(self, model, trial)
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                _sync(partial / name)
-                shutil.rmtree(run / name, ignore_errors=True)
-                os.replace(partial / name, run / name)
-                self._rotate(run)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "write" not in str(error):
-                raise  # torch.save reports a full disk as a RuntimeError of its writer
+                self._publish(run, partial / name)
+            self.accelerator.wait_for_everyone()
+        except Exception as error:
+            if (why := adapter.unwritten(error)) is None:
+                raise
             raise BadInput(
                 f"write checkpoint {name} to {run}",
-                getattr(error, "strerror", None) or str(error).splitlines()[0],
+                why,
                 "Free some space and go on with resume=true; earlier checkpoints are intact",
             ) from error
         finally:
             self._partial_dir = None
-            shutil.rmtree(partial, ignore_errors=True)
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)
 
-    def _rotate(self, run: Path) -> None:
-        limit = self.args.save_total_limit
-        found = checkpoints(run)
-        for old in found[: -limit if limit else 0] if limit else []:
-            shutil.rmtree(old, ignore_errors=True)
+    def _publish(self, run: Path, whole: Path) -> None:
+        """A complete checkpoint takes its place; those beyond `save_total_limit` go, never half: by a rename first."""
+        if self.state.best_global_step:
+            best = f"checkpoint-{self.state.best_global_step}"
+            if best == whole.name or (run / best).is_dir():
+                self.state.best_model_checkpoint = str(run / best)
+            self.state.save_to_json(str(whole / STATE))
+        _sync(whole)
+        _discard(run / whole.name)
+        os.replace(whole, run / whole.name)
+        _sync_folder(run)
+        if limit := self.args.save_total_limit:
+            for old in checkpoints(run)[:-limit]:
+                if str(old) != self.state.best_model_checkpoint:
+                    _discard(old)
 
 
 class CausalTrainer(_OurTrainer, SFTTrainer):
@@ -164,7 +193,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         prefix, mode = ("", "train") if self.model.training else ("eval_", "eval")
         logs.update({prefix + key: value for key, value in self.counts(mode).items()})
         if mode == "train":
-            logs["num_tokens"] = self._total_train_tokens
+            logs["num_tokens"] = self.tokens()
         Trainer.log(self, logs, start_time)
 
 
@@ -211,6 +240,30 @@ class PackedRows(DataCollatorForLanguageModeling):
 
 
 @contextlib.contextmanager
+def as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """What the libraries' trainers leave on a model (config values, tags, checkpointing, mode) is gone afterwards."""
+    config = copy.deepcopy(vars(model.config))
+    generation = copy.deepcopy(vars(model.generation_config)) if model.generation_config else None
+    names = [(m, set(vars(m)), getattr(m, "gradient_checkpointing", None), m.training) for m in model.modules()]
+    checkpointed = model.is_gradient_checkpointing
+    try:
+        yield
+    finally:
+        if not checkpointed and model.is_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        for module, had, flag, training in names:
+            for name in set(vars(module)) - had:
+                delattr(module, name)
+            if flag is not None:
+                module.gradient_checkpointing = flag
+            module.training = training
+        for owner, values in ((model.config, config), (model.generation_config, generation)):
+            if values is not None:
+                vars(owner).clear()
+                vars(owner).update(values)
+
+
+@contextlib.contextmanager
 def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> Iterator[None]:
     """The model as the engine steps it: lean forms in, blocks compiled if asked, forward leading to the objective."""
     swaps = Swaps(model)
@@ -247,8 +300,10 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
             values.pop(only_sft, None)
     for key in values:
         if key not in known:
-            raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(key, known))
+            raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(str(key), known))
     ours = {"output_dir": str(output), "use_cpu": cpu, "disable_tqdm": True, "dataloader_pin_memory": not cpu}
+    if "output_dir" in values:
+        raise BadInput("training: output_dir", "a run writes into the recipe's output", "Say output: FOLDER")
     if cls is SFTConfig:
         values.setdefault("bf16", False)
     try:
@@ -263,18 +318,25 @@ def quiet(trainer: Trainer) -> None:
         trainer.remove_callback(callback)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [
-        p for p in run.glob("checkpoint-*") if p.name.split("-")[-1].isdigit() and (p / "trainer_state.json").is_file()
-    ]
-    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
-
-
 def _sync(folder: Path) -> None:
     """Bytes to the disk before the rename that makes them count."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+    for path in (*folder.rglob("*"), folder):
+        _sync_folder(path)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(checkpoint: Path) -> None:
+    """Out of sight at once, then removed: a kill in between leaves no checkpoint that lacks a part."""
+    if not checkpoint.is_dir():
+        return
+    aside = checkpoint.with_name(OLD)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -235,6 +235,10 @@ class _Biases:
         self.mask: weakref.ref | None = None
         self.bias: Tensor | None = None
 
+    def _dropped(self, mask: weakref.ref) -> None:
+        if mask is self.mask:
+            self.mask = self.bias = None
+
     def of_causal(self, T: int, groups: int, like: Tensor) -> Tensor:
         key = (T, groups, like.dtype, like.device)
         if key not in self.causal:
@@ -247,14 +251,14 @@ class _Biases:
         return self.causal[key]
 
     def of_mask(self, mask_B1TT: Tensor, like: Tensor) -> Tensor:
-        if self.mask is None or self.mask() is not mask_B1TT:
+        if self.mask is None or self.mask() is not mask_B1TT or self.bias is None or self.bias.dtype != like.dtype:
             if mask_B1TT.dtype == torch.bool:
                 bias = torch.zeros(mask_B1TT.shape, dtype=like.dtype, device=like.device)
                 bias.masked_fill_(~mask_B1TT, torch.finfo(like.dtype).min)
             else:
                 bias = mask_B1TT.to(like.dtype)
             self.bias = bias[:, :, None]
-            self.mask = weakref.ref(mask_B1TT)
+            self.mask = weakref.ref(mask_B1TT, self._dropped)
         return self.bias
 
 
