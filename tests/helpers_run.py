@@ -29,7 +29,9 @@ def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:
 def make_world(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """`folder` with a language model, an encoder, and rows for both."""
     tiny_llama(folder / "llama", dtype=dtype)
-    tiny_bert(folder / "bert")
+    config = tiny_bert(folder / "bert") / "config.json"
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config.write_text(json.dumps(json.loads(config.read_text()) | still))
     write_rows(folder / "facts.jsonl", rows())
     films = [{"text": f"the film is {word}", "label": word} for word in ("good", "bad")] * 6
     write_rows(folder / "films.jsonl", films)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -28,7 +30,7 @@ from .data import check_lengths
 from .errors import BadInput, nearest
 from .model import anatomy
 from .model.lean import lean
-from .model.surgery import Swaps
+from .model.surgery import Swaps, is_patch
 from .recipe import Recipe
 from .runs import OLD, PARTIAL, STATE, checkpoints
 
@@ -242,25 +244,27 @@ class PackedRows(DataCollatorForLanguageModeling):
 @contextlib.contextmanager
 def as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """What the libraries' trainers leave on a model (config values, tags, checkpointing, mode) is gone afterwards."""
-    config = copy.deepcopy(vars(model.config))
-    generation = copy.deepcopy(vars(model.generation_config)) if model.generation_config else None
-    names = [(m, set(vars(m)), getattr(m, "gradient_checkpointing", None), m.training) for m in model.modules()]
-    checkpointed = model.is_gradient_checkpointing
+    owners = [c for c in (model.config, getattr(model, "generation_config", None)) if c is not None]
+    saved = [copy.deepcopy(vars(owner)) for owner in owners]
+    modules = [(m, set(vars(m)), m.training, vars(m).get("gradient_checkpointing")) for m in model.modules()]
+    handles = list(getattr(model, "_require_grads_hooks", ()))
     try:
         yield
     finally:
-        if not checkpointed and model.is_gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-        for module, had, flag, training in names:
-            for name in set(vars(module)) - had:
+        for handle in getattr(model, "_require_grads_hooks", ()):
+            if handle not in handles:
+                handle.remove()
+        for module, had, training, checkpointing in modules:
+            for name in () if is_patch(module) else set(vars(module)) - had:
                 delattr(module, name)
-            if flag is not None:
-                module.gradient_checkpointing = flag
             module.training = training
-        for owner, values in ((model.config, config), (model.generation_config, generation)):
-            if values is not None:
-                vars(owner).clear()
-                vars(owner).update(values)
+            if checkpointing is not None:
+                module.gradient_checkpointing = checkpointing
+        if handles:
+            model._require_grads_hooks = handles
+        for owner, values in zip(owners, saved, strict=True):
+            vars(owner).clear()
+            vars(owner).update(values)
 
 
 @contextlib.contextmanager
@@ -270,6 +274,7 @@ def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> It
     lean_swaps = lean(model) if recipe.engine.lean else Swaps(model)
     original = model.forward
 
+    @functools.wraps(original)  # the trainers read from its signature which columns a batch may have
     def forward(*args, objective_batch=None, objective_count=None, **kwargs):
         if objective_batch is None:
             return original(*args, **kwargs)
@@ -298,9 +303,13 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
     if cls is not SFTConfig:
         for only_sft in ("max_length", "packing"):
             values.pop(only_sft, None)
+    if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # the newer name of the same
+        values.setdefault("activation_checkpointing", values.pop("gradient_checkpointing"))
     for key in values:
         if key not in known:
             raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(str(key), known))
+    kinds = get_type_hints(cls)
+    values = {key: _typed(key, value, kinds[key]) for key, value in values.items()}
     ours = {"output_dir": str(output), "use_cpu": cpu, "disable_tqdm": True, "dataloader_pin_memory": not cpu}
     if "output_dir" in values:
         raise BadInput("training: output_dir", "a run writes into the recipe's output", "Say output: FOLDER")
@@ -310,6 +319,22 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
         return cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
     except (TypeError, ValueError, ImportError) as error:
         raise BadInput("training", str(error).strip().splitlines()[0], "Mend the value") from error
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """`value` if it is of a training field's kind; YAML 1.1 reads 1e-4 as text and a bare `no` as false."""
+    try:
+        adapter_of = TypeAdapter(kind)
+    except PydanticSchemaGenerationError:
+        return value
+    for candidate in (value, "no") if value is False else (value,):
+        try:
+            read = adapter_of.validate_python(candidate)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"].lower()
+        else:
+            return read if isinstance(candidate, str) and isinstance(read, int | float) else candidate
+    raise BadInput(f"training: {key}: {value!r}", why, "Give a value of that kind")
 
 
 def quiet(trainer: Trainer) -> None:

@@ -65,7 +65,8 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             total = sum(t.numel() for s in surgeries for t in s.own_tensors().values())
             job = Job(objective, stepper, surgeries, base, recipe.data.too_long, say)
-            trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
+            with _no_bars():
+                trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
             hush(trainer)
             if main:  # nothing is written before this line
                 begin_run(output, recipe, resumed=checkpoint is not None)
@@ -127,10 +128,30 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
 
 
 @contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of `datasets`, which show tokenising as several bars of a moment each."""
+    import datasets
+
+    off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not off:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
 def _folder(output: Path) -> Iterator[None]:
-    """A run that never began leaves no empty folder behind (transformers makes it early)."""
+    """The folder, made; a run that never began leaves no empty one behind."""
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(
+                f"output: {output}", error.strerror or str(error), "Name a folder that can be made"
+            ) from None
         yield
     finally:
         for folder in missing:
