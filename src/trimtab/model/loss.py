@@ -92,6 +92,8 @@ def chunked_cross_entropy(
     """
     if chunk is None:
         chunk = max(128, CHUNK_BYTES // (weight_VH.shape[0] * (4 + weight_VH.element_size())) // 64 * 64)
+    if torch.is_autocast_enabled(hidden_NH.device.type):  # the products below write into memory of their own dtype
+        hidden_NH = hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
     weight_VH = weight_VH.to(hidden_NH.dtype)
     return _ChunkedCrossEntropy.apply(hidden_NH, weight_VH, bias_V, target_N, chunk, softcap, scale)
 
