@@ -322,6 +322,14 @@ def test_recomputed_activations_give_the_same_run(name, world, tmp_path):
         assert a == pytest.approx(b, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["full", "lora dropout", "paca", "parallel_adapter"])
+def test_bf16_autocast(name, world, tmp_path):
+    keys = tree(world, tmp_path / "run", PATCHES[name], max_steps=12, bf16=True)
+    run(keys)
+    losses = [row[1] for row in metrics(tmp_path / "run")]
+    assert losses[-1] < 0.95 * losses[0]
+
+
 def test_lean_forms_change_nothing_but_rounding(world, tmp_path):
     for lean in (True, False):
         run(tree(world, tmp_path / str(lean), PATCHES["paca"], max_steps=6) | {"engine": {"lean": lean}})
@@ -368,10 +376,10 @@ def test_only_the_assistant_is_learned(world, tmp_path):
     assert words.split() == ["france", "</s>", "the", "bad", "film", "</s>"]
 
 
-@pytest.mark.parametrize("patch", [{"paca": {"r": 16}}, {"lora": {"dropout": 0.1}}, {"full": {}}], ids=str)
-def test_a_classifier_is_trained_saved_and_read_again(patch, world, tmp_path):
-    keys = films(world, tmp_path / "run", patch, max_steps=60, per_device_train_batch_size=4,
-                 eval_strategy="steps", eval_steps=60, learning_rate=2e-2, lr_scheduler_type="constant")  # fmt: skip
+@pytest.mark.parametrize("name,fields,rate", [("paca", {"r": 16}, 2e-2), ("lora", {}, 5e-3), ("full", {}, 2e-3)])
+def test_a_classifier_is_trained_saved_and_read_again(name, fields, rate, world, tmp_path):
+    keys = films(world, tmp_path / "run", {name: fields}, max_steps=60, per_device_train_batch_size=4,
+                 eval_strategy="steps", eval_steps=60, learning_rate=rate, lr_scheduler_type="constant")  # fmt: skip
     found = run(keys)
     assert found["evaluation"]["eval_accuracy"] == 1.0
     again = trimtab.Recipe.from_dict(keys).evaluate()
