@@ -43,6 +43,7 @@ class Job:
     stepper: Stepper
     surgeries: Sequence[Surgery]
     base: adapter.Base
+    dtype: torch.dtype | None = None  # the base's, before any patch
     too_long: str = "error"
     say: Any = print
 
@@ -74,12 +75,12 @@ class _OurTrainer:
 
     @contextlib.contextmanager
     def compute_loss_context_manager(self) -> Iterator[None]:
-        # Patches whose own weights are fp32 nn.Linears beside a bf16 base (LoRA, full) ask for autocast; the others
+        # Patches that multiply fp32 weights of their own beside a 16-bit base ask for autocast (full, DoRA); the others
         # cast by themselves, and run without its bookkeeping.
-        wanted = any(getattr(type(s.patch), "autocast", False) for s in self.job.surgeries)
-        half = self.model.dtype if self.model.dtype in (torch.bfloat16, torch.float16) else None
-        dtype = half or (torch.bfloat16 if self.autocast_wanted else None)
-        on = dtype is not None and (wanted or self.autocast_wanted)
+        wanted = any(getattr(s.patch, "autocast", False) for s in self.job.surgeries)
+        half = self.job.dtype if self.job.dtype in (torch.bfloat16, torch.float16) else None
+        dtype = half or torch.bfloat16
+        on = self.autocast_wanted or (wanted and half is not None)
         with torch.autocast(self.args.device.type, dtype=dtype, enabled=True) if on else contextlib.nullcontext():
             yield
 
@@ -153,6 +154,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
 
     def __init__(self, job: Job, **kwargs: Any):
         self.job, self.counted, self.autocast_wanted = job, {}, bool(kwargs["args"].bf16)
+        _admit_quantised(kwargs["model"])
         kwargs["args"].bf16 = False  # autocast is ours to order, see compute_loss_context_manager
         super().__init__(**kwargs)
         if self.padding_free and isinstance(self.data_collator, DataCollatorForLanguageModeling):
@@ -205,8 +207,10 @@ class ClassifierTrainer(_OurTrainer, Trainer):
     def __init__(self, job: Job, **kwargs: Any):
         self.job, self.counted, self.autocast_wanted = job, {}, bool(kwargs["args"].bf16)
         self._total_train_tokens = 0
+        _admit_quantised(kwargs["model"])
         kwargs["args"].bf16 = False
         super().__init__(**kwargs)
+        self._set_signature_columns_if_needed()  # now, while the model's forward still names its arguments
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -335,6 +339,15 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         else:
             return read if isinstance(candidate, str) and isinstance(read, int | float) else candidate
     raise BadInput(f"training: {key}: {value!r}", why, "Give a value of that kind")
+
+
+def _admit_quantised(model: PreTrainedModel) -> None:
+    """The library takes a quantised model only if it says that an adapter of peft is on it; ours is, or it only reads.
+
+    `export` takes the mark away again.
+    """
+    if getattr(model, "is_quantized", False):
+        model._hf_peft_config_loaded = True
 
 
 def quiet(trainer: Trainer) -> None:

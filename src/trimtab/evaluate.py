@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
+from .model.quiet import hushed, no_dataset_bars
 from .recipe import Recipe
 
 Say = Callable[[str], None]
+ROOM = 24  # tokens of a reply beyond the longest answer: a base model talks its way to it
 
 
+@hushed()
+@no_dataset_bars()
 def evaluate(
     recipe: Recipe, adapter: str | Path | None = None, base_only: bool = False, tasks: Sequence[str] = (),
     limit: int | None = None, say: Say = lambda line: None,
@@ -61,7 +65,7 @@ def answer(
         pairs = eval_pairs(rows)[:size]
         longest = max(len(tokenizer(text)["input_ids"]) for _, accepted in pairs for text in accepted)
         exact = contains = 0
-        replies = sample(model, tokenizer, [prompt for prompt, _ in pairs], max_new_tokens=min(256, longest + 8))
+        replies = sample(model, tokenizer, [prompt for prompt, _ in pairs], max_new_tokens=min(256, longest + ROOM))
         for (prompt, accepted), reply in zip(pairs, replies, strict=True):
             exact += exactly(reply, accepted)
             contains += occurs(reply, accepted)
@@ -85,7 +89,7 @@ def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> 
         args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
         args.per_device_eval_batch_size = args.per_device_train_batch_size
         dataset = rows.dataset.select(range(size))
-        job = Job(objective, stepper, [], Base(recipe.model.name, ""), recipe.data.too_long)
+        job = Job(objective, stepper, [], Base(recipe.model.name, ""), model.dtype, recipe.data.too_long)
         trainer = CausalTrainer(
             job, model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
         )

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput, nearest
+from .model.quiet import hushed
 from .recipe import Recipe
 
 FORMS = ("peft", "merged")
 
 
+@hushed()
 def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str | Path | None = None,
            overwrite: bool = False) -> Path:  # fmt: skip
     """Write the run's adapter as `to` into `out` (default: beside it, `<output>/peft` or `<output>/merged`)."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
+from .model.quiet import hushed
 from .recipe import Recipe
 
 
@@ -23,11 +24,13 @@ def generate(
     from .runs import load_run
 
     check_generation(settings)
-    model, tokenizer, _, _ = _language_model(load_run(recipe, adapter, base_only))
-    asked = list(prompts) if raw else [chat_prompt(tokenizer, p, recipe.data.system) for p in prompts]
-    yield from sample(model, tokenizer, asked, **settings)
+    with hushed():
+        model, tokenizer, _, _ = _language_model(load_run(recipe, adapter, base_only))
+        asked = list(prompts) if raw else [chat_prompt(tokenizer, p, recipe.data.system) for p in prompts]
+        yield from sample(model, tokenizer, asked, **settings)
 
 
+@hushed()
 def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = False, **settings: Any) -> None:
     """Talk to the model: lines from standard input, replies streamed to standard output. An empty line starts anew."""
     import torch

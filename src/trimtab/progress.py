@@ -125,7 +125,7 @@ class Live(TrainerCallback):
     def __init__(self, steps: Steps, say: Say, quiet: bool):
         self.steps, self.say, self.quiet = steps, say, quiet
         self.bar: Progress | None = None
-        self._next = 0.0
+        self._next, self._pause = 0.0, 5.0  # seconds; plain lines come ever more seldom, up to one a minute
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.quiet:
@@ -151,7 +151,8 @@ class Live(TrainerCallback):
         if self.bar:
             self.bar.update(self.task, completed=state.global_step, description=text)
         elif time.monotonic() >= self._next or state.global_step == state.max_steps:
-            self._next = time.monotonic() + 5
+            self._next = time.monotonic() + self._pause
+            self._pause = min(60.0, 1.5 * self._pause)
             self.say(f"step {state.global_step}/{state.max_steps}  {text}")
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -43,8 +43,7 @@ class EngineSpec:
 
     lean: bool = True  # norms, gated FFNs and attention that keep less for backward (model/lean.py)
     compile: bool = False  # torch.compile each block
-    loss_chunk: int | None = None  # positions per chunk of the loss; None: by bytes
-    allocator: Literal["auto", "none", "mimalloc", "jemalloc", "tcmalloc"] = "auto"
+    allocator: Literal["auto", "none", "mimalloc", "jemalloc", "tcmalloc"] = "auto"  # a malloc that gives memory back
 
 
 # What `training:` may hold besides the fields of TRL's SFTConfig or transformers' TrainingArguments: nothing.
@@ -57,10 +56,16 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0,
     "seed": 0,
+}
+
+# transformers 5.23 renamed these; the old names are still what most people write
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 
 
@@ -160,7 +165,10 @@ class Recipe:
 
     def training_values(self) -> dict[str, Any]:
         """`training:` over our defaults (`max_steps` given: no default for epochs is needed)."""
-        return {**TRAINING_DEFAULTS, **self.training}
+        for old, new in RENAMED.items():
+            if old in self.training and new in self.training:
+                raise BadInput(f'training: "{old}" and "{new}"', "they are two names of one field", f"Keep {new}")
+        return {**TRAINING_DEFAULTS, **{RENAMED.get(key, key): value for key, value in self.training.items()}}
 
     # --- doing ---------------------------------------------------------------------------------------------------
 

@@ -17,10 +17,13 @@ from typing import Any
 from . import methods
 from .errors import BadInput, Interrupted
 from .memory.meter import GIB, Meter
+from .model.quiet import hushed, no_dataset_bars
 from .recipe import Recipe
 from .runs import begin_run, machine, now, open_run, versions, write_json
 
 
+@hushed()
+@no_dataset_bars()
 def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Run a recipe; returns what run.json holds.
 
@@ -32,13 +35,11 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
         raise BadInput(
             "train", "the recipe has no patch", f"Add one under patches: {', '.join(methods.names('patch'))}"
         )
-    import transformers
     from transformers import set_seed
 
     from . import adapter
     from .progress import Live, MetricsFile, Steps, StopOnInterrupt, speaker
 
-    transformers.utils.logging.set_verbosity_error()
     say = say or speaker(quiet)
     output, checkpoint = open_run(recipe)
     objective, stepper, patches, place = (
@@ -53,6 +54,7 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
     base = adapter.Base(
         recipe.model.name, model.trimtab_base, objective.task, recipe.model.precision, rows.labels or []
     )
+    dtype = model.dtype
     main = args.process_index == 0  # of several processes one writes and speaks
     say, quiet = (say, quiet) if main else (lambda line: None, True)
     meter, surgeries = Meter(device=place.device).start(), []
@@ -64,7 +66,7 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
         with as_it_was(model), _folder(output):
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             total = sum(t.numel() for s in surgeries for t in s.own_tensors().values())
-            job = Job(objective, stepper, surgeries, base, recipe.data.too_long, say)
+            job = Job(objective, stepper, surgeries, base, dtype, recipe.data.too_long, say)
             with _no_bars():
                 trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
             hush(trainer)
@@ -194,9 +196,6 @@ def _model(recipe: Recipe, objective: Any, place: Any, rows: Any, say: Callable[
     if rows.labels:
         model.config.id2label = dict(enumerate(rows.labels))
         model.config.label2id = {label: index for index, label in enumerate(rows.labels)}
-    # the library refuses to train a quantised model unless it says that an adapter is on it; ours will be
-    if getattr(model, "is_quantized", False):
-        model._hf_peft_config_loaded = True
     return model
 
 

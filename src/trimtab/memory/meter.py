@@ -7,6 +7,7 @@ peak allocated and peak reserved bytes. Device totals are never called peaks.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import threading
 import time
@@ -154,13 +155,37 @@ class LiveTensors(TorchDispatchMode):
 
 def file_ranges() -> list[tuple[int, int]]:
     """Address ranges of this process that are mapped from safetensors files."""
-    found = []
+    return [(low, high) for low, high, _ in _mappings("maps")]
+
+
+def drop_clean_mappings() -> None:
+    """Tell the kernel that pages read from safetensors files are not needed now (they are read again when touched).
+
+    After a conversion the file's pages count as resident although nothing reads them. Ranges that hold a written page
+    (columns trained in place) are left alone: their content is in no file.
+    """
+    madvise = getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)
+    if madvise is None:
+        return
+    for low, high, dirty in _mappings("smaps"):
+        if not dirty:
+            madvise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), ctypes.c_int(4))  # MADV_DONTNEED
+
+
+def _mappings(name: str) -> list[tuple[int, int, bool]]:
+    """(from, to, whether a page was written) of each mapping of a safetensors file; "maps" knows no written pages."""
+    found: list[tuple[int, int, bool]] = []
+    inside = False
     try:
-        with open("/proc/self/maps") as maps:
-            for line in maps:
-                if ".safetensors" in line:
-                    low, _, high = line.split(" ", 1)[0].partition("-")
-                    found.append((int(low, 16), int(high, 16)))
+        with open(f"/proc/self/{name}") as lines:
+            for line in lines:
+                word = line.split(" ", 1)[0]
+                if "-" in word and not word.endswith(":"):
+                    if inside := ".safetensors" in line:
+                        low, _, high = word.partition("-")
+                        found.append((int(low, 16), int(high, 16), False))
+                elif inside and word in ("Private_Dirty:", "Shared_Dirty:", "Anonymous:") and int(line.split()[1]):
+                    found[-1] = (*found[-1][:2], True)
     except OSError:
         pass
     return found

@@ -18,6 +18,7 @@ class Row:
     title: str
     summary: str
     paper: str = ""  # arXiv id
+    exports: tuple[str, ...] = ()  # of trimtab.export.FORMS, those that a patch can take
 
     def load(self) -> Any:
         module, _, name = self.target.partition(":")
@@ -26,11 +27,12 @@ class Row:
 
 TABLE: dict[str, Row] = {
     "paca": Row("paca:PaCA", "patch", "PaCA, QPaCA", "trains r input columns of each weight in place; a 4/8-bit base "
-                "makes it QPaCA", "2503.01905"),
-    "lora": Row("lora:LoRA", "patch", "LoRA, QLoRA, DoRA", "low-rank adapters, computed by peft", "2106.09685"),
+                "makes it QPaCA", "2503.01905", ("peft", "merged")),
+    "lora": Row("lora:LoRA", "patch", "LoRA, QLoRA, DoRA", "low-rank adapters, computed by peft", "2106.09685",
+                ("peft", "merged")),
     "parallel_adapter": Row("parallel_adapter:ParallelAdapter", "patch", "Parallel Adapter",
                             "a wide two-layer ReLU network beside each FFN", "2110.04366"),
-    "full": Row("full:Full", "patch", "Full fine-tuning", "every weight is trained"),
+    "full": Row("full:Full", "patch", "Full fine-tuning", "every weight is trained", exports=("merged",)),
     "head": Row("classification:Head", "part", "Classification head", "the fresh head that classification trains"),
     "causal_lm": Row("causal_lm:CausalLM", "objective", "Causal language modelling",
                      "next-token loss, logits never whole"),

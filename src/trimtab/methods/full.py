@@ -5,7 +5,8 @@ case on CPU) the originals cost no fast memory; where it is not, they cost what 
 
 By default the copy is fp32. bf16 has 8 significant bits: a step smaller than 1/512 of a weight is rounded away, and at
 a learning rate of 1e-5 most of AdamW's steps are. `dtype: bf16` halves weights, gradients and Adam's state at that
-price. With fp32 weights, bf16 autocast (`training: {bf16: true}`) keeps the products fast.
+price. The engine multiplies fp32 copies of a bf16 base under bf16 autocast, so that the products stay fast; an fp32
+base is multiplied in fp32 unless `training: {bf16: true}`.
 
 `train` restricts training to the parameters whose path the regex matches ("norm"). Where these are then wider than the
 frozen rest, their modules compute in fp32 and hand on the dtype that the base would.
@@ -37,6 +38,11 @@ class Full(Patch):
 
     dtype: Literal["fp32", "bf16", "keep"] = "fp32"  # of the weights while they are trained; bf16 loses small updates
     train: str = "all"  # "all", or a regex on parameter paths
+
+    @property
+    def autocast(self) -> bool:
+        """fp32 copies of a 16-bit base are multiplied in the base's own precision."""
+        return self.dtype == "fp32"
 
     def apply(self, model: PreTrainedModel, place: Place) -> FullSurgery:
         if self.dtype not in DTYPES:

@@ -142,8 +142,6 @@ class PartialLinear(ModulePatch):
             return x_TI[..., self.start : self.start + self.r].contiguous()
         return x_TI.index_select(-1, self.indices)
 
-    # --- the product ---------------------------------------------------------------------------------------------
-
     def forward(self, x_TI: Tensor) -> Tensor:
         if self.patch.form == "live":
             self.refresh()
@@ -167,7 +165,11 @@ class PartialLinear(ModulePatch):
         with torch.no_grad():
             if self.held_indices.numel():
                 weight_OI.index_add_(1, self.held_indices, self.held_delta.to(weight_OI.dtype))
-            weight_OI.index_add_(1, self.indices, (self.delta * self.scale).to(weight_OI.dtype))
+            step_OR = (self.delta * self.scale).to(weight_OI.dtype)
+            if self.start is not None:
+                weight_OI[:, self.start : self.start + self.r] += step_OR
+            else:
+                weight_OI.index_add_(1, self.indices, step_OR)
 
     def refresh(self) -> None:
         """Live form: write the columns if `delta` may have changed since they were last written.
@@ -215,8 +217,6 @@ class PartialLinear(ModulePatch):
         if all(t is not None for t in held) and held[1].shape == (self.out_features, *held[0].shape):
             self.held_indices = self.indices.new_zeros(held[0].shape)
             self.held_delta = self.delta.data.new_zeros(held[1].shape)
-
-    # --- schedule, merge -----------------------------------------------------------------------------------------
 
     def reselect(self, round_: int) -> None:
         """Keep what was trained as held columns and start a new block from zero."""

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ..errors import BadInput, TrimtabError, nearest
+from ..memory.meter import drop_clean_mappings
 from . import anatomy
 from .cache import Say, cached_folder
 from .quiet import quiet
@@ -137,7 +138,11 @@ def _sample(tensor: torch.Tensor) -> bytes:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps 15 to 560 MiB of what quantising SmolLM2-135M freed."""
+    """Return freed memory to the system: glibc keeps 15 to 560 MiB of what quantising SmolLM2-135M freed.
+
+    The pages of the file that was converted go too; what still lies in it (embeddings) is read again when touched.
+    """
+    drop_clean_mappings()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:
         trim(0)

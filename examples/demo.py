@@ -1,0 +1,132 @@
+"""What `make demo` runs: a small model learns 300 facts about the world's cities, inside the memory of a small machine.
+
+It is asked about each fact before and after, in a wording that is not among those it is trained on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from trimtab.memory.allocator import restart_under
+
+MODEL = "smollm2-135m"
+FACTS = 300  # cities; each is asked about in five wordings, so five times as many rows
+STEPS = 190  # two passes over them
+BATCH = 16
+RANK = 16  # columns of each weight that PaCA trains
+LEARNING_RATE = 1e-3
+TESTED = None  # of the held-out questions; None: all of them
+FOLDER = Path("runs/demo")
+SHOWN = 6
+
+
+def main() -> None:
+    began = time.monotonic()
+    from trimtab import Recipe
+    from trimtab.demo import TEST_TEMPLATE, build_geography
+    from trimtab.model.cache import cached_folder
+
+    cached_folder(MODEL, say=progress)
+    made = build_geography(FOLDER, FACTS)
+    print(f"1  {made.facts} facts: which country a city is in; {made.countries} countries")
+    print(f"   {made.train_rows} questions to train on, {made.test_rows} to test with, such as")
+    print(f"   {TEST_TEMPLATE.format(city='...')}")
+
+    recipe = Recipe(
+        model=MODEL,
+        data={"train": str(made.train), "test": str(made.test)},
+        patches=[{"paca": {"r": RANK}}],
+        training={
+            "max_steps": STEPS, "per_device_train_batch_size": BATCH, "max_length": 128,
+            "learning_rate": LEARNING_RATE,
+        },
+        output=str(FOLDER),
+        overwrite=True,
+    )  # fmt: skip
+    print(f"2  {MODEL} as it comes ...", flush=True)
+    before = recipe.evaluate(base_only=True, limit=TESTED)
+    print(f"   answers {before['metrics']['contains']:.0%} of the test questions")
+
+    print(f"3  PaCA trains {RANK} columns of each weight, {STEPS} steps of {BATCH} rows ...", flush=True)
+    run = recipe.train(quiet=False, say=steps)
+    measured = run["measured"]
+    gib = 2**30
+    print(f"   {run['tokens']:,} tokens in {measured['seconds']:.0f} s, {measured['tokens_per_second']:,.0f} tokens/s")
+    print(f"   the process held {measured['fast_peak_bytes'] / gib:.2f} GiB at its peak, of which training took "
+          f"{measured['fast_growth_bytes'] / gib:.2f} GiB")  # fmt: skip
+
+    print("4  the same questions again ...", flush=True)
+    after = recipe.evaluate(limit=TESTED)
+    print(f"   answers {after['metrics']['contains']:.0%} of them\n")
+    prefix, suffix = TEST_TEMPLATE.split("{city}")
+    show([
+        (old["prompt"].removeprefix(prefix).removesuffix(suffix), old["answers"][0], old["reply"], new["reply"])
+        for old, new in zip(before["samples"][:SHOWN], after["samples"], strict=False)
+    ])  # fmt: skip
+
+    metrics = [result["metrics"]["contains"] for result in (before, after)]
+    print(f"\nrecall on wordings never trained on: {metrics[0]:.1%} before, {metrics[1]:.1%} after")
+    print(f"{time.monotonic() - began:.0f} s in all; {FOLDER / 'adapter'}: {adapter_size():.1f} MiB, "
+          f"{FOLDER / 'run.json'}: all figures")  # fmt: skip
+    print("\nNext:")
+    for verb, what in [
+        (f"generate {FOLDER}", "talk to it"),
+        (f"eval {FOLDER}", "test it again"),
+        (f"export {FOLDER} --to peft", "a LoRA adapter that stock peft loads"),
+        (f"export {FOLDER} --to merged", "a plain transformers folder"),
+    ]:
+        print(f"  {command()} {verb:<32} {what}")
+
+
+def show(rows: list[tuple[str, str, str, str]]) -> None:
+    """City, country, reply before, reply after: a table on a terminal, plain columns elsewhere."""
+    head = ("city", "country", "before", "after")
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Column, Table
+
+        table = Table(*(Column(name, no_wrap=True) for name in head), box=box.SIMPLE_HEAD, pad_edge=False)
+        for city, country, old, new in rows:
+            right = country.lower() in new.lower()
+            table.add_row(city, country, one_line(old, 48), f"[{'green' if right else 'red'}]{one_line(new, 30)}")
+        Console(highlight=False).print(table)
+        return
+    for city, country, old, new in [head, *rows]:
+        print(f"{one_line(city, 18):<18}  {one_line(country, 16):<16}  {one_line(old, 40):<40}  {one_line(new, 30)}")
+
+
+def one_line(text: Any, width: int) -> str:
+    text = " ".join(str(text).split()).replace("[", "(")
+    return text if len(text) <= width else text[: width - 3].rstrip() + "..."
+
+
+def progress(line: str) -> None:
+    print(f"   {line}", file=sys.stderr, flush=True)
+
+
+def steps(line: str) -> None:
+    """Of what `train` reports only the steps: the demo tells the outcome itself."""
+    if line.startswith("step"):
+        progress(line)
+
+
+def adapter_size() -> float:
+    """MiB"""
+    return sum(path.stat().st_size for path in (FOLDER / "adapter").iterdir()) / 2**20
+
+
+def command() -> str:
+    """How `trimtab` is called from here: by name if the shell finds it, else by the path of this environment."""
+    beside = Path(sys.executable).with_name("trimtab")
+    return "trimtab" if shutil.which("trimtab") or not beside.exists() else os.path.relpath(beside)
+
+
+if __name__ == "__main__":
+    restart_under()  # a malloc can only be chosen before a process starts
+    main()

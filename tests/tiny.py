@@ -1,0 +1,38 @@
+"""Tiny models as folders on disk, tokenizer and chat template included: what `model:` of a recipe may name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from conftest import MODELS
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+WORDS = "which country is the city of in where does a name its user assistant ? . : was".split()
+CHAT = (
+    "{% for m in messages %}<s> {{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant : {% endif %}"
+)
+
+
+def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """Some words, and `<unk>` for all others; ids 0 to 2 are the pad, start and end of conftest's models."""
+    words = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT if chat else None
+    return tokenizer
+
+
+def tiny_folder(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> str:
+    """Save conftest's tiny model of `family` with a tokenizer; -> the folder's name."""
+    causal = family not in ("bert", "mpnet")
+    MODELS[family]().to(dtype).save_pretrained(folder)
+    tiny_tokenizer(chat=causal).save_pretrained(folder)
+    return str(folder)
