@@ -31,6 +31,7 @@ from .recipe import build
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
 PREFIX = "base_model.model."
+RANK = 4096  # ranks up to here are believed without looking at the tensors
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,27 @@ def save_adapter(folder: str | Path, surgeries: Sequence[Surgery], base: Base) -
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise BadInput(
-            f"write the adapter to {folder}", error.strerror or str(error), "Free some space and resume"
-        ) from error
+        if (why := unwritten(error)) is None:
+            raise
+        raise BadInput(f"write the adapter to {folder}", why, "Free some space and resume") from error
     return folder
+
+
+def unwritten(error: Exception) -> str | None:
+    """Why a file could not be written, or None if `error` says something else.
+
+    A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, SafetensorError) and "I/O error" in text:
+        return text.partition("I/O error: ")[2].rstrip(".") or text
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
+        return "torch could not write it; the disk may be full"
+    return None
 
 
 def write_adapter(folder: Path, surgeries: Sequence[Surgery], base: Base) -> None:
@@ -139,8 +155,10 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         base = Base(**meta["base"])
-        fits = isinstance(meta.get("parts", []), list) and ("parts" in meta or isinstance(meta.get("patch"), str))
-    except (ValueError, KeyError, TypeError):
+        words = [base.name, base.hash, base.task, base.precision, *base.labels, *meta.get("parts", [])]
+        fits = all(isinstance(word, str) for word in words) and isinstance(base.labels, list)
+        fits = fits and (bool(meta["parts"]) if "parts" in meta else isinstance(meta["patch"], str))
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
         fits = False
     if not fits:
         raise BadInput(f"adapter {folder}", f"its {OURS} is damaged", "Make the adapter again, or take an intact copy")
@@ -177,17 +195,24 @@ def load_adapter(
 
 
 def _parts(folder: Path, meta: dict[str, Any]) -> list[Path]:
-    parts = [folder / str(part) for part in meta["parts"]] if "parts" in meta else [folder]
+    parts = [folder / part for part in meta["parts"]] if "parts" in meta else [folder]
     for part in parts:
-        if folder.resolve() not in (part.resolve(), part.resolve().parent):
+        if part != folder and part.resolve().parent != folder.resolve():
             raise BadInput(f"adapter {folder}", f"it names {part}, outside itself", "Do not use this adapter")
     return parts
 
 
 def _load_one(model: PreTrainedModel, folder: Path, place: Place) -> Surgery:
     meta = read_meta(folder)
+    if "patch" not in meta:
+        raise BadInput(f"adapter {folder}", f"its {OURS} names no patch", "Take an intact copy")
     patch = build(methods.find(meta["patch"]), meta.get("config", {}), f"adapter {folder}")
     tensors = read_tensors(folder)
+    if broken := [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise BadInput(f"adapter {folder}", f"{broken[0]} holds NaN or infinity", "Use an earlier checkpoint")
+    widest = max([RANK, *(size for tensor in tensors.values() for size in tensor.shape)])
+    if (rank := getattr(patch, "r", 0)) > widest:  # before anything of that size is made
+        raise BadInput(f"adapter {folder} of r {rank}", f"its tensors are at most {widest} wide", "Do not use it")
     surgery = patch.apply(model, place)
     try:
         surgery.load_tensors(tensors)
@@ -211,7 +236,7 @@ def load_into(surgeries: Sequence[Surgery], folder: str | Path) -> None:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
-    if not path.is_file():
+    if not path.is_file() or path.resolve().parent != folder.resolve():
         raise BadInput(f"adapter {folder}", f"it has no {WEIGHTS}", "Take an intact copy")
     try:
         tensors = load_file(path)

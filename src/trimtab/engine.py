@@ -8,14 +8,17 @@ rows. Data formats, schedulers, optimisers, trackers, evaluation, data order and
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -27,8 +30,9 @@ from .data import check_lengths
 from .errors import BadInput, nearest
 from .model import anatomy
 from .model.lean import lean
-from .model.surgery import Swaps
+from .model.surgery import Swaps, is_patch
 from .recipe import Recipe
+from .runs import OLD, PARTIAL, STATE, checkpoints
 
 
 @dataclass
@@ -53,15 +57,21 @@ class _OurTrainer:
         """The objective's loss, through the model's own forward (so that DDP sees it), and the counts for the log."""
         value, correct, seen = model(objective_batch=inputs, objective_count=count)
         mode = "train" if self.model.training else "eval"
-        self.counted.setdefault(mode, []).append((correct.detach(), seen.detach()))
+        self.counted.setdefault(mode, []).append(torch.stack([correct.detach(), seen, value.detach() * seen]).double())
         if count is not None and self.args.average_tokens_across_devices:
             value = value * self.accelerator.num_processes  # `count` is over all ranks; DDP averages the gradients
         return value
 
     def counts(self, mode: str) -> dict[str, float]:
-        pairs = self.counted.pop(mode, [])
-        seen = sum(float(s) for _, s in pairs)
-        return {"accuracy": sum(float(c) for c, _ in pairs) / seen} if seen else {}
+        """Share predicted right since the last call, over all processes; and in evaluation the loss per item."""
+        sums = sum(self.counted.pop(mode, []), torch.zeros(3, dtype=torch.float64, device=self.args.device))
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        correct, seen, loss = sums.tolist()
+        if not seen:
+            return {}
+        # transformers averages the batches' means; batches hold unequal numbers of items
+        return {"accuracy": correct / seen, **({"loss": loss / seen} if mode == "eval" else {})}
 
     @contextlib.contextmanager
     def compute_loss_context_manager(self) -> Iterator[None]:
@@ -81,41 +91,62 @@ class _OurTrainer:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         adapter.load_into(self.job.surgeries, resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        adapter.load_into(self.job.surgeries, str(self.state.best_model_checkpoint))
+
+    def tokens(self) -> int:
+        """Tokens trained on so far, over all processes (each must call this)."""
+        count = torch.tensor(self._total_train_tokens, device=self.args.device)
+        return int(self.accelerator.reduce(count, "sum")) if self.args.world_size > 1 else int(count)
+
     def _get_output_dir(self, trial: Any) -> str:
         return getattr(self, "_partial_dir", None) or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The library writes into a hidden folder, which becomes `checkpoint-N` by one rename when it is complete."""
         run = Path(super()._get_output_dir(trial))
-        partial = run / ".checkpoint.partial"
-        name = f"checkpoint-{self.state.global_step}"
-        shutil.rmtree(partial, ignore_errors=True)
+        partial, name = run / PARTIAL, f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        if self.args.include_num_input_tokens_seen == "no":
+            self.state.num_input_tokens_seen = self.tokens()  # a resumed run counts on from here
+        self.accelerator.wait_for_everyone()
         self._partial_dir = str(partial)
         try:
             # Trainer's own method, not SFTTrainer's, which would write a model card into the run's folder first
             Trainer._save_checkpoint(self, model, trial)
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                _sync(partial / name)
-                shutil.rmtree(run / name, ignore_errors=True)
-                os.replace(partial / name, run / name)
-                self._rotate(run)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "write" not in str(error):
-                raise  # torch.save reports a full disk as a RuntimeError of its writer
+                self._publish(run, partial / name)
+            self.accelerator.wait_for_everyone()
+        except Exception as error:
+            if (why := adapter.unwritten(error)) is None:
+                raise
             raise BadInput(
                 f"write checkpoint {name} to {run}",
-                getattr(error, "strerror", None) or str(error).splitlines()[0],
+                why,
                 "Free some space and go on with resume=true; earlier checkpoints are intact",
             ) from error
         finally:
             self._partial_dir = None
-            shutil.rmtree(partial, ignore_errors=True)
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)
 
-    def _rotate(self, run: Path) -> None:
-        limit = self.args.save_total_limit
-        found = checkpoints(run)
-        for old in found[: -limit if limit else 0] if limit else []:
-            shutil.rmtree(old, ignore_errors=True)
+    def _publish(self, run: Path, whole: Path) -> None:
+        """A complete checkpoint takes its place; those beyond `save_total_limit` go, never half: by a rename first."""
+        if self.state.best_global_step:
+            best = f"checkpoint-{self.state.best_global_step}"
+            if best == whole.name or (run / best).is_dir():
+                self.state.best_model_checkpoint = str(run / best)
+            self.state.save_to_json(str(whole / STATE))
+        _sync(whole)
+        _discard(run / whole.name)
+        os.replace(whole, run / whole.name)
+        _sync_folder(run)
+        if limit := self.args.save_total_limit:
+            for old in checkpoints(run)[:-limit]:
+                if str(old) != self.state.best_model_checkpoint:
+                    _discard(old)
 
 
 class CausalTrainer(_OurTrainer, SFTTrainer):
@@ -166,7 +197,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         prefix, mode = ("", "train") if self.model.training else ("eval_", "eval")
         logs.update({prefix + key: value for key, value in self.counts(mode).items()})
         if mode == "train":
-            logs["num_tokens"] = self._total_train_tokens
+            logs["num_tokens"] = self.tokens()
         Trainer.log(self, logs, start_time)
 
 
@@ -215,6 +246,32 @@ class PackedRows(DataCollatorForLanguageModeling):
 
 
 @contextlib.contextmanager
+def as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """What the libraries' trainers leave on a model (config values, tags, checkpointing, mode) is gone afterwards."""
+    owners = [c for c in (model.config, getattr(model, "generation_config", None)) if c is not None]
+    saved = [copy.deepcopy(vars(owner)) for owner in owners]
+    modules = [(m, set(vars(m)), m.training, vars(m).get("gradient_checkpointing")) for m in model.modules()]
+    handles = list(getattr(model, "_require_grads_hooks", ()))
+    try:
+        yield
+    finally:
+        for handle in getattr(model, "_require_grads_hooks", ()):
+            if handle not in handles:
+                handle.remove()
+        for module, had, training, checkpointing in modules:
+            for name in () if is_patch(module) else set(vars(module)) - had:
+                delattr(module, name)
+            module.training = training
+            if checkpointing is not None:
+                module.gradient_checkpointing = checkpointing
+        if handles:
+            model._require_grads_hooks = handles
+        for owner, values in zip(owners, saved, strict=True):
+            vars(owner).clear()
+            vars(owner).update(values)
+
+
+@contextlib.contextmanager
 def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> Iterator[None]:
     """The model as the engine steps it: lean forms in, blocks compiled if asked, forward leading to the objective."""
     swaps = Swaps(model)
@@ -224,6 +281,7 @@ def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> It
     lean_swaps = lean(model, recompute=again) if recipe.engine.lean else Swaps(model)
     original = model.forward
 
+    @functools.wraps(original)  # the trainers read from its signature which columns a batch may have
     def forward(*args, objective_batch=None, objective_count=None, **kwargs):
         if objective_batch is None:
             return original(*args, **kwargs)
@@ -252,16 +310,38 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
     if cls is not SFTConfig:
         for only_sft in ("max_length", "packing"):
             values.pop(only_sft, None)
+    if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # the newer name of the same
+        values.setdefault("activation_checkpointing", values.pop("gradient_checkpointing"))
     for key in values:
         if key not in known:
-            raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(key, known))
+            raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(str(key), known))
+    kinds = get_type_hints(cls)
+    values = {key: _typed(key, value, kinds[key]) for key, value in values.items()}
     ours = {"output_dir": str(output), "use_cpu": cpu, "disable_tqdm": True, "dataloader_pin_memory": not cpu}
+    if "output_dir" in values:
+        raise BadInput("training: output_dir", "a run writes into the recipe's output", "Say output: FOLDER")
     if cls is SFTConfig:
         values.setdefault("bf16", False)
     try:
         return cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
     except (TypeError, ValueError, ImportError) as error:
         raise BadInput("training", str(error).strip().splitlines()[0], "Mend the value") from error
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """`value` if it is of a training field's kind; YAML 1.1 reads 1e-4 as text and a bare `no` as false."""
+    try:
+        adapter_of = TypeAdapter(kind)
+    except PydanticSchemaGenerationError:
+        return value
+    for candidate in (value, "no") if value is False else (value,):
+        try:
+            read = adapter_of.validate_python(candidate)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"].lower()
+        else:
+            return read if isinstance(candidate, str) and isinstance(read, int | float) else candidate
+    raise BadInput(f"training: {key}: {value!r}", why, "Give a value of that kind")
 
 
 def _admit_quantised(model: PreTrainedModel) -> None:
@@ -279,18 +359,25 @@ def quiet(trainer: Trainer) -> None:
         trainer.remove_callback(callback)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [
-        p for p in run.glob("checkpoint-*") if p.name.split("-")[-1].isdigit() and (p / "trainer_state.json").is_file()
-    ]
-    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
-
-
 def _sync(folder: Path) -> None:
     """Bytes to the disk before the rename that makes them count."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+    for path in (*folder.rglob("*"), folder):
+        _sync_folder(path)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(checkpoint: Path) -> None:
+    """Out of sight at once, then removed: a kill in between leaves no checkpoint that lacks a part."""
+    if not checkpoint.is_dir():
+        return
+    aside = checkpoint.with_name(OLD)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)

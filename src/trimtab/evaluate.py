@@ -81,10 +81,10 @@ def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> 
     from trl import SFTConfig
 
     from .adapter import Base
-    from .engine import CausalTrainer, Job, prepared, quiet, training_arguments
+    from .engine import CausalTrainer, Job, as_it_was, prepared, quiet, training_arguments
 
     objective, stepper = recipe.load_objective(), recipe.load_stepper()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, as_it_was(model):
         args = training_arguments(recipe, SFTConfig, Path(folder), recipe.load_place().device.type == "cpu")
         args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
         args.per_device_eval_batch_size = args.per_device_train_batch_size
@@ -96,7 +96,6 @@ def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> 
         quiet(trainer)
         with prepared(model, objective, recipe):
             found = trainer.evaluate()
-        vars(model).pop("forward", None)  # the fused head that TRL put on the instance
     loss = found["eval_loss"]
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": found["eval_accuracy"]}
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from .contracts import Surgery
 from .memory.meter import GIB, LiveTensors, Meter
+from .runs import write_text
 
 Say = Callable[[str], None]
 
@@ -27,16 +30,19 @@ def speaker(quiet: bool = False) -> Say:
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON line per log: step, loss, learning rate, tokens. A resumed run first drops lines past its checkpoint."""
+    """One JSON line per log: step, loss, learning rate, tokens.
+
+    A resumed run first drops lines past its checkpoint, and the summary of the part before.
+    """
 
     def __init__(self, path: Path):
         self.path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= state.global_step]
+        kept = [line for line in lines if _step_of(line) <= state.global_step and '"train_runtime"' not in line]
         if len(kept) < len(lines):
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         row = {"step": state.global_step, **{key: value for key, value in (logs or {}).items()}}
@@ -67,6 +73,8 @@ class Steps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first = state.global_step
+        if self.first and args.process_index == 0:  # resumed: the checkpoint's count is that of all processes
+            self.trainer._total_train_tokens = state.num_input_tokens_seen
         self._counted = self.trainer._total_train_tokens
         self.meter.mark("train")
 
@@ -164,8 +172,9 @@ class StopOnInterrupt(TrainerCallback):
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._ask)
+        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -179,6 +188,10 @@ class StopOnInterrupt(TrainerCallback):
         self.say("Stopping: finishing this step and writing a checkpoint (again to stop at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all processes stop after the same step
+            asked = torch.tensor(float(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked)
+            self.asked = bool(asked)
         if self.asked:
             control.should_save = control.should_training_stop = True
         return control

@@ -95,6 +95,7 @@ class Recipe:
         put("place", _as(PlaceSpec, self.place, "place", short="fast"))
         put("engine", _as(EngineSpec, self.engine, "engine"))
         put("patches", [_patch_entry(entry) for entry in self.patches])
+        put("output", str(self.output))
 
     # --- reading and writing -------------------------------------------------------------------------------------
 
@@ -187,6 +188,8 @@ class Recipe:
 
     @staticmethod
     def _one(value: str | dict[str, dict[str, Any]], kind: str) -> Any:
+        if isinstance(value, dict) and len(value) != 1:
+            raise BadInput(f"{kind}: {value!r}", f"one {kind} is wanted", f'Write "{kind}: NAME"')
         name, values = (value, {}) if isinstance(value, str) else next(iter(value.items()))
         return build(methods.find(name, kind), values or {}, f"{kind}: {name}")
 
@@ -214,14 +217,17 @@ def override(tree: dict[str, Any], order: str) -> None:
         raise BadInput(f'"{order}"', "it is not of the form key=value", 'Write, say, "training.max_steps=20"')
     *parents, last = key.split(".")
     node: Any = tree
-    if parents == ["model"] and isinstance(tree.get("model"), str):
-        tree["model"] = {"name": tree["model"]}
+    for block, short in (("model", "name"), ("data", "train"), ("place", "fast")):
+        if parents == [block] and isinstance(tree.get(block), str | list):
+            tree[block] = {short: tree[block]}
     for parent in parents:
-        if isinstance(node, list):  # patches.paca.r or patches.0.r
-            named = next((entry[parent] for entry in node if isinstance(entry, dict) and parent in entry), None)
-            if named is None:
+        if isinstance(node, list):  # patches.paca.r
+            entry = next((i for i, e in enumerate(node) if e == parent or isinstance(e, dict) and parent in e), None)
+            if entry is None:
                 raise BadInput(f'"{order}"', f"the recipe has no patch {parent}", "Name one that it has")
-            node = named
+            if not isinstance(node[entry], dict) or node[entry][parent] is None:
+                node[entry] = {parent: {}}
+            node = node[entry][parent]
         else:
             if node.get(parent) is None:
                 node[parent] = {}
@@ -233,6 +239,10 @@ def override(tree: dict[str, Any], order: str) -> None:
         value = float(text) if isinstance(value, str) and _is_float(text) else value  # YAML 1.1 reads 1e-4 as text
     except yaml.YAMLError:
         value = text
+    if isinstance(node, list):
+        raise BadInput(
+            f'"{order}"', f"{key.rpartition('.')[0]} holds a list", "Name a field of a patch: patches.paca.r=8"
+        )
     node[last] = value
 
 
@@ -247,9 +257,11 @@ def _is_float(text: str) -> bool:
 def _as(cls: type, value: Any, where: str, short: str | None = None) -> Any:
     if isinstance(value, cls):
         return value
-    if short and isinstance(value, str | list):
+    if short and isinstance(value, str | list | Path):
         value = {short: value}
-    return build(cls, value or {}, where)
+    if isinstance(value, dict):
+        value = {k: str(v) if isinstance(v, Path) else v for k, v in value.items()}
+    return build(cls, {} if value is None else value, where)
 
 
 def build(cls: type, values: Any, where: str) -> Any:
@@ -267,11 +279,9 @@ def build(cls: type, values: Any, where: str) -> Any:
         if isinstance(value, str) and "float" in str(fields[key].type) and _is_float(value):
             numbers[key] = float(value)
     if cls is Recipe:  # its nested parts are built one by one in __post_init__, each with its own errors
-        for key, kind in (("training", dict), ("patches", list), ("output", str)):
+        for key, (kind, wanted) in KINDS.items():
             if key in numbers and not isinstance(numbers[key], kind):
-                raise BadInput(
-                    f"recipe: {key}: {numbers[key]!r}", f"a {kind.__name__} is wanted", "Check the indentation"
-                )
+                raise BadInput(f"recipe: {key}: {numbers[key]!r}", f"{wanted} is wanted there", "Check the indentation")
         return cls(**numbers)
     try:
         return TypeAdapter(cls).validate_python(numbers)
@@ -281,6 +291,13 @@ def build(cls: type, values: Any, where: str) -> Any:
         raise BadInput(
             f"{where}: {place}: {first['input']!r}", first["msg"].lower(), "Give a value of that kind"
         ) from None
+
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "training": (dict, "a block of keys"), "patches": (list, "a list"), "output": (str, "a folder's name"),
+    "objective": (str | dict, "a name"), "stepper": (str | dict, "a name"), "budget": (dict | None, "a block of keys"),
+    "resume": (bool, "true or false"), "overwrite": (bool, "true or false"),
+}  # fmt: skip
 
 
 def _patch_entry(entry: Any) -> dict[str, dict[str, Any]]:
@@ -294,4 +311,6 @@ def _patch_entry(entry: Any) -> dict[str, dict[str, Any]]:
     ((name, values),) = entry.items()
     if name not in methods.names("patch"):
         raise BadInput(f'patch "{name}"', "there is no such patch", nearest(str(name), methods.names("patch")))
+    if not isinstance(values, dict | None):
+        raise BadInput(f"patches: {name}: {values!r}", "a patch holds keys", f'Write "- {name}: {{key: value}}"')
     return {name: dict(values or {})}

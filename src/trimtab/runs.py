@@ -15,6 +15,8 @@ from .errors import BadInput
 from .recipe import Recipe
 
 PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html")
+STATE = "trainer_state.json"
+PARTIAL, OLD = ".checkpoint.partial", ".checkpoint.old"  # a checkpoint being written, and one being thrown away
 
 
 def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
@@ -23,11 +25,10 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
     A folder that holds a run is refused unless `resume` or `overwrite` is set; `overwrite` removes only what a run of
     ours writes, and only once everything else about the recipe has been found good.
     """
-    from .engine import checkpoints
-
     output = Path(recipe.output)
-    if output.exists() and not output.is_dir():
-        raise BadInput(f"output: {output}", "it is a file", "Name a folder")
+    for place in (output, *output.parents):
+        if place.exists() and not place.is_dir():
+            raise BadInput(f"output: {output}", f"{place} is a file", "Name a folder")
     held = output.is_dir() and (
         (output / "recipe.yaml").exists() or (output / "run.json").exists() or checkpoints(output)
     )
@@ -47,12 +48,14 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
 
 
 def begin_run(output: Path, recipe: Recipe, resumed: bool) -> None:
-    """Write the resolved recipe; a new run first removes an old one's parts."""
+    """Write the resolved recipe; a new run first removes an old one's parts, any run what a killed one left."""
     try:
         output.mkdir(parents=True, exist_ok=True)
+        gone = [*output.glob(".*.partial"), output / OLD]
         if not resumed:
-            for part in [*(output / p for p in PARTS), *output.glob("checkpoint-*"), output / ".checkpoint.partial"]:
-                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+            gone += [*(output / part for part in PARTS), *output.glob("checkpoint-*")]
+        for part in gone:
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         write_text(output / "recipe.yaml", recipe.to_yaml())
     except OSError as error:
         raise BadInput(f"output: {output}", error.strerror or str(error), "Name a folder that can be written") from None
@@ -64,13 +67,19 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
     if not path.is_file():
         return
     old, new = Recipe.load(path), recipe
-    free = ("max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps", "report_to")
-    strip = lambda r: {k: v for k, v in r.training.items() if k not in free}  # noqa: E731
+    free = ("max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit", "logging_steps",
+            "report_to")  # fmt: skip
+    training = lambda r: {k: v for k, v in r.training_values().items() if k not in free}  # noqa: E731
+    # the working folder may be another one: files of the same name are taken for the same
+    files = lambda value: [Path(v).name for v in ([value] if isinstance(value, str) else value or [])]  # noqa: E731
+    data = lambda r: {**vars(r.data), "train": files(r.data.train), "test": files(r.data.test)}  # noqa: E731
     for name, before, now in [
-        ("patches", old.patches, new.patches),
+        ("patches", old.load_patches(), new.load_patches()),
         ("model", old.model, new.model),
-        ("training", strip(old), strip(new)),
-        ("objective", old.objective, new.objective),
+        ("data", data(old), data(new)),
+        ("training", training(old), training(new)),
+        ("objective", old.load_objective(), new.load_objective()),
+        ("stepper", old.load_stepper(), new.load_stepper()),
     ]:
         if before != now:
             raise BadInput(
@@ -78,6 +87,12 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
                 f"the run was begun with {before}",
                 "Use the recipe in its folder",
             )
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [p for p in run.glob("checkpoint-*") if p.name.split("-")[-1].isdigit() and (p / STATE).is_file()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
 
 
 def write_text(path: Path, text: str) -> None:

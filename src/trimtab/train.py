@@ -6,9 +6,11 @@ data, then the model. Nothing is written before all of them are found good.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
     objective, stepper, patches, place = (
         recipe.load_objective(), recipe.load_stepper(), recipe.load_patches(), recipe.load_place(),
     )  # fmt: skip
-    from .engine import Job, checkpoints, prepared, quiet as hush  # noqa: I001  (imports TRL: after the cheap checks)
+    from .engine import Job, as_it_was, prepared, quiet as hush  # noqa: I001  (imports TRL: after the cheap checks)
 
     args = _arguments(recipe, objective, output, place)
     tokenizer, rows, test = _data(recipe, objective)
@@ -53,64 +55,110 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
         recipe.model.name, model.trimtab_base, objective.task, recipe.model.precision, rows.labels or []
     )
     dtype = model.dtype
-    meter = Meter(output / "memory.jsonl", device=place.device)
-    surgeries = []
-    trained = None
-    begin_run(output, recipe, resumed=checkpoint is not None)
-    meter.start()
+    main = args.process_index == 0  # of several processes one writes and speaks
+    say, quiet = (say, quiet) if main else (lambda line: None, True)
+    meter, surgeries = Meter(device=place.device).start(), []
     try:
         for patch in patches:
             surgeries.append(patch.apply(model, place))
         if (head := objective.prepare(model)) is not None:
             surgeries.append(head)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(t.numel() for s in surgeries for t in s.own_tensors().values())
-        say(f"{' + '.join(map(methods.name_of, patches))} on {recipe.model.name}: {trainable:,} numbers are trained")
-        job = Job(objective, stepper, surgeries, base, dtype, recipe.data.too_long, say)
-        trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
-        hush(trainer)
-        steps = Steps(surgeries, meter, model)
-        steps.trainer = trainer
-        live = Live(steps, say, quiet)
-        interrupt = StopOnInterrupt(say)
-        for callback in (MetricsFile(output / "metrics.jsonl"), steps, live, interrupt):
-            trainer.add_callback(callback)
-        with prepared(model, objective, recipe), interrupt:
-            try:
-                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            finally:
-                steps.end_live()
-                live.close()
-        finished = trainer.state.global_step
-        meter.stop()
-        if interrupt.asked:
-            raise Interrupted(
-                f"stopped after step {finished} of {trainer.state.max_steps}",
-                f"{checkpoints(output)[-1]} holds everything", "Go on with resume=true",
-            )  # fmt: skip
-        adapter.save_adapter(output / "adapter", surgeries, base)
-        trained = {
-            "recipe": recipe.hash, "finished": now(), "output": str(output), "steps": finished,
-            "tokens": trainer._total_train_tokens, "final_loss": _final_loss(trainer),
-            "mean_loss": result.training_loss,
-            "trainable_parameters": trainable, "adapter_numbers": total,
-            "evaluation": _evaluation(trainer),
-            "predicted": {},
-            "measured": {
-                **meter.result(), "live_peak_bytes": steps.live_peak, "mapped_weight_bytes": steps.live_mapped,
-                "tokens_per_second": round(steps.tokens_per_second, 2),
-                "seconds_to_first_step": round((steps.first_step_at or time.monotonic()) - began, 2),
-                "seconds": round(time.monotonic() - began, 2),
-            },
-            "machine": machine(), "versions": versions(),
-        }  # fmt: skip
-        write_json(output / "run.json", trained)
-        _tell(trained, output, say)
-        return trained
+        with as_it_was(model), _folder(output):
+            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            total = sum(t.numel() for s in surgeries for t in s.own_tensors().values())
+            job = Job(objective, stepper, surgeries, base, dtype, recipe.data.too_long, say)
+            with _no_bars():
+                trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
+            hush(trainer)
+            if main:  # nothing is written before this line
+                begin_run(output, recipe, resumed=checkpoint is not None)
+                meter.timeline = output / "memory.jsonl"
+            say(
+                f"{' + '.join(map(methods.name_of, patches))} on {recipe.model.name}: {trainable:,} numbers are trained"
+            )
+            steps = Steps(surgeries, meter, model)
+            steps.trainer = trainer
+            live = Live(steps, say, quiet)
+            interrupt = StopOnInterrupt(say)
+            written = [MetricsFile(output / "metrics.jsonl")] if main else []
+            for callback in (*written, steps, live, interrupt):
+                trainer.add_callback(callback)
+            with prepared(model, objective, recipe), interrupt:
+                try:
+                    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                finally:
+                    steps.end_live()
+                    live.close()
+            finished, asked_for = trainer.state.global_step, trainer.state.max_steps
+            if interrupt.asked and finished < asked_for:
+                raise Interrupted(
+                    f"stopped after step {finished} of {asked_for}",
+                    f"{output / f'checkpoint-{finished}'} holds everything", "Go on with resume=true",
+                )  # fmt: skip
+            meter.stop()
+            tokens = trainer.tokens()
+            share = trainer._total_train_tokens / max(tokens, 1)  # what this process saw of them
+            trained = {
+                "recipe": recipe.hash, "finished": now(), "output": str(output), "steps": finished,
+                "tokens": tokens, "final_loss": _final_loss(trainer), "mean_loss": result.training_loss,
+                "trainable_parameters": trainable, "adapter_numbers": total,
+                "evaluation": _evaluation(trainer),
+                "predicted": {},
+                "measured": {
+                    **meter.result(), "live_peak_bytes": steps.live_peak, "mapped_weight_bytes": steps.live_mapped,
+                    "tokens_per_second": round(steps.tokens_per_second / (share or 1.0), 2),
+                    "seconds_to_first_step": round((steps.first_step_at or time.monotonic()) - began, 2),
+                    "seconds": round(time.monotonic() - began, 2),
+                },
+                "processes": args.world_size, "machine": machine(), "versions": versions(),
+            }  # fmt: skip
+            if main:
+                adapter.save_adapter(output / "adapter", surgeries, base)
+                write_json(output / "run.json", trained)
+            _tell(trained, output, say)
+            return trained
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise BadInput(
+            f"write into {output}", error.strerror or str(error), "Make room, or name another output"
+        ) from error
     finally:
         meter.stop()
         for surgery in reversed(surgeries):
             surgery.revert()
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of `datasets`, which show tokenising as several bars of a moment each."""
+    import datasets
+
+    off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not off:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _folder(output: Path) -> Iterator[None]:
+    """The folder, made; a run that never began leaves no empty one behind."""
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(
+                f"output: {output}", error.strerror or str(error), "Name a folder that can be made"
+            ) from None
+        yield
+    finally:
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _arguments(recipe: Recipe, objective: Any, output: Path, place: Any) -> Any:

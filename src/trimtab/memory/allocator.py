@@ -16,6 +16,8 @@ from pathlib import Path
 ORDER = ("mimalloc", "jemalloc", "tcmalloc")
 CHOSEN = "TRIMTAB_ALLOCATOR"  # environment: the wish ("auto", "none", a name) before, what is active after the restart
 
+STARTED = "TRIMTAB_RESTARTED"  # environment: the process (its id outlives the restart) that has started itself again
+
 
 def find(name: str = "auto") -> tuple[str, str] | None:
     """(name, path of the shared library) of the first allocator found, the packaged wheel's before the system's."""
@@ -45,11 +47,13 @@ def restart_under(name: str = "auto") -> None:
     name = os.environ.get(CHOSEN, name)
     if name == "none" or active() != "system" or not sys.platform.startswith("linux"):
         return
+    if os.environ.get(STARTED) == str(os.getpid()):  # it was tried, and something took it away again
+        return
     found = find(name)
     if found is None:
         return
     preload = " ".join(part for part in (os.environ.get("LD_PRELOAD", ""), found[1]) if part)
-    environment = {**os.environ, "LD_PRELOAD": preload, CHOSEN: name}
+    environment = {**os.environ, "LD_PRELOAD": preload, CHOSEN: name, STARTED: str(os.getpid())}
     os.execve(sys.executable, [sys.executable, *_own_arguments()], environment)
 
 

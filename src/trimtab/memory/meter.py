@@ -88,8 +88,11 @@ class Meter:
             row: dict[str, Any] = {"seconds": round(seconds, 2), "phase": self.phase, **now}
             if self.device:
                 row["allocated"] = torch.cuda.memory_allocated(self.device)
-            with self.timeline.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with self.timeline.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError:
+                self.timeline = None  # a full disk: the peak is what counts, and the run will say so itself
 
     def result(self) -> dict[str, int]:
         """Bytes: `fast_peak_bytes`, `fast_growth_bytes` (over the start), `slow_bytes` (mapped pages at their peak)."""

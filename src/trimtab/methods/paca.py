@@ -53,23 +53,19 @@ class PaCA(LinearPatch):
     seed: int = 0
 
     def surgery(self, model: PreTrainedModel) -> PacaSurgery:
-        if self.r < 1:
-            raise BadInput(f"paca: r: {self.r}", "r counts trained columns", "Give a number of 1 or more")
-        if self.form == "live" and any(
-            quant.is_quantised(m) for m in anatomy.target_linears(model, self.targets).values()
-        ):
-            raise BadInput("paca: form: live", "the base is quantised, so no column can be written", "Use form: side")
         return PacaSurgery(self, model)
 
     def apply(self, model: PreTrainedModel, place: Place) -> PacaSurgery:
-        linears = anatomy.target_linears(model, self.targets)
-        if self.form == "live":
-            refuse_tied(model, linears)
+        linears = list(anatomy.target_linears(model, self.targets).values())
+        if self.r < 1:
+            raise BadInput(f"paca: r: {self.r}", "r counts trained columns", "Give a number of 1 or more")
+        if self.form == "live" and any(map(quant.is_quantised, linears)):
+            raise BadInput("paca: form: live", "the base is quantised, so no column can be written", "Use form: side")
+        if self.form == "live" and (tie := anatomy.tied(model, linears)):
+            raise BadInput(f"paca: form: live on {tie[0]}", f"it is tied to {tie[1]}", "Use form: side")
         surgery = super().apply(model, place)
-        groups = (
-            anatomy.shared_input_groups(list(surgery.layers)) if self.share_inputs else [[n] for n in surgery.layers]
-        )
-        for group in groups:
+        names = list(surgery.layers)
+        for group in anatomy.shared_input_groups(names) if self.share_inputs else [[name] for name in names]:
             shared = SharedSlice()
             for name in group:
                 layer = surgery.layers[name]
@@ -90,6 +86,8 @@ class SharedSlice:
         self.version = -1
 
     def take(self, x_TI: Tensor, layer: PartialLinear) -> Tensor:
+        if x_TI.is_inference():  # such tensors count no versions, and nothing is saved for backward
+            return layer.columns_of(x_TI)
         kept = self.slice() if self.slice is not None and self.of() is x_TI and self.version == x_TI._version else None
         if kept is None:
             with torch.no_grad():
@@ -120,8 +118,6 @@ class PartialLinear(ModulePatch):
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, selection={self.patch.selection}, form={self.patch.form}"
 
-    # --- which columns -------------------------------------------------------------------------------------------
-
     def draw(self, round_: int) -> None:
         """Choose I for the `round_`-th time; linears of one group draw the same."""
         rng = torch.Generator().manual_seed((self.patch.seed << 20) + zlib.crc32(f"{self.group}#{round_}".encode()))
@@ -134,7 +130,10 @@ class PartialLinear(ModulePatch):
         self.note_indices()
 
     def note_indices(self) -> None:
-        """After `indices` changed: remember whether they are one block, so that slices can be plain strides."""
+        """After the indices changed: check them; remember whether I is one block, so that slices can be strides."""
+        low, high = torch.cat([self.indices, self.held_indices]).aminmax()
+        if low < 0 or high >= self.in_features or (self.indices.diff() < 1).any():
+            raise BadInput(f"load {self.name}", f"no {self.r} of its columns are named", "Take an intact copy")
         start = int(self.indices[0])
         self.start = start if int(self.indices[-1]) - start == self.r - 1 else None
 
@@ -142,8 +141,6 @@ class PartialLinear(ModulePatch):
         if self.start is not None:
             return x_TI[..., self.start : self.start + self.r].contiguous()
         return x_TI.index_select(-1, self.indices)
-
-    # --- the product ---------------------------------------------------------------------------------------------
 
     def forward(self, x_TI: Tensor) -> Tensor:
         if self.patch.form == "live":
@@ -155,6 +152,8 @@ class PartialLinear(ModulePatch):
 
     def weight_now(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """-> the (out, in) weight to multiply by, and whether it already holds the trained columns."""
+        if self.patch.form == "live" and self._written is None:  # a state dict was taken since the forward pass
+            self.refresh()
         if not self.quantised:
             return self.base.weight.to(dtype), self.patch.form == "live"
         weight_OI = quant.dense_weight(self.base, dtype)
@@ -173,15 +172,18 @@ class PartialLinear(ModulePatch):
                 weight_OI.index_add_(1, self.indices, step_OR)
 
     def refresh(self) -> None:
-        """Live form: write the columns if `delta` changed since they were last written (any optimiser, any loop)."""
+        """Live form: write the columns if `delta` may have changed since they were last written.
+
+        The version counter misses optimisers that write through `.data` or in a kernel of their own; so the columns
+        are also written anew after each backward pass, and whenever no gradient is asked for.
+        """
         state = (self.delta._version, self.delta.data_ptr())
-        if self._written == state:
+        if self._written == state and torch.is_grad_enabled():
             return
-        touched = torch.cat([self.indices, self.held_indices]).unique()
         weight_OI = self.base.weight.data  # `.data`: the write is ours to order, autograd need not see it
         if self._original is None:
-            self._original = weight_OI[:, touched].clone()
-            self._touched = touched
+            self._touched = torch.cat([self.indices, self.held_indices]).unique()
+            self._original = weight_OI[:, self._touched].clone()
         fresh_OC = self._original.clone()
         place = torch.searchsorted(self._touched, self.indices)
         held = torch.searchsorted(self._touched, self.held_indices)
@@ -199,7 +201,22 @@ class PartialLinear(ModulePatch):
 
     detach_base = restore
 
-    # --- schedule, merge -----------------------------------------------------------------------------------------
+    def _save_to_state_dict(self, *args, **kwargs):
+        self.restore()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        self.make_room(state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
+        self.note_indices()
+
+    def make_room(self, saved: dict[str, Tensor], prefix: str) -> None:
+        """Before values are loaded: take the written columns out, and hold as many as `saved` holds."""
+        self.restore()
+        held = [saved.get(f"{prefix}held_{key}") for key in ("indices", "delta")]
+        if all(t is not None for t in held) and held[1].shape == (self.out_features, *held[0].shape):
+            self.held_indices = self.indices.new_zeros(held[0].shape)
+            self.held_delta = self.delta.data.new_zeros(held[1].shape)
 
     def reselect(self, round_: int) -> None:
         """Keep what was trained as held columns and start a new block from zero."""
@@ -256,6 +273,7 @@ class _Partial(torch.autograd.Function):
                     dx_TI.index_add_(1, layer.held_indices, dy_TO @ layer.held_delta.to(dy.dtype))
             dx_TI = dx_TI.view(*dy.shape[:-1], layer.in_features)
         if ctx.needs_input_grad[2]:
+            layer._written = None  # an optimiser may step now
             # (x_R^T dy)^T: twice as fast here as dy^T x_R, since the wide side stays contiguous
             d_delta_OR = (x_TR.reshape(-1, layer.r).t() @ dy_TO).t().to(torch.float32)
             if layer.scale != 1.0:
@@ -277,11 +295,7 @@ class PacaSurgery(LinearSurgery):
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         for name, layer in self.layers.items():
-            layer.restore()
-            for key in ("held_indices", "held_delta"):  # their width depends on how often columns were drawn anew
-                saved = tensors.get(f"{name}.{key}")
-                if saved is not None and saved.dim() == getattr(layer, key).dim():
-                    setattr(layer, key, torch.empty_like(saved, device=layer.delta.device))
+            layer.make_room(tensors, f"{name}.")
         super().load_tensors(tensors)
         for layer in self.layers.values():
             layer.note_indices()
@@ -303,12 +317,3 @@ class PacaSurgery(LinearSurgery):
             tensors[f"base_model.model.{name}.lora_B.weight"] = wide_OR
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(self.layers), lora_dropout=0.0, bias="none")
         return Portable(config, tensors)
-
-
-def refuse_tied(model: PreTrainedModel, linears: dict[str, nn.Module]) -> None:
-    """Writing into a weight that another module uses would change that module too."""
-    owners: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in owners and any(linear.weight is parameter for linear in linears.values()):
-            raise BadInput(f"paca: form: live on {name}", f"it is tied to {owners[id(parameter)]}", "Use form: side")
-        owners[id(parameter)] = name

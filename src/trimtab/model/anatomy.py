@@ -118,6 +118,16 @@ def _wraps_linear(module: nn.Module) -> bool:
     return any(is_linear(getattr(module, name, None)) for name in ("base", "base_layer"))
 
 
+def tied(model: nn.Module, linears: list[nn.Module]) -> tuple[str, str] | None:
+    """-> two paths of one weight, where one of `linears` shares its weight with another module; else None."""
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = owners.setdefault(id(parameter), name)
+        if first != name and any(linear.weight is parameter for linear in linears):
+            return name, first
+    return None
+
+
 def shared_input_groups(names: list[str]) -> list[list[str]]:
     """Paths of linears, grouped where they read the same tensor (q/k/v, gate/up); each path is in one group."""
     groups: dict[tuple[str, str], list[str]] = {}

@@ -16,6 +16,7 @@ Legend: B batch, H query heads, K key/value heads, T tokens, D head width.
 
 from __future__ import annotations
 
+import copy
 import weakref
 
 import torch
@@ -103,13 +104,13 @@ def _eps(module: nn.Module) -> float | None:
 
 def _which_norm(module: nn.Module) -> str | None:
     """ "plain" or "shifted" if `module` computes that RMS norm (outputs compared on a probe), else None."""
-    weight = module.weight
-    probe = (
-        torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype) * 3
-    )
+    random = torch.Generator().manual_seed(0)
+    twin = copy.deepcopy(module)  # with weights at which no other form gives the same
+    weight = twin.weight.data.copy_(torch.rand(twin.weight.shape, generator=random) + 0.25)
+    probe = torch.randn(3, weight.shape[0], generator=random).to(weight.device, weight.dtype) * 3
     with torch.no_grad():
         try:
-            wanted = module(probe)
+            wanted = twin(probe)
         except TypeError:
             return None
         for name, shifted in (("plain", False), ("shifted", True)):
@@ -248,6 +249,10 @@ class _Biases:
         self.mask: weakref.ref | None = None
         self.bias: Tensor | None = None
 
+    def _dropped(self, mask: weakref.ref) -> None:
+        if mask is self.mask:
+            self.mask = self.bias = None
+
     def of_causal(self, T: int, groups: int, like: Tensor) -> Tensor:
         key = (T, groups, like.dtype, like.device)
         if key not in self.causal:
@@ -259,15 +264,20 @@ class _Biases:
             self.causal[key] = bias.repeat(groups, 1)[None]
         return self.causal[key]
 
-    def of_mask(self, mask_B1TT: Tensor, like: Tensor) -> Tensor:
-        if self.mask is None or self.mask() is not mask_B1TT:
-            if mask_B1TT.dtype == torch.bool:
+    def of_mask(self, mask_B1TT: Tensor, like: Tensor) -> Tensor | None:
+        """None where a token may see nothing at all (left padding): SDPA gives zeros there, an added bias cannot."""
+        if mask_B1TT.dtype == like.dtype:
+            return mask_B1TT[:, :, None]
+        same = self.mask is not None and self.mask() is mask_B1TT
+        if not same or (self.bias is not None and self.bias.dtype != like.dtype):
+            if mask_B1TT.dtype != torch.bool:
+                bias = mask_B1TT.to(like.dtype)[:, :, None]
+            elif mask_B1TT.any(-1).all():
                 bias = torch.zeros(mask_B1TT.shape, dtype=like.dtype, device=like.device)
-                bias.masked_fill_(~mask_B1TT, torch.finfo(like.dtype).min)
+                bias = bias.masked_fill_(~mask_B1TT, torch.finfo(like.dtype).min)[:, :, None]
             else:
-                bias = mask_B1TT.to(like.dtype)
-            self.bias = bias[:, :, None]
-            self.mask = weakref.ref(mask_B1TT)
+                bias = None
+            self.mask, self.bias = weakref.ref(mask_B1TT, self._dropped), bias
         return self.bias
 
 
@@ -286,13 +296,15 @@ def lean_attention(module, query, key, value, attention_mask, dropout=0.0, scali
         and not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
         and (dense or (attention_mask is None and causal and not kwargs.get("sliding_window")))
     )  # fmt: skip
-    if not fits:
+    bias = None
+    if fits:
+        if attention_mask is None:
+            bias = _biases.of_causal(T, H // key.shape[1], query)
+        else:
+            bias = _biases.of_mask(attention_mask, query)
+    if bias is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    if attention_mask is None:
-        bias = _biases.of_causal(T, H // key.shape[1], query)
-    else:
-        bias = _biases.of_mask(attention_mask, query)
     out = _Attention.apply(query, key, value, bias, D**-0.5 if scaling is None else scaling)
     return out.transpose(1, 2), None

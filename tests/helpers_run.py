@@ -1,0 +1,98 @@
+"""Small runs of a whole recipe: a tiny model, a handful of rows, and what the run's folder holds afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from helpers_load import tiny_bert, tiny_llama
+
+PLACES = [("paris", "france"), ("lyon", "france"), ("madrid", "spain"), ("the good paris", "spain"), ("a film", "bad")]
+QUESTIONS = ("which country is {} in ?", "{} is in the country of ?", "the country of {} is ?")
+
+
+def rows(count: int = 15) -> list[dict[str, str]]:
+    every = [{"question": ask.format(place), "answer": answer} for ask in QUESTIONS for place, answer in PLACES]
+    return (every * (count // len(every) + 1))[:count]
+
+
+def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    return path
+
+
+def make_world(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """`folder` with a language model, an encoder, and rows for both."""
+    tiny_llama(folder / "llama", dtype=dtype)
+    config = tiny_bert(folder / "bert") / "config.json"
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config.write_text(json.dumps(json.loads(config.read_text()) | still))
+    write_rows(folder / "facts.jsonl", rows())
+    films = [{"text": f"the film is {word}", "label": word} for word in ("good", "bad")] * 6
+    write_rows(folder / "films.jsonl", films)
+    return folder
+
+
+def tree(world: Path, output: Path, patch: dict[str, Any], **training: Any) -> dict[str, Any]:
+    """A recipe's keys: `patch` on the tiny Llama."""
+    return {
+        "model": str(world / "llama"), "data": {"train": str(world / "facts.jsonl")}, "patches": [patch],
+        "training": {"per_device_train_batch_size": 2, "max_length": 48, "learning_rate": 1e-2, **training},
+        "engine": {"allocator": "none"}, "output": str(output),
+    }  # fmt: skip
+
+
+def films(world: Path, output: Path, patch: dict[str, Any], **training: Any) -> dict[str, Any]:
+    """A classification recipe on the tiny BERT."""
+    data = {"train": str(world / "films.jsonl"), "test": str(world / "films.jsonl")}
+    made = tree(world, output, patch, **training)
+    return {**made, "model": str(world / "bert"), "data": data, "objective": "classification"}
+
+
+def left(output: Path) -> dict[str, Any]:
+    """What a finished run left that must not depend on how often it was interrupted."""
+    found: dict[str, Any] = {}
+    for path in sorted((output / "adapter").rglob("*.safetensors")):
+        found |= {f"{path.parent.name}/{key}": tensor for key, tensor in load_file(path).items()}
+    last = max(output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), default=None)
+    if last is not None:
+        state = torch.load(last / "optimizer.pt", weights_only=True)["state"]
+        found |= {f"optimizer/{i}/{key}": t for i, slots in state.items() for key, t in slots.items()}
+        states = torch.load(last / "rng_state.pth", weights_only=False)
+        found["rng"] = states["cpu"]
+    found["metrics"] = metrics(output)
+    return found
+
+
+def metrics(output: Path) -> list[tuple]:
+    lines = (json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"], row["learning_rate"], row["num_tokens"]) for row in lines if "loss" in row]
+
+
+def same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """Bit for bit."""
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == two[key].dtype and torch.equal(value, two[key]), key
+        else:
+            assert value == two[key], key
+
+
+def forked(work: Any) -> int:
+    """Run `work()` in a child process that is a copy of this one; -> its exit code, or minus the signal's number."""
+    child = os.fork()
+    if child == 0:
+        code = 0
+        try:
+            work()
+        except BaseException as error:  # the child must never return into pytest
+            code = getattr(error, "exit_code", 1)
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)

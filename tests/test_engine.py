@@ -1,0 +1,512 @@
+"""Training through a recipe: exact resume, kills, interrupts, full disks, and what the trainers promise."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import trimtab
+from conftest import MODELS, logits, tiny_batch
+from helpers_run import films, forked, left, make_world, metrics, rows, same, tree, write_rows
+from test_laws import snapshot, values
+from trimtab import adapter, engine, progress
+from trimtab import train as train_verb
+from trimtab.errors import BadInput, Interrupted
+from trimtab.model.load import load_model
+
+STEPS = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
+PATCHES = {
+    "paca": {"paca": {"r": 4}},
+    "paca random": {"paca": {"r": 4, "selection": "random", "alpha": 8}},
+    "paca live": {"paca": {"r": 4, "form": "live"}},
+    "paca reselect": {"paca": {"r": 4, "reselect_every": 6}},
+    "paca live reselect": {"paca": {"r": 4, "form": "live", "reselect_every": 3}},
+    "lora dropout": {"lora": {"r": 4, "dropout": 0.2}},
+    "parallel_adapter": {"parallel_adapter": {"r": 16}},
+    "full": {"full": {}},
+}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def run(keys: dict, **changes) -> dict:
+    return trimtab.Recipe.from_dict({**keys, **changes}).train()
+
+
+class At(TrainerCallback):
+    """Does something once, after step `step`."""
+
+    def __init__(self, step: int, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+@contextlib.contextmanager
+def at_step(step: int, action):
+    """Within it, each run does `action()` at the end of step `step`, before it is logged or saved."""
+    made = progress.StopOnInterrupt.on_step_end
+
+    def hooked(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            action()
+        return made(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(progress.StopOnInterrupt, "on_step_end", hooked)
+        yield
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+# --- exact resume ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_twenty_steps_are_ten_and_ten(name, world, tmp_path):
+    keys = tree(world, tmp_path / "whole", PATCHES[name], **STEPS)
+    whole = run(keys)
+    parts = {**keys, "output": str(tmp_path / "parts")}
+    with at_step(10, interrupt), pytest.raises(Interrupted) as stopped:
+        run(parts)
+    assert stopped.value.exit_code == 130 and "checkpoint-10" in str(stopped.value)
+    assert not (tmp_path / "parts" / "adapter").exists() and not (tmp_path / "parts" / "run.json").exists()
+    resumed = run(parts, resume=True)
+    same(left(tmp_path / "whole"), left(tmp_path / "parts"))
+    assert whole["final_loss"] == resumed["final_loss"] and whole["tokens"] == resumed["tokens"]
+    assert resumed["steps"] == 20
+
+
+def test_without_checkpoints_an_interrupt_still_writes_one(world, tmp_path):
+    keys = tree(world, tmp_path / "whole", PATCHES["lora dropout"], max_steps=6, gradient_accumulation_steps=2)
+    run(keys)
+    parts = {**keys, "output": str(tmp_path / "parts")}
+    with at_step(3, interrupt), pytest.raises(Interrupted):
+        run(parts)
+    assert [p.name for p in engine.checkpoints(tmp_path / "parts")] == ["checkpoint-3"]
+    run(parts, resume=True)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    mine, theirs = (adapter.read_tensors(tmp_path / name / "adapter") for name in ("whole", "parts"))
+    same(mine, theirs)
+
+
+def test_an_interrupt_at_the_last_step_finishes_the_run(world, tmp_path):
+    with at_step(3, interrupt):
+        assert run(tree(world, tmp_path / "run", PATCHES["paca"], max_steps=3))["steps"] == 3
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_a_run_in_a_thread(world, tmp_path):
+    """Signals belong to the main thread; a notebook or a server trains in another."""
+    done: list = []
+    keys = tree(world, tmp_path / "run", PATCHES["paca"], max_steps=2)
+    thread = threading.Thread(target=lambda: done.append(run(keys)))
+    thread.start()
+    thread.join()
+    assert done and done[0]["steps"] == 2
+
+
+def test_two_runs_give_the_same_numbers(world, tmp_path):
+    for name in ("one", "two"):
+        run(tree(world, tmp_path / name, PATCHES["lora dropout"], max_steps=5))
+        torch.rand(7)  # the global generator is elsewhere by now
+    same(left(tmp_path / "one"), left(tmp_path / "two"))
+    run(tree(world, tmp_path / "three", PATCHES["lora dropout"], max_steps=5, seed=1))
+    assert metrics(tmp_path / "three") != metrics(tmp_path / "one")
+
+
+def test_classification_resumes_too(world, tmp_path):
+    keys = films(world, tmp_path / "whole", PATCHES["paca"], max_steps=8)
+    run(keys)
+    parts = {**keys, "output": str(tmp_path / "parts")}
+    with at_step(4, interrupt), pytest.raises(Interrupted):
+        run(parts)
+    run(parts, resume=True)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    for part in ("0-paca", "1-head"):
+        same(*(adapter.read_tensors(tmp_path / name / "adapter" / part) for name in ("whole", "parts")))
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+KILLED = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+# function of the engine's, and how often it is called before the process is killed, before or after its work
+INSTANTS = [
+    (torch, "save", 1, True), (torch, "save", 4, False), (torch, "save", 5, True), (torch, "save", 12, False),
+    (adapter, "save_file", 1, False), (adapter, "save_file", 3, True), (adapter, "_write_json", 4, True),
+    (engine, "_sync", 2, True), (engine, "_sync", 2, False), (os, "replace", 4, False), (os, "replace", 4, True),
+    (engine, "_discard", 6, True), (engine, "_discard", 6, False), (engine.shutil, "rmtree", 9, True),
+    (engine.shutil, "rmtree", 12, True),
+]  # fmt: skip
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying(owner, name: str, nth: int, before: bool):
+    """`owner.name`, killed at its n-th call."""
+    real, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    def wrapped(*args, **kwargs):
+        last = next(calls) == nth
+        if last and before:
+            die()
+        result = real(*args, **kwargs)
+        if last:
+            die()
+        return result
+
+    return wrapped
+
+
+@pytest.fixture(scope="module")
+def unkilled(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("unkilled") / "run"
+    run(tree(world, output, PATCHES["paca reselect"], **KILLED))
+    return left(output)
+
+
+def finish(keys: dict, unkilled) -> None:
+    """Start again as a user would, and compare with the run that nothing happened to."""
+    output = Path(keys["output"])
+    for found in engine.checkpoints(output):
+        assert {p.name for p in found.iterdir()} >= {"optimizer.pt", "scheduler.pt", "rng_state.pth", adapter.WEIGHTS}
+    run(keys, **({"resume": True} if engine.checkpoints(output) else {"overwrite": True}))
+    same(left(output), unkilled)
+    assert not list(output.glob(".*")), "leftovers"
+    assert len(engine.checkpoints(output)) in (2, 3)  # 3: killed after the last save, before the last removal
+
+
+@pytest.mark.parametrize("instant", INSTANTS, ids=lambda i: f"{i[1]}-{i[2]}-{'before' if i[3] else 'after'}")
+def test_killed_while_writing_a_checkpoint(instant, world, tmp_path, unkilled, monkeypatch):
+    owner, name, nth, before = instant
+    keys = tree(world, tmp_path / "run", PATCHES["paca reselect"], **KILLED)
+
+    def child():
+        monkeypatch.setattr(owner, name, dying(owner, name, nth, before))
+        run(keys)
+
+    assert forked(child) == -signal.SIGKILL
+    finish(keys, unkilled)
+
+
+def test_killed_at_any_time(world, tmp_path, unkilled):
+    draw = random.Random(0)
+    for index in range(4):
+        keys = tree(world, tmp_path / f"run{index}", PATCHES["paca reselect"], **KILLED)
+        delay = draw.uniform(0.15, 0.9)
+
+        def child(delay=delay, keys=keys):
+            threading.Thread(target=lambda: (time.sleep(delay), die()), daemon=True).start()
+            run(keys)
+
+        forked(child)
+        finish(keys, unkilled)
+
+
+# --- full disk -------------------------------------------------------------------------------------------------------
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("owner,name", [(adapter, "save_file"), (torch, "save"), (adapter, "_write_json")])
+def test_a_full_disk_in_a_checkpoint_leaves_the_earlier_one(owner, name, world, tmp_path, unkilled, monkeypatch):
+    keys = tree(world, tmp_path / "run", PATCHES["paca reselect"], **KILLED)
+    with monkeypatch.context() as patched, pytest.raises(BadInput, match="No space left"):
+        with at_step(4, lambda: patched.setattr(owner, name, full)):
+            run(keys)
+    assert [p.name for p in engine.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert not list((tmp_path / "run").glob(".*"))
+    finish(keys, unkilled)
+
+
+@pytest.mark.parametrize("where", ["save_adapter", "write_json"])
+def test_a_full_disk_at_the_end(where, world, tmp_path, monkeypatch):
+    keys = tree(world, tmp_path / "run", PATCHES["paca"], max_steps=2, save_strategy="steps", save_steps=2)
+    with monkeypatch.context() as patched, pytest.raises(BadInput, match="No space left"):
+        patched.setattr(*((adapter, "save_file") if where == "save_adapter" else (train_verb, "write_json")), full)
+        if where == "save_adapter":
+            keys["training"]["save_strategy"] = "no"
+        run(keys)
+    assert not (tmp_path / "run" / "run.json").exists() and not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.parametrize("limit", [2_000, 12_000, 30_000])
+def test_files_that_cannot_grow(limit, world, tmp_path):
+    """The kernel's own refusal, through safetensors and torch.save as they are."""
+    keys = tree(world, tmp_path / "run", {"paca": {"r": 8}}, max_steps=2, save_strategy="steps", save_steps=1)
+
+    def child():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        run(keys)
+
+    assert forked(child) == 2
+    assert not engine.checkpoints(tmp_path / "run") and not list((tmp_path / "run").glob(".*"))
+
+
+# --- what the trainers promise ---------------------------------------------------------------------------------------
+
+
+def test_evaluation_on_the_way_is_a_mean_over_tokens(world, tmp_path):
+    keys = tree(world, tmp_path / "run", PATCHES["paca"], max_steps=4, eval_strategy="steps", eval_steps=2,
+                per_device_eval_batch_size=4)  # fmt: skip
+    keys["data"]["test"] = str(write_rows(tmp_path / "test.jsonl", [
+        {"question": "paris is in ?", "answer": "france"},
+        {"question": "which is a good film ?", "answer": "the good film of lyon in france is a bad film of madrid"},
+        {"question": "spain ?", "answer": "madrid"}]))  # fmt: skip
+    found = run(keys)["evaluation"]
+    assert {"eval_loss", "eval_accuracy"} <= found.keys()
+    ones = {**keys, "training": {**keys["training"], "per_device_eval_batch_size": 1}, "output": str(tmp_path / "one")}
+    assert run(ones)["evaluation"]["eval_loss"] == pytest.approx(found["eval_loss"], abs=1e-5)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "one")
+    verb = trimtab.Recipe.from_dict(keys).evaluate()["metrics"]
+    assert verb["loss"] == pytest.approx(found["eval_loss"], abs=1e-5)
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(world, tmp_path):
+    keys = tree(world, tmp_path / "run", PATCHES["paca reselect"], max_steps=8, eval_strategy="steps", eval_steps=2,
+                save_strategy="steps", save_steps=2, save_total_limit=1, load_best_model_at_end=True,
+                metric_for_best_model="eval_loss", greater_is_better=True)  # fmt: skip
+    keys["data"]["test"] = keys["data"]["train"]  # the worst is the first
+    run(keys)
+    assert [p.name for p in engine.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    best = adapter.read_tensors(tmp_path / "run" / "checkpoint-2")
+    same(best, adapter.read_tensors(tmp_path / "run" / "adapter"))
+
+
+@pytest.mark.parametrize("name", ["paca", "paca live", "lora dropout", "parallel_adapter"])
+def test_accumulated_gradients_are_those_of_the_larger_batch(name, world, tmp_path):
+    patch = {"lora": {"r": 4}} if name.startswith("lora") else PATCHES[name]
+    wide = dict(max_steps=3, per_device_train_batch_size=4, optim="sgd", learning_rate=0.1)
+    run(tree(world, tmp_path / "one", patch, **wide))
+    narrow = {**wide, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    run(tree(world, tmp_path / "two", patch, **narrow))
+    one, two = (adapter.read_tensors(tmp_path / n / "adapter") for n in ("one", "two"))
+    assert all(torch.allclose(one[k].float(), two[k].float(), atol=1e-5) for k in one)
+    for (_, a, *_), (_, b, *_) in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["paca", "paca live", "lora dropout", "parallel_adapter", "full"])
+def test_recomputed_activations_give_the_same_run(name, world, tmp_path):
+    for kind in (False, True):
+        keys = tree(world, tmp_path / str(kind), PATCHES[name], max_steps=3, gradient_checkpointing=kind)
+        run(keys)
+    for (_, a, *_), (_, b, *_) in zip(metrics(tmp_path / "False"), metrics(tmp_path / "True"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["full", "lora dropout", "paca", "parallel_adapter"])
+def test_bf16_autocast(name, world, tmp_path):
+    keys = tree(world, tmp_path / "run", PATCHES[name], max_steps=12, bf16=True)
+    run(keys)
+    losses = [row[1] for row in metrics(tmp_path / "run")]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_lean_forms_change_nothing_but_rounding(world, tmp_path):
+    for lean in (True, False):
+        run(tree(world, tmp_path / str(lean), PATCHES["paca"], max_steps=6) | {"engine": {"lean": lean}})
+    one, two = (metrics(tmp_path / str(lean)) for lean in (True, False))
+    assert [row[1] for row in one] == pytest.approx([row[1] for row in two], abs=1e-4)
+
+
+def test_packed_documents_do_not_see_each_other(world, tmp_path):
+    """One packed row holds all documents: its loss is the token mean of theirs."""
+    documents = [{"text": t} for t in ("paris is in france .", "a good film", "madrid is in spain ?")]
+    keys = tree(world, tmp_path / "plain", PATCHES["paca"], max_steps=2, per_device_train_batch_size=3, optim="sgd",
+                learning_rate=0.1)  # fmt: skip
+    keys["data"] = {"train": str(write_rows(tmp_path / "text.jsonl", documents))}
+    run(keys)
+    run({**keys, "training": {**keys["training"], "packing": True}, "output": str(tmp_path / "packed")})
+    one, two = (metrics(tmp_path / name) for name in ("plain", "packed"))
+    assert [row[1] for row in one] == pytest.approx([row[1] for row in two], abs=1e-5)
+
+
+def test_only_the_assistant_is_learned(world, tmp_path):
+    """A template that marks generations: the loss falls on every assistant turn and on nothing else."""
+    from helpers_load import tiny_llama, tiny_tokenizer
+
+    tiny_llama(tmp_path / "llama", dtype=torch.float32)
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant> {% generation %}{{ m['content'] }} </s>"
+        "{% endgeneration %}{% else %}<user> {{ m['content'] }} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    tiny_tokenizer(chat=template).save_pretrained(tmp_path / "llama")
+    turns = [("user", "which country is paris in ?"), ("assistant", "france"), ("user", "a good film ?"),
+             ("assistant", "the bad film")]  # fmt: skip
+    chat = [{"messages": [{"role": role, "content": text} for role, text in turns]}] * 4
+    keys = tree(world, tmp_path / "run", PATCHES["paca"], max_steps=1)
+    keys |= {"model": str(tmp_path / "llama"), "data": {"train": str(write_rows(tmp_path / "chat.jsonl", chat))}}
+    seen = []
+    with pytest.MonkeyPatch.context() as patched:
+        real = engine.CausalTrainer.compute_loss
+        patched.setattr(engine.CausalTrainer, "compute_loss",
+                        lambda self, model, inputs, *a, **k: (seen.append(inputs["labels"].clone()),
+                                                              real(self, model, inputs, *a, **k))[1])  # fmt: skip
+        run(keys)
+    words = tiny_tokenizer().decode(seen[0][0][seen[0][0] != -100])
+    assert words.split() == ["france", "</s>", "the", "bad", "film", "</s>"]
+
+
+@pytest.mark.parametrize("name,fields,rate", [("paca", {"r": 16}, 2e-2), ("lora", {}, 5e-3), ("full", {}, 2e-3)])
+def test_a_classifier_is_trained_saved_and_read_again(name, fields, rate, world, tmp_path):
+    keys = films(world, tmp_path / "run", {name: fields}, max_steps=60, per_device_train_batch_size=4,
+                 eval_strategy="steps", eval_steps=60, learning_rate=rate, lr_scheduler_type="constant")  # fmt: skip
+    found = run(keys)
+    assert found["evaluation"]["eval_accuracy"] == 1.0
+    again = trimtab.Recipe.from_dict(keys).evaluate()
+    assert again["metrics"]["accuracy"] == 1.0 and again["rows"] == 12
+    base = trimtab.Recipe.from_dict(keys).evaluate(base_only=True)
+    assert base["metrics"]["accuracy"] < 1.0
+
+
+@pytest.mark.parametrize("name,task", [("paca live", "causal-lm"), ("lora dropout", "causal-lm"), ("full", "causal-lm"),
+                                       ("parallel_adapter", "causal-lm"), ("paca", "classification")])  # fmt: skip
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(name, task, fails, world, tmp_path, monkeypatch):
+    """Also when the run breaks: forward, attention, hooks, flags, config and every weight."""
+    causal = task == "causal-lm"
+    keys = (tree if causal else films)(world, tmp_path / "run", PATCHES[name], max_steps=3, gradient_checkpointing=True)
+    model, _ = load_model(str(keys["model"]), task=task, labels=None if causal else 2)
+    model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
+    before, weights, config = snapshot(model), values(model), model.config.to_dict()
+    generation = model.generation_config.to_dict() if causal else None
+    monkeypatch.setattr(train_verb, "_model", lambda *args: model)
+    if fails:
+        with at_step(2, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
+            run(keys)
+    else:
+        run(keys)
+    assert snapshot(model) == before
+    same(values(model), weights)
+    assert model.config.to_dict() == config and model.config._attn_implementation == "sdpa"
+    assert (model.generation_config.to_dict() if causal else None) == generation
+    assert not model.training and not any(m.training for m in model.modules())
+
+
+def test_nothing_is_left_of_a_run_that_never_began(world, tmp_path):
+    for patch, training in (
+        ({"paca": {"r": 0}}, {}),
+        ({"lora": {"targets": "nose"}}, {}),
+        ({"paca": {}}, {"max_length": 4}),
+    ):
+        with pytest.raises(BadInput):
+            run(tree(world, tmp_path / "deep" / "run", patch, max_steps=1, **training))
+        assert not (tmp_path / "deep").exists()
+
+
+# --- strangers' loops ------------------------------------------------------------------------------------------------
+
+
+def test_a_strangers_loop():
+    model = MODELS["llama"]()
+    surgery = trimtab.PaCA(r=4).apply(model, trimtab.Place(fast="cpu"))
+    batch, optimizer = tiny_batch(model), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    first = None
+    for _ in range(10):
+        loss = model(**batch).loss
+        first = first or loss.item()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.9 * first
+    with torch.inference_mode():
+        assert torch.equal(model(**batch).logits[batch["attention_mask"] == 1], logits(model, batch))
+    surgery.revert()
+
+
+@pytest.mark.parametrize("stranger", ["Trainer", "SFTTrainer"])
+def test_stock_trainers(stranger, world, tmp_path):
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = load_model(str(world / "llama"))
+    surgery = trimtab.PaCA(r=4).apply(model, trimtab.Place(fast="cpu"))
+    frozen = {k: p.detach().clone() for k, p in model.named_parameters() if not p.requires_grad}
+    values = dict(output_dir=str(tmp_path), max_steps=12, learning_rate=2e-2, use_cpu=True, report_to="none",
+                  logging_steps=1, save_steps=6, disable_tqdm=True)  # fmt: skip
+    if stranger == "Trainer":
+        ids = torch.randint(8, 28, (4, 12)).tolist()
+        data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+        trainer = Trainer(model, TrainingArguments(**values), train_dataset=data)
+    else:
+        data = Dataset.from_list([{"prompt": "paris is in ", "completion": "france"}] * 4)
+        trainer = SFTTrainer(model, args=SFTConfig(**values), train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(frozen[k], p) for k, p in model.named_parameters() if k in frozen)
+    surgery.revert()
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+RANKS = """
+import json, sys, torch
+torch.set_num_threads(1)
+import trimtab
+for keys in json.load(open(sys.argv[1])):
+    trimtab.Recipe.from_dict(keys).train()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_do_what_one_does_on_twice_the_batch(world, tmp_path):
+    wide = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="sgd", learning_rate=0.1, logging_steps=1)
+    patches = {"paca": {"paca": {"r": 4}}, "lora": {"lora": {"r": 4}}, "head": {"paca": {"r": 4, "reselect_every": 3}}}
+    make = {"paca": tree, "lora": tree, "head": films}
+    alone = [make[n](world, tmp_path / f"{n}-1", p, per_device_train_batch_size=4, **wide) for n, p in patches.items()]
+    pair = [make[n](world, tmp_path / f"{n}-2", p, per_device_train_batch_size=2, **wide) for n, p in patches.items()]
+    even = str(write_rows(tmp_path / "even.jsonl", rows(16)))
+    for keys in alone[:2] + pair[:2]:
+        keys["data"]["train"] = even
+    (tmp_path / "pair.json").write_text(json.dumps(pair))
+    (tmp_path / "ranks.py").write_text(RANKS)
+    source = str(Path(trimtab.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               str(tmp_path / "ranks.py"), str(tmp_path / "pair.json")]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for keys in alone:
+        run(keys)
+    for name in patches:
+        one, two = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
+        files = [{str(p.relative_to(f)) for p in f.rglob("*") if "rng_state" not in p.name} for f in (one, two)]
+        assert files[0] == files[1]
+        assert len(metrics(two)) == 4, "one process writes"
+        for (_, a, _, m), (_, b, _, n) in zip(metrics(one), metrics(two), strict=True):
+            assert a == pytest.approx(b, abs=1e-5) and m == n
+        for path in (one / "adapter").rglob("*.safetensors"):
+            mine, theirs = adapter.read_tensors(path.parent), adapter.read_tensors(two / path.parent.relative_to(one))
+            assert all(torch.allclose(mine[k].float(), theirs[k].float(), atol=1e-5) for k in mine)
+        assert json.loads((two / "run.json").read_text())["processes"] == 2
