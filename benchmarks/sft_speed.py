@@ -285,7 +285,7 @@ CLAIM = (
 )
 NOTES = [
     "tokens/s is of the median step after two; ratios are taken round by round, the summary holds their median.",
-    "paca_memory_ratio and lora_memory_ratio: growth of peak anonymous memory over the loaded model, read from outside.",
+    "paca_memory_ratio, lora_memory_ratio: growth of peak anonymous memory over the loaded model, read from outside.",
     "qpaca_*: QPaCA against bf16 PaCA. Its memory is resident memory (anonymous and mapped) over the process before it "
     "loads a model, since a bf16 base stays mapped from its file and an nf4 base is anonymous. On a 4-bit base trimtab "
     "recomputes the gated FFNs in backward by default; the table has both bases with and without it.",
