@@ -182,7 +182,7 @@ TARGETS = {
     "paca_loss_ratio": ["<=", 1.02],
 }  # fmt: skip
 SPEED, ANON, RSS = "tokens_per_second", "anon_growth_since_train", "rss_growth_since_load"
-ONCE = 4  # sides from here on are context, not part of a ratio: they run in the first two rounds only
+ONCE = 4  # sides from here on are context, not part of a ratio: they run once
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -194,7 +194,7 @@ def speed(args: argparse.Namespace) -> None:
         main_sides = {n: (lambda n=n: run(*all_sides[n])) for n in names[:ONCE]}
         extra = {n: (lambda n=n: run(*all_sides[n])) for n in names[ONCE:]}
         runs = alternate(main_sides, 1 if args.quick else args.rounds)
-        runs |= alternate(extra, 1 if args.quick else 2)
+        runs |= alternate(extra, 1)
     peer, paca, lora, qpaca = (runs[n] for n in names[:ONCE])
     pairs = {
         "paca_speed_ratio": ratios(paca, peer, SPEED), "paca_memory_ratio": ratios(paca, peer, ANON),
@@ -232,7 +232,7 @@ def losses(args: argparse.Namespace) -> None:
             paths[name] = f"{folder}/{name}.jsonl"
             lines = [json.dumps({"text": row["text"]}) + "\n" for row in part[: 12 if name != "train" else None]]
             Path(paths[name]).write_text("".join(lines), encoding="utf-8")
-        base = {"side": "learned", "text": paths["train"], "steps": 5 if args.quick else 40}
+        base = {"side": "learned", "text": paths["train"], "steps": 5 if args.quick else 30}
         found: dict[str, list[float]] = {}
         table = []
         for patch in fields:
