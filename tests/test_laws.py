@@ -1,4 +1,4 @@
-"""What holds for every patch in the table, on every family of models (DESIGN 7, promises 1, 2, 4, 6 and 7).
+"""What holds for every patch in the table, on every family of models (DESIGN 7, promises 1, 2, 4, 6, 7 and 8).
 
 A new patch adds one row to CASES, and all of this is asked of it.
 """
@@ -8,19 +8,22 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from conftest import MODELS, logits, quantise, tiny_batch
 from trimtab import methods
+from trimtab.adapter import Base, load_adapter, save_adapter
 from trimtab.contracts import Place, When
 from trimtab.errors import BadInput
+from trimtab.model.load import base_hash
 
 # name -> fields that suit a hidden size of 64. "pair" gives the fields under which a patch shares a model with others.
 CASES = {
@@ -179,8 +182,6 @@ save_file(outputs, folder / "outputs.safetensors")
 @pytest.fixture(scope="module")
 def read_elsewhere(tmp_path_factory):
     """Each patch trained and saved here, loaded and run in one fresh process; name -> (outputs here, outputs there)."""
-    from safetensors.torch import load_file
-
     folder = tmp_path_factory.mktemp("fresh")
     base = MODELS["llama"]()
     batch, here = tiny_batch(base), {}
@@ -351,3 +352,44 @@ def test_on_a_quantised_base(name, kind):
     assert same(model.state_dict(), weights)
     assert snapshot(model) == before
     assert torch.equal(logits(model, batch), outputs)
+
+
+def hostile(whole: bytes, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """What a stranger's adapter_model.safetensors may hold instead of what it should."""
+    from safetensors.torch import save
+
+    first = next(iter(tensors))
+    return {
+        "empty": b"",
+        "cut short": whole[: len(whole) // 2],
+        "a header longer than the file": (2**40).to_bytes(8, "little") + whole[8:],
+        "a pickle": pickle.dumps({"weights": [1.0]}),
+        "one tensor missing": save({k: t for k, t in tensors.items() if k != first}),
+        "one tensor too many": save({**tensors, "base_model.model.lm_head.weight": torch.zeros(2, 2)}),
+        "another shape": save({**tensors, first: torch.zeros(1, 1, 1)}),
+    }
+
+
+@patches
+def test_a_damaged_or_hostile_file_is_an_error_and_changes_nothing(name, tmp_path):
+    model, surgery = trained(name, "llama", steps=1)
+    surgery.revert()
+    fresh = make(name).apply(model, PLACE)
+    folder = save_adapter(tmp_path / "adapter", [fresh], Base("tiny", base_hash(model)))
+    fresh.revert()
+    path = folder / "adapter_model.safetensors"
+    before, weights = snapshot(model), values(model)
+    whole, tensors = path.read_bytes(), load_file(path)
+    for damage, content in hostile(whole, tensors).items():
+        path.write_bytes(content)
+        with pytest.raises(BadInput):
+            load_adapter(model, folder, PLACE)
+            pytest.fail(f"an adapter with {damage} was loaded")
+        assert snapshot(model) == before, damage
+    path.write_bytes(whole)
+    for content in ("", "{", "[]", '{"patch": "paca"}', '{"patch": "os:system", "base": {}}'):
+        (folder / "trimtab.json").write_text(content)
+        with pytest.raises(BadInput):
+            load_adapter(model, folder, PLACE)
+    assert snapshot(model) == before and same(model.state_dict(), weights)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]

@@ -67,8 +67,7 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             total = sum(t.numel() for s in surgeries for t in s.own_tensors().values())
             job = Job(objective, stepper, surgeries, base, dtype, recipe.data.too_long, say)
-            with _no_bars():
-                trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
+            trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
             hush(trainer)
             if main:  # nothing is written before this line
                 begin_run(output, recipe, resumed=checkpoint is not None)
@@ -96,21 +95,11 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
                     f"{output / f'checkpoint-{finished}'} holds everything", "Go on with resume=true",
                 )  # fmt: skip
             meter.stop()
-            tokens = trainer.tokens()
-            share = trainer._total_train_tokens / max(tokens, 1)  # what this process saw of them
             trained = {
-                "recipe": recipe.hash, "finished": now(), "output": str(output), "steps": finished,
-                "tokens": tokens, "final_loss": _final_loss(trainer), "mean_loss": result.training_loss,
-                "trainable_parameters": trainable, "adapter_numbers": total,
-                "evaluation": _evaluation(trainer),
-                "predicted": {},
-                "measured": {
-                    **meter.result(), "live_peak_bytes": steps.live_peak, "mapped_weight_bytes": steps.live_mapped,
-                    "tokens_per_second": round(steps.tokens_per_second / (share or 1.0), 2),
-                    "seconds_to_first_step": round((steps.first_step_at or time.monotonic()) - began, 2),
-                    "seconds": round(time.monotonic() - began, 2),
-                },
-                "processes": args.world_size, "machine": machine(), "versions": versions(),
+                "recipe": recipe.hash, "finished": now(), "output": str(output),
+                "trainable_parameters": trainable, "adapter_numbers": total, "mean_loss": result.training_loss,
+                **_record(trainer, steps, meter, began), "processes": args.world_size,
+                "machine": machine(), "versions": versions(),
             }  # fmt: skip
             if main:
                 adapter.save_adapter(output / "adapter", surgeries, base)
@@ -127,20 +116,6 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
         meter.stop()
         for surgery in reversed(surgeries):
             surgery.revert()
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the progress bars of `datasets`, which show tokenising as several bars of a moment each."""
-    import datasets
-
-    off = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not off:
-            datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -228,6 +203,27 @@ def _trainer(recipe, objective, job, model, tokenizer, rows, test, args) -> Any:
         data_collator=DataCollatorWithPadding(tokenizer),
         **common,
     )
+
+
+def _record(trainer: Any, steps: Any, meter: Meter, began: float) -> dict[str, Any]:
+    """What the run did and held: the measured part of run.json, `predicted` beside it once there is a planner."""
+    tokens = trainer.tokens()
+    share = trainer._total_train_tokens / max(tokens, 1)  # what this process saw of them
+    return {
+        "steps": trainer.state.global_step,
+        "tokens": tokens,
+        "final_loss": _final_loss(trainer),
+        "evaluation": _evaluation(trainer),
+        "predicted": {},
+        "measured": {
+            **meter.result(),
+            "live_peak_bytes": steps.live_peak,
+            "mapped_weight_bytes": steps.live_mapped,
+            "tokens_per_second": round(steps.tokens_per_second / (share or 1.0), 2),
+            "seconds_to_first_step": round((steps.first_step_at or time.monotonic()) - began, 2),
+            "seconds": round(time.monotonic() - began, 2),
+        },
+    }
 
 
 def _evaluation(trainer: Any) -> dict[str, float]:

@@ -1,1 +1,0 @@
-"""Faces that other libraries know."""
