@@ -289,9 +289,7 @@ def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> It
 
     try:
         if recipe.engine.compile:
-            for block in anatomy.blocks(model)[1]:
-                swaps.set_attribute(block, "_compiled_call_impl", None)
-                block.compile(dynamic=False)
+            _compile(model, swaps)
         had = vars(model).get("forward")
         model.forward = forward
         swaps.on_undo(lambda: setattr(model, "forward", had) if had is not None else vars(model).pop("forward", None))
@@ -299,6 +297,20 @@ def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> It
     finally:
         swaps.undo()
         lean_swaps.undo()
+
+
+def _compile(model: PreTrainedModel, swaps: Swaps) -> None:
+    """torch.compile for each block; what a patch put in runs uncompiled.
+
+    A patched linear is one autograd function with numbers of its own (which columns): compiled, it would be compiled
+    once for each linear of the model.
+    """
+    for module in model.modules():
+        if is_patch(module):
+            swaps.set_attribute(module, "forward", torch.compiler.disable(module.forward))
+    for block in anatomy.blocks(model)[1]:
+        swaps.set_attribute(block, "_compiled_call_impl", None)
+        block.compile()
 
 
 def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:
