@@ -148,7 +148,7 @@ def whole() -> list[list[str]]:
         "objective": ("name", "; ".join(methods.names("objective"))),
         "stepper": ("name", "; ".join(methods.names("stepper"))),
         "training": ("keys", "fields of the libraries' training arguments, see below"),
-        "budget": ("keys", "`{fast: 2GiB, slow: 40GiB}`; read, not yet enforced"),
+        "budget": ("keys", "`{fast: 2GiB, slow: 40GiB}`, also `80%` or `-2GiB`; [planner.md](planner.md)"),
         "place": ("keys", "which device computes, see below"),
         "engine": ("keys", "how steps are computed, see below"),
         "output": ("text", "the folder of the run"),

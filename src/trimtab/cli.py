@@ -61,6 +61,21 @@ def train(recipe: RecipeArg, overrides: Overrides = None, quiet: Quiet = False, 
         print(json.dumps(result, indent=2, default=str))
 
 
+@app.command()
+def plan(recipe: RecipeArg, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """What a run will hold in memory at its peak, and whether that fits its budget; starts nothing."""
+    from .recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    _allocator(loaded)
+    from .plan import plan as run
+    from .plan import require_fit
+
+    made = run(loaded)
+    print(json.dumps(made.to_dict(), indent=2) if as_json else "\n".join(made.lines()))
+    require_fit(made, loaded)
+
+
 @app.command("eval")
 def eval_(
     recipe: RecipeArg, overrides: Overrides = None, adapter: Adapter = None, base: BaseOnly = False,

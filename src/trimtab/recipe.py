@@ -80,7 +80,7 @@ class Recipe:
     objective: str | dict[str, dict[str, Any]] = "causal_lm"
     stepper: str | dict[str, dict[str, Any]] = "backprop"
     training: dict[str, Any] = field(default_factory=dict)
-    budget: dict[str, str] | None = None
+    budget: dict[str, str | int] | None = None
     place: PlaceSpec = field(default_factory=PlaceSpec)
     engine: EngineSpec = field(default_factory=EngineSpec)
     output: str = "runs/run"
@@ -172,6 +172,10 @@ class Recipe:
         return {**TRAINING_DEFAULTS, **{RENAMED.get(key, key): value for key, value in self.training.items()}}
 
     # --- doing ---------------------------------------------------------------------------------------------------
+
+    def plan(self, **options: Any) -> Any:
+        """What it will hold in memory (`trimtab.plan.plan`)."""
+        return self._verb("plan")(self, **options)
 
     def train(self, **options: Any) -> dict[str, Any]:
         """Run it; returns what run.json holds (`trimtab.train.train`)."""

@@ -7,6 +7,7 @@ data, then the model. Nothing is written before all of them are found good.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import time
@@ -69,6 +70,7 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
             job = Job(objective, stepper, surgeries, base, dtype, recipe.data.too_long, say)
             trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
             hush(trainer)
+            predicted = _planned(recipe, trainer, meter, say)
             if main:  # nothing is written before this line
                 begin_run(output, recipe, resumed=checkpoint is not None)
                 meter.timeline = output / "memory.jsonl"
@@ -98,7 +100,7 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
             trained = {
                 "recipe": recipe.hash, "finished": now(), "output": str(output),
                 "trainable_parameters": trainable, "adapter_numbers": total, "mean_loss": result.training_loss,
-                **_record(trainer, steps, meter, began), "processes": args.world_size,
+                **_record(trainer, steps, meter, began), "predicted": predicted, "processes": args.world_size,
                 "machine": machine(), "versions": versions(),
             }  # fmt: skip
             if main:
@@ -205,8 +207,49 @@ def _trainer(recipe, objective, job, model, tokenizer, rows, test, args) -> Any:
     )
 
 
+def _planned(recipe: Recipe, trainer: Any, meter: Meter, say: Callable[[str], None]) -> dict[str, Any]:
+    """-> what the plan predicts for the longest rows. A run over its `budget:` is refused here.
+
+    Without a budget, a run that the planner does not cover goes on without a prediction.
+    """
+    from .plan import plan, require_fit
+
+    if trainer.args.world_size > 1:
+        if recipe.budget:
+            raise BadInput("budget: with several processes", "the planner knows runs of one process", "Take it out")
+        return {}
+    try:
+        made = plan(recipe, args=trainer.args, **_largest_batch(trainer))
+    except BadInput:
+        if recipe.budget:
+            raise
+        return {}
+    made = dataclasses.replace(made, process=max(0, meter.baseline["anon"] - made.kinds.get("weights", 0)))
+    if recipe.budget:
+        require_fit(made, recipe)
+        say(f"planned: {made.fast_peak_bytes / GIB:.2f} GiB of the fast tier at the peak")
+    return made.predicted()
+
+
+def _largest_batch(trainer: Any) -> dict[str, Any]:
+    """Rows, tokens of the longest one, and the most tokens of a row that count; read without decoding the table."""
+    import numpy
+    from pyarrow import compute
+
+    longest, counted = 1, None
+    for part in trainer.train_dataset.with_format("arrow").iter(1000):
+        longest = max(longest, compute.max(compute.list_value_length(part["input_ids"])).as_py())
+        if "labels" in part.column_names and "List" in str(trainer.train_dataset.features["labels"]):
+            labels = part["labels"].combine_chunks()
+            row = compute.list_parent_indices(labels).to_numpy()[labels.flatten().to_numpy() != -100]
+            counted = max(counted or 0, int(numpy.bincount(row, minlength=1).max()))
+    step = getattr(trainer.args, "pad_to_multiple_of", None) or 1
+    rows = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
+    return {"rows": rows, "tokens": -(-longest // step) * step, "counted": counted}
+
+
 def _record(trainer: Any, steps: Any, meter: Meter, began: float) -> dict[str, Any]:
-    """What the run did and held: the measured part of run.json, `predicted` beside it once there is a planner."""
+    """What the run did and held: the measured part of run.json."""
     tokens = trainer.tokens()
     share = trainer._total_train_tokens / max(tokens, 1)  # what this process saw of them
     return {
@@ -214,7 +257,6 @@ def _record(trainer: Any, steps: Any, meter: Meter, began: float) -> dict[str, A
         "tokens": tokens,
         "final_loss": _final_loss(trainer),
         "evaluation": _evaluation(trainer),
-        "predicted": {},
         "measured": {
             **meter.result(),
             "live_peak_bytes": steps.live_peak,

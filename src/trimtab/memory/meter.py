@@ -144,13 +144,19 @@ class LiveTensors(TorchDispatchMode):
         if maps and any(low <= storage.data_ptr() < high for low, high in maps):
             self.mapped += size
             size = 0
-        self.live += size
+        self._born(tensor, key, size)
 
         def gone(_, key=key, size=size):
             self._seen.pop(key, None)
-            self.live -= size
+            self._died(key, size)
 
         self._seen[key] = weakref.ref(storage, gone)
+
+    def _born(self, tensor: torch.Tensor, key: int, size: int) -> None:
+        self.live += size
+
+    def _died(self, key: int, size: int) -> None:
+        self.live -= size
 
 
 def file_ranges() -> list[tuple[int, int]]:

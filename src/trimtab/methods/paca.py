@@ -122,12 +122,13 @@ class PartialLinear(ModulePatch):
         """Choose I for the `round_`-th time; linears of one group draw the same."""
         rng = torch.Generator().manual_seed((self.patch.seed << 20) + zlib.crc32(f"{self.group}#{round_}".encode()))
         if self.patch.selection == "block":
-            start = int(torch.randint(self.in_features - self.r + 1, (), generator=rng))
-            chosen = torch.arange(start, start + self.r)
+            self.start = int(torch.randint(self.in_features - self.r + 1, (), generator=rng))
+            chosen = torch.arange(self.start, self.start + self.r)
         else:
             chosen = torch.randperm(self.in_features, generator=rng)[: self.r].sort().values
         self.indices.copy_(chosen)
-        self.note_indices()
+        if not self.indices.is_meta:  # a plan has shapes, and no values to read back
+            self.note_indices()
 
     def note_indices(self) -> None:
         """After the indices changed: check them; remember whether I is one block, so that slices can be strides."""
@@ -177,7 +178,7 @@ class PartialLinear(ModulePatch):
         The version counter misses optimisers that write through `.data` or in a kernel of their own; so the columns
         are also written anew after each backward pass, and whenever no gradient is asked for.
         """
-        state = (self.delta._version, self.delta.data_ptr())
+        state = (self.delta._version, self.delta.untyped_storage()._cdata)
         if self._written == state and torch.is_grad_enabled():
             return
         weight_OI = self.base.weight.data  # `.data`: the write is ours to order, autograd need not see it

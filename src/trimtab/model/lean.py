@@ -16,8 +16,10 @@ Legend: B batch, H query heads, K key/value heads, T tokens, D head width.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +83,6 @@ class _RMSNorm(torch.autograd.Function):
         unit = x.float() * inverse
         slope = (dy * scale).float()
         d_weight = (dy.float() * unit).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        if slope.data_ptr() == dy.data_ptr():
-            slope = slope.clone()
         mean = (slope * unit).mean(-1, keepdim=True)
         dx = slope.sub_(unit.mul_(mean)).mul_(inverse).to(x.dtype)
         return dx, d_weight, None, None
@@ -105,8 +105,9 @@ def _eps(module: nn.Module) -> float | None:
 def _which_norm(module: nn.Module) -> str | None:
     """ "plain" or "shifted" if `module` computes that RMS norm (outputs compared on a probe), else None."""
     random = torch.Generator().manual_seed(0)
-    twin = copy.deepcopy(module)  # with weights at which no other form gives the same
-    weight = twin.weight.data.copy_(torch.rand(twin.weight.shape, generator=random) + 0.25)
+    twin, old = copy.deepcopy(module), module.weight  # with weights at which no other form gives the same
+    weight = (torch.rand(old.shape, generator=random) + 0.25).to("cpu" if old.is_meta else old.device, old.dtype)
+    twin.weight = nn.Parameter(weight, requires_grad=False)
     probe = torch.randn(3, weight.shape[0], generator=random).to(weight.device, weight.dtype) * 3
     with torch.no_grad():
         try:
@@ -282,6 +283,17 @@ class _Biases:
 
 
 _biases = _Biases()
+
+
+@contextlib.contextmanager
+def biases_apart() -> Iterator[None]:
+    """For tensors without content: no mask made before is used inside, and none made inside is used after."""
+    kept = vars(_biases).copy()
+    vars(_biases).update(vars(_Biases()))
+    try:
+        yield
+    finally:
+        vars(_biases).update(kept)
 
 
 def lean_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,7 +33,7 @@ from .cache import Say, cached_folder
 from .quiet import quiet
 from .spec import ModelSpec
 
-__all__ = ["base_hash", "cached_folder", "load_model", "load_tokenizer"]
+__all__ = ["base_hash", "cached_folder", "empty_model", "load_model", "load_tokenizer"]
 
 TASKS = {"causal-lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16,
@@ -80,6 +81,47 @@ def load_model(
             module.support_avx512bf16_for_cpu = False
     model.trimtab_base = base
     return model, tokenizer
+
+
+def empty_model(
+    spec: ModelSpec, *, task: str, labels: int | None = None, blocks: int | None = None
+) -> tuple[Any, bool]:
+    """-> (the model on the `meta` device, whether loading it on a CPU would map its weights from the file).
+
+    Shapes without values, from config.json alone; the weights need not be there. `blocks`: so many of its blocks only.
+    """
+    here = Path(spec.name).expanduser()
+    folder = here if (here / "config.json").is_file() else _folder_of(spec)
+    config = _config(folder, spec, task, labels)
+    text = config.get_text_config()
+    if blocks is not None:
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:blocks]
+        text.num_hidden_layers = blocks
+    if text.pad_token_id is None:
+        text.pad_token_id = 0  # load_model takes the tokenizer's; any will do for a shape
+    stored = _stored_dtype(folder)
+    dtype = DTYPES.get(spec.precision) or getattr(config, "dtype", None) or stored or torch.float32
+    try:
+        with quiet(), torch.device("meta"):
+            model = TASKS[task].from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:  # any value of a stranger's config may trip its class
+        raise _unreadable(folder, "its config.json", error) from None
+    return model.eval(), stored in (None, dtype)
+
+
+def _folder_of(spec: ModelSpec) -> Path:
+    return cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """The type of the floating tensors in a model's first file; None where there is no file."""
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            kinds = (names.get(opened.get_slice(key).get_dtype()) for key in opened.keys())
+            return next((kind for kind in kinds if kind is not None), None)
+    return None
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -206,7 +248,6 @@ def _from_pretrained(folder: Path, spec: ModelSpec, task: str, config: Any, opti
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=spec.trust_remote_code,
-                attn_implementation="sdpa",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # looked at below; a classifier's head may differ
                 **options,

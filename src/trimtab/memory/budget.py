@@ -1,0 +1,116 @@
+"""What a run may hold, and what this machine has: "6GiB", "80%", "-2GiB". Imports no torch until it asks for a GPU.
+
+A budget is a size of the fast tier and, where one is named, of the slow tier. "80%" is a share of what the machine has,
+"-2GiB" all but that much. Sizes are taken as they are written (GB is 10^9 bytes) and shown in GiB (2^30 bytes).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, nearest
+
+UNITS = {"b": 1} | {
+    f"{letter}{kind}".lower(): base**power
+    for power, letter in enumerate("KMGT", 1)
+    for kind, base in (("iB", 1024), ("B", 1000))
+}
+EXAMPLES = 'Write, say, "6GiB", "512MiB", "80%" or "-2GiB"'
+_FORM = re.compile(r"(?P<minus>-?)\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|[a-z]*)", re.IGNORECASE)
+
+
+def parse(text: str | int, total: int, where: str = "budget") -> int:
+    """-> bytes. `total`: what the machine has, which "80%" and "-2GiB" are taken of, and which is the most there is."""
+    asked = f"{where}: {text}"
+    if isinstance(text, bool) or not isinstance(text, str | int):
+        raise BadInput(asked, "a size is a number with a unit", EXAMPLES)
+    if isinstance(text, int):
+        text = f"{text}B"
+    found = _FORM.fullmatch(text.strip())
+    if not found:
+        raise BadInput(asked, "it is no size", EXAMPLES)
+    number, unit = float(found["number"]), found["unit"].lower()
+    if not unit and number:
+        raise BadInput(asked, "it has no unit", f'Write "{found["number"]}GiB", or a whole number of bytes unquoted')
+    if unit == "%":
+        if found["minus"] or number > 100:
+            raise BadInput(asked, "a share is from 0 to 100 %", 'Write "80%"')
+        size = int(total * number / 100)
+    elif unit and unit not in UNITS:
+        raise BadInput(asked, f'"{found["unit"]}" is no unit of memory', nearest(found["unit"], _names()))
+    else:
+        size = int(number * UNITS.get(unit, 1))
+        size = total - size if found["minus"] else size
+    if size <= 0:
+        raise BadInput(asked, f"nothing would be left of {gib(total)}" if found["minus"] else "it is nothing", EXAMPLES)
+    if size > total:
+        raise BadInput(asked, f"this machine has {gib(total)}", "Name a size that it has")
+    return size
+
+
+def _names() -> list[str]:
+    return ["B", *(f"{letter}{kind}" for letter in "KMGT" for kind in ("iB", "B"))]
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them: "1.25 GiB", "12.5 MiB"."""
+    return f"{size / 2**30:.2f} GiB" if abs(size) >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that the run may hold in each tier; None where nothing was said."""
+
+    fast: int | None = None
+    slow: int | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, Any] | None, fast_total: int, slow_total: int) -> Budget:
+        """From a recipe's `budget:` keys and what this machine has of each tier."""
+        values = values or {}
+        for key in values:
+            if key not in ("fast", "slow"):
+                raise BadInput(f'budget: "{key}"', "there is no such tier", nearest(str(key), ("fast", "slow")))
+        totals = {"fast": fast_total, "slow": slow_total}
+        sizes = {k: parse(v, totals[k], f"budget: {k}") for k, v in values.items() if v is not None}
+        return cls(sizes.get("fast"), sizes.get("slow"))
+
+
+def fast_bytes(device: Any = None) -> int:
+    """What the fast tier has: a GPU's memory, else RAM (or what the control group lets this process have of it)."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = ram().get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())  # "max" where there is none
+    except (OSError, ValueError):
+        limit = total
+    return min(total, limit)
+
+
+def slow_bytes(device: Any = None, folder: str | None = None) -> int:
+    """What the slow tier has: RAM under a GPU, the disk under RAM."""
+    if device is not None and device.type == "cuda":
+        return fast_bytes()
+    return shutil.disk_usage(folder if folder and Path(folder).is_dir() else ".").total
+
+
+def ram() -> dict[str, int]:
+    """/proc/meminfo in bytes (MemTotal, MemAvailable, ...); empty where there is none."""
+    found: dict[str, int] = {}
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            words = rest.split()
+            if words and words[0].isdigit():
+                found[name] = int(words[0]) * (1024 if words[-1] == "kB" else 1)
+    except OSError:
+        pass
+    return found

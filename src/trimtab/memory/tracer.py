@@ -1,0 +1,253 @@
+"""What a training step will hold, found by running it on tensors that have a shape and no content.
+
+PyTorch's fake tensors go through the very code that trains: autograd, our own functions, the optimiser. Each operation
+makes storages with a size and a lifetime but no memory, and these are counted, by kind, phase by phase. What a kernel
+allocates inside itself is not seen; that is so for the meter's count of live tensors (`meter.LiveTensors`) too.
+
+Where an operation's result depends on data, the largest it can be is taken (BOUNDS): all positions of a batch count in
+the loss. A peak is kept for each phase and not only for the step: in a stack of equal blocks each phase's peak is
+linear in the depth, so that a deep model follows from two shallow ones, while the phase that holds the most may change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from ..errors import BadInput, TrimtabError
+from ..model import anatomy
+from ..model.lean import biases_apart
+from .meter import LiveTensors
+
+aten = torch.ops.aten
+Bytes = dict[str, int]  # kind -> bytes
+Peaks = dict[str, Bytes]  # phase -> what was held when that phase held the most
+
+WEIGHTS, MAPPED, ADAPTER, GRADIENTS = "weights", "mapped weights", "adapter", "gradients"
+OPTIMISER, ACTIVATIONS, LOGITS, TEMPORARIES = "optimiser", "activations", "logits", "temporaries"
+
+
+def _nonzero(counted: int | None, x: Tensor) -> Tensor:
+    return x.new_empty((x.numel() if counted is None else min(counted, x.numel()), x.dim()), dtype=torch.int64)
+
+
+def _unique(
+    _: int | None, x: Tensor, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False
+) -> tuple:
+    index = functools.partial(x.new_empty, dtype=torch.int64)
+    return x.new_empty(x.numel()), index(x.shape if return_inverse else 0), index(x.numel() if return_counts else 0)
+
+
+BOUNDS: dict[Any, Callable[..., Any]] = {aten.nonzero.default: _nonzero, aten._unique2.default: _unique}
+
+
+class Trace(LiveTensors):
+    """Counts live storages by kind while active, and keeps `peaks[phase]`. The caller names `phase` and `kind`.
+
+    `kind` is what storages made from now on are. `vocabulary`: tensors of so many columns are logits. `counted`: how
+    many positions of a batch count in the loss, where that is known. Mapped storages cost nothing here until something
+    writes into them: then their pages are the process's own.
+    """
+
+    def __init__(self, vocabulary: int = 0, counted: int | None = None):
+        super().__init__()
+        self.vocabulary, self.counted = vocabulary, counted
+        self.phase, self.kind = "start", ACTIVATIONS
+        self.held: Bytes = {}
+        self.peaks: Peaks = {}
+        self.heights: dict[str, int] = {}
+        self._kinds: dict[int, str] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in BOUNDS:
+            func = functools.partial(BOUNDS[func], self.counted)
+        elif MAPPED in self.held and func._schema.is_mutable:
+            self._written(func._schema, args)
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except DataDependentOutputException:
+            if func is not aten._local_scalar_dense.default:
+                raise
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+
+    def watch(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Count what was there before the trace began."""
+        before, self.kind = self.kind, kind
+        for tensor in tensors:
+            self._add(tensor)
+        self.kind = before
+
+    def relabel(self, tensor: Tensor, kind: str) -> None:
+        self._move(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes(), kind)
+
+    def enter(self, phase: str, kind: str | None = None) -> None:
+        self.phase, self.kind = phase, kind or self.kind
+        self._peak()
+
+    def forget_peaks(self) -> None:
+        self.peaks, self.heights = {}, {}
+
+    def _born(self, tensor: Tensor, key: int, size: int) -> None:
+        kind = self.kind
+        if kind in (ACTIVATIONS, TEMPORARIES) and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+            kind = LOGITS
+        self._kinds[key] = kind
+        self.held[kind] = self.held.get(kind, 0) + size
+        if kind != MAPPED:
+            self.live += size
+            self._peak()
+
+    def _died(self, key: int, size: int) -> None:
+        kind = self._kinds.pop(key)
+        self.held[kind] -= size
+        if kind != MAPPED:
+            self.live -= size
+
+    def _move(self, key: int, size: int, kind: str) -> None:
+        old = self._kinds[key]
+        if old == kind:
+            return
+        self._kinds[key] = kind
+        self.held[old] -= size
+        self.held[kind] = self.held.get(kind, 0) + size
+        if old == MAPPED:
+            self.live += size
+            self._peak()
+
+    def _peak(self) -> None:
+        if self.live > self.heights.get(self.phase, -1):
+            self.heights[self.phase] = self.live
+            self.peaks[self.phase] = dict(self.held)
+
+    def _written(self, schema: Any, args: tuple) -> None:
+        for argument, value in zip(schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in value if isinstance(value, list | tuple) else (value,):
+                    storage = tensor.untyped_storage()
+                    if self._kinds.get(storage._cdata) == MAPPED:
+                        self._move(storage._cdata, storage.nbytes(), WEIGHTS)
+
+
+def empty_like_meta(model: nn.Module, device: torch.device) -> None:
+    """Inside a FakeTensorMode: every parameter and buffer of `model` becomes a fake one on `device`; ties stay ties."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, old in table.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                table[name] = made[id(old)]
+
+
+def trace_steps(
+    model: Any,
+    make_batch: Callable[[], dict[str, Tensor]],
+    loss: Callable[[dict[str, Tensor]], Tensor],
+    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    *,
+    device: torch.device,
+    kind_of: Callable[[str, Tensor], str],
+    micro_batches: int = 1,
+    clip: float = 0.0,
+    vocabulary: int = 0,
+    counted: int | None = None,
+) -> Peaks:
+    """-> bytes by phase and kind at each phase's peak, in the second optimiser step of `model` (on meta, patched).
+
+    `kind_of(path, meta tensor)` says what a parameter or buffer counts as. The model is left with fake tensors in it.
+    """
+    kinds = {n: kind_of(n, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    with FakeTensorMode(), biases_apart():
+        empty_like_meta(model, device)
+        trace = Trace(vocabulary, counted)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            trace.watch([tensor], kinds[name])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(trained)
+        handles = [p.register_post_accumulate_grad_hook(lambda p: trace.relabel(p.grad, GRADIENTS)) for p in trained]
+        handles += _mark_phases(model, trace)
+        try:
+            with trace:
+                for _ in range(2):
+                    trace.forget_peaks()
+                    for _ in range(micro_batches):
+                        trace.enter("embedding", ACTIVATIONS)
+                        value = loss(make_batch())
+                        trace.enter("backward of the head", TEMPORARIES)
+                        value.backward()
+                        del value
+                    trace.enter("optimiser", OPTIMISER)
+                    if clip:
+                        nn.utils.clip_grad_norm_(trained, clip)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+        except TrimtabError:
+            raise
+        except Exception as error:  # a stranger's model may do what has no meaning without values
+            why = getattr(error, "func", None) or " ".join(str(error).split())[:200]
+            raise BadInput(
+                f"plan a step of {type(model).__name__}",
+                f"the planner cannot follow it ({type(error).__name__}: {why})",
+                "Take budget: out; run.json will say what was held",
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+    return trace.peaks
+
+
+def _mark_phases(model: Any, trace: Trace) -> list[Any]:
+    """Hooks that tell the trace which part of the stack is at work. They keep no tensor and change no graph."""
+    stack = anatomy.blocks(model)[1]
+    last = len(stack) - 1
+
+    def before(_: Any, args: tuple, index: int) -> None:
+        if trace.kind == ACTIVATIONS:  # not a block that is computed again in the backward pass
+            trace.enter("blocks")
+
+    def after(_: Any, args: tuple, output: Any, index: int) -> None:
+        if trace.kind != ACTIVATIONS:
+            return
+        if index == last:
+            trace.enter("loss")
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            where = "last block" if index == last else "first block" if index == 0 else "blocks between"
+            hidden.register_hook(lambda grad: trace.enter(f"backward of the {where}"))
+
+    handles = []
+    for index, block in enumerate(stack):
+        handles.append(block.register_forward_pre_hook(functools.partial(before, index=index)))
+        handles.append(block.register_forward_hook(functools.partial(after, index=index)))
+    return handles
+
+
+def extend(shallow: Peaks, deep: Peaks, depths: tuple[int, int], depth: int) -> Peaks:
+    """The peaks of a stack of `depth` equal blocks, from traces of two shallower ones; linear kind by kind."""
+    low, high = depths
+    found: Peaks = {}
+    for phase in shallow.keys() & deep.keys():
+        kinds = shallow[phase].keys() | deep[phase].keys()
+        at = {kind: (shallow[phase].get(kind, 0), deep[phase].get(kind, 0)) for kind in kinds}
+        found[phase] = {k: max(0, a + (b - a) * (depth - low) // (high - low)) for k, (a, b) in at.items()}
+    return found
+
+
+def live(bytes_by_kind: Bytes) -> int:
+    """Bytes of the fast tier among them."""
+    return sum(size for kind, size in bytes_by_kind.items() if kind != MAPPED)
+
+
+def highest(peaks: Peaks) -> tuple[str, Bytes]:
+    """The phase that holds the most of the fast tier, and what it holds."""
+    return max(peaks.items(), key=lambda item: live(item[1]))

@@ -1,0 +1,356 @@
+"""`trimtab plan RECIPE.yaml`: what a run will hold, before it starts, and whether that fits the budget.
+
+The model is built from its config on the `meta` device, patched as the recipe says, and stepped twice on fake tensors
+(memory/tracer.py) through the engine's own forms of the blocks, the objective's loss and the optimiser that the recipe
+names. No weights are read and no method has a formula of its own here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput, DoesNotFit
+from .memory.budget import Budget, fast_bytes, gib, slow_bytes
+from .model.quiet import hushed
+from .recipe import Recipe
+
+SHALLOW = (2, 4)  # blocks; two depths give the line on which a deeper stack of equal blocks lies
+
+WHY = {
+    "weights": "the base where it is a copy of our own: buffers, and weights that are converted or written into",
+    "adapter": "what is trained, and what the patches keep beside it",
+    "gradients": "of what is trained",
+    "optimiser": "the optimiser's state and what its step makes",
+    "activations": "what the forward pass keeps for the pass back",
+    "logits": "one chunk of the head's output, and its gradient",
+    "temporaries": "what the pass back makes and drops",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will hold at its peak. All sizes in bytes."""
+
+    kinds: dict[str, int]  # kind -> bytes of tensors at the peak (memory/tracer.py)
+    phase: str  # where in the step the peak is
+    process: int  # interpreter, libraries, data
+    budget: Budget
+    machine: int  # what the fast tier has
+    rows: int
+    tokens: int
+    counted: int | None = None  # tokens of a row that count in the loss, where that is known
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def slow_bytes(self) -> int:
+        return self.kinds.get("mapped weights", 0)
+
+    @property
+    def live_peak_bytes(self) -> int:
+        return sum(self.kinds.values()) - self.slow_bytes
+
+    @property
+    def fast_peak_bytes(self) -> int:
+        return self.process + self.live_peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        fast = self.machine if self.budget.fast is None else self.budget.fast
+        return self.fast_peak_bytes <= fast and (self.budget.slow is None or self.slow_bytes <= self.budget.slow)
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """One row per kind: what, tier, bytes, why."""
+        rows = [{"what": kind, "tier": "fast", "bytes": self.kinds[kind], "why": WHY[kind]}
+                for kind in WHY if self.kinds.get(kind)]  # fmt: skip
+        rows.insert(0, {"what": "process", "tier": "fast", "bytes": self.process,
+                        "why": "interpreter and libraries"})  # fmt: skip
+        if self.slow_bytes:
+            rows.append({"what": "mapped weights", "tier": "slow", "bytes": self.slow_bytes,
+                         "why": "the base at its file's precision, mapped from the file"})  # fmt: skip
+        return rows
+
+    def predicted(self) -> dict[str, Any]:
+        """The `predicted` part of run.json."""
+        return {
+            "fast_peak_bytes": self.fast_peak_bytes, "fast_growth_bytes": self.fast_peak_bytes - self.process,
+            "live_peak_bytes": self.live_peak_bytes, "slow_bytes": self.slow_bytes, "phase": self.phase,
+            "batch": {"rows": self.rows, "tokens": self.tokens}, "bytes": self.kinds,
+        }  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `trimtab plan --json` prints."""
+        return {
+            **{key: value for key, value in self.predicted().items() if key != "bytes"}, "fits": self.fits,
+            "budget": dataclasses.asdict(self.budget), "items": self.items, "notes": self.notes,
+        }  # fmt: skip
+
+    def lines(self) -> Iterator[str]:
+        """The table for people."""
+        yield f"{'what':<15} {'tier':<5} {'held':>12}  why"
+        for row in self.items:
+            yield f"{row['what']:<15} {row['tier']:<5} {gib(row['bytes']):>12}  {row['why']}"
+        yield f"{'peak':<15} {'fast':<5} {gib(self.fast_peak_bytes):>12}  {self.phase}"
+        yield from self.notes
+        fast = "this machine's memory" if self.budget.fast is None else "the budget"
+        size = self.machine if self.budget.fast is None else self.budget.fast
+        yield f"{'fits' if self.fits else 'does not fit'}: {gib(self.fast_peak_bytes)} of {gib(size)}, {fast}"
+
+
+@hushed()
+def plan(
+    recipe: Recipe,
+    *,
+    rows: int | None = None,
+    tokens: int | None = None,
+    counted: int | None = None,
+    process: int | None = None,
+    args: Any = None,
+) -> Plan:
+    """Trace the recipe's step. `rows`, `tokens`: the largest batch (default: the recipe's batch size and max_length).
+    `counted`: how many tokens of a row count in the loss, at most (default: all).
+
+    `process`: anonymous bytes that the process holds beside the tensors (default: what this one holds now). `args`: the
+    training arguments where a trainer has them already (making them anew would take its accelerator from it).
+    BadInput for a recipe that cannot be run, and for what the planner does not cover.
+    """
+    import torch
+
+    from .engine import training_arguments
+    from .memory.meter import process_memory
+    from .memory.tracer import highest
+
+    place, objective = recipe.load_place(), recipe.load_objective()
+    if not recipe.patches:
+        raise BadInput("plan", "the recipe has no patch", "Add one under patches")
+    device = place.device
+    _covered(recipe, device)
+    machine = fast_bytes(device)
+    budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder))
+    args = args or training_arguments(recipe, _arguments_class(objective), Path(recipe.output), device.type == "cpu")
+    notes = []
+    if tokens is None:
+        tokens = recipe.training_values()["max_length"]
+        if tokens is None:
+            raise BadInput("plan: max_length: none", "rows may then have any length", "Give training: max_length")
+        notes.append(f"for rows of {tokens} tokens (max_length); where all rows are shorter, the run holds less")
+    rows = rows or args.per_device_train_batch_size
+    process = process_memory()["anon"] if process is None else process
+    with torch.random.fork_rng(devices=[]):
+        phase, kinds = highest(_peaks(recipe, args, rows, tokens, counted))
+    if recipe.engine.compile:
+        notes.append("traced without torch.compile")
+    return Plan(kinds, phase, process, budget, machine, rows, tokens, counted, notes)
+
+
+def require_fit(made: Plan, recipe: Recipe) -> None:
+    """DoesNotFit with the first change that would fit, if `made` does not."""
+    if made.fits:
+        return
+    size = made.machine if made.budget.fast is None else made.budget.fast
+    what, need = ("fast", made.fast_peak_bytes) if made.fast_peak_bytes > size else ("slow", made.slow_bytes)
+    least, said = made.fast_peak_bytes, ""
+    for change, other in _alternatives(recipe, made.rows):
+        if what == "slow":
+            break
+        size_of_batch = other.training_values()["per_device_train_batch_size"]
+        tried = plan(other, rows=size_of_batch, tokens=made.tokens, counted=made.counted, process=made.process)
+        if tried.fits:
+            said = f"It would fit with {change} ({gib(tried.fast_peak_bytes)})"
+            break
+        if tried.fast_peak_bytes < least:
+            least = tried.fast_peak_bytes
+    said = said or (
+        f"The least found is {gib(least)}: allow more, or take a smaller model or max_length"
+        if what == "fast"
+        else "Allow more in the slow tier, or take a smaller model"
+    )
+    limit = size if what == "fast" else made.budget.slow or 0
+    raise DoesNotFit(
+        f"{gib(limit)} of the {what} tier for this run", f"it would hold {gib(need)} at its peak ({made.phase})", said
+    )
+
+
+def _alternatives(recipe: Recipe, rows: int) -> Iterator[tuple[str, Recipe]]:
+    """(how a user writes it, the changed recipe): what holds less, the least slowing first."""
+    values = recipe.training_values()
+    micro, times = "per_device_train_batch_size", values.get("gradient_accumulation_steps", 1)
+    whole = values[micro]
+
+    def training(**changes: Any) -> tuple[str, Recipe]:
+        said = " ".join(f"training.{key}={str(value).lower()}" for key, value in changes.items())
+        return said, dataclasses.replace(recipe, training={**values, **changes})
+
+    if recipe.engine.lean and recipe.engine.recompute != "ffn":
+        yield (
+            "engine.recompute=ffn",
+            dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, recompute="ffn")),
+        )
+    sizes = [whole // 2**k for k in range(1, whole.bit_length()) if whole % 2**k == 0]
+    for size in sizes:
+        yield training(**{micro: size, "gradient_accumulation_steps": times * (whole // size)})
+    if not values["activation_checkpointing"]:
+        yield training(activation_checkpointing=True)
+        for size in sizes:
+            changes = {micro: size, "gradient_accumulation_steps": times * (whole // size)}
+            yield training(activation_checkpointing=True, **changes)
+
+
+def _covered(recipe: Recipe, device: Any) -> None:
+    """What the planner cannot trace yet is said, not guessed."""
+    wanted = recipe.model.precision
+    if wanted in ("nf4", "int8"):
+        raise BadInput(f"plan a {wanted} base", "the planner does not know quantised weights yet", "Take budget: out")
+    if device.type != "cpu":
+        raise BadInput(f"plan a run on {device}", "the planner traces runs on a CPU only yet", "Take budget: out")
+    if not recipe.load_stepper().by_trainer:
+        raise BadInput(
+            f"plan stepper {recipe.stepper}", "the planner follows back-propagation only", "Take budget: out"
+        )
+
+
+def _arguments_class(objective: Any) -> Any:
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    return SFTConfig if objective.task == "causal-lm" else TrainingArguments
+
+
+def _peaks(recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None) -> Any:
+    """Peaks by phase and kind, of the whole depth; from two shallow models where all blocks are equal."""
+    from .memory.tracer import extend
+    from .model import anatomy
+
+    whole = _Step(recipe, args, None)
+    depth = len(anatomy.blocks(whole.model)[1])
+    if depth <= SHALLOW[1] or not whole.blocks_are_equal():
+        return whole.trace(rows, tokens, counted)
+    low, high = (_Step(recipe, args, blocks).trace(rows, tokens, counted) for blocks in SHALLOW)
+    return extend(low, high, SHALLOW, depth)
+
+
+class _Step:
+    """One training step of a recipe on a model without values, `blocks` deep (None: as deep as it is)."""
+
+    def __init__(self, recipe: Recipe, args: Any, blocks: int | None):
+        from .model.load import empty_model
+
+        self.recipe, self.args, self.objective = recipe, args, recipe.load_objective()
+        self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
+        self.dtype = self.model.dtype
+        # `.data`: the storage, which stays when a patch puts another under the same parameter
+        self.base = {_key(t): t.data for t in (*self.model.parameters(), *self.model.buffers())}
+        fresh = [] if self.objective.task == "causal-lm" else self._fresh()
+        self.in_file = {_key(p) for p in self.model.parameters()} - {_key(p) for p in fresh}
+        place = recipe.load_place()
+        self.surgeries = [patch.apply(self.model, place) for patch in recipe.load_patches()]
+        if (head := self.objective.prepare(self.model)) is not None:
+            self.surgeries.append(head)
+
+    def _fresh(self) -> list[Any]:
+        from .model import anatomy
+
+        return list(anatomy.fresh_parameters(self.model).values())
+
+    def blocks_are_equal(self) -> bool:
+        from .model import anatomy
+
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or [None]
+        stack = anatomy.blocks(self.model)[1]
+        looks = {tuple((n, t.shape, t.dtype, t.requires_grad) for n, t in block.named_parameters()) for block in stack}
+        every = (self.args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
+        return len(looks) == 1 and len(set(types)) == 1 and every == 1
+
+    def trace(self, rows: int, tokens: int, counted: int | None = None) -> Any:
+        from .engine import prepared
+        from .memory.tracer import MAPPED, WEIGHTS, live, trace_steps
+
+        model, recipe = self.model, self.recipe
+        held = {_key(t) for t in (*model.parameters(), *model.buffers())}
+        aside = [t for key, t in self.base.items() if key not in held]  # originals that a patch keeps for the way back
+        model.train()
+        self._checkpointing()
+        plain = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compile=False))
+        with prepared(model, self.objective, plain):
+            peaks = trace_steps(
+                model, functools.partial(self.batch, rows, tokens), self.loss, self.optimizer,
+                device=recipe.load_place().device, kind_of=self.kind_of,
+                micro_batches=min(2, self.args.gradient_accumulation_steps), clip=self.args.max_grad_norm or 0.0,
+                vocabulary=model.config.get_text_config().vocab_size,
+                counted=None if counted is None else rows * counted,
+            )  # fmt: skip
+        for kinds in peaks.values():
+            for tensor in aside:
+                kind = MAPPED if self.mapped and _key(tensor) in self.in_file else WEIGHTS
+                kinds[kind] = kinds.get(kind, 0) + tensor.untyped_storage().nbytes()
+        assert all(live(kinds) >= 0 for kinds in peaks.values())
+        return peaks
+
+    def kind_of(self, name: str, tensor: Any) -> str:
+        from .memory.tracer import ADAPTER, MAPPED, WEIGHTS
+
+        if _key(tensor) not in self.base:
+            return ADAPTER
+        if _key(tensor) not in self.in_file:
+            return ADAPTER if tensor.requires_grad else WEIGHTS
+        return MAPPED if self.mapped else WEIGHTS
+
+    def batch(self, rows: int, tokens: int) -> dict[str, Any]:
+        """Fake ids and labels as the collators make them: padded rows, or packed ones."""
+        import torch
+
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        if self.objective.task != "causal-lm":
+            labels = torch.zeros(rows, dtype=torch.int64)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        packed = self.args.padding_free or (self.args.packing and self.args.packing_strategy.startswith("bfd"))
+        other = "position_ids" if packed else "attention_mask"
+        return {"input_ids": ids, other: torch.ones_like(ids), "labels": torch.zeros_like(ids)}
+
+    def loss(self, batch: dict[str, Any]) -> Any:
+        with self._autocast():
+            return self.model(objective_batch=batch)[0]
+
+    def optimizer(self, trained: list[Any]) -> Any:
+        from transformers import Trainer
+
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if not cls.__module__.startswith("torch.optim"):
+            raise BadInput(
+                f"plan training: optim: {self.args.optim}",
+                "the planner follows PyTorch's own optimisers only",
+                "Take budget: out, or train with adamw_torch",
+            )
+        return cls(trained, **options)
+
+    def _autocast(self) -> Any:
+        """As the engine's compute_loss_context_manager orders it."""
+        import torch
+
+        half = self.dtype if self.dtype in (torch.bfloat16, torch.float16) else None
+        wanted = any(getattr(s.patch, "autocast", False) for s in self.surgeries) and half is not None
+        if self.args.bf16 or wanted:
+            return torch.autocast("cpu", dtype=half or torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _checkpointing(self) -> None:
+        if not self.args.activation_checkpointing:
+            return
+        options = dict(self.args.activation_checkpointing_kwargs or {})
+        every = options.pop("every_n_layers", 1)
+        if options.pop("offload", False):
+            raise BadInput("plan activation checkpointing with offload", "the planner does not know it yet", "Leave it")
+        self.model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=options or None, every_n_layers=every
+        )
+
+
+def _key(tensor: Any) -> int:
+    """Names a storage, also one without content."""
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,67 @@
+"""Sizes as people write them, and what is no size."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from trimtab.errors import BadInput
+from trimtab.memory.budget import Budget, fast_bytes, gib, parse, ram, slow_bytes
+
+GIB = 2**30
+TOTAL = 16 * GIB
+
+
+@pytest.mark.parametrize(
+    "text,size",
+    [
+        ("6GiB", 6 * GIB), ("6 gib", 6 * GIB), ("6GB", 6 * 10**9), ("512MiB", 512 * 2**20), ("1.5GiB", 3 * GIB // 2),
+        ("500MB", 500 * 10**6), ("64KiB", 65536), ("1000B", 1000), (2_000_000_000, 2_000_000_000),
+        ("80%", TOTAL * 4 // 5), ("100 %", TOTAL), ("-2GiB", 14 * GIB), ("-500MB", TOTAL - 500 * 10**6),
+        ("0.01TiB", 10995116277),
+    ],
+)  # fmt: skip
+def test_sizes(text, size):
+    assert parse(text, TOTAL) == size
+
+
+@pytest.mark.parametrize(
+    "text,said",
+    [
+        ("plenty", "no size"), ("", "no size"), ("GiB", "no size"), ("1e3MiB", "no"), ("6", "no unit"),
+        ("6Gib/s", "no size"), ("6Gigs", 'Did you mean "GiB"'), ("6 XB", "no unit"), ("0GiB", "nothing"),
+        ("0%", "nothing"), (0, "nothing"), ("120%", "0 to 100"), ("-20%", "0 to 100"),
+        ("-16GiB", "nothing would be left of 16.00 GiB"), ("17GiB", "this machine has 16.00 GiB"), (True, "a number"),
+        (1.5, "a number"), (None, "a number"), (["6GiB"], "a number"),
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused(text, said):
+    with pytest.raises(BadInput, match=said):
+        parse(text, TOTAL)
+
+
+def test_a_budget_of_two_tiers():
+    budget = Budget.of({"fast": "50%", "slow": "-1GiB"}, TOTAL, 100 * GIB)
+    assert (budget.fast, budget.slow) == (8 * GIB, 99 * GIB)
+    assert Budget.of(None, TOTAL, TOTAL) == Budget() == Budget.of({}, TOTAL, TOTAL)
+    with pytest.raises(BadInput, match='"fats".*Did you mean "fast"'):
+        Budget.of({"fats": "1GiB"}, TOTAL, TOTAL)
+    with pytest.raises(BadInput, match="budget: slow: 101GiB: this machine has 100.00 GiB"):
+        Budget.of({"slow": "101GiB"}, TOTAL, 100 * GIB)
+
+
+def test_this_machine():
+    assert 0 < fast_bytes() < 2**50 and 0 < slow_bytes() < 2**60
+    assert ram().get("MemAvailable", 0) <= ram().get("MemTotal", 0)
+
+
+def test_sizes_are_shown_in_gib():
+    assert gib(3 * GIB) == "3.00 GiB" and gib(50 * 2**20) == "50.0 MiB" and gib(6 * 10**9) == "5.59 GiB"
+
+
+def test_it_loads_no_torch():
+    code = "import sys, trimtab.memory.budget as b; b.fast_bytes(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
