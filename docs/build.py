@@ -33,7 +33,11 @@ def build(root: Path = ROOT) -> dict[Path, str]:
     """-> every generated page and what it must hold, from the pages in `root` as they are now."""
     pages: dict[Path, str] = {}
     for path, regions in {
-        root / "README.md": {"methods": method_table("docs/methods/"), "demo": demo(root)},
+        root / "README.md": {
+            "methods": method_table("docs/methods/"),
+            "demo": demo(root),
+            "figures": headline(root),
+        },
         root / "docs/index.md": {"methods": method_table("methods/")},
         root / "docs/recipe.md": {"keys": recipe_keys()},
         **{
@@ -85,6 +89,20 @@ def method_table(folder: str) -> str:
 def demo(root: Path) -> str | None:
     captured = root / "docs/demo.txt"
     return f"```text\n{captured.read_text(encoding='utf-8').strip()}\n```" if captured.is_file() else None
+
+
+def headline(root: Path) -> str | None:
+    """The first figures a reader meets, out of the speed benchmark's result file."""
+    path = root / "benchmarks/results/sft_speed.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))["summary"]
+    rows = [
+        [name, f"{found[f'{key}_speed_ratio']:.2f} x", f"{found[f'{key}_memory_ratio']:.2f} x"]
+        for name, key in (("PaCA r 8", "paca"), ("LoRA r 8", "lora"))
+    ]
+    peer = "against TRL + PEFT LoRA r 8 (SmolLM2-135M, bf16, 4 x 256 tokens, CPU, same malloc)"
+    return table([peer, "tokens/s", "growth of memory"], rows)
 
 
 def fields_table(cls: type) -> str:

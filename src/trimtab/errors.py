@@ -48,5 +48,6 @@ class Interrupted(TrimtabError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """`did you mean "x"` for the known word closest to `word`, or the list of what there is."""
     known = sorted(known)
+    some = ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.55)
-    return f'Did you mean "{close[0]}"' if close else "Known: " + ", ".join(known)
+    return f'Did you mean "{close[0]}"' if close else f"Known: {some}"
