@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+from trimtab import cli
 
 SMALL = {
     "vocab_size": 128,
@@ -88,3 +91,21 @@ def quantise(model: PreTrainedModel, kind: str = "nf4", dtype: torch.dtype = tor
 def _one_thread_and_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """trimtab's main with these arguments: -> (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["trimtab", *map(str, arguments)])
+        monkeypatch.setenv("TRIMTAB_ALLOCATOR", "none")
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = int(done.code or 0)
+        return (code, *capfd.readouterr())
+
+    return run

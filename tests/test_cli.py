@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import trimtab
 from helpers_load import tiny_llama
 from helpers_run import make_world, tree, write_rows
-from trimtab import adapter, cli
+from trimtab import adapter
 from trimtab.model.load import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -37,24 +37,6 @@ def ran(world) -> Path:
     recipe.write_text(yaml.safe_dump(keys))
     trimtab.Recipe.load(recipe).train()
     return recipe
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """trimtab's main with these arguments: -> (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["trimtab", *map(str, arguments)])
-        monkeypatch.setenv("TRIMTAB_ALLOCATOR", "none")
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as done:
-            code = int(done.code or 0)
-        return (code, *capfd.readouterr())
-
-    return run
 
 
 def written(path: Path, keys: dict | str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import yaml
 from helpers_run import make_world, tree
 from test_laws import CASES
 from tiny import tiny_folder
-from trimtab import cli
 from trimtab.engine import prepared, training_arguments
 from trimtab.errors import BadInput, DoesNotFit
 from trimtab.memory import tracer
@@ -209,22 +207,6 @@ def test_what_a_plan_does_not_cover_is_said(folders, change, said):
         change = {"model": {"name": recipe.model.name, **change["model"]}}
     with pytest.raises(BadInput, match=said):
         plan(Recipe(**{**vars(recipe), **change}))
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["trimtab", *map(str, arguments)])
-        monkeypatch.setenv("TRIMTAB_ALLOCATOR", "none")
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as done:
-            code = int(done.code or 0)
-        return (code, *capfd.readouterr())
-
-    return run
 
 
 def test_the_verb(tmp_path, call):

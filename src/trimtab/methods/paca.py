@@ -15,7 +15,7 @@ What differs from the paper, and why. We train a delta from zero rather than the
 stays intact and s scales the update. Linears that read the same tensor (q/k/v, gate/up) share I, and so one saved
 slice. By default I is a contiguous block at a random place (columns have no order of their own): the slice is one
 strided copy. Two forms of the same sum: `side` adds x[:, I] D^T to y and leaves W alone, so a memory-mapped base stays
-mapped; `live` writes the columns into W once per optimiser step, which costs nothing per product but turns every page
+mapped; `live` writes the columns into W when they may have changed: nothing per product, but it turns every page
 of a mapped base into anonymous memory. `reselect_every` bakes D, keeps it in a log and draws a new I (an extension).
 
 Shapes: T tokens (all leading dimensions), I in, O out, R chosen, P columns held from earlier draws.
