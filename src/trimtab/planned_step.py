@@ -1,0 +1,151 @@
+"""One training step of a recipe, on a model without values: what the planner traces.
+
+The model is built from its config on the `meta` device and patched as the recipe says; the engine's own forms of the
+blocks, the objective's loss and the optimiser that the recipe names are stepped on fake tensors (memory/tracer.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+from .errors import BadInput
+from .recipe import Recipe
+
+SHALLOW = (2, 4)  # blocks; two depths give the line on which a deeper stack of equal blocks lies
+
+
+def peaks(recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None) -> Any:
+    """Peaks by phase and kind, of the whole depth; from two shallow models where all blocks are equal."""
+    from .memory.tracer import extend
+    from .model import anatomy
+
+    whole = PlannedStep(recipe, args, None)
+    depth = len(anatomy.blocks(whole.model)[1])
+    if depth <= SHALLOW[1] or not whole.blocks_are_equal():
+        return whole.trace(rows, tokens, counted)
+    low, high = (PlannedStep(recipe, args, blocks).trace(rows, tokens, counted) for blocks in SHALLOW)
+    return extend(low, high, SHALLOW, depth)
+
+
+class PlannedStep:
+    """One training step of a recipe on a model without values, `blocks` deep (None: as deep as it is)."""
+
+    def __init__(self, recipe: Recipe, args: Any, blocks: int | None):
+        from .model.load import empty_model
+
+        self.recipe, self.args, self.objective = recipe, args, recipe.load_objective()
+        self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
+        self.dtype = self.model.dtype
+        # `.data`: the storage, which stays when a patch puts another under the same parameter
+        self.base = {_key(t): t.data for t in (*self.model.parameters(), *self.model.buffers())}
+        fresh = [] if self.objective.task == "causal-lm" else self._fresh()
+        self.in_file = {_key(p) for p in self.model.parameters()} - {_key(p) for p in fresh}
+        place = recipe.load_place()
+        self.surgeries = [patch.apply(self.model, place) for patch in recipe.load_patches()]
+        if (head := self.objective.prepare(self.model)) is not None:
+            self.surgeries.append(head)
+
+    def _fresh(self) -> list[Any]:
+        from .model import anatomy
+
+        return list(anatomy.fresh_parameters(self.model).values())
+
+    def blocks_are_equal(self) -> bool:
+        from .model import anatomy
+
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or [None]
+        stack = anatomy.blocks(self.model)[1]
+        looks = {tuple((n, t.shape, t.dtype, t.requires_grad) for n, t in block.named_parameters()) for block in stack}
+        every = (self.args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
+        return len(looks) == 1 and len(set(types)) == 1 and every == 1
+
+    def trace(self, rows: int, tokens: int, counted: int | None = None) -> Any:
+        from .engine import prepared
+        from .memory.tracer import MAPPED, WEIGHTS, live, trace_steps
+
+        model, recipe = self.model, self.recipe
+        held = {_key(t) for t in (*model.parameters(), *model.buffers())}
+        aside = [t for key, t in self.base.items() if key not in held]  # originals that a patch keeps for the way back
+        model.train()
+        self._checkpointing()
+        plain = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compile=False))
+        with prepared(model, self.objective, plain):
+            peaks = trace_steps(
+                model, functools.partial(self.batch, rows, tokens), self.loss, self.optimizer,
+                device=recipe.load_place().device, kind_of=self.kind_of,
+                micro_batches=min(2, self.args.gradient_accumulation_steps), clip=self.args.max_grad_norm or 0.0,
+                vocabulary=model.config.get_text_config().vocab_size,
+                counted=None if counted is None else rows * counted,
+            )  # fmt: skip
+        for kinds in peaks.values():
+            for tensor in aside:
+                kind = MAPPED if self.mapped and _key(tensor) in self.in_file else WEIGHTS
+                kinds[kind] = kinds.get(kind, 0) + tensor.untyped_storage().nbytes()
+        assert all(live(kinds) >= 0 for kinds in peaks.values())
+        return peaks
+
+    def kind_of(self, name: str, tensor: Any) -> str:
+        from .memory.tracer import ADAPTER, MAPPED, WEIGHTS
+
+        if _key(tensor) not in self.base:
+            return ADAPTER
+        if _key(tensor) not in self.in_file:
+            return ADAPTER if tensor.requires_grad else WEIGHTS
+        return MAPPED if self.mapped else WEIGHTS
+
+    def batch(self, rows: int, tokens: int) -> dict[str, Any]:
+        """Fake ids and labels as the collators make them: padded rows, or packed ones."""
+        import torch
+
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        if self.objective.task != "causal-lm":
+            labels = torch.zeros(rows, dtype=torch.int64)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        packed = self.args.padding_free or (self.args.packing and self.args.packing_strategy.startswith("bfd"))
+        other = "position_ids" if packed else "attention_mask"
+        return {"input_ids": ids, other: torch.ones_like(ids), "labels": torch.zeros_like(ids)}
+
+    def loss(self, batch: dict[str, Any]) -> Any:
+        with self._autocast():
+            return self.model(objective_batch=batch)[0]
+
+    def optimizer(self, trained: list[Any]) -> Any:
+        from transformers import Trainer
+
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if not cls.__module__.startswith("torch.optim"):
+            raise BadInput(
+                f"plan training: optim: {self.args.optim}",
+                "the planner follows PyTorch's own optimisers only",
+                "Take budget: out, or train with adamw_torch",
+            )
+        return cls(trained, **options)
+
+    def _autocast(self) -> Any:
+        """As the engine's compute_loss_context_manager orders it."""
+        import torch
+
+        half = self.dtype if self.dtype in (torch.bfloat16, torch.float16) else None
+        wanted = any(getattr(s.patch, "autocast", False) for s in self.surgeries) and half is not None
+        if self.args.bf16 or wanted:
+            return torch.autocast("cpu", dtype=half or torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _checkpointing(self) -> None:
+        if not self.args.activation_checkpointing:
+            return
+        options = dict(self.args.activation_checkpointing_kwargs or {})
+        every = options.pop("every_n_layers", 1)
+        if options.pop("offload", False):
+            raise BadInput("plan activation checkpointing with offload", "the planner does not know it yet", "Leave it")
+        self.model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=options or None, every_n_layers=every
+        )
+
+
+def _key(tensor: Any) -> int:
+    """Names a storage, also one without content."""
+    return tensor.untyped_storage()._cdata
