@@ -32,6 +32,8 @@ TABLE: dict[str, Row] = {
                 ("peft", "merged")),
     "parallel_adapter": Row("parallel_adapter:ParallelAdapter", "patch", "Parallel Adapter",
                             "a wide two-layer ReLU network beside each FFN", "2110.04366"),
+    "meft": Row("meft:Meft", "patch", "MEFT", "a sparse adapter larger than fast memory: only the experts that a batch "
+                "needs are brought up", "2406.04984"),
     "full": Row("full:Full", "patch", "Full fine-tuning", "every weight is trained", exports=("merged",)),
     "head": Row("classification:Head", "part", "Classification head", "the fresh head that classification trains"),
     "causal_lm": Row("causal_lm:CausalLM", "objective", "Causal language modelling",

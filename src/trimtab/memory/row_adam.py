@@ -1,0 +1,148 @@
+"""Adam and AdamW on the rows of a store that got a gradient; the moments lie in the rows' own extents.
+
+Two rules for a row without a gradient:
+
+- `lazy` (what torch.optim.SparseAdam does): nothing happens to it, neither momentum nor decay; bias corrections count
+  all steps of the run. Work and traffic are those of the touched rows.
+- `exact`: what dense Adam does to it on a gradient of zero. For step t (Kingma and Ba, arXiv 1412.6980, algorithm 1,
+  with AdamW's decay, 1711.05101)
+
+      m <- b1 m    v <- b2 v    w <- (1 - lr_t wd) w - lr_t (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+  The steps that a row missed are made up before the row is read again, each with its own learning rate. Once b1^k is
+  below a float's resolution beside what came before, momentum moves nothing, and decay is a product: the cost of any
+  number of missed steps is bounded (220 passes at b1 = 0.9). A row that never had a gradient only decays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from .store import GRADS, VALUES, M, TieredStore, V
+
+MODES = ("lazy", "exact")
+FORGOTTEN = 1e-10  # share of its momentum below which a row is no longer moved by it
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one step is made with; the names are those of torch.optim's parameter groups."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = True  # AdamW; False: decay enters the gradient (Adam)
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, parameter: Tensor) -> Rates:
+        """The rates with which `optimizer` steps `parameter`. An optimiser without betas and eps gives its lr alone."""
+        groups = optimizer.param_groups
+        group = next((g for g in groups if any(p is parameter for p in g["params"])), groups[0])
+        decoupled = bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))
+        return cls(
+            float(group["lr"]),
+            tuple(group.get("betas", cls.betas)),
+            float(group.get("eps") or cls.eps),
+            float(group.get("weight_decay", 0.0)),
+            decoupled,
+        )
+
+
+class RowAdam:
+    """Steps the rows of one store."""
+
+    def __init__(self, store: TieredStore, mode: str = "lazy"):
+        if mode not in MODES:
+            raise BadInput(f'row Adam "{mode}"', "there is no such mode", f"Say one of {', '.join(MODES)}")
+        self.store, self.mode = store, mode
+        self.steps = 0
+        self.last = torch.zeros(store.rows, dtype=torch.int32)  # the step that each row has come to
+        self.moved = torch.zeros(store.rows, dtype=torch.bool)  # rows with a momentum
+        self.history: list[Rates] = []  # of each step; kept where steps are made up
+        if mode == "exact":
+            store.catch_up = self.catch_up
+
+    @torch.no_grad()
+    def step(self, rates: Rates) -> None:
+        """One optimiser step with the pending gradients."""
+        store, rows = self.store, self.store.pending()
+        if self.mode == "exact":
+            self.catch_up(rows)
+            self.history.append(rates)
+        self.steps += 1
+        for device in {store.part(VALUES, row).device for row in rows}:
+            self._step([row for row in rows if store.part(VALUES, row).device == device], rates)
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        self.last[chosen], self.moved[chosen] = self.steps, True
+        store.stepped()
+
+    def _step(self, rows: list[int], rates: Rates) -> None:
+        values, grads, ms, vs = ([self.store.part(kind, row) for row in rows] for kind in (VALUES, GRADS, M, V))
+        short = ms[0].dtype != values[0].dtype  # moments in fewer bits are widened for the step
+        wide = (lambda t: t.to(values[0].dtype)) if short else (lambda t: t)
+        fused = torch._fused_adamw_ if rates.decoupled else torch._fused_adam_
+        scale = None if self.store.grad_scale == 1.0 else torch.tensor(1.0 / self.store.grad_scale)
+        step = torch.tensor(float(self.steps))
+        size = 1 if short else len(rows)
+        for at in range(0, len(rows), size):
+            part = slice(at, at + size)
+            m, v = [wide(t) for t in ms[part]], [wide(t) for t in vs[part]]
+            fused(
+                values[part], grads[part], m, v, [], [step] * len(m), lr=rates.lr, beta1=rates.betas[0],
+                beta2=rates.betas[1], weight_decay=rates.weight_decay, eps=rates.eps, amsgrad=False, maximize=False,
+                grad_scale=scale, found_inf=None,
+            )  # fmt: skip
+            if short:
+                ms[at].copy_(m[0])
+                vs[at].copy_(v[0])
+
+    @torch.no_grad()
+    def catch_up(self, rows: Sequence[int] | None = None) -> None:
+        """Make up the steps that these rows (default: all) missed."""
+        if self.mode != "exact":
+            return
+        behind = range(self.store.rows) if rows is None else rows
+        late = [row for row in behind if self.last[row] < self.steps]
+        for row in late:
+            self._make_up(row, int(self.last[row]))
+        if late:
+            self.last[torch.tensor(late)] = self.steps
+            self.store.changed(late)
+
+    def _make_up(self, row: int, done: int) -> None:
+        missed = self.history[done:]
+        value = self.store.part(VALUES, row)
+        if not self.moved[row] and not any(not r.decoupled and r.weight_decay for r in missed):
+            value.mul_(math.prod(1 - r.lr * r.weight_decay for r in missed))
+            return
+        held_m, held_v = self.store.part(M, row), self.store.part(V, row)
+        m, v = held_m.to(value.dtype), held_v.to(value.dtype)
+        self.moved[row] = True
+        share = 1.0
+        for at, r in enumerate(missed):
+            if share < FORGOTTEN and r.decoupled:
+                rest = missed[at:]
+                value.mul_(math.prod(1 - x.lr * x.weight_decay for x in rest))
+                m.mul_(math.prod(x.betas[0] for x in rest))
+                v.mul_(math.prod(x.betas[1] for x in rest))
+                break
+            t, (b1, b2) = done + at + 1, r.betas
+            share *= b1
+            if r.decoupled:
+                value.mul_(1 - r.lr * r.weight_decay)
+                m.mul_(b1)
+                v.mul_(b2)
+            else:
+                m.lerp_(value * r.weight_decay, 1 - b1)
+                v.mul_(b2).addcmul_(value, value, value=(1 - b2) * r.weight_decay**2)
+            depth = v.sqrt().div_(math.sqrt(1 - b2**t)).add_(r.eps)
+            value.addcdiv_(m, depth, value=-r.lr / (1 - b1**t))
+        held_m.copy_(m)
+        held_v.copy_(v)

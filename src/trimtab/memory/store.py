@@ -1,0 +1,293 @@
+"""TieredStore: a table of rows in the slow tier, of which the rows at work are brought into the fast one.
+
+A row is one *extent*: its numbers and, where it is trained, Adam's two moments and the gradient, one after the other
+and each on pages of its own, so that reading the numbers reads nothing else. The slow tier is host RAM or a file that
+is mapped (an unlinked one: it is this process's private copy, and a killed run leaves nothing behind).
+
+Where the model computes on the CPU, a row of a mapped file needs no copy at all: `fetch` gives views of the mapping, a
+miss is a page that the kernel reads, and no anonymous memory grows. Before an accelerator, `fetch` gathers the rows
+into one buffer on the device. A row is never left out: what no slot holds is read from the slow tier, more slowly.
+
+Hot rows may be kept in slots of the fast tier (`cache_bytes`): whole extents, least recently used first to go, written
+back when they go. While a row has a slot, the slot is the row.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+
+PAGE = 4096
+VALUES, M, V, GRADS = "values", "m", "v", "grads"  # the parts of an extent
+
+
+@dataclass
+class Traffic:
+    """What went between the tiers: rows found in a slot or not, and bytes in each direction."""
+
+    hits: int = 0
+    misses: int = 0
+    up: int = 0  # bytes, slow to fast
+    down: int = 0  # bytes, fast to slow
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where in an extent one kind of number lies."""
+
+    offset: int  # bytes
+    nbytes: int
+    dtype: torch.dtype
+
+
+class TieredStore:
+    """`rows` rows of `shape` numbers each.
+
+    `slow`: "ram", "disk", or "none" (shapes only, for the planner). `folder`: where the file is made. `device`: the
+    fast tier. `moments`: the precision of Adam's state; None for a table that is only read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: int,
+        shape: tuple[int, ...],
+        *,
+        slow: str = "ram",
+        folder: str | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        moments: torch.dtype | None = torch.float32,
+        cache_bytes: int = 0,
+    ):
+        self.name, self.rows, self.shape, self.slow = name, rows, shape, slow
+        self.device = device or torch.device("cpu")
+        kinds = {VALUES: dtype} | ({M: moments, V: moments, GRADS: torch.float32} if moments else {})
+        self.parts: dict[str, Part] = {}
+        end = 0
+        for kind, of in kinds.items():
+            nbytes = math.prod(shape) * of.itemsize
+            self.parts[kind] = Part(end, nbytes, of)
+            end = _round(end + nbytes, 64 if nbytes < PAGE else PAGE)
+        self.extent = end if end < PAGE else _round(end, PAGE)
+        self.traffic = Traffic()
+        self.grad_scale = 1.0  # what the pending gradients are multiplied by in the step (clipping)
+        self.catch_up: Any = None  # called with the rows about to be read, where the optimiser has steps to make up
+        self._file: mmap.mmap | None = None
+        self._pending: dict[int, None] = {}  # rows with a gradient, in the order of their first one
+        self._dirty: set[int] = set()  # rows changed since the last checkpoint
+        if slow == "none":
+            self._table = torch.empty(0, dtype=torch.uint8)
+            self._views: dict[str, Tensor] = {}
+        else:
+            self._table = self._file_table(folder) if slow == "disk" else self._ram_table()
+            self._views = {kind: self._view(self._table, kind) for kind in self.parts}
+        slots = min(rows, cache_bytes // self.extent) if slow != "none" else 0
+        self._cache = torch.zeros(slots, self.extent, dtype=torch.uint8, device=self.device)
+        self._slots = {kind: self._view(self._cache, kind) for kind in self.parts}
+        self._slot_of: OrderedDict[int, int] = OrderedDict()  # row -> slot, least recently used first
+        self._unwritten: set[int] = set()  # rows whose slot is newer than the table
+
+    # --- the slow tier ------------------------------------------------------------------------------------------------
+
+    def _ram_table(self) -> Tensor:
+        pinned = self.device.type == "cuda"
+        return torch.zeros(self.rows, self.extent, dtype=torch.uint8, pin_memory=pinned)
+
+    def _file_table(self, folder: str | None) -> Tensor:
+        """The file's space is reserved now: a disk that is too small refuses here, and not in the middle of a run."""
+        size, where = self.rows * self.extent, folder or tempfile.gettempdir()
+        try:
+            with tempfile.TemporaryFile(dir=where) as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                self._file = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise BadInput(
+                f"{size / 2**30:.2f} GiB for {self.name} in {where}",
+                error.strerror or str(error),
+                "Name a folder with room on a file system that maps files (place: folder), or say place: slow: ram",
+            ) from None
+        return torch.frombuffer(self._file, dtype=torch.uint8).view(self.rows, self.extent)
+
+    def _view(self, table: Tensor, kind: str) -> Tensor:
+        """(rows of `table`, *shape), without a copy."""
+        part = self.parts[kind]
+        return table[:, part.offset : part.offset + part.nbytes].view(part.dtype).unflatten(1, self.shape)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether rows are computed with where they lie."""
+        return self.device.type == "cpu"
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """{"fast": bytes, "slow": bytes}: what is held in each tier. Without a GPU, RAM is the fast one."""
+        table = self.rows * self.extent
+        slow = 0 if self.slow == "ram" and self.in_place else table
+        return {"fast": self._cache.nbytes + table - slow, "slow": slow}
+
+    def tensors(self) -> list[Tensor]:
+        """The storages behind the store, for the meter."""
+        return [self._table, self._cache]
+
+    # --- rows in work -------------------------------------------------------------------------------------------------
+
+    def fetch(self, rows: Sequence[int]) -> list[Tensor]:
+        """The rows' numbers on the fast device, each of `shape`: views, valid until the next optimiser step."""
+        if self.slow == "none":
+            return [torch.empty(self.shape, dtype=self.parts[VALUES].dtype, device=self.device) for _ in rows]
+        if self.catch_up is not None:
+            self.catch_up(rows)
+        size = self.parts[VALUES].nbytes
+        if len(self._cache):
+            self._admit(rows)
+        else:
+            self.traffic.misses += len(rows)
+            self.traffic.up += len(rows) * size
+        if self.in_place:
+            return [self.part(VALUES, row) for row in rows]
+        gathered = torch.empty(len(rows), *self.shape, dtype=self.parts[VALUES].dtype, device=self.device)
+        for slot, row in zip(gathered, rows, strict=True):
+            slot.copy_(self.part(VALUES, row), non_blocking=True)
+        return list(gathered.unbind())
+
+    def prefetch(self, rows: Iterable[int]) -> None:
+        """Ask the kernel to read these rows of the file ahead; returns at once."""
+        if self._file is None:
+            return
+        part = self.parts[VALUES]
+        for row in rows:
+            if row not in self._slot_of:
+                start = row * self.extent + part.offset
+                low = start // PAGE * PAGE
+                self._file.madvise(mmap.MADV_WILLNEED, low, start + part.nbytes - low)
+
+    def part(self, kind: str, row: int) -> Tensor:
+        """One part of one row, (shape), where it is now: in its slot, or in the table."""
+        slot = self._slot_of.get(row)
+        return self._views[kind][row] if slot is None else self._slots[kind][slot]
+
+    def accumulate(self, rows: Sequence[int], grads: Sequence[Tensor]) -> None:
+        """Add each row's gradient (shape) to what it has since the last optimiser step."""
+        if self.slow == "none":
+            return
+        for row, grad in zip(rows, grads, strict=True):
+            held = self.part(GRADS, row)
+            if row in self._pending:
+                held.add_(grad.to(held.device))
+            else:
+                self._pending[row] = None
+                held.copy_(grad)
+            self._mark(row)
+        self.traffic.down += len(rows) * self.parts[GRADS].nbytes
+
+    def pending(self) -> list[int]:
+        """Rows that have a gradient."""
+        return list(self._pending)
+
+    def grad_norm_squared(self) -> float:
+        """Of all pending gradients together."""
+        norms = [torch.linalg.vector_norm(self.part(GRADS, row)) for row in self._pending]
+        return sum(float(norm) ** 2 for norm in norms)
+
+    def stepped(self) -> None:
+        """The optimiser has used the pending gradients: they are gone, and their rows are changed."""
+        self.changed(self._pending)
+        self._pending = {}
+        self.grad_scale = 1.0
+
+    def changed(self, rows: Iterable[int]) -> None:
+        """Say that rows were written to through `part`."""
+        for row in rows:
+            self._dirty.add(row)
+            self._mark(row)
+
+    def _mark(self, row: int) -> None:
+        if row in self._slot_of:
+            self._unwritten.add(row)
+
+    # --- the hot rows -------------------------------------------------------------------------------------------------
+
+    def _admit(self, rows: Sequence[int]) -> None:
+        """Give the rows slots: the free ones first, then those of the least recently used that are not asked for."""
+        wanted, size = set(rows), self.parts[VALUES].nbytes
+        for row in rows:
+            if row in self._slot_of:
+                self.traffic.hits += 1
+                self._slot_of.move_to_end(row)
+                continue
+            self.traffic.misses += 1
+            self.traffic.up += size
+            slot = len(self._slot_of)
+            if slot == len(self._cache):
+                oldest = next(iter(self._slot_of))
+                if oldest in wanted:  # those asked for are the newest: no slot is free for this one
+                    continue
+                slot = self._evict(oldest)
+            self._cache[slot].copy_(self._table[row])
+            self._slot_of[row] = slot
+
+    def _evict(self, row: int) -> int:
+        slot = self._slot_of.pop(row)
+        if row in self._unwritten:
+            self._table[row].copy_(self._cache[slot])
+            self._unwritten.discard(row)
+            self.traffic.down += self.extent
+        return slot
+
+    def flush(self) -> None:
+        """Write back every slot that is newer than the table, and free all slots."""
+        for row in list(self._slot_of):
+            self._evict(row)
+
+    # --- the table as a whole -----------------------------------------------------------------------------------------
+
+    def whole(self, kind: str = VALUES) -> Tensor:
+        """(rows, *shape): a part of the whole table where it lies. The slots are flushed first."""
+        self.flush()
+        if self.slow == "none":
+            return torch.empty(self.rows, *self.shape, dtype=self.parts[kind].dtype, device="meta")
+        return self._views[kind]
+
+    def dirty_rows(self) -> list[int]:
+        """Rows changed since `clean` was last called."""
+        return sorted(self._dirty)
+
+    def clean(self) -> None:
+        self._dirty = set()
+
+    def drop(self) -> None:
+        """Let go of the tables; the file goes with its last view."""
+        self._views, self._slots = {}, {}
+        self._table = self._cache = torch.empty(0, dtype=torch.uint8)
+        self._slot_of.clear()
+        self._file = None
+
+
+def runs(rows: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Sorted rows -> (first, one past the last) of each unbroken run."""
+    first = last = None
+    for row in rows:
+        if last is not None and row == last:
+            last = row + 1
+            continue
+        if first is not None and last is not None:
+            yield first, last
+        first, last = row, row + 1
+    if first is not None and last is not None:
+        yield first, last
+
+
+def _round(size: int, to: int) -> int:
+    return -(-size // to) * to

@@ -1,0 +1,286 @@
+"""MEFT: Memory-Efficient Fine-Tuning through Sparse Adapter (Hao et al., ACL 2024, arXiv 2406.04984).
+
+A Parallel Adapter far larger than fast memory stands beside each FFN. Its key-value pairs, with Adam's state, lie in
+slow memory, cut into N experts of neighbouring pairs; a router names a few experts for each token, only those are
+brought up, and of their keys the K that match a token best add their values to its output.
+
+    p_t = W_g h_t                          experts' scores of token t             (eq. 5)
+    E_t = the n_p largest of p_t           experts probed                         (eq. 6)
+    a_t = ReLU(g_t h_t W_A[E_t])           keys of these experts                  (eq. 7)
+    S_t = the K largest of a_t             pairs that count                       (algorithm 1)
+    FFN'(h_t) = FFN(h_t) + s a_t[S_t] W_B[S_t]
+
+    h: what the FFN reads   W_A: keys, transposed   W_B: values   W_g: `router`   N: `experts`   n_p: `probes`
+    K: `k`   r: pairs per layer   g_t: each probed expert's gate (1 without one)   s: `scale`
+
+What differs from the paper, and why:
+- `per_token` (default): a token sees its own pairs S_t, so that its output does not hang on what shares its batch.
+  `union` is the paper's algorithm 1, where each token sees the pairs of all tokens.
+- Algorithm 1 gives the router no gradient. `gate` (default) multiplies each probed expert's scores by n_p times its
+  share in a softmax over the probed ones: 1 on average, never negative (the authors' simulation multiplies by p itself,
+  so that a negative score of a rejected expert fires). `centroid` sets W_g to the mean keys after each step, `fixed`
+  leaves it as drawn.
+- A row of the store is an expert, each pair one record [key | value]. Rows are brought up again in the pass back, so
+  that one layer's rows are in work at a time; for the pass back are kept h, the experts' numbers and the K scores.
+- Adam steps touched experts only (memory/row_adam.py).
+- N = 4 sqrt(r) experts in all and n_p = 8, after the authors' code; r is rounded up to whole experts.
+"""
+
+# Shape letters: T tokens, D hidden size, N experts, B pairs of an expert, P probes, C = P * B candidates, K kept of C.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from ..contracts import ModulePatch, Patch, Place, Surgery, freeze_base
+from ..errors import BadInput, nearest
+from ..memory.row_adam import MODES, Rates, RowAdam
+from ..memory.store import VALUES, TieredStore
+from ..model import anatomy, experts
+from ..model.surgery import Swaps
+
+NAME = "trimtab_meft"
+REVIVED = 8  # dead experts of a layer that one step revives, at most
+CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
+           "moments": ("fp32", "bf16")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Meft(Patch):
+    """A sparse adapter of `r` key-value pairs beside each FFN, kept in slow memory."""
+
+    paper: ClassVar[str] = "2406.04984"
+
+    r: int = 4096  # pairs per layer; the paper's "10 %" is 3,200 on LLaMA-7B
+    experts: int | None = None  # N; None: 4 sqrt(r), section 3.3
+    probes: int = 8  # n_p, experts per token
+    k: int = 64  # K, pairs per token (section 4.2)
+    semantics: str = "per_token"  # or "union" (algorithm 1)
+    router: str = "gate"  # how W_g is trained: "gate", "centroid" or "fixed"
+    scale: float = 1.0  # s; 1 in the paper
+    balance: float = 0.0  # how far an expert's bias moves a step towards an equal load; 0: not at all (the paper)
+    revive: int = 0  # steps after which an expert that no token probed is drawn anew; 0: never (the paper)
+    adam: str = "lazy"  # rows without a gradient: left alone ("lazy"), or moved as dense Adam would ("exact")
+    moments: str = "fp32"  # Adam's state: "fp32" or "bf16"
+    cache: float = 0.0  # GiB of the fast tier for hot experts, over all layers
+    seed: int = 0  # of the keys
+
+    def apply(self, model: PreTrainedModel, place: Place) -> MeftSurgery:
+        rows, block = self.layout()
+        surgery = MeftSurgery(self, model)
+        ffns = anatomy.ffns(model)
+        if any(hasattr(ffn.host, NAME) for ffn in ffns):
+            raise BadInput("apply a second meft", "the model has one", "Give the first one a larger r")
+        freeze_base(model, surgery.swaps)
+        try:
+            for index, ffn in enumerate(ffns):
+                device = next(ffn.host.parameters()).device
+                slow = place.slow if place.slow != "auto" else "ram" if device.type == "cuda" else "disk"
+                store = TieredStore(
+                    ffn.name, rows, (block, 2 * ffn.width), folder=place.folder, device=device,
+                    slow="none" if device.type == "meta" else slow, cache_bytes=int(self.cache * 2**30) // len(ffns),
+                    moments=torch.bfloat16 if self.moments == "bf16" else torch.float32,
+                )  # fmt: skip
+                surgery.stores.append(store)
+                adapter = Adapter(self, store, self.seed * 1_000_003 + index)
+                surgery.swaps.set_attribute(ffn.host, NAME, adapter)
+                surgery.swaps.hook(ffn.beside(adapter))
+                surgery.adapters[ffn.name] = adapter
+                surgery.adams[ffn.name] = RowAdam(store, self.adam)
+        except BaseException:
+            surgery.revert()
+            raise
+        return surgery
+
+    def layout(self) -> tuple[int, int]:
+        """-> (N experts, B pairs of each); N * B is r, rounded up to whole experts."""
+        for field, words in CHOICES.items():
+            if (said := getattr(self, field)) not in words:
+                raise BadInput(f'meft: {field}: "{said}"', "there is no such choice", nearest(said, words))
+        for field in ("r", "probes", "k"):
+            if getattr(self, field) < 1:
+                raise BadInput(f"meft: {field}: {getattr(self, field)}", "at least one is needed", f"Say {field}: 64")
+        if self.semantics == "union" and self.router == "gate":
+            raise BadInput("meft: semantics: union with router: gate", "algorithm 1 has no gate: a token sees pairs of "
+                           "experts that it did not probe", "Say router: centroid")  # fmt: skip
+        if self.experts is not None and not 1 <= self.experts <= self.r:
+            raise BadInput(f"meft: experts: {self.experts}", f"there are {self.r} pairs", "Say fewer, or none at all")
+        block = math.ceil(self.r / self.experts) if self.experts else max(1, round(math.sqrt(self.r) / 4))
+        return math.ceil(self.r / block), block
+
+
+class MeftSurgery(Surgery):
+    def __init__(self, patch: Meft, model: PreTrainedModel):
+        self.patch = patch
+        self.swaps = Swaps(model)
+        self.adapters: dict[str, Adapter] = {}
+        self.adams: dict[str, RowAdam] = {}
+        self.stores = []
+
+    def revert(self) -> None:
+        self.swaps.undo()
+        for store in self.stores:
+            store.drop()
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """`keys` and `values` are views of the store, (experts, block, hidden)."""
+        own: dict[str, Tensor] = {}
+        for name, adapter in self.adapters.items():
+            self.adams[name].catch_up()
+            table, width = adapter.store.whole(), adapter.width
+            own |= {f"{name}.keys": table[..., :width], f"{name}.values": table[..., width:]}
+            own |= {f"{name}.{key}": t for key, t in adapter.state_dict(keep_vars=True).items()}
+        return own
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        super().load_tensors(tensors)
+        for store in self.stores:
+            store.changed(range(store.rows))
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        for name, adapter in self.adapters.items():
+            rows = adapter.store.pending()
+            self.adams[name].step(Rates.of(optimizer, adapter.trained))
+            adapter.tend(step, rows)
+
+
+class Adapter(ModulePatch):
+    """s * ReLU(g h W_A[S]) W_B[S], added to y; the pairs are rows of `store`, no parameters of the module."""
+
+    def __init__(self, patch: Meft, store: TieredStore, seed: int):
+        super().__init__()
+        self.patch, self.store, self.width = patch, store, store.shape[1] // 2
+        self.probes = min(patch.probes, store.rows)
+        self.kept = min(patch.k, self.probes * store.shape[0])
+        device = torch.device("meta") if store.slow == "none" else store.device
+        router_ND = torch.empty(store.rows, self.width, device=device)
+        random = torch.Generator().manual_seed(seed)
+        for row in range(store.rows) if store.slow != "none" else ():  # one expert at a time: r may exceed fast memory
+            keys_BD = torch.empty(store.shape[0], self.width).normal_(0, 0.02, generator=random)
+            store.part(VALUES, row)[:, : self.width].copy_(keys_BD)
+            router_ND[row].copy_(_centroid(keys_BD))
+        if patch.router == "gate":
+            self.router = nn.Parameter(router_ND)
+        else:
+            self.register_buffer("router", router_ND)
+            self.anchor = nn.Parameter(torch.zeros(0, device=device))  # an optimiser needs something to step
+        self.register_buffer("bias", torch.zeros(store.rows, device=device) if patch.balance else None)
+        self.load = torch.zeros(store.rows) if patch.balance or patch.revive else None  # tokens per expert, this window
+        self.probed_at = torch.zeros(store.rows, dtype=torch.int64)  # the step in which each expert was last probed
+        self.lonely_XD: Tensor | None = None  # the tokens that the router served worst
+
+    @property
+    def trained(self) -> nn.Parameter:
+        return self.router if self.patch.router == "gate" else self.anchor
+
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        return _Beside.apply(h, y, self.trained, self)
+
+    def extra_repr(self) -> str:
+        rows, block = self.store.rows, self.store.shape[0]
+        return f"{self.width} -> {rows} experts x {block} pairs -> {self.width}, {self.probes} probed, {self.kept} kept"
+
+    def route(self, h_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """-> the experts probed, (T, P), and their gates (T, P) or None."""
+        logits_TN = h_TD @ self.router.detach().to(h_TD.dtype).T
+        biased_TN = logits_TN if self.bias is None else logits_TN + self.bias.to(h_TD.dtype)
+        probed_TP = biased_TN.topk(self.probes, sorted=False).indices
+        if self.load is not None and self.training and self.store.slow != "none":
+            self.load += torch.bincount(probed_TP.flatten(), minlength=self.store.rows).cpu()
+            worst = logits_TN.amax(1).topk(min(REVIVED, len(h_TD)), largest=False).indices
+            self.lonely_XD = h_TD[worst].float()
+        if self.patch.router != "gate":
+            return probed_TP, None
+        return probed_TP, logits_TN.gather(1, probed_TP).softmax(-1).mul_(self.probes)
+
+    @torch.no_grad()
+    def tend(self, step: int, rows: list[int]) -> None:
+        """After an optimiser step that moved `rows`: the router's centroids, the experts' balance, the dead."""
+        if self.patch.router == "centroid":
+            for row in rows:
+                self.router[row].copy_(_centroid(self.store.part(VALUES, row)[:, : self.width]))
+        if self.load is None:
+            return
+        if self.bias is not None:
+            self.bias += self.patch.balance * (self.load.mean() - self.load).sign().to(self.bias)
+        self.probed_at[self.load > 0] = step
+        if self.patch.revive and self.lonely_XD is not None:
+            dead = (step - self.probed_at >= self.patch.revive).nonzero().flatten().tolist()
+            for row, token_D in zip(dead, self.lonely_XD, strict=False):
+                self._revive(row, token_D, step)
+        self.load.zero_()
+
+    def _revive(self, row: int, token_D: Tensor, step: int) -> None:
+        """A dead expert is drawn anew around a token that was served badly; its values are zero, as at the start."""
+        random = torch.Generator().manual_seed(self.patch.seed * 1_000_003 + step * self.store.rows + row)
+        record = self.store.part(VALUES, row)
+        direction_D = nn.functional.normalize(token_D, dim=0).to(record.device)
+        noise_BD = torch.empty(record.shape[0], self.width).normal_(0, 0.02, generator=random).to(record.device)
+        record[:, : self.width].copy_(noise_BD + 0.02 * direction_D)
+        record[:, self.width :].zero_()
+        self.router[row].copy_(direction_D * self.router.norm(dim=1).mean())
+        self.probed_at[row] = step
+        self.store.changed([row])
+
+
+def _centroid(keys_BD: Tensor) -> Tensor:
+    """The mean key, at length 1: a layer-normed h then has scores of about its own root mean square."""
+    return nn.functional.normalize(keys_BD.mean(0), dim=0)
+
+
+class _Beside(torch.autograd.Function):
+    """y + s * a_t[S_t] W_B[S_t]. The products are in fp32, the rows' precision, or in h's where that is wider."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, y: Tensor, trained: Tensor, adapter: Adapter):
+        h_in = h.reshape(-1, adapter.width)
+        h_TD = h_in.to(torch.promote_types(h.dtype, torch.float32))
+        probed_TP, gate_TP = adapter.route(h_TD)
+        groups = experts.by_expert(probed_TP, adapter.store)
+        rows = adapter.store.fetch(groups.experts)
+        fired_TC, top = experts.fire(h_TD, probed_TP, gate_TP, groups, rows, adapter.kept)
+        if adapter.patch.semantics == "union":
+            pairs = experts.chosen_pairs(probed_TP, fired_TC, adapter.store)
+            out_TD = torch.zeros_like(h_TD)
+            for expert, row_BD in zip(groups.experts, rows, strict=True):
+                fired_TB = experts.fire_all(h_TD, row_BD, pairs[expert])
+                out_TD.addmm_(fired_TB, row_BD[:, adapter.width :].to(h_TD.dtype))
+            ctx.save_for_backward(h_in, probed_TP.to(torch.int32), None, pairs)
+        else:
+            out_TD = experts.out(h_TD, fired_TC, groups, rows)
+            ctx.save_for_backward(h_in, probed_TP.to(torch.int32), gate_TP, *top)
+        ctx.adapter, ctx.shape = adapter, h.shape
+        return torch.add(y, out_TD.view(y.shape), alpha=adapter.patch.scale).to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        h_in, probed_TP, gate_TP, *top = ctx.saved_tensors
+        adapter: Adapter = ctx.adapter
+        h_TD = h_in.to(torch.promote_types(h_in.dtype, torch.float32))
+        grad_TD = grad.reshape(h_in.shape).to(h_TD.dtype)
+        if adapter.patch.scale != 1.0:
+            grad_TD = grad_TD * adapter.patch.scale
+        groups = experts.by_expert(probed_TP.long(), adapter.store)
+        grad_h = torch.zeros_like(h_TD) if ctx.needs_input_grad[0] else None
+        grad_trained = torch.zeros_like(adapter.trained)
+        if adapter.patch.semantics == "union":
+            experts.back_all(h_TD, grad_TD, grad_h, top[0], groups, adapter.store)
+        else:
+            fired_TC = experts.spread(top, adapter.probes * adapter.store.shape[0])
+            grad_fired_TC = experts.back(h_TD, grad_TD, grad_h, fired_TC, gate_TP, groups, adapter.store)
+            if gate_TP is not None:  # into the router: d logit = g dg - share * (sum of g dg)
+                grad_TP = grad_fired_TC.mul_(fired_TC).unflatten(1, (adapter.probes, -1)).sum(-1)  # g dg
+                grad_TP -= gate_TP * grad_TP.sum(1, keepdim=True).div_(adapter.probes)
+                logits_TN = h_TD.new_zeros(len(h_TD), adapter.store.rows).scatter_(1, probed_TP.long(), grad_TP)
+                grad_trained = (logits_TN.T @ h_TD).to(adapter.trained.dtype)
+                if grad_h is not None:
+                    grad_h.addmm_(logits_TN, adapter.router.detach().to(h_TD.dtype))
+        return None if grad_h is None else grad_h.to(h_in.dtype).view(ctx.shape), grad, grad_trained, None

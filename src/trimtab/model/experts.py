@@ -1,0 +1,135 @@
+"""Key-value experts: small two-layer ReLU networks whose weights are rows of a store, each at work on its own tokens.
+
+A row holds `block` records [key | value] of 2 D numbers. Tokens are sorted by expert, and each expert in work costs a
+few small dense products on its own tokens, read where its row lies. The functions go by the steps of a pass: which
+experts (`by_expert`), what their keys say (`fire`), what their values add (`out`), and the way back (`back`); the same
+for all tokens on all pairs that any token chose (`chosen_pairs`, `fire_all`, `back_all`).
+
+T tokens, D hidden size, N experts, B pairs of an expert, P probes, C = P * B candidates, K kept of C, X = T * P pairs
+of a token and a probed expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..memory.store import TieredStore
+
+
+class Groups(NamedTuple):
+    """Experts in work, and for each the tokens it works on and its places in `order`."""
+
+    order: Tensor  # the (token, probe) pairs t * P + p, sorted by expert
+    experts: list[int]
+    tokens: list[Tensor]
+    places: list[slice]
+
+
+def by_expert(probed_TP: Tensor, store: TieredStore) -> Groups:
+    flat = probed_TP.flatten()
+    order = flat.argsort(stable=True)
+    tokens = order.div(probed_TP.shape[1], rounding_mode="floor")
+    if store.slow == "none":  # a bound, for the planner: of the experts at work in turn, one may have all tokens
+        return Groups(order, [0], [tokens[: len(probed_TP)]], [slice(0, len(probed_TP))])
+    counts = torch.bincount(flat, minlength=store.rows)
+    experts = counts.nonzero().flatten()
+    sizes = counts[experts].tolist()
+    places = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    return Groups(order, experts.tolist(), list(tokens.split(sizes)), places)
+
+
+def fire(
+    h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: Groups, rows: Sequence[Tensor], kept: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-> a_t of each token's C candidates, zero but for its K largest, and the same in short for the pass back."""
+    (tokens, probes), (block, _) = probed_TP.shape, rows[0].shape
+    sorted_XB = h_TD.new_empty(tokens * probes, block)
+    for row_BD, of, at in zip(rows, groups.tokens, groups.places, strict=True):
+        torch.mm(h_TD[of], row_BD[:, : h_TD.shape[1]].to(h_TD.dtype).T, out=sorted_XB[at])
+    fired_TPB = torch.empty_like(sorted_XB).index_copy_(0, groups.order, sorted_XB).view(tokens, probes, block)
+    if gate_TP is not None:
+        fired_TPB.mul_(gate_TP.unsqueeze(-1))
+    fired_TC = fired_TPB.relu_().flatten(1)
+    if kept == fired_TC.shape[1]:
+        return fired_TC, (fired_TC,)
+    values_TK, index_TK = fired_TC.topk(kept, sorted=False)
+    top = (values_TK, index_TK.to(torch.int16 if fired_TC.shape[1] < 2**15 else torch.int32))
+    return fired_TC.zero_().scatter_(1, index_TK, values_TK), top
+
+
+def spread(top: Sequence[Tensor], candidates: int) -> Tensor:
+    """What `fire` gave, from its short form."""
+    if len(top) == 1:
+        return top[0]
+    values_TK, index_TK = top
+    return values_TK.new_zeros(len(values_TK), candidates).scatter_(1, index_TK.long(), values_TK)
+
+
+def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Sequence[Tensor]) -> Tensor:
+    """-> what the values add to each token, (T, D)."""
+    sorted_XB = fired_TC.view(len(groups.order), -1)[groups.order]
+    out_TD = torch.zeros_like(h_TD)
+    for row_BD, of, at in zip(rows, groups.tokens, groups.places, strict=True):
+        out_TD.index_add_(0, of, sorted_XB[at] @ row_BD[:, h_TD.shape[1] :].to(h_TD.dtype))
+    return out_TD
+
+
+def back(
+    h_TD: Tensor, grad_TD: Tensor, grad_h: Tensor | None, fired_TC: Tensor, gate_TP: Tensor | None, groups: Groups,
+    store: TieredStore,
+) -> Tensor:  # fmt: skip
+    """The rows' gradients into the store, that of h into `grad_h`; -> that of a_t before the ReLU, (T, C)."""
+    D = h_TD.shape[1]
+    sorted_XB = fired_TC.view(len(groups.order), -1)[groups.order]
+    gates_X = None if gate_TP is None else gate_TP.flatten()[groups.order].unsqueeze(1)
+    grad_XB = torch.empty_like(sorted_XB)
+    grad_BD = h_TD.new_empty(store.shape)
+    for row, row_BD, of, at in zip(
+        groups.experts, store.fetch(groups.experts), groups.tokens, groups.places, strict=True
+    ):
+        record_BD, h_tD, grad_tD, fired_tB = row_BD.to(h_TD.dtype), h_TD[of], grad_TD[of], sorted_XB[at]
+        torch.mm(fired_tB.T, grad_tD, out=grad_BD[:, D:])
+        grad_tB = torch.mm(grad_tD, record_BD[:, D:].T, out=grad_XB[at]).mul_(fired_tB > 0)
+        if gates_X is not None:
+            grad_tB = grad_tB * gates_X[at]
+        torch.mm(grad_tB.T, h_tD, out=grad_BD[:, :D])
+        store.accumulate([row], [grad_BD])
+        if grad_h is not None:
+            grad_h.index_add_(0, of, grad_tB @ record_BD[:, :D])
+    return torch.empty_like(grad_XB).index_copy_(0, groups.order, grad_XB).view(fired_TC.shape)
+
+
+# --- all tokens on the pairs that any of them chose -----------------------------------------------------------------
+
+
+def chosen_pairs(probed_TP: Tensor, fired_TC: Tensor, store: TieredStore) -> Tensor:
+    """Which pairs are among the K best of any token, (N, B)."""
+    block = store.shape[0]
+    pair_TC = (probed_TP.unsqueeze(-1) * block + torch.arange(block, device=fired_TC.device)).flatten(1)
+    counts = torch.zeros(store.rows * block, dtype=torch.int32, device=fired_TC.device)
+    counts.index_add_(0, pair_TC.flatten(), (fired_TC > 0).to(torch.int32).flatten())
+    return (counts > 0).view(store.rows, block)
+
+
+def fire_all(h_TD: Tensor, row_BD: Tensor, pairs_B: Tensor) -> Tensor:
+    return (h_TD @ row_BD[:, : h_TD.shape[1]].to(h_TD.dtype).T).relu_().mul_(pairs_B)
+
+
+def back_all(
+    h_TD: Tensor, grad_TD: Tensor, grad_h: Tensor | None, pairs_NB: Tensor, groups: Groups, store: TieredStore
+) -> None:
+    D = h_TD.shape[1]
+    grad_BD = h_TD.new_empty(store.shape)
+    for row, row_BD in zip(groups.experts, store.fetch(groups.experts), strict=True):
+        record_BD, fired_TB = row_BD.to(h_TD.dtype), fire_all(h_TD, row_BD, pairs_NB[row])
+        torch.mm(fired_TB.T, grad_TD, out=grad_BD[:, D:])
+        grad_TB = (grad_TD @ record_BD[:, D:].T).mul_(fired_TB > 0)
+        torch.mm(grad_TB.T, h_TD, out=grad_BD[:, :D])
+        store.accumulate([row], [grad_BD])
+        if grad_h is not None:
+            grad_h.addmm_(grad_TB, record_BD[:, :D])

@@ -1,0 +1,294 @@
+"""What is particular to MEFT: its formula against naive references, its two semantics, what it keeps and moves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import MODELS, logits, tiny_batch
+from test_laws import PLACE, train
+from trimtab.contracts import Place
+from trimtab.errors import BadInput
+from trimtab.memory.store import GRADS, VALUES, TieredStore
+from trimtab.methods.meft import Adapter, Meft
+from trimtab.methods.parallel_adapter import ParallelAdapter
+from trimtab.model import anatomy
+
+WIDTH = 8
+
+
+def adapter(width: int = WIDTH, slow: str = "ram", values: bool = True, **fields) -> Adapter:
+    """One layer's adapter on random keys and values."""
+    patch = Meft(**fields)
+    experts, block = patch.layout()
+    made = Adapter(patch, TieredStore("layer", experts, (block, 2 * width), slow=slow), 0)
+    if values:
+        made.store.whole().normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+        made.router.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(2))
+    return made
+
+
+def tables(made: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    """keys (r, D), values (r, D), router (N, D) as plain tensors that take gradients."""
+    whole, D = made.store.whole().clone(), made.width
+    tensors = whole[..., :D].reshape(-1, D), whole[..., D:].reshape(-1, D), made.router.detach().clone()
+    return tuple(t.clone().requires_grad_() for t in tensors)  # type: ignore[return-value]
+
+
+def naive_per_token(h: Tensor, y: Tensor, made: Adapter, keys: Tensor, values: Tensor, router: Tensor) -> Tensor:
+    """Token by token and pair by pair, from the equations."""
+    patch, block = made.patch, made.store.shape[0]
+    out = []
+    for h_D, y_D in zip(h.reshape(-1, h.shape[-1]), y.reshape(-1, h.shape[-1]), strict=True):
+        logits_N = router @ h_D
+        probed = logits_N.topk(min(patch.probes, len(router))).indices.tolist()
+        gates = torch.softmax(logits_N[probed], 0) * len(probed) if patch.router == "gate" else torch.ones(len(probed))
+        pairs = [(e * block + b, gates[p]) for p, e in enumerate(probed) for b in range(block)]
+        fired = [(g * (keys[i] @ h_D)).relu() for i, g in pairs]
+        best = sorted(range(len(pairs)), key=lambda c: -fired[c].item())[: patch.k]
+        out.append(y_D + patch.scale * sum((fired[c] * values[pairs[c][0]] for c in best), torch.zeros_like(h_D)))
+    return torch.stack(out).view(y.shape)
+
+
+def naive_union(h: Tensor, y: Tensor, made: Adapter, keys: Tensor, values: Tensor, router: Tensor) -> Tensor:
+    """Algorithm 1: all tokens see the pairs that any of them chose."""
+    patch, block = made.patch, made.store.shape[0]
+    chosen: set[int] = set()
+    for h_D in h.detach().reshape(-1, h.shape[-1]):
+        candidates = [e * block + b for e in (router @ h_D).topk(patch.probes).indices.tolist() for b in range(block)]
+        scores = torch.stack([(keys[i] @ h_D).relu() for i in candidates])
+        chosen |= {candidates[c] for c in scores.topk(min(patch.k, len(candidates))).indices.tolist() if scores[c] > 0}
+    ids = sorted(chosen)
+    return y + patch.scale * (h @ keys[ids].T).relu() @ values[ids]
+
+
+def row_gradients(made: Adapter) -> Tensor:
+    """(N, B, 2 D): what each row has to be stepped with; zeros where nothing came."""
+    grads = torch.zeros_like(made.store.whole(GRADS))
+    for row in made.store.pending():
+        grads[row] = made.store.part(GRADS, row)
+    return grads
+
+
+LAYERS = {
+    "gate": {"r": 24, "experts": 6, "probes": 2, "k": 3},
+    "gate, all candidates": {"r": 24, "experts": 6, "probes": 3, "k": 64, "scale": 1.5},
+    "fixed": {"r": 24, "experts": 6, "probes": 2, "k": 3, "router": "fixed"},
+    "one pair each": {"r": 12, "experts": 12, "probes": 4, "k": 2, "router": "centroid"},
+    "union": {"r": 24, "experts": 6, "probes": 2, "k": 3, "semantics": "union", "router": "fixed", "scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("fields", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("slow", ["ram", "disk"])
+@pytest.mark.parametrize("same", [False, True])
+def test_equals_the_equations_with_all_gradients(fields, slow, same):
+    made = adapter(slow=slow, **fields)
+    keys, values, router = tables(made)
+    h = torch.randn(2, 5, WIDTH, requires_grad=True)
+    y = h if same else torch.randn(2, 5, WIDTH, requires_grad=True)
+    ours = made(h, y)
+    naive = naive_union if made.patch.semantics == "union" else naive_per_token
+    plain = naive(h, y, made, keys, values, router)
+    assert torch.allclose(ours, plain, atol=1e-5)
+    grad = torch.randn_like(ours)
+    inputs = (h,) if same else (h, y)
+    ours_back = torch.autograd.grad(ours, (*inputs, made.trained), grad)
+    plain_back = torch.autograd.grad(plain, (*inputs, keys, values, router), grad, allow_unused=True)
+    for left, right in zip(ours_back[: len(inputs)], plain_back[: len(inputs)], strict=True):
+        assert torch.allclose(left, right, atol=1e-5)
+    grad_keys, grad_values, grad_router = plain_back[len(inputs) :]
+    rows = row_gradients(made)
+    assert torch.allclose(rows[..., :WIDTH].reshape(-1, WIDTH), grad_keys, atol=1e-5)
+    assert torch.allclose(rows[..., WIDTH:].reshape(-1, WIDTH), grad_values, atol=1e-5)
+    if made.patch.router == "gate":
+        assert grad_router.abs().max() > 1e-3 and torch.allclose(ours_back[-1], grad_router, atol=1e-5)
+
+
+def test_one_expert_and_all_pairs_equal_the_dense_adapter():
+    dense, sparse = MODELS["llama"](), MODELS["llama"]()
+    theirs = ParallelAdapter(r=16, scale=2.0).apply(dense, PLACE)
+    ours = Meft(r=16, experts=1, probes=1, k=16, scale=2.0).apply(sparse, PLACE)
+    train(dense, theirs, 2)
+    dense_own = theirs.own_tensors()
+    own = ours.own_tensors()
+    with torch.no_grad():
+        for name, tensor in dense_own.items():
+            own[name].copy_(tensor.view(1, 16, 64))
+    batch = tiny_batch(dense)
+    assert torch.allclose(logits(sparse, batch), logits(dense, batch), atol=1e-5)
+    for model in (dense, sparse):
+        model.zero_grad()
+        model.enable_input_require_grads()
+        model(**batch).loss.backward()
+    for name, made in ours.adapters.items():
+        rows = row_gradients(made)[0]
+        assert torch.allclose(rows[:, :64], dense_own[f"{name}.keys"].grad, atol=1e-5)
+        assert torch.allclose(rows[:, 64:], dense_own[f"{name}.values"].grad, atol=1e-5)
+        assert rows.abs().max() > 1e-4
+
+
+def test_a_tokens_output_does_not_depend_on_its_batch():
+    model = MODELS["llama"]()
+    surgery = Meft(r=64, experts=16, probes=3, k=5).apply(model, PLACE)
+    train(model, surgery, 4)
+    batch = tiny_batch(model)
+    together = model(**batch).logits
+    for row in range(3):
+        length = int(batch["attention_mask"][row].sum())
+        alone = model(input_ids=batch["input_ids"][row : row + 1, :length]).logits
+        assert torch.allclose(alone[0], together[row, :length], atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"semantics": "union", "router": "centroid"}, {"moments": "bf16"},
+                                    {"adam": "exact"}, {"balance": 0.1, "revive": 3}], ids=str)  # fmt: skip
+def test_ram_file_and_hot_slots_are_the_same_bit_for_bit(fields):
+    ends = []
+    for slow, cache in (("ram", 0.0), ("disk", 0.0), ("disk", 3 * 9000 / 2**30), ("ram", 1.0)):
+        model = MODELS["llama"]()
+        patch = Meft(r=64, experts=16, probes=2, k=6, cache=cache, **fields)
+        surgery = patch.apply(model, Place(fast="cpu", slow=slow))
+        train(model, surgery, 50)
+        ends.append({key: tensor.detach().clone() for key, tensor in surgery.own_tensors().items()})
+    for end in ends[1:]:
+        assert all(torch.equal(end[key], ends[0][key]) for key in ends[0])
+
+
+@pytest.mark.parametrize("semantics", ["per_token", "union"])
+def test_accumulated_micro_batches_equal_one_batch(semantics):
+    """Rows do not move inside the window, and a row's gradients add up."""
+    made = adapter(r=24, experts=6, probes=2, k=64, semantics=semantics, router="fixed")
+    h = torch.randn(8, WIDTH)
+    made(h, h).square().sum().backward()
+    whole = row_gradients(made)
+    made.store.stepped()
+    for part in h.split(2) if semantics == "per_token" else (h,):
+        made(part, part).square().sum().backward()
+    assert torch.allclose(row_gradients(made), whole, atol=1e-5) and whole.abs().max() > 0
+
+
+def test_only_h_the_experts_and_the_k_scores_are_kept_for_the_pass_back():
+    made = adapter(r=64, experts=8, probes=4, k=3)
+    h, y = (torch.randn(5, WIDTH, dtype=torch.bfloat16) for _ in range(2))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        made(h, y)
+    assert [(tuple(t.shape), t.dtype) for t in saved] == [
+        ((5, WIDTH), torch.bfloat16), ((5, 4), torch.int32), ((5, 4), torch.float32), ((5, 3), torch.float32),
+        ((5, 3), torch.int16),
+    ]  # fmt: skip
+    assert saved[0].data_ptr() == h.data_ptr(), "by reference"
+
+
+def test_traffic_equals_the_formula():
+    """Rows up twice (forward and back), gradients down once, in bytes of U experts: specs 1.6 with the second fetch."""
+    made = adapter(r=64, experts=16, probes=2, k=64)
+    h = torch.randn(6, WIDTH)
+    experts = len(made.route(h)[0].unique())
+    made(h, h).sum().backward()
+    moved, row = made.store.traffic, 4 * 2 * WIDTH * 4  # pairs of an expert * numbers * bytes
+    assert (moved.up, moved.down, moved.misses) == (2 * experts * row, experts * row, 2 * experts)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_start(family):
+    model = MODELS[family]()
+    own = Meft(r=256, seed=3).apply(model, PLACE).own_tensors()
+    for ffn in anatomy.ffns(model):
+        keys, values, router = (own[f"{ffn.name}.{kind}"].detach() for kind in ("keys", "values", "router"))
+        assert keys.shape == values.shape == (64, 4, 64) and router.shape == (64, 64)
+        assert keys.std() == pytest.approx(0.02, rel=0.05) and not values.any()
+        assert torch.allclose(router, torch.nn.functional.normalize(keys.mean(1)), atol=1e-6)
+    first, second = (own[f"{ffn.name}.keys"] for ffn in anatomy.ffns(model))
+    assert not torch.equal(first, second), "each layer has its own keys"
+    other = Meft(r=256, seed=4).apply(MODELS[family](), PLACE).own_tensors()
+    assert not any(torch.equal(own[name], other[name]) for name in own if name.endswith("keys"))
+
+
+def test_widths_are_rounded_up_to_whole_experts():
+    assert Meft(r=1024).layout() == (128, 8) and Meft(r=16384).layout() == (512, 32)
+    for r in (1, 2, 3200, 6400, 32768):
+        experts, block = Meft(r=r).layout()
+        assert r <= experts * block < r + block
+    assert Meft(r=100, experts=7).layout() == (7, 15)
+
+
+def test_centroids_follow_the_keys():
+    model = MODELS["llama"]()
+    surgery = Meft(r=64, router="centroid").apply(model, PLACE)
+    before = {name: tensor.clone() for name, tensor in surgery.own_tensors().items() if name.endswith("router")}
+    train(model, surgery, 6)
+    own = surgery.own_tensors()
+    for name, router in before.items():
+        keys = own[name.replace("router", "keys")]
+        assert torch.allclose(own[name], torch.nn.functional.normalize(keys.mean(1)), atol=1e-6)
+        assert not torch.equal(own[name], router)
+
+
+def test_balance_evens_the_load():
+    shares = {}
+    for balance in (0.0, 0.05):
+        made = adapter(r=64, experts=16, probes=2, balance=balance, router="fixed").train()
+        h = torch.randn(64, WIDTH) + 2.0  # tokens that look alike load few experts
+        for step in range(100):
+            probed = made.route(h)[0]
+            made.tend(step, [])
+        shares[balance] = torch.bincount(probed.flatten(), minlength=16).max().item() / probed.numel()
+    assert shares[0.05] < 0.5 * shares[0.0]
+
+
+def test_a_dead_expert_is_revived_where_a_token_is_served_worst():
+    made = adapter(r=64, experts=16, probes=2, revive=3, router="fixed").train()
+    h = torch.randn(64, WIDTH) + 2.0
+    before = made.store.whole().clone()
+    for step in range(4):
+        probed = made.route(h)[0]
+        made.tend(step, [])
+    dead = sorted(set(range(16)) - set(probed.unique().tolist()))
+    revived = made.store.dirty_rows()
+    assert len(revived) == 8 and set(revived) <= set(dead)
+    after = made.store.whole()
+    alive = [row for row in range(16) if row not in revived]
+    assert not after[revived][..., WIDTH:].any() and torch.equal(after[alive], before[alive])
+    assert made.route(h)[0].unique().numel() > probed.unique().numel()
+
+
+def test_generation_and_the_cache():
+    model = MODELS["llama"]()
+    surgery = Meft(r=64).apply(model, PLACE)
+    train(model, surgery, 4)
+    prompt = tiny_batch(model)["input_ids"][:1]
+    slow, fast = (
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, use_cache=cache
+        )
+        for cache in (False, True)
+    )
+    assert torch.equal(slow, fast)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_store_survives_casts_and_moves(dtype):
+    model = MODELS["llama"]()
+    surgery = Meft(r=64).apply(model, PLACE)
+    train(model, surgery, 3)
+    rows = {name: made.store.whole(VALUES).clone() for name, made in surgery.adapters.items()}
+    model.to(dtype).to("cpu")
+    batch = tiny_batch(model)
+    assert logits(model, batch).isfinite().all()
+    assert all(torch.equal(made.store.whole(VALUES), rows[name]) for name, made in surgery.adapters.items())
+
+
+MISFITS = [{"r": 0}, {"probes": 0}, {"k": 0}, {"experts": 9, "r": 8}, {"router": "gates"}, {"adam": "fast"},
+           {"semantics": "union"}, {"moments": "int3"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", MISFITS, ids=str)
+def test_misfits_are_refused(fields):
+    model = MODELS["llama"]()
+    with pytest.raises(BadInput):
+        Meft(**fields).apply(model, PLACE)
+    Meft(r=8).apply(model, PLACE)
+    with pytest.raises(BadInput, match="has one"):
+        Meft(r=8).apply(model, PLACE)

@@ -1,0 +1,237 @@
+"""The table in two tiers, and Adam on its rows: against plain tensors and torch.optim."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+from trimtab.errors import BadInput
+from trimtab.memory.meter import process_memory
+from trimtab.memory.row_adam import Rates, RowAdam
+from trimtab.memory.store import GRADS, VALUES, M, TieredStore, V, runs
+
+SHAPE = (3, 10)
+
+
+def store(rows: int = 12, slots: int = 0, **fields) -> TieredStore:
+    one = TieredStore("one", 1, SHAPE, **{key: value for key, value in fields.items() if key == "moments"})
+    made = TieredStore("table", rows, SHAPE, cache_bytes=slots * one.extent, **fields)
+    made.whole().normal_(generator=torch.Generator().manual_seed(0))
+    return made
+
+
+BACKINGS = {
+    "ram": {},
+    "file": {"slow": "disk"},
+    "file, hot rows": {"slow": "disk", "slots": 4},
+    "ram, all hot": {"slots": 99},
+}
+backings = pytest.mark.parametrize("fields", BACKINGS.values(), ids=BACKINGS)
+
+
+@backings
+def test_what_is_fetched_is_what_the_table_holds(fields):
+    """A miss is slower and never wrong: also with fewer slots than rows asked for."""
+    made = store(**fields)
+    plain = made.whole().clone()
+    choose = random.Random(0)
+    for step in range(60):
+        rows = choose.sample(range(12), choose.randint(1, 9))
+        for row, held in zip(rows, made.fetch(rows), strict=True):
+            assert torch.equal(held, plain[row])
+        written = choose.choice(rows)
+        made.part(VALUES, written).fill_(step)
+        plain[written] = step
+        made.changed([written])
+    assert torch.equal(made.whole(), plain)
+    asked = made.traffic.hits + made.traffic.misses
+    assert made.traffic.up == made.traffic.misses * 3 * 10 * 4 and asked > 60
+    assert (made.traffic.hits > 0) == ("slots" in fields)
+
+
+@backings
+def test_gradients_add_up_until_the_step(fields):
+    made = store(**fields)
+    plain, choose = torch.zeros(12, *SHAPE), random.Random(1)
+    for _ in range(20):
+        rows = choose.sample(range(12), 5)
+        made.fetch(rows)
+        grads = torch.randn(5, *SHAPE)
+        made.accumulate(rows, grads)
+        plain.index_add_(0, torch.tensor(rows), grads)
+    assert set(made.pending()) == set(plain.flatten(1).any(1).nonzero().flatten().tolist())
+    for row in made.pending():
+        assert torch.allclose(made.part(GRADS, row), plain[row], atol=1e-6)
+    assert made.grad_norm_squared() == pytest.approx(float(plain.square().sum()), rel=1e-5)
+    made.stepped()
+    assert not made.pending() and made.grad_norm_squared() == 0
+    made.accumulate([3], [torch.ones(SHAPE)])
+    assert torch.equal(made.part(GRADS, 3), torch.ones(SHAPE)), "what was there before the step is gone"
+
+
+def test_slots_go_to_the_newest_rows_and_are_written_back():
+    made = store(slots=2)
+    made.fetch([0, 1])
+    made.fetch([0, 2])  # 1 is the oldest
+    assert (made.traffic.hits, made.traffic.misses, made.traffic.down) == (1, 3, 0)
+    made.part(VALUES, 0).zero_()
+    made.changed([0])
+    made.fetch([3, 4])
+    assert made.traffic.down == made.extent, "only the row that was written to"
+    assert not made._table[0][: 3 * 10 * 4].any()
+
+
+def test_dirty_rows_are_those_changed_since_the_last_look():
+    made = store()
+    made.clean()
+    made.accumulate([5, 2], [torch.ones(SHAPE)] * 2)
+    assert made.dirty_rows() == []
+    RowAdam(made).step(Rates(0.1))
+    assert made.dirty_rows() == [2, 5]
+    made.clean()
+    assert made.dirty_rows() == []
+
+
+def test_parts_lie_on_pages_of_their_own_and_bytes_are_counted():
+    made = TieredStore("table", 5, (8, 1152), slow="disk")
+    assert [part.offset for part in made.parts.values()] == [0, 36864, 73728, 110592]
+    assert made.nbytes == {"fast": 0, "slow": 5 * 4 * 36864}
+    assert TieredStore("table", 5, (8, 1152), slow="ram").nbytes == {"fast": 5 * 4 * 36864, "slow": 0}
+    assert TieredStore("table", 5, (7, 10), moments=torch.bfloat16).parts[V].nbytes == 140
+    assert list(TieredStore("read only", 5, (7, 10), moments=None).parts) == [VALUES]
+
+
+def test_reading_and_stepping_a_file_takes_no_anonymous_memory(tmp_path):
+    made = TieredStore("table", 64, (64, 1024), slow="disk", folder=str(tmp_path))
+    grad, before = torch.ones(64, 1024), process_memory()
+    for row in range(64):
+        made.fetch([row])[0].sum()
+        made.accumulate([row], [grad])
+    RowAdam(made).step(Rates(0.1))
+    after = process_memory()
+    assert made.nbytes["slow"] == 64 * 4 * 2**18
+    assert after["anon"] - before["anon"] < 4 * 2**20
+    assert after["file"] - before["file"] > 48 * 2**20
+    assert not list(tmp_path.iterdir()), "the file has no name: a killed run leaves nothing behind"
+
+
+def test_a_disk_without_room_refuses_before_the_start(tmp_path):
+    free = os.statvfs(tmp_path)
+    rows = 2 * free.f_bavail * free.f_frsize // (4 * 2**22)
+    with pytest.raises(BadInput, match="GiB"):
+        TieredStore("table", rows, (1024, 1024), slow="disk", folder=str(tmp_path))
+    with pytest.raises(BadInput):
+        TieredStore("table", 4, SHAPE, slow="disk", folder=str(tmp_path / "nowhere"))
+
+
+def test_a_planned_store_has_shapes_and_no_memory():
+    made = TieredStore("table", 10**9, (64, 1024), slow="none")
+    assert made.fetch([5])[0].shape == (64, 1024) and made.whole().shape == (10**9, 64, 1024)
+    made.accumulate([5], [torch.ones(64, 1024)])
+    assert made.pending() == []
+
+
+def test_runs_of_rows():
+    assert list(runs([1, 2, 3, 7, 9, 10])) == [(1, 4), (7, 8), (9, 11)] and list(runs([])) == []
+
+
+# --- Adam -----------------------------------------------------------------------------------------------------------
+
+OPTIMISERS = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+
+
+def touched(steps: int, share: float, seed: int = 0) -> list[list[int]]:
+    """Which rows get a gradient in each step: few, some never, one after a long silence."""
+    choose = random.Random(seed)
+    chosen = [[row for row in range(1, 11) if choose.random() < share] for _ in range(steps)]
+    chosen[0].append(0)
+    chosen[-1].append(0)
+    return chosen
+
+
+@backings
+@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("steps,share", [(40, 0.3), (400, 0.02)])
+def test_exact_rows_equal_dense_adam(fields, name, decay, steps, share):
+    made = store(**fields)
+    plain = made.whole().clone().requires_grad_()
+    dense = OPTIMISERS[name]([plain], lr=1.0, betas=(0.9, 0.99), weight_decay=decay)
+    rows = RowAdam(made, "exact")
+    for step, chosen in enumerate(touched(steps, share)):
+        for group in dense.param_groups:
+            group["lr"] = 0.01 * (1 + step % 7)  # a schedule
+        read = made.fetch(chosen) if chosen else []
+        for row, held in zip(chosen, read, strict=True):
+            assert torch.allclose(held, plain[row], atol=2e-6), "a row is what dense Adam made of it when it is read"
+        plain.grad = torch.zeros_like(plain)
+        for row in chosen:
+            plain.grad[row] = torch.randn(SHAPE) * 10.0 ** (row - 8)
+        made.accumulate(chosen, [plain.grad[row] for row in chosen])
+        rows.step(Rates.of(dense, plain))
+        dense.step()
+    rows.catch_up()
+    assert torch.allclose(made.whole(), plain, atol=2e-6)
+    assert torch.allclose(made.whole(M), dense.state[plain]["exp_avg"], atol=1e-6)
+
+
+@backings
+def test_lazy_rows_equal_sparse_adam(fields):
+    made = store(**fields)
+    plain = torch.nn.Embedding(12, 30, sparse=True)
+    with torch.no_grad():
+        plain.weight.copy_(made.whole().flatten(1))
+    sparse = torch.optim.SparseAdam(plain.parameters(), lr=0.05)
+    rows = RowAdam(made)
+    for chosen in touched(40, 0.3):
+        grad = torch.randn(12, *SHAPE)
+        (plain(torch.tensor(chosen)) * grad[chosen].flatten(1)).sum().backward()
+        made.accumulate(chosen, [grad[row] for row in chosen])
+        rows.step(Rates(0.05))
+        sparse.step()
+        sparse.zero_grad()
+    assert torch.allclose(made.whole().flatten(1), plain.weight, atol=1e-5)
+
+
+def test_lazy_rows_without_a_gradient_stay():
+    made = store()
+    rows, before = RowAdam(made), made.whole().clone()
+    for _ in range(5):
+        made.accumulate([4], [torch.ones(SHAPE)])
+        rows.step(Rates(0.1, weight_decay=0.1))
+    same = (made.whole() == before).flatten(1).all(1)
+    assert same.nonzero().flatten().tolist() == [row for row in range(12) if row != 4]
+
+
+def test_moments_in_bf16_are_near_those_in_fp32():
+    ends = []
+    for moments in (torch.float32, torch.bfloat16):
+        made = store(moments=moments)
+        rows, noise = RowAdam(made), torch.Generator().manual_seed(5)
+        for _ in range(30):
+            made.accumulate(list(range(12)), torch.randn(12, *SHAPE, generator=noise) + 0.5)
+            rows.step(Rates(0.01))
+        ends.append(made.whole().clone())
+    moved = (ends[0] - store().whole()).norm()
+    assert 0 < (ends[0] - ends[1]).norm() < 0.02 * moved
+
+
+def test_the_clipping_factor_reaches_the_rows():
+    ends = []
+    for factor in (1.0, 0.25):
+        made = store()
+        rows = RowAdam(made)
+        for scale in (1.0, 8.0):
+            made.accumulate([2], [torch.full(SHAPE, scale / factor)])
+            made.grad_scale = factor
+            rows.step(Rates(0.01))
+        ends.append(made.whole().clone())
+    assert torch.allclose(*ends) and made.grad_scale == 1.0
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(BadInput):
+        RowAdam(store(), "fast")
