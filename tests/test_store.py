@@ -188,7 +188,7 @@ def test_lazy_rows_equal_sparse_adam(fields):
     rows = RowAdam(made)
     for chosen in touched(40, 0.3):
         grad = torch.randn(12, *SHAPE)
-        (plain(torch.tensor(chosen)) * grad[chosen].flatten(1)).sum().backward()
+        (plain(torch.tensor(chosen, dtype=torch.int64)) * grad[chosen].flatten(1)).sum().backward()
         made.accumulate(chosen, [grad[row] for row in chosen])
         rows.step(Rates(0.05))
         sparse.step()

@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import __version__, methods
 from .contracts import Place, Surgery
 from .errors import BadInput
+from .memory.row_files import load_rows, pieces_of, save_rows, write_tensors
 from .recipe import build
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
+ROWS = "rows"  # in a checkpoint: the tables, by what changed
 PREFIX = "base_model.model."
 RANK = 4096  # ranks up to here are believed without looking at the tensors
 
@@ -78,15 +80,20 @@ def unwritten(error: Exception) -> str | None:
     return None
 
 
-def write_adapter(folder: Path, surgeries: Sequence[Surgery], base: Base) -> None:
-    """Write into `folder` in place (a checkpoint calls this in a folder that is itself made whole or not at all)."""
+def write_adapter(
+    folder: Path, surgeries: Sequence[Surgery], base: Base, before: tuple[Path | None] | None = None
+) -> None:
+    """Write into `folder` in place (a checkpoint calls this in a folder that is itself made whole or not at all).
+
+    A checkpoint says which one came `before` it, in a tuple of one: of tables it holds what changed since.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if len(surgeries) == 1:
-        _write_one(folder, surgeries[0], base)
+        _write_one(folder, surgeries[0], base, before)
         return
     parts = [f"{index}-{surgery_name(surgery)}" for index, surgery in enumerate(surgeries)]
     for part, surgery in zip(parts, surgeries, strict=True):
-        _write_one(folder / part, surgery, base)
+        _write_one(folder / part, surgery, base, (before[0] and before[0] / part,) if before else None)
     _write_json(folder / OURS, {"trimtab": __version__, "parts": parts, "base": vars(base)})
 
 
@@ -94,11 +101,15 @@ def surgery_name(surgery: Surgery) -> str:
     return methods.name_of(surgery.patch)
 
 
-def _write_one(folder: Path, surgery: Surgery, base: Base) -> None:
+def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | None] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = surgery_name(surgery)
-    tensors = {PREFIX + key: t.detach().contiguous().cpu() for key, t in surgery.own_tensors().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = {PREFIX + key: t.detach() for key, t in surgery.own_tensors().items()}
+    stays = tensors if before is None else {key: t for key, t in tensors.items() if not _in_store(surgery, t)}
+    write_tensors(folder / WEIGHTS, {key: pieces_of(t) for key, t in stays.items()}, {"format": "pt"})
+    for store in surgery.stores if before is not None else ():
+        last = before[0] / ROWS / store.name if before and before[0] else None
+        save_rows(store, folder / ROWS / store.name, last if last and last.is_dir() else None)
     config = {**surgery.adapter_config(), "base_model_name_or_path": base.name}
     _write_json(folder / CONFIG, config)
     ours = {"trimtab": __version__, "patch": name, "config": surgery.patch.config(), "base": vars(base)}
@@ -208,14 +219,15 @@ def _load_one(model: PreTrainedModel, folder: Path, place: Place) -> Surgery:
         raise BadInput(f"adapter {folder}", f"its {OURS} names no patch", "Take an intact copy")
     patch = build(methods.find(meta["patch"]), meta.get("config", {}), f"adapter {folder}")
     tensors = read_tensors(folder)
+    has_rows = (folder / ROWS).is_dir()
     if broken := [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
         raise BadInput(f"adapter {folder}", f"{broken[0]} holds NaN or infinity", "Use an earlier checkpoint")
-    widest = max([RANK, *(size for tensor in tensors.values() for size in tensor.shape)])
-    if (rank := getattr(patch, "r", 0)) > widest:  # before anything of that size is made
+    widest = max([RANK, *(max(*t.shape, t.numel() // t.shape[-1]) for t in tensors.values() if t.numel())])
+    if not has_rows and (rank := getattr(patch, "r", 0)) > widest:  # before anything of that size is made
         raise BadInput(f"adapter {folder} of r {rank}", f"its tensors are at most {widest} wide", "Do not use it")
     surgery = patch.apply(model, place)
     try:
-        surgery.load_tensors(tensors)
+        _fill(surgery, folder, tensors)
     except BaseException:
         surgery.revert()
         raise
@@ -231,7 +243,22 @@ def load_into(surgeries: Sequence[Surgery], folder: str | Path) -> None:
             f"resume from {folder}", f"it holds {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same"
         )
     for surgery, part in zip(surgeries, parts, strict=True):
-        surgery.load_tensors(read_tensors(part))
+        _fill(surgery, part, read_tensors(part))
+
+
+def _fill(surgery: Surgery, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Tensors into the patched model, and a checkpoint's rows into its tables."""
+    if not (folder / ROWS).is_dir():
+        surgery.load_tensors(tensors)
+        return
+    held = {key: t for key, t in surgery.own_tensors().items() if _in_store(surgery, t)}
+    surgery.load_tensors({**held, **tensors})
+    for store in surgery.stores:
+        load_rows(store, folder / ROWS / store.name)
+
+
+def _in_store(surgery: Surgery, tensor: Tensor) -> bool:
+    return any(store.holds(tensor) for store in surgery.stores)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -97,7 +97,8 @@ class Surgery(ABC):
                         f"the patched model has {tuple(own[name].shape)} there",
                         "Use the adapter with the base model and the patch it was made with",
                     )
-                own[name].copy_(tensor)
+                if own[name].data_ptr() != tensor.data_ptr():
+                    own[name].copy_(tensor)
 
     def merge(self) -> None:
         """Write the change into the base weights and take the patch out: a plain transformers model remains."""

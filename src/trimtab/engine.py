@@ -33,6 +33,7 @@ from .model.lean import lean
 from .model.surgery import Swaps, is_patch
 from .recipe import Recipe
 from .runs import OLD, PARTIAL, STATE, checkpoints
+from .stores import ClipsRows
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Job:
     say: Any = print
 
 
-class _OurTrainer:
+class _OurTrainer(ClipsRows):
     """What both trainers share. Mixed in before the library's class."""
 
     job: Job
@@ -86,7 +87,9 @@ class _OurTrainer:
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            adapter.write_adapter(Path(output_dir or self.args.output_dir), self.job.surgeries, self.job.base)
+            folder = Path(output_dir or self.args.output_dir)
+            before = next(iter(reversed(checkpoints(Path(self.args.output_dir)))), None)
+            adapter.write_adapter(folder, self.job.surgeries, self.job.base, (before,))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         adapter.load_into(self.job.surgeries, resume_from_checkpoint)

@@ -89,7 +89,7 @@ class Steps(TrainerCallback):
                 for t in s.values()
                 if hasattr(t, "untyped_storage")
             ]
-            self.live = LiveTensors(held)
+            self.live = LiveTensors(held, [t for s in self.surgeries for store in s.stores for t in store.mapped()])
             self.live.__enter__()
         if self.first_step_at is None:
             self.first_step_at = time.monotonic()

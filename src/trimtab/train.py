@@ -40,6 +40,7 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
 
     from . import adapter
     from .progress import Live, MetricsFile, Steps, StopOnInterrupt, speaker
+    from .stores import row_numbers
 
     say = say or speaker(quiet)
     output, checkpoint = open_run(recipe)
@@ -58,6 +59,10 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
     dtype = model.dtype
     main = args.process_index == 0  # of several processes one writes and speaks
     say, quiet = (say, quiet) if main else (lambda line: None, True)
+    if place.folder is None:  # files of the slow tier: on the run's own disk
+        place = dataclasses.replace(
+            place, folder=str(next(p for p in (output, *output.absolute().parents) if p.is_dir()))
+        )
     meter, surgeries = Meter(device=place.device).start(), []
     try:
         for patch in patches:
@@ -65,7 +70,7 @@ def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None 
         if (head := objective.prepare(model)) is not None:
             surgeries.append(head)
         with as_it_was(model), _folder(output):
-            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) + row_numbers(surgeries)
             total = sum(t.numel() for s in surgeries for t in s.own_tensors().values())
             job = Job(objective, stepper, surgeries, base, dtype, recipe.data.too_long, say)
             trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
@@ -250,6 +255,8 @@ def _largest_batch(trainer: Any) -> dict[str, Any]:
 
 def _record(trainer: Any, steps: Any, meter: Meter, began: float) -> dict[str, Any]:
     """What the run did and held: the measured part of run.json."""
+    from .stores import traffic
+
     tokens = trainer.tokens()
     share = trainer._total_train_tokens / max(tokens, 1)  # what this process saw of them
     return {
@@ -264,6 +271,7 @@ def _record(trainer: Any, steps: Any, meter: Meter, began: float) -> dict[str, A
             "tokens_per_second": round(steps.tokens_per_second / (share or 1.0), 2),
             "seconds_to_first_step": round((steps.first_step_at or time.monotonic()) - began, 2),
             "seconds": round(time.monotonic() - began, 2),
+            **traffic(steps.surgeries, trainer.state.global_step - steps.first),
         },
     }
 

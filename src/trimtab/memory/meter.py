@@ -119,13 +119,15 @@ class LiveTensors(TorchDispatchMode):
     Python per operation, so the engine keeps it on for one step only. Storages mapped from a file count in `mapped`.
     """
 
-    def __init__(self, known: Any = ()):
+    def __init__(self, known: Any = (), mapped: Any = ()):
         super().__init__()
         self.live = self.peak_bytes = self.mapped = 0
         self._seen: dict[int, weakref.ref] = {}
         maps = file_ranges()
         for tensor in known:
             self._add(tensor, maps)
+        for tensor in mapped:
+            self._add(tensor, [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)])
         self.peak_bytes = self.live
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -66,6 +66,7 @@ class RowAdam:
         self.last = torch.zeros(store.rows, dtype=torch.int32)  # the step that each row has come to
         self.moved = torch.zeros(store.rows, dtype=torch.bool)  # rows with a momentum
         self.history: list[Rates] = []  # of each step; kept where steps are made up
+        store.optimiser = self
         if mode == "exact":
             store.catch_up = self.catch_up
 
@@ -115,6 +116,18 @@ class RowAdam:
         if late:
             self.last[torch.tensor(late)] = self.steps
             self.store.changed(late)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside the rows."""
+        kept = [[r.lr, *r.betas, r.eps, r.weight_decay, float(r.decoupled)] for r in self.history]
+        history = torch.tensor(kept, dtype=torch.float64).view(-1, 6)
+        return {"steps": torch.tensor([self.steps]), "last": self.last, "moved": self.moved, "history": history}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.steps = int(state["steps"])
+        self.last.copy_(state["last"])
+        self.moved.copy_(state["moved"])
+        self.history = [Rates(lr, (b1, b2), eps, wd, bool(d)) for lr, b1, b2, eps, wd, d in state["history"].tolist()]
 
     def _make_up(self, row: int, done: int) -> None:
         missed = self.history[done:]

@@ -84,6 +84,8 @@ class TieredStore:
         self.traffic = Traffic()
         self.grad_scale = 1.0  # what the pending gradients are multiplied by in the step (clipping)
         self.catch_up: Any = None  # called with the rows about to be read, where the optimiser has steps to make up
+        self.optimiser: Any = None  # what steps the rows, where they are trained; its state belongs to a checkpoint
+        self.saved: tuple[int, int] | None = None  # the file after which the dirty set counts: device, inode
         self._file: mmap.mmap | None = None
         self._pending: dict[int, None] = {}  # rows with a gradient, in the order of their first one
         self._dirty: set[int] = set()  # rows changed since the last checkpoint
@@ -131,15 +133,28 @@ class TieredStore:
         return self.device.type == "cpu"
 
     @property
+    def trained(self) -> bool:
+        return GRADS in self.parts
+
+    @property
+    def numel(self) -> int:
+        """How many numbers the rows hold."""
+        return self.rows * math.prod(self.shape)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is a view of the table."""
+        return self.slow != "none" and tensor.untyped_storage().data_ptr() == self._table.untyped_storage().data_ptr()
+
+    @property
     def nbytes(self) -> dict[str, int]:
         """{"fast": bytes, "slow": bytes}: what is held in each tier. Without a GPU, RAM is the fast one."""
         table = self.rows * self.extent
         slow = 0 if self.slow == "ram" and self.in_place else table
         return {"fast": self._cache.nbytes + table - slow, "slow": slow}
 
-    def tensors(self) -> list[Tensor]:
-        """The storages behind the store, for the meter."""
-        return [self._table, self._cache]
+    def mapped(self) -> list[Tensor]:
+        """The storages that are mapped from a file, for the meter: slow tier."""
+        return [self._table] if self._file is not None else []
 
     # --- rows in work -------------------------------------------------------------------------------------------------
 
@@ -264,8 +279,9 @@ class TieredStore:
         """Rows changed since `clean` was last called."""
         return sorted(self._dirty)
 
-    def clean(self) -> None:
-        self._dirty = set()
+    def clean(self, saved: tuple[int, int] | None = None) -> None:
+        """The rows are as a checkpoint has them, whose newest file is `saved`."""
+        self._dirty, self.saved = set(), saved
 
     def drop(self) -> None:
         """Let go of the tables; the file goes with its last view."""

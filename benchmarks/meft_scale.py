@@ -1,0 +1,136 @@
+"""Memory and speed of MEFT against the width of its adapter, and against the dense Parallel Adapter with AdamW.
+
+SmolLM2-135M, bf16 base, 4 x 256 tokens a step, the same text, AdamW; r = 1,024 to 32,768 pairs a layer, the table in a
+file. Each side runs in a fresh process; its anonymous memory is read from outside.
+
+    python benchmarks/meft_scale.py [--quick] [--rounds 3] [--folder FOLDER] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import Clock, alternate, child, say, spread, write_result  # noqa: E402
+from sft_speed import LENGTH, ROWS, city_text, training  # noqa: E402
+
+LAYERS, WIDTH, GIB = 30, 576, 2**30
+WIDTHS = (1024, 4096, 16384, 32768)
+DENSE = 16384
+TARGETS = {
+    "fast_widest_to_narrowest": ["<=", 1.25], "fast_to_dense": ["<=", 0.2], "step_to_dense": ["<=", 1.0],
+    "moved_to_formula": ["<=", 1.02], "moved_to_all": ["<=", 0.5],
+}  # fmt: skip
+
+
+def worker(job: dict[str, Any]) -> None:
+    """trimtab through its own verb's code; the marks are set around its loading of the model."""
+    from transformers import Trainer, TrainerCallback
+
+    import trimtab.train as verb
+    from trimtab import Recipe
+    from trimtab.model import experts
+
+    clock, touched = Clock(warm=1), []
+
+    class Marks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock.mark()
+
+    train, load, by_expert = Trainer.train, verb._model, experts.by_expert
+
+    def marked_train(self, *args, **kwargs):
+        self.add_callback(Marks())
+        return train(self, *args, **kwargs)
+
+    def marked_load(*args, **kwargs):
+        say("mark", "load")
+        model = load(*args, **kwargs)
+        say("mark", "train")
+        return model
+
+    def counted(probed, store):
+        groups = by_expert(probed, store)
+        if store.slow != "none":
+            touched.append((len(probed.unique()), store.rows))
+        return groups
+
+    Trainer.train, verb._model, experts.by_expert = marked_train, marked_load, counted
+    with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
+        run = Recipe(
+            model="smollm2-135m", data={"train": job["text"]}, patches=[{job["patch"]: job["fields"]}],
+            training=training(job["steps"], job["rate"], 0), place={"slow": "disk", "folder": job["folder"]},
+            output=folder + "/run",
+        ).train()  # fmt: skip
+    measured = run["measured"]
+    experts_per_pass = sum(n for n, _ in touched)
+    say("result", {
+        "seconds": clock.median, "loss": run["final_loss"], "parameters": run["trainable_parameters"],
+        "moved": measured.get("store_up_bytes_per_step", 0) + measured.get("store_down_bytes_per_step", 0),
+        "slow": measured.get("store_slow_bytes", 0), "experts": experts_per_pass,
+        "share": experts_per_pass / max(1, sum(of for _, of in touched)),
+        "predicted": run["predicted"].get("fast_growth_bytes", 0),
+    })  # fmt: skip
+
+
+def formula(run: dict[str, Any], fields: dict[str, Any], steps: int) -> tuple[float, float]:
+    """Bytes a step by specs 1.6 (numbers up in both passes, gradients down): of the experts touched, and of all."""
+    from trimtab.methods.meft import Meft
+
+    experts, block = Meft(**fields).layout()
+    row = block * 2 * WIDTH * 4
+    return run["experts"] / steps * row * 3 / 2, LAYERS * experts * row * 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="where the tables and the runs are written (default: the temporary folder)")
+    parser.add_argument("--fields", default="{}", help="fields of meft other than r, as JSON")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    if args.worker:
+        worker(json.loads(args.worker))
+        return
+    steps = 4 if args.quick else 6
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        text = Path(folder) / "cities.jsonl"
+        city_text(text)
+        base = {"text": str(text), "steps": steps, "rate": 1e-4, "folder": folder}
+        more = json.loads(args.fields)
+        jobs = {f"MEFT r {r}": {**base, "patch": "meft", "fields": {"r": r, **more}} for r in WIDTHS}
+        jobs[f"Parallel Adapter r {DENSE}"] = {**base, "patch": "parallel_adapter", "fields": {"r": DENSE}}
+        run = lambda job: child([__file__, "--worker", json.dumps(job)])  # noqa: E731
+        runs = alternate({name: (lambda job=job: run(job)) for name, job in jobs.items()}, args.rounds)
+    middle = {name: {key: statistics.median(r[key] for r in of) for key in of[0]} for name, of in runs.items()}
+    narrow, same, wide = (middle[f"MEFT r {r}"] for r in (WIDTHS[0], DENSE, WIDTHS[-1]))
+    dense, held = middle[f"Parallel Adapter r {DENSE}"], "anon_growth_since_train"
+    moved, every = formula(same, {"r": DENSE, **more}, steps)
+    summary = {
+        "fast_widest_to_narrowest": wide["anon_peak"] / narrow["anon_peak"], "fast_to_dense": same[held] / dense[held],
+        "step_to_dense": same["seconds"] / dense["seconds"], "moved_to_formula": same["moved"] / moved,
+        "moved_to_all": same["moved"] / every,
+    }  # fmt: skip
+    rows = [
+        {"side": name, "s/step": spread([r["seconds"] for r in of]), "growth, GiB": spread([r[held] / GIB for r in of]),
+         "peak, GiB": spread([r["anon_peak"] / GIB for r in of]), "experts touched": f"{middle[name]['share']:.2f}",
+         "moved, GiB a step": spread([r["moved"] / GIB for r in of])}
+        for name, of in runs.items()
+    ]  # fmt: skip
+    for row in rows:
+        print(row)
+    for name, value in summary.items():
+        print(f"{name}: {value:.3f} (target {' '.join(map(str, TARGETS[name]))})")
+    write_result("meft_scale", args.json, summary=summary, targets=TARGETS, rows=rows, quick=args.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What the engine does for tables in the slow tier (`Surgery.stores`), whichever method keeps them.
+
+Their rows' gradients are no parameters' gradients: they count in the global norm, and clipping reaches them. The rows
+step in `Surgery.after_step`, with the optimiser's own rates of that step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .contracts import Surgery
+from .memory.store import TieredStore
+
+
+def stores_of(surgeries: Iterable[Surgery]) -> list[TieredStore]:
+    return [store for surgery in surgeries for store in surgery.stores]
+
+
+def row_numbers(surgeries: Iterable[Surgery]) -> int:
+    """How many numbers the rows of trained tables hold."""
+    return sum(store.numel for store in stores_of(surgeries) if store.trained)
+
+
+def traffic(surgeries: Iterable[Surgery], steps: int) -> dict[str, Any]:
+    """Per optimiser step, over all tables: bytes moved each way and the share of rows found in the fast tier."""
+    tables = stores_of(surgeries)
+    if not tables:
+        return {}
+    hits, misses = (sum(getattr(store.traffic, kind) for store in tables) for kind in ("hits", "misses"))
+    return {
+        "store_up_bytes_per_step": sum(store.traffic.up for store in tables) // max(steps, 1),
+        "store_down_bytes_per_step": sum(store.traffic.down for store in tables) // max(steps, 1),
+        "store_hit_rate": round(hits / max(hits + misses, 1), 4),
+        "store_slow_bytes": sum(store.nbytes["slow"] for store in tables),
+    }
+
+
+class ClipsRows:
+    """Mixed into the trainers before the library's class: global norm and clipping over parameters and rows."""
+
+    job: Any
+    args: Any
+    accelerator: Any
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self._norm(model, self.args.max_grad_norm) if self._tables() else super()._clip_grad_norm(model)  # type: ignore[misc]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._tables():
+            return self._norm(model, float("inf"))
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+
+    def _tables(self) -> Sequence[TieredStore]:
+        return stores_of(self.job.surgeries)
+
+    def _norm(self, model: Any, limit: float) -> torch.Tensor:
+        """-> the norm before clipping; gradients beyond `limit` are scaled to it, those of rows when they are used."""
+        self.accelerator.unscale_gradients()
+        trained = [p for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).double().cpu()
+        norm = (norm.square() + sum(store.grad_norm_squared() for store in self._tables())).sqrt()
+        factor = min(1.0, limit / (float(norm) + 1e-6))
+        if factor < 1.0:
+            for parameter in trained:
+                parameter.grad.mul_(factor)
+            for store in self._tables():
+                store.grad_scale = factor
+        return norm
