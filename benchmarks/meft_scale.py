@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import Clock, alternate, child, say, spread, write_result  # noqa: E402
-from sft_speed import LENGTH, ROWS, city_text, training  # noqa: E402
+from sft_speed import city_text, training  # noqa: E402
 
 LAYERS, WIDTH, GIB = 30, 576, 2**30
 WIDTHS = (1024, 4096, 16384, 32768)

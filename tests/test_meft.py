@@ -182,13 +182,20 @@ def test_only_h_the_experts_and_the_k_scores_are_kept_for_the_pass_back():
 
 
 def test_traffic_equals_the_formula():
-    """Rows up twice (forward and back), gradients down once, in bytes of U experts: specs 1.6 with the second fetch."""
-    made = adapter(r=64, experts=16, probes=2, k=64)
+    """Probed experts come up; those of which a pair fired come up again in the pass back, their gradients go down."""
+    made = adapter(r=64, experts=16, probes=4, k=2)
     h = torch.randn(6, WIDTH)
-    experts = len(made.route(h)[0].unique())
+    probed_TP, gate_TP = made.route(h)
+    keys = made.store.whole()[..., :WIDTH]
+    scores_TPB = torch.einsum("td,tpbd->tpb", h, keys[probed_TP]) * gate_TP[..., None]
+    best_TC = scores_TPB.relu().flatten(1).argsort(1, descending=True)[:, :2]
+    at_TP = (torch.zeros(6, 16).scatter_(1, best_TC, 1) * (scores_TPB.flatten(1) > 0)).view(6, 4, 4).any(-1)
+    probed, fired = len(probed_TP.unique()), len(probed_TP[at_TP].unique())
     made(h, h).sum().backward()
     moved, row = made.store.traffic, 4 * 2 * WIDTH * 4  # pairs of an expert * numbers * bytes
-    assert (moved.up, moved.down, moved.misses) == (2 * experts * row, experts * row, 2 * experts)
+    assert 0 < fired < probed
+    assert (moved.up, moved.down, moved.misses) == ((probed + fired) * row, fired * row, probed + fired)
+    assert len(made.store.pending()) == fired
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -252,9 +252,11 @@ class _Beside(torch.autograd.Function):
             for expert, row_BD in zip(groups.experts, rows, strict=True):
                 fired_TB = experts.fire_all(h_TD, row_BD, pairs[expert])
                 out_TD.addmm_(fired_TB, row_BD[:, adapter.width :].to(h_TD.dtype))
-            ctx.save_for_backward(h_in, probed_TP.to(torch.int32), None, pairs)
+            ctx.save_for_backward(h_in, None, None, pairs)
         else:
-            out_TD = experts.out(h_TD, fired_TC, groups, rows)
+            held = dict(zip(groups.experts, rows, strict=True))
+            groups = experts.by_expert(probed_TP, adapter.store, experts.alive(fired_TC, adapter.probes))
+            out_TD = experts.out(h_TD, fired_TC, groups, [held[expert] for expert in groups.experts])
             ctx.save_for_backward(h_in, probed_TP.to(torch.int32), gate_TP, *top)
         ctx.adapter, ctx.shape = adapter, h.shape
         return torch.add(y, out_TD.view(y.shape), alpha=adapter.patch.scale).to(y.dtype)
@@ -268,13 +270,14 @@ class _Beside(torch.autograd.Function):
         grad_TD = grad.reshape(h_in.shape).to(h_TD.dtype)
         if adapter.patch.scale != 1.0:
             grad_TD = grad_TD * adapter.patch.scale
-        groups = experts.by_expert(probed_TP.long(), adapter.store)
         grad_h = torch.zeros_like(h_TD) if ctx.needs_input_grad[0] else None
         grad_trained = torch.zeros_like(adapter.trained)
         if adapter.patch.semantics == "union":
-            experts.back_all(h_TD, grad_TD, grad_h, top[0], groups, adapter.store)
+            experts.back_all(h_TD, grad_TD, grad_h, top[0], adapter.store)
         else:
             fired_TC = experts.spread(top, adapter.probes * adapter.store.shape[0])
+            alive_TP = experts.alive(fired_TC, adapter.probes)
+            groups = experts.by_expert(probed_TP.long(), adapter.store, alive_TP)
             grad_fired_TC = experts.back(h_TD, grad_TD, grad_h, fired_TC, gate_TP, groups, adapter.store)
             if gate_TP is not None:  # into the router: d logit = g dg - share * (sum of g dg)
                 grad_TP = grad_fired_TC.mul_(fired_TC).unflatten(1, (adapter.probes, -1)).sum(-1)  # g dg

@@ -30,9 +30,13 @@ class Groups(NamedTuple):
     places: list[slice]
 
 
-def by_expert(probed_TP: Tensor, store: TieredStore) -> Groups:
+def by_expert(probed_TP: Tensor, store: TieredStore, alive_TP: Tensor | None = None) -> Groups:
+    """`alive_TP`: which of the pairs there is anything to do for (default: all)."""
     flat = probed_TP.flatten()
     order = flat.argsort(stable=True)
+    if alive_TP is not None and store.slow != "none":
+        order = order[alive_TP.flatten()[order]]
+        flat = flat[order]
     tokens = order.div(probed_TP.shape[1], rounding_mode="floor")
     if store.slow == "none":  # a bound, for the planner: of the experts at work in turn, one may have all tokens
         return Groups(order, [0], [tokens[: len(probed_TP)]], [slice(0, len(probed_TP))])
@@ -70,9 +74,14 @@ def spread(top: Sequence[Tensor], candidates: int) -> Tensor:
     return values_TK.new_zeros(len(values_TK), candidates).scatter_(1, index_TK.long(), values_TK)
 
 
+def alive(fired_TC: Tensor, probes: int) -> Tensor:
+    """Which of its probed experts have a pair that counts for a token, (T, P)."""
+    return (fired_TC > 0).unflatten(1, (probes, -1)).any(-1)
+
+
 def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Sequence[Tensor]) -> Tensor:
     """-> what the values add to each token, (T, D)."""
-    sorted_XB = fired_TC.view(len(groups.order), -1)[groups.order]
+    sorted_XB = fired_TC.view(-1, rows[0].shape[0])[groups.order] if rows else fired_TC
     out_TD = torch.zeros_like(h_TD)
     for row_BD, of, at in zip(rows, groups.tokens, groups.places, strict=True):
         out_TD.index_add_(0, of, sorted_XB[at] @ row_BD[:, h_TD.shape[1] :].to(h_TD.dtype))
@@ -85,7 +94,7 @@ def back(
 ) -> Tensor:  # fmt: skip
     """The rows' gradients into the store, that of h into `grad_h`; -> that of a_t before the ReLU, (T, C)."""
     D = h_TD.shape[1]
-    sorted_XB = fired_TC.view(len(groups.order), -1)[groups.order]
+    sorted_XB = fired_TC.view(-1, store.shape[0])[groups.order]
     gates_X = None if gate_TP is None else gate_TP.flatten()[groups.order].unsqueeze(1)
     grad_XB = torch.empty_like(sorted_XB)
     grad_BD = h_TD.new_empty(store.shape)
@@ -101,7 +110,7 @@ def back(
         store.accumulate([row], [grad_BD])
         if grad_h is not None:
             grad_h.index_add_(0, of, grad_tB @ record_BD[:, :D])
-    return torch.empty_like(grad_XB).index_copy_(0, groups.order, grad_XB).view(fired_TC.shape)
+    return torch.zeros_like(fired_TC).view(-1, store.shape[0]).index_copy_(0, groups.order, grad_XB).view_as(fired_TC)
 
 
 # --- all tokens on the pairs that any of them chose -----------------------------------------------------------------
@@ -120,12 +129,11 @@ def fire_all(h_TD: Tensor, row_BD: Tensor, pairs_B: Tensor) -> Tensor:
     return (h_TD @ row_BD[:, : h_TD.shape[1]].to(h_TD.dtype).T).relu_().mul_(pairs_B)
 
 
-def back_all(
-    h_TD: Tensor, grad_TD: Tensor, grad_h: Tensor | None, pairs_NB: Tensor, groups: Groups, store: TieredStore
-) -> None:
+def back_all(h_TD: Tensor, grad_TD: Tensor, grad_h: Tensor | None, pairs_NB: Tensor, store: TieredStore) -> None:
     D = h_TD.shape[1]
+    experts = [0] if store.slow == "none" else pairs_NB.any(1).nonzero().flatten().tolist()
     grad_BD = h_TD.new_empty(store.shape)
-    for row, row_BD in zip(groups.experts, store.fetch(groups.experts), strict=True):
+    for row, row_BD in zip(experts, store.fetch(experts), strict=True):
         record_BD, fired_TB = row_BD.to(h_TD.dtype), fire_all(h_TD, row_BD, pairs_NB[row])
         torch.mm(fired_TB.T, grad_TD, out=grad_BD[:, D:])
         grad_TB = (grad_TD @ record_BD[:, D:].T).mul_(fired_TB > 0)
