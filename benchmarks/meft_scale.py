@@ -37,7 +37,7 @@ def worker(job: dict[str, Any]) -> None:
     from trimtab import Recipe
     from trimtab.model import experts
 
-    clock, touched = Clock(warm=1), []
+    clock, moves = Clock(warm=1), {"probed": 0, "fired": 0, "all": 0}
 
     class Marks(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -55,11 +55,13 @@ def worker(job: dict[str, Any]) -> None:
         say("mark", "train")
         return model
 
-    def counted(probed, store):
-        groups = by_expert(probed, store)
-        if store.slow != "none":
-            touched.append((len(probed.unique()), store.rows))
-        return groups
+    def counted(probed, store, alive=None):
+        """Once a forward pass for all that is probed; once in each pass for the experts with a pair that fired."""
+        if not store.planned:
+            chosen = probed if alive is None else probed[alive]
+            moves["probed" if alive is None else "fired"] += len(chosen.unique())
+            moves["all"] += store.rows if alive is None else 0
+        return by_expert(probed, store, alive)
 
     Trainer.train, verb._model, experts.by_expert = marked_train, marked_load, counted
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
@@ -69,23 +71,21 @@ def worker(job: dict[str, Any]) -> None:
             output=folder + "/run",
         ).train()  # fmt: skip
     measured = run["measured"]
-    experts_per_pass = sum(n for n, _ in touched)
     say("result", {
         "seconds": clock.median, "loss": run["final_loss"], "parameters": run["trainable_parameters"],
         "moved": measured.get("store_up_bytes_per_step", 0) + measured.get("store_down_bytes_per_step", 0),
-        "slow": measured.get("store_slow_bytes", 0), "experts": experts_per_pass,
-        "share": experts_per_pass / max(1, sum(of for _, of in touched)),
+        "slow": measured.get("store_slow_bytes", 0), **moves,
         "predicted": run["predicted"].get("fast_growth_bytes", 0),
     })  # fmt: skip
 
 
 def formula(run: dict[str, Any], fields: dict[str, Any], steps: int) -> tuple[float, float]:
-    """Bytes a step by specs 1.6 (numbers up in both passes, gradients down): of the experts touched, and of all."""
+    """Bytes a step by specs 1.6: probed experts up, those that fired up again and their gradients down; and of all."""
     from trimtab.methods.meft import Meft
 
     experts, block = Meft(**fields).layout()
     row = block * 2 * WIDTH * 4
-    return run["experts"] / steps * row * 3 / 2, LAYERS * experts * row * 3
+    return (run["probed"] + run["fired"]) / steps * row, LAYERS * experts * row * 3
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def main() -> None:
     }  # fmt: skip
     rows = [
         {"side": name, "s/step": spread([r["seconds"] for r in of]), "growth, GiB": spread([r[held] / GIB for r in of]),
-         "peak, GiB": spread([r["anon_peak"] / GIB for r in of]), "experts touched": f"{middle[name]['share']:.2f}",
+         "peak, GiB": spread([r["anon_peak"] / GIB for r in of]), "experts probed, fired": " ".join(f"{middle[name][k] / by / max(1, middle[name]['all']):.2f}" for k, by in (("probed", 1), ("fired", 2))),
          "moved, GiB a step": spread([r["moved"] / GIB for r in of])}
         for name, of in runs.items()
     ]  # fmt: skip

@@ -37,6 +37,8 @@ PATCHES = {
     "paca live reselect": {"paca": {"r": 4, "form": "live", "reselect_every": 3}},
     "lora dropout": {"lora": {"r": 4, "dropout": 0.2}},
     "parallel_adapter": {"parallel_adapter": {"r": 16}},
+    "meft": {"meft": {"r": 64, "k": 16}},
+    "meft exact": {"meft": {"r": 64, "k": 16, "adam": "exact", "router": "centroid", "balance": 0.01, "revive": 4}},
     "full": {"full": {}},
 }
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -313,7 +315,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(name, world, tmp_pa
         assert a == pytest.approx(b, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["paca", "paca live", "lora dropout", "parallel_adapter", "full"])
+@pytest.mark.parametrize("name", ["paca", "paca live", "lora dropout", "parallel_adapter", "meft", "full"])
 def test_recomputed_activations_give_the_same_run(name, world, tmp_path):
     for kind in (False, True):
         keys = tree(world, tmp_path / str(kind), PATCHES[name], max_steps=3, gradient_checkpointing=kind)
@@ -322,7 +324,7 @@ def test_recomputed_activations_give_the_same_run(name, world, tmp_path):
         assert a == pytest.approx(b, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["full", "lora dropout", "paca", "parallel_adapter"])
+@pytest.mark.parametrize("name", ["full", "lora dropout", "paca", "parallel_adapter", "meft"])
 def test_bf16_autocast(name, world, tmp_path):
     keys = tree(world, tmp_path / "run", PATCHES[name], max_steps=12, bf16=True)
     run(keys)

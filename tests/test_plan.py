@@ -16,7 +16,8 @@ from trimtab.errors import BadInput, DoesNotFit
 from trimtab.memory import tracer
 from trimtab.memory.meter import LiveTensors
 from trimtab.model.load import load_model
-from trimtab.plan import _arguments_class, _Step, plan, require_fit
+from trimtab.plan import _arguments_class, plan, require_fit
+from trimtab.planned_step import PlannedStep
 from trimtab.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -49,7 +50,7 @@ def measured(recipe: Recipe, padded: bool = True, counted: int = TOKENS) -> int:
     model, _ = load_model(recipe.model, task=objective.task)
     held = [*model.parameters(), *model.buffers()]
     held = [t.data for t in held]  # a patch may put other values under the same parameter
-    step = _Step(recipe, args, None)  # its batch, loss and optimiser
+    step = PlannedStep(recipe, args, None)  # its batch, loss and optimiser
     step.model, step.surgeries = model, [patch.apply(model, place) for patch in recipe.load_patches()]
     if (head := objective.prepare(model)) is not None:
         step.surgeries.append(head)
@@ -144,7 +145,7 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_pa
     folder = deeper(folders("llama", torch.bfloat16), tmp_path, 12)
     recipe = recipe_of(folder, {name: CASES[name]}, training={"activation_checkpointing": checkpointing})
     args = training_arguments(recipe, _arguments_class(recipe.load_objective()), tmp_path, True)
-    whole = tracer.highest(_Step(recipe, args, None).trace(ROWS, TOKENS))
+    whole = tracer.highest(PlannedStep(recipe, args, None).trace(ROWS, TOKENS))
     extended = plan(recipe)
     assert extended.live_peak_bytes == tracer.live(whole[1])
     assert extended.slow_bytes == whole[1].get(tracer.MAPPED, 0)
@@ -154,7 +155,7 @@ def test_blocks_that_differ_are_traced_whole(folders, tmp_path):
     folder = deeper(folders("llama", torch.bfloat16), tmp_path, 6)
     recipe = recipe_of(folder, {"lora": {"r": 4, "targets": "layers.5.*q_proj"}})
     args = training_arguments(recipe, _arguments_class(recipe.load_objective()), tmp_path, True)
-    step = _Step(recipe, args, None)
+    step = PlannedStep(recipe, args, None)
     assert not step.blocks_are_equal()
     assert plan(recipe).kinds["adapter"] == 2 * 4 * 64 * 4
 

@@ -128,7 +128,7 @@ def test_a_disk_without_room_refuses_before_the_start(tmp_path):
 
 
 def test_a_planned_store_has_shapes_and_no_memory():
-    made = TieredStore("table", 10**9, (64, 1024), slow="none")
+    made = TieredStore("table", 10**9, (64, 1024), planned=True)
     assert made.fetch([5])[0].shape == (64, 1024) and made.whole().shape == (10**9, 64, 1024)
     made.accumulate([5], [torch.ones(64, 1024)])
     assert made.pending() == []

@@ -16,6 +16,7 @@ _PUBLIC = {
     "load_adapter": ".adapter",
     "Full": ".methods.full",
     "LoRA": ".methods.lora",
+    "Meft": ".methods.meft",
     "PaCA": ".methods.paca",
     "ParallelAdapter": ".methods.parallel_adapter",
 }

@@ -28,6 +28,10 @@ WHY = {
     "logits": "one chunk of the head's output, and its gradient",
     "temporaries": "what the pass back makes and drops",
 }
+SLOW = {
+    "mapped weights": "the base at its file's precision, mapped from the file",
+    "rows in the slow tier": "an adapter's table, with its gradients and Adam's state",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Plan:
 
     @property
     def slow_bytes(self) -> int:
-        return self.kinds.get("mapped weights", 0)
+        return self.kinds.get("mapped weights", 0) + self.kinds.get("rows in the slow tier", 0)
 
     @property
     def live_peak_bytes(self) -> int:
@@ -68,9 +72,8 @@ class Plan:
                 for kind in WHY if self.kinds.get(kind)]  # fmt: skip
         rows.insert(0, {"what": "process", "tier": "fast", "bytes": self.process,
                         "why": "interpreter and libraries"})  # fmt: skip
-        if self.slow_bytes:
-            rows.append({"what": "mapped weights", "tier": "slow", "bytes": self.slow_bytes,
-                         "why": "the base at its file's precision, mapped from the file"})  # fmt: skip
+        rows += [{"what": kind, "tier": "slow", "bytes": self.kinds[kind], "why": SLOW[kind]}
+                 for kind in SLOW if self.kinds.get(kind)]  # fmt: skip
         return rows
 
     def predicted(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class PlannedStep:
 
     def trace(self, rows: int, tokens: int, counted: int | None = None) -> Any:
         from .engine import prepared
-        from .memory.tracer import MAPPED, WEIGHTS, live, trace_steps
+        from .memory.tracer import ADAPTER, MAPPED, ROWS, WEIGHTS, live, trace_steps
 
         model, recipe = self.model, self.recipe
         held = {_key(t) for t in (*model.parameters(), *model.buffers())}
@@ -84,6 +84,9 @@ class PlannedStep:
             for tensor in aside:
                 kind = MAPPED if self.mapped and _key(tensor) in self.in_file else WEIGHTS
                 kinds[kind] = kinds.get(kind, 0) + tensor.untyped_storage().nbytes()
+            for store in (store for surgery in self.surgeries for store in surgery.stores):
+                kinds[ADAPTER] = kinds.get(ADAPTER, 0) + store.nbytes["fast"]
+                kinds[ROWS] = kinds.get(ROWS, 0) + store.nbytes["slow"]
         assert all(live(kinds) >= 0 for kinds in peaks.values())
         return peaks
 

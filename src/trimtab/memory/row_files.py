@@ -66,7 +66,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[s
             for piece in tensors[name].pieces:
                 plain = piece.detach().cpu().contiguous().flatten()
                 if plain.numel():
-                    file.write(memoryview(plain.view(torch.uint8).numpy()))
+                    file.write(plain.view(torch.uint8).numpy().data)
         assert file.tell() == 8 + len(text) + end
 
 

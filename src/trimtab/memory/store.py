@@ -54,7 +54,7 @@ class Part:
 class TieredStore:
     """`rows` rows of `shape` numbers each.
 
-    `slow`: "ram", "disk", or "none" (shapes only, for the planner). `folder`: where the file is made. `device`: the
+    `slow`: "ram" or "disk"; `planned`: shapes only, for the planner. `folder`: where the file is made. `device`: the
     fast tier. `moments`: the precision of Adam's state; None for a table that is only read.
     """
 
@@ -70,8 +70,9 @@ class TieredStore:
         dtype: torch.dtype = torch.float32,
         moments: torch.dtype | None = torch.float32,
         cache_bytes: int = 0,
+        planned: bool = False,
     ):
-        self.name, self.rows, self.shape, self.slow = name, rows, shape, slow
+        self.name, self.rows, self.shape, self.slow, self.planned = name, rows, shape, slow, planned
         self.device = device or torch.device("cpu")
         kinds = {VALUES: dtype} | ({M: moments, V: moments, GRADS: torch.float32} if moments else {})
         self.parts: dict[str, Part] = {}
@@ -89,14 +90,14 @@ class TieredStore:
         self._file: mmap.mmap | None = None
         self._pending: dict[int, None] = {}  # rows with a gradient, in the order of their first one
         self._dirty: set[int] = set()  # rows changed since the last checkpoint
-        if slow == "none":
+        if planned:
             self._table = torch.empty(0, dtype=torch.uint8)
             self._views: dict[str, Tensor] = {}
         else:
             self._table = self._file_table(folder) if slow == "disk" else self._ram_table()
             self._views = {kind: self._view(self._table, kind) for kind in self.parts}
-        slots = min(rows, cache_bytes // self.extent) if slow != "none" else 0
-        self._cache = torch.zeros(slots, self.extent, dtype=torch.uint8, device=self.device)
+        self.slots = min(rows, cache_bytes // self.extent)
+        self._cache = torch.zeros(0 if planned else self.slots, self.extent, dtype=torch.uint8, device=self.device)
         self._slots = {kind: self._view(self._cache, kind) for kind in self.parts}
         self._slot_of: OrderedDict[int, int] = OrderedDict()  # row -> slot, least recently used first
         self._unwritten: set[int] = set()  # rows whose slot is newer than the table
@@ -143,14 +144,14 @@ class TieredStore:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` is a view of the table."""
-        return self.slow != "none" and tensor.untyped_storage().data_ptr() == self._table.untyped_storage().data_ptr()
+        return not self.planned and tensor.untyped_storage().data_ptr() == self._table.untyped_storage().data_ptr()
 
     @property
     def nbytes(self) -> dict[str, int]:
         """{"fast": bytes, "slow": bytes}: what is held in each tier. Without a GPU, RAM is the fast one."""
         table = self.rows * self.extent
         slow = 0 if self.slow == "ram" and self.in_place else table
-        return {"fast": self._cache.nbytes + table - slow, "slow": slow}
+        return {"fast": self.slots * self.extent + table - slow, "slow": slow}
 
     def mapped(self) -> list[Tensor]:
         """The storages that are mapped from a file, for the meter: slow tier."""
@@ -160,7 +161,7 @@ class TieredStore:
 
     def fetch(self, rows: Sequence[int]) -> list[Tensor]:
         """The rows' numbers on the fast device, each of `shape`: views, valid until the next optimiser step."""
-        if self.slow == "none":
+        if self.planned:
             return [torch.empty(self.shape, dtype=self.parts[VALUES].dtype, device=self.device) for _ in rows]
         if self.catch_up is not None:
             self.catch_up(rows)
@@ -195,7 +196,7 @@ class TieredStore:
 
     def accumulate(self, rows: Sequence[int], grads: Sequence[Tensor]) -> None:
         """Add each row's gradient (shape) to what it has since the last optimiser step."""
-        if self.slow == "none":
+        if self.planned:
             return
         for row, grad in zip(rows, grads, strict=True):
             held = self.part(GRADS, row)
@@ -271,7 +272,7 @@ class TieredStore:
     def whole(self, kind: str = VALUES) -> Tensor:
         """(rows, *shape): a part of the whole table where it lies. The slots are flushed first."""
         self.flush()
-        if self.slow == "none":
+        if self.planned:
             return torch.empty(self.rows, *self.shape, dtype=self.parts[kind].dtype, device="meta")
         return self._views[kind]
 

@@ -29,6 +29,7 @@ Bytes = dict[str, int]  # kind -> bytes
 Peaks = dict[str, Bytes]  # phase -> what was held when that phase held the most
 
 WEIGHTS, MAPPED, ADAPTER, GRADIENTS = "weights", "mapped weights", "adapter", "gradients"
+ROWS = "rows in the slow tier"
 OPTIMISER, ACTIVATIONS, LOGITS, TEMPORARIES = "optimiser", "activations", "logits", "temporaries"
 
 
@@ -245,7 +246,7 @@ def extend(shallow: Peaks, deep: Peaks, depths: tuple[int, int], depth: int) -> 
 
 def live(bytes_by_kind: Bytes) -> int:
     """Bytes of the fast tier among them."""
-    return sum(size for kind, size in bytes_by_kind.items() if kind != MAPPED)
+    return sum(size for kind, size in bytes_by_kind.items() if kind not in (MAPPED, ROWS))
 
 
 def highest(peaks: Peaks) -> tuple[str, Bytes]:

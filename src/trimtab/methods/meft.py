@@ -81,11 +81,12 @@ class Meft(Patch):
         freeze_base(model, surgery.swaps)
         try:
             for index, ffn in enumerate(ffns):
-                device = next(ffn.host.parameters()).device
+                of = next(ffn.host.parameters()).device
+                device = place.device if of.type == "meta" else of
                 slow = place.slow if place.slow != "auto" else "ram" if device.type == "cuda" else "disk"
                 store = TieredStore(
                     ffn.name, rows, (block, 2 * ffn.width), folder=place.folder, device=device,
-                    slow="none" if device.type == "meta" else slow, cache_bytes=int(self.cache * 2**30) // len(ffns),
+                    slow=slow, planned=of.type == "meta", cache_bytes=int(self.cache * 2**30) // len(ffns),
                     moments=torch.bfloat16 if self.moments == "bf16" else torch.float32,
                 )  # fmt: skip
                 surgery.stores.append(store)
@@ -159,10 +160,10 @@ class Adapter(ModulePatch):
         self.patch, self.store, self.width = patch, store, store.shape[1] // 2
         self.probes = min(patch.probes, store.rows)
         self.kept = min(patch.k, self.probes * store.shape[0])
-        device = torch.device("meta") if store.slow == "none" else store.device
+        device = torch.device("meta") if store.planned else store.device
         router_ND = torch.empty(store.rows, self.width, device=device)
         random = torch.Generator().manual_seed(seed)
-        for row in range(store.rows) if store.slow != "none" else ():  # one expert at a time: r may exceed fast memory
+        for row in range(store.rows) if not store.planned else ():  # one expert at a time: r may exceed fast memory
             keys_BD = torch.empty(store.shape[0], self.width).normal_(0, 0.02, generator=random)
             store.part(VALUES, row)[:, : self.width].copy_(keys_BD)
             router_ND[row].copy_(_centroid(keys_BD))
@@ -192,7 +193,7 @@ class Adapter(ModulePatch):
         logits_TN = h_TD @ self.router.detach().to(h_TD.dtype).T
         biased_TN = logits_TN if self.bias is None else logits_TN + self.bias.to(h_TD.dtype)
         probed_TP = biased_TN.topk(self.probes, sorted=False).indices
-        if self.load is not None and self.training and self.store.slow != "none":
+        if self.load is not None and self.training and not self.store.planned:
             self.load += torch.bincount(probed_TP.flatten(), minlength=self.store.rows).cpu()
             worst = logits_TN.amax(1).topk(min(REVIVED, len(h_TD)), largest=False).indices
             self.lonely_XD = h_TD[worst].float()

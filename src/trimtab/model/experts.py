@@ -34,11 +34,11 @@ def by_expert(probed_TP: Tensor, store: TieredStore, alive_TP: Tensor | None = N
     """`alive_TP`: which of the pairs there is anything to do for (default: all)."""
     flat = probed_TP.flatten()
     order = flat.argsort(stable=True)
-    if alive_TP is not None and store.slow != "none":
+    if alive_TP is not None and not store.planned:
         order = order[alive_TP.flatten()[order]]
         flat = flat[order]
     tokens = order.div(probed_TP.shape[1], rounding_mode="floor")
-    if store.slow == "none":  # a bound, for the planner: of the experts at work in turn, one may have all tokens
+    if store.planned:  # a bound, for the planner: of the experts at work in turn, one may have all tokens
         return Groups(order, [0], [tokens[: len(probed_TP)]], [slice(0, len(probed_TP))])
     counts = torch.bincount(flat, minlength=store.rows)
     experts = counts.nonzero().flatten()
@@ -131,7 +131,7 @@ def fire_all(h_TD: Tensor, row_BD: Tensor, pairs_B: Tensor) -> Tensor:
 
 def back_all(h_TD: Tensor, grad_TD: Tensor, grad_h: Tensor | None, pairs_NB: Tensor, store: TieredStore) -> None:
     D = h_TD.shape[1]
-    experts = [0] if store.slow == "none" else pairs_NB.any(1).nonzero().flatten().tolist()
+    experts = [0] if store.planned else pairs_NB.any(1).nonzero().flatten().tolist()
     grad_BD = h_TD.new_empty(store.shape)
     for row, row_BD in zip(experts, store.fetch(experts), strict=True):
         record_BD, fired_TB = row_BD.to(h_TD.dtype), fire_all(h_TD, row_BD, pairs_NB[row])
