@@ -88,6 +88,12 @@ def formula(run: dict[str, Any], fields: dict[str, Any], steps: int) -> tuple[fl
     return (run["probed"] + run["fired"]) / steps * row, LAYERS * experts * row * 3
 
 
+def shares(run: dict[str, Any]) -> str:
+    """Of all experts: those probed in a pass, and those with a pair that fired, of which each pass counts one half."""
+    every = max(1, run["all"])
+    return f"{run['probed'] / every:.2f}, {run['fired'] / 2 / every:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -121,7 +127,7 @@ def main() -> None:
     }  # fmt: skip
     rows = [
         {"side": name, "s/step": spread([r["seconds"] for r in of]), "growth, GiB": spread([r[held] / GIB for r in of]),
-         "peak, GiB": spread([r["anon_peak"] / GIB for r in of]), "experts probed, fired": " ".join(f"{middle[name][k] / by / max(1, middle[name]['all']):.2f}" for k, by in (("probed", 1), ("fired", 2))),
+         "peak, GiB": spread([r["anon_peak"] / GIB for r in of]), "experts probed, fired": shares(middle[name]),
          "moved, GiB a step": spread([r["moved"] / GIB for r in of])}
         for name, of in runs.items()
     ]  # fmt: skip

@@ -79,14 +79,20 @@ def measured(recipe: Recipe, padded: bool = True, counted: int = TOKENS) -> int:
 
         one()
         state = [t for slots in optimizer.state.values() for t in slots.values() if torch.is_tensor(t)]
-        with LiveTensors([*held, *model.parameters(), *model.buffers(), *state]) as live:
+        tables = [t for surgery in step.surgeries for store in surgery.stores for t in store.mapped()]
+        with LiveTensors([*held, *model.parameters(), *model.buffers(), *state], tables) as live:
             one()
     return live.peak_bytes
 
 
-def close(recipe: Recipe, within: float = 0.02, **options) -> None:
+BOUND = {"meft": 0.3}  # a plan that is a bound (one expert may have all tokens at work), and by how much in tiny models
+
+
+def close(recipe: Recipe, within: float = 0.02, bound: float = 0.0, **options) -> None:
     predicted, real = plan(recipe).live_peak_bytes, measured(recipe, **options)
-    assert abs(predicted / real - 1) <= within, f"{predicted:,} planned, {real:,} held ({predicted / real - 1:+.2%})"
+    assert -within <= predicted / real - 1 <= max(within, bound), (
+        f"{predicted:,} planned, {real:,} held ({predicted / real - 1:+.2%})"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -95,7 +101,9 @@ def close(recipe: Recipe, within: float = 0.02, **options) -> None:
 def test_a_plan_is_what_the_meter_finds(folders, name, dtype, family):
     """Promise 3, for live tensors: within 2 %."""
     recipe = recipe_of(folders(family, dtype), {name: CASES[name]})
-    close(recipe, within=0.03 if family == "mpnet" else 0.02)  # of which a mask of 17 KB stays a little longer
+    close(
+        recipe, within=0.03 if family == "mpnet" else 0.02, bound=BOUND.get(name, 0.0)
+    )  # of which a mask of 17 KB stays a little longer
 
 
 @pytest.mark.parametrize(
@@ -148,7 +156,7 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_pa
     whole = tracer.highest(PlannedStep(recipe, args, None).trace(ROWS, TOKENS))
     extended = plan(recipe)
     assert extended.live_peak_bytes == tracer.live(whole[1])
-    assert extended.slow_bytes == whole[1].get(tracer.MAPPED, 0)
+    assert extended.slow_bytes == whole[1].get(tracer.MAPPED, 0) + whole[1].get(tracer.ROWS, 0)
 
 
 def test_blocks_that_differ_are_traced_whole(folders, tmp_path):

@@ -87,7 +87,7 @@ def save_rows(store: TieredStore, folder: Path, before: Path | None = None) -> N
         _link(path, folder / path.name)
     state = store.optimiser.state() if store.optimiser is not None else {}
     parts = {
-        kind: Pieces((len(rows), *store.shape), part.dtype, (store.part(kind, row) for row in rows))
+        kind: Pieces((len(rows), *store.shape), part.dtype, _rows_of(store, kind, rows))
         for kind, part in store.parts.items()
         if kind != GRADS
     }
@@ -96,6 +96,10 @@ def save_rows(store: TieredStore, folder: Path, before: Path | None = None) -> N
     newest = folder / f"{len(older)}.safetensors"
     write_tensors(newest, parts | whole | index)
     store.clean(_identity(newest))
+
+
+def _rows_of(store: TieredStore, kind: str, rows: Iterable[int]) -> Iterator[Tensor]:
+    return (store.part(kind, row) for row in rows)
 
 
 def load_rows(store: TieredStore, folder: Path) -> None:

@@ -30,6 +30,7 @@ What differs from the paper, and why:
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -174,7 +175,8 @@ class Adapter(ModulePatch):
             self.anchor = nn.Parameter(torch.zeros(0, device=device))  # an optimiser needs something to step
         self.register_buffer("bias", torch.zeros(store.rows, device=device) if patch.balance else None)
         self.load = torch.zeros(store.rows) if patch.balance or patch.revive else None  # tokens per expert, this window
-        self.probed_at = torch.zeros(store.rows, dtype=torch.int64)  # the step in which each expert was last probed
+        probed_at = torch.zeros(store.rows, dtype=torch.int64, device=device) if patch.revive else None
+        self.register_buffer("probed_at", probed_at)  # the step in which each expert was last probed
         self.lonely_XD: Tensor | None = None  # the tokens that the router served worst
 
     @property
@@ -182,7 +184,8 @@ class Adapter(ModulePatch):
         return self.router if self.patch.router == "gate" else self.anchor
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        return _Beside.apply(h, y, self.trained, self)
+        with _exact(h):
+            return _Beside.apply(h, y, self.trained, self)
 
     def extra_repr(self) -> str:
         rows, block = self.store.rows, self.store.shape[0]
@@ -211,8 +214,8 @@ class Adapter(ModulePatch):
             return
         if self.bias is not None:
             self.bias += self.patch.balance * (self.load.mean() - self.load).sign().to(self.bias)
-        self.probed_at[self.load > 0] = step
-        if self.patch.revive and self.lonely_XD is not None:
+        if self.probed_at is not None and self.lonely_XD is not None:
+            self.probed_at[self.load.to(self.probed_at.device) > 0] = step
             dead = (step - self.probed_at >= self.patch.revive).nonzero().flatten().tolist()
             for row, token_D in zip(dead, self.lonely_XD, strict=False):
                 self._revive(row, token_D, step)
@@ -234,6 +237,11 @@ class Adapter(ModulePatch):
 def _centroid(keys_BD: Tensor) -> Tensor:
     """The mean key, at length 1: a layer-normed h then has scores of about its own root mean square."""
     return nn.functional.normalize(keys_BD.mean(0), dim=0)
+
+
+def _exact(h: Tensor) -> Any:
+    """Products in the rows' precision, also where autocast is on."""
+    return torch.autocast(h.device.type, enabled=False) if h.device.type != "meta" else contextlib.nullcontext()
 
 
 class _Beside(torch.autograd.Function):
@@ -265,6 +273,11 @@ class _Beside(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
+        with _exact(grad):
+            return _Beside.backwards(ctx, grad)
+
+    @staticmethod
+    def backwards(ctx: Any, grad: Tensor):
         h_in, probed_TP, gate_TP, *top = ctx.saved_tensors
         adapter: Adapter = ctx.adapter
         h_TD = h_in.to(torch.promote_types(h_in.dtype, torch.float32))
