@@ -1,0 +1,57 @@
+"""What the engine does for tables: their rows count in the global norm, and clipping reaches them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import MODELS, tiny_batch
+from test_laws import PLACE, train
+from trimtab.memory.store import GRADS
+from trimtab.methods.meft import Meft
+from trimtab.stores import ClipsRows, row_numbers, traffic
+
+
+def after_a_backward_pass(limit: float):
+    model = MODELS["llama"]()
+    surgery = Meft(r=64).apply(model, PLACE)
+    train(model, surgery, 2)
+    model.zero_grad()
+    (100 * model(**tiny_batch(model)).loss).backward()
+    trainer = ClipsRows()
+    trainer.job, trainer.args = SimpleNamespace(surgeries=[surgery]), SimpleNamespace(max_grad_norm=limit)
+    trainer.accelerator = SimpleNamespace(unscale_gradients=lambda: None)
+    return model, surgery, trainer
+
+
+def grads(model, surgery) -> list[torch.Tensor]:
+    rows = [store.grad_scale * store.part(GRADS, row) for store in surgery.stores for row in store.pending()]
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None] + rows
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_the_norm_is_over_parameters_and_rows_and_both_are_clipped(limit):
+    model, surgery, trainer = after_a_backward_pass(limit)
+    before = grads(model, surgery)
+    norm = torch.stack([g.double().square().sum() for g in before]).sum().sqrt()
+    assert float(trainer._clip_grad_norm(model)) == pytest.approx(float(norm), rel=1e-5)
+    factor = min(1.0, limit / float(norm))
+    assert (factor < 1) == (limit < 1)
+    assert all(torch.allclose(a * factor, b, rtol=1e-4) for a, b in zip(before, grads(model, surgery), strict=True))
+
+
+def test_without_clipping_the_norm_is_only_told():
+    model, surgery, trainer = after_a_backward_pass(0.5)
+    before = grads(model, surgery)
+    assert float(trainer._get_grad_norm(model)) > 1
+    assert all(torch.equal(a, b) for a, b in zip(before, grads(model, surgery), strict=True))
+
+
+def test_numbers_and_traffic_are_counted():
+    _, surgery, _ = after_a_backward_pass(1.0)
+    assert row_numbers([surgery]) == 2 * 64 * 2 * 64  # layers, pairs, key and value, hidden
+    moved = traffic([surgery], 3)
+    assert moved["store_up_bytes_per_step"] == sum(store.traffic.up for store in surgery.stores) // 3 > 0
+    assert moved["store_slow_bytes"] == sum(store.nbytes["slow"] for store in surgery.stores) and traffic([], 3) == {}
