@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInput, DoesNotFit
+from .errors import BadInput, DoesNotFit, Untraceable
 from .memory.budget import Budget, fast_bytes, gib, slow_bytes
 from .model.quiet import hushed
-from .planned_step import peaks
+from .planned_step import PlannedStep, peaks
 from .recipe import Recipe
 
 WHY = {
@@ -29,6 +29,12 @@ WHY = {
     "temporaries": "what the pass back makes and drops",
 }
 
+CUDA = [
+    "traced with the CPU's kernels: a CUDA kernel's own workspace is not in it, nor what the allocator rounds up to",
+    "the fast tier is what PyTorch's allocator reserves; the driver's context (0.3 to 1 GiB) comes on top",
+    "not yet measured on a GPU",
+]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,7 +44,7 @@ class Plan:
     phase: str  # where in the step the peak is
     process: int  # interpreter, libraries, data
     budget: Budget
-    machine: int  # what the fast tier has
+    machine: int | None  # what the fast tier has; None where this machine has no such device
     rows: int
     tokens: int
     counted: int | None = None  # tokens of a row that count in the loss, where that is known
@@ -58,8 +64,14 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        fast = self.machine if self.budget.fast is None else self.budget.fast
-        return self.fast_peak_bytes <= fast and (self.budget.slow is None or self.slow_bytes <= self.budget.slow)
+        return self.fast_peak_bytes <= self.fast and (self.budget.slow is None or self.slow_bytes <= self.budget.slow)
+
+    @property
+    def fast(self) -> int:
+        """What the run may hold of the fast tier: the budget, else all that the machine has."""
+        found = self.machine if self.budget.fast is None else self.budget.fast
+        assert found is not None, "without a device there is a budget"
+        return found
 
     @property
     def items(self) -> list[dict[str, Any]]:
@@ -96,8 +108,7 @@ class Plan:
         yield f"{'peak':<15} {'fast':<5} {gib(self.fast_peak_bytes):>12}  {self.phase}"
         yield from self.notes
         fast = "this machine's memory" if self.budget.fast is None else "the budget"
-        size = self.machine if self.budget.fast is None else self.budget.fast
-        yield f"{'fits' if self.fits else 'does not fit'}: {gib(self.fast_peak_bytes)} of {gib(size)}, {fast}"
+        yield f"{'fits' if self.fits else 'does not fit'}: {gib(self.fast_peak_bytes)} of {gib(self.fast)}, {fast}"
 
 
 @hushed()
@@ -127,8 +138,12 @@ def plan(
     if not recipe.patches:
         raise BadInput("plan", "the recipe has no patch", "Add one under patches")
     device = place.device
-    _covered(recipe, device)
+    _covered(recipe)
     machine = fast_bytes(device)
+    if machine is None and not (recipe.budget or {}).get("fast"):
+        raise BadInput(
+            f"plan a run on {device}", "this machine has none", 'Say how much it has: budget: {fast: "24GiB"}'
+        )
     budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder))
     args = args or training_arguments(recipe, _arguments_class(objective), Path(recipe.output), device.type == "cpu")
     notes = []
@@ -138,20 +153,36 @@ def plan(
             raise BadInput("plan: max_length: none", "rows may then have any length", "Give training: max_length")
         notes.append(f"for rows of {tokens} tokens (max_length); where all rows are shorter, the run holds less")
     rows = rows or args.per_device_train_batch_size
+    if device.type == "cuda":
+        notes += CUDA
+        process = 0
     process = process_memory()["anon"] if process is None else process
     with torch.random.fork_rng(devices=[]):
-        phase, kinds = highest(peaks(recipe, args, rows, tokens, counted))
+        try:
+            found = peaks(recipe, args, rows, tokens, counted)
+        except Untraceable as error:
+            found = _real_step(recipe, args, rows, tokens, counted, error)
+            notes.append(f"a real step was run, since {error.have}; where the data decide, other data may hold more")
+    phase, kinds = highest(found)
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
     return Plan(kinds, phase, process, budget, machine, rows, tokens, counted, notes)
+
+
+def _real_step(recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, why: Untraceable) -> Any:
+    """The peaks of two steps with real weights and random ids, for a model that cannot be traced without values."""
+    from .model.load import weights_at_hand
+
+    if not weights_at_hand(recipe.model):
+        raise why
+    return PlannedStep(recipe, args, None, real=True).trace(rows, tokens, counted)
 
 
 def require_fit(made: Plan, recipe: Recipe) -> None:
     """DoesNotFit with the first change that would fit, if `made` does not."""
     if made.fits:
         return
-    size = made.machine if made.budget.fast is None else made.budget.fast
-    what, need = ("fast", made.fast_peak_bytes) if made.fast_peak_bytes > size else ("slow", made.slow_bytes)
+    what, need = ("fast", made.fast_peak_bytes) if made.fast_peak_bytes > made.fast else ("slow", made.slow_bytes)
     least, said = made.fast_peak_bytes, ""
     for change, other in _alternatives(recipe, made.rows):
         if what == "slow":
@@ -168,7 +199,7 @@ def require_fit(made: Plan, recipe: Recipe) -> None:
         if what == "fast"
         else "Allow more in the slow tier, or take a smaller model"
     )
-    limit = size if what == "fast" else made.budget.slow or 0
+    limit = made.fast if what == "fast" else made.budget.slow or 0
     raise DoesNotFit(
         f"{gib(limit)} of the {what} tier for this run", f"it would hold {gib(need)} at its peak ({made.phase})", said
     )
@@ -199,13 +230,8 @@ def _alternatives(recipe: Recipe, rows: int) -> Iterator[tuple[str, Recipe]]:
             yield training(activation_checkpointing=True, **changes)
 
 
-def _covered(recipe: Recipe, device: Any) -> None:
+def _covered(recipe: Recipe) -> None:
     """What the planner cannot trace yet is said, not guessed."""
-    wanted = recipe.model.precision
-    if wanted in ("nf4", "int8"):
-        raise BadInput(f"plan a {wanted} base", "the planner does not know quantised weights yet", "Take budget: out")
-    if device.type != "cpu":
-        raise BadInput(f"plan a run on {device}", "the planner traces runs on a CPU only yet", "Take budget: out")
     if not recipe.load_stepper().by_trainer:
         raise BadInput(
             f"plan stepper {recipe.stepper}", "the planner follows back-propagation only", "Take budget: out"

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from .contracts import Surgery
 from .memory.meter import GIB, LiveTensors, Meter
+from .model.quant import quantised_state
 from .runs import write_text
 
 Say = Callable[[str], None]
@@ -82,7 +83,7 @@ class Steps(TrainerCallback):
         for surgery in self.surgeries:
             surgery.before_step(state.global_step)
         if state.global_step == self.first + 1:  # the second step: optimiser state is there, warm-up is over
-            held = [*self.model.parameters(), *self.model.buffers()]
+            held = [*self.model.parameters(), *self.model.buffers(), *quantised_state(self.model)]
             held += [
                 t
                 for s in (optimizer.state.values() if optimizer else ())

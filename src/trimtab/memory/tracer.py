@@ -11,17 +11,20 @@ linear in the depth, so that a deep model follows from two shallow ones, while t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from ..errors import BadInput, TrimtabError
+from ..errors import TrimtabError, Untraceable
 from ..model import anatomy
 from ..model.lean import biases_apart
+from ..model.quant import is_quantised, quantised_state, rebuild
 from .meter import LiveTensors
 
 aten = torch.ops.aten
@@ -41,6 +44,15 @@ def _unique(
 ) -> tuple:
     index = functools.partial(x.new_empty, dtype=torch.int64)
     return x.new_empty(x.numel()), index(x.shape if return_inverse else 0), index(x.numel() if return_counts else 0)
+
+
+def _int8(_: int | None, x: Tensor, threshold: float = 0.0) -> tuple:
+    """bitsandbytes' quantising of activations; no column of theirs is taken for an outlier (a few of them are)."""
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32),
+        (x.new_empty(0, dtype=torch.int64) if threshold > 0 else None),
+    )
 
 
 BOUNDS: dict[Any, Callable[..., Any]] = {aten.nonzero.default: _nonzero, aten._unique2.default: _unique}
@@ -67,6 +79,8 @@ class Trace(LiveTensors):
         kwargs = kwargs or {}
         if func in BOUNDS:
             func = functools.partial(BOUNDS[func], self.counted)
+        elif func.namespace == "bitsandbytes" and func._opname == "int8_vectorwise_quant":
+            func = functools.partial(_int8, self.counted)
         elif MAPPED in self.held and func._schema.is_mutable:
             self._written(func._schema, args)
         try:
@@ -137,73 +151,99 @@ class Trace(LiveTensors):
 def empty_like_meta(model: nn.Module, device: torch.device) -> None:
     """Inside a FakeTensorMode: every parameter and buffer of `model` becomes a fake one on `device`; ties stay ties."""
     made: dict[int, Tensor] = {}
+
+    def empty(old: Tensor) -> Tensor:
+        return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        if anatomy.is_linear(module) and is_quantised(module):
+            rebuild(module, empty)
+            made[id(module.weight)] = module.weight
         for table in tables:
             for name, old in table.items():
                 if old is None:
                     continue
                 if id(old) not in made:
-                    new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+                    new = empty(old)
                     made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                 table[name] = made[id(old)]
 
 
-def trace_steps(
-    model: Any,
-    make_batch: Callable[[], dict[str, Tensor]],
-    loss: Callable[[dict[str, Tensor]], Tensor],
-    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-    *,
-    device: torch.device,
-    kind_of: Callable[[str, Tensor], str],
-    micro_batches: int = 1,
-    clip: float = 0.0,
-    vocabulary: int = 0,
-    counted: int | None = None,
-) -> Peaks:
-    """-> bytes by phase and kind at each phase's peak, in the second optimiser step of `model` (on meta, patched).
+@dataclass
+class Step:
+    """What `trace_steps` runs: the parts of a training step, each as the trainer would make it."""
 
-    `kind_of(path, meta tensor)` says what a parameter or buffer counts as. The model is left with fake tensors in it.
+    model: Any  # patched; on meta, or with its values
+    device: torch.device
+    batch: Callable[[], dict[str, Tensor]]
+    loss: Callable[[dict[str, Tensor]], Tensor]
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    kind_of: Callable[[str, Tensor], str]  # (path, tensor) -> what a parameter or buffer counts as
+    evaluation: Callable[[], dict[str, Tensor]] | None = None  # a batch of it, where the run evaluates on the way
+    micro_batches: int = 1
+    clip: float = 0.0
+    counted: int | None = None  # positions of a batch that count in the loss
+
+
+def trace_steps(step: Step, fake: bool = True) -> Peaks:
+    """-> bytes by phase and kind at each phase's peak, in the second optimiser step of `step.model`.
+
+    The model is left with fake tensors in it; with `fake=False` real ones are stepped, which costs what is counted.
     """
-    kinds = {n: kind_of(n, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
-    with FakeTensorMode(), biases_apart():
-        empty_like_meta(model, device)
-        trace = Trace(vocabulary, counted)
+    model = step.model
+    kinds = {n: step.kind_of(n, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    with FakeTensorMode() if fake else contextlib.nullcontext(), biases_apart() if fake else contextlib.nullcontext():
+        if fake:
+            empty_like_meta(model, step.device)
+        trace = Trace(model.config.get_text_config().vocab_size, step.counted)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             trace.watch([tensor], kinds[name])
+        trace.watch(quantised_state(model), WEIGHTS)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(trained)
+        optimizer = step.optimizer(trained)
         handles = [p.register_post_accumulate_grad_hook(lambda p: trace.relabel(p.grad, GRADIENTS)) for p in trained]
         handles += _mark_phases(model, trace)
         try:
             with trace:
                 for _ in range(2):
                     trace.forget_peaks()
-                    for _ in range(micro_batches):
-                        trace.enter("embedding", ACTIVATIONS)
-                        value = loss(make_batch())
-                        trace.enter("backward of the head", TEMPORARIES)
-                        value.backward()
-                        del value
-                    trace.enter("optimiser", OPTIMISER)
-                    if clip:
-                        nn.utils.clip_grad_norm_(trained, clip)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    _train(step, trace, optimizer, trained)
+                if step.evaluation is not None:
+                    model.eval()
+                    with torch.no_grad():
+                        trace.enter("evaluation", TEMPORARIES)
+                        step.loss(step.evaluation())
         except TrimtabError:
             raise
         except Exception as error:  # a stranger's model may do what has no meaning without values
-            why = getattr(error, "func", None) or " ".join(str(error).split())[:200]
-            raise BadInput(
+            raise Untraceable(
                 f"plan a step of {type(model).__name__}",
-                f"the planner cannot follow it ({type(error).__name__}: {why})",
+                f"the planner cannot follow it ({type(error).__name__}: {_operation(error)})",
                 "Take budget: out; run.json will say what was held",
             ) from error
         finally:
             for handle in handles:
                 handle.remove()
     return trace.peaks
+
+
+def _operation(error: Exception) -> str:
+    return str(getattr(error, "func", None) or " ".join(str(error).split())[:200])
+
+
+def _train(step: Step, trace: Trace, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
+    for _ in range(step.micro_batches):
+        trace.enter("embedding", ACTIVATIONS)
+        value = step.loss(step.batch())
+        trace.enter("backward of the head", TEMPORARIES)
+        value.backward()
+        del value
+    trace.enter("optimiser", OPTIMISER)
+    if step.clip:
+        nn.utils.clip_grad_norm_(trained, step.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _mark_phases(model: Any, trace: Trace) -> list[Any]:
