@@ -224,11 +224,12 @@ def _planned(recipe: Recipe, trainer: Any, meter: Meter, say: Callable[[str], No
         if recipe.budget:
             raise
         return {}
-    made = dataclasses.replace(made, process=max(0, meter.baseline["anon"] - made.kinds.get("weights", 0)))
+    held = sum(made.kinds.get(kind, 0) for kind in ("weights", "adapter"))  # they are there by now
+    made = dataclasses.replace(made, process=max(0, meter.rebase() - held))
     if recipe.budget:
         require_fit(made, recipe)
         say(f"planned: {made.fast_peak_bytes / GIB:.2f} GiB of the fast tier at the peak")
-    return made.predicted()
+    return {**made.predicted(), "fast_growth_bytes": made.fast_peak_bytes - meter.baseline["anon"]}
 
 
 def _largest_batch(trainer: Any) -> dict[str, Any]:

@@ -70,6 +70,11 @@ class Meter:
             self._thread = None
             self._sample()
 
+    def rebase(self) -> int:
+        """Growth counts from now on; -> the anonymous bytes that the process holds."""
+        self.baseline = process_memory()
+        return self.baseline["anon"]
+
     def mark(self, phase: str) -> None:
         self.phase = phase
 

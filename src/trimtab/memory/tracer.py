@@ -150,7 +150,7 @@ class Trace(LiveTensors):
 
 def empty_like_meta(model: nn.Module, device: torch.device) -> None:
     """Inside a FakeTensorMode: every parameter and buffer of `model` becomes a fake one on `device`; ties stay ties."""
-    made: dict[int, Tensor] = {}
+    made: dict[int, Any] = {}
 
     def empty(old: Tensor) -> Tensor:
         return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
@@ -159,7 +159,7 @@ def empty_like_meta(model: nn.Module, device: torch.device) -> None:
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         if anatomy.is_linear(module) and is_quantised(module):
             rebuild(module, empty)
-            made[id(module.weight)] = module.weight
+            made[id(module._parameters["weight"])] = module._parameters["weight"]
         for table in tables:
             for name, old in table.items():
                 if old is None:
