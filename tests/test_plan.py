@@ -16,7 +16,8 @@ from trimtab.errors import BadInput, DoesNotFit
 from trimtab.memory import tracer
 from trimtab.memory.meter import LiveTensors
 from trimtab.model.load import load_model
-from trimtab.plan import _arguments_class, _Step, plan, require_fit
+from trimtab.plan import _arguments_class, plan, require_fit
+from trimtab.planned_step import PlannedStep as _Step
 from trimtab.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
