@@ -199,7 +199,9 @@ def test_which_errors_say_that_memory_ran_out():
 
     assert ran_out(MemoryError()) and ran_out(torch.OutOfMemoryError()) and ran_out(OSError(errno.ENOMEM, "x"))
     assert ran_out(raised(ValueError("x"), MemoryError()))
-    assert not ran_out(RuntimeError("shape")) and not ran_out(OSError(errno.ENOSPC, "x")) and not ran_out(None)
+    primitive = RuntimeError("could not create a primitive")
+    assert ran_out(primitive, hard=True) and not ran_out(primitive)
+    assert not ran_out(RuntimeError("shape"), hard=True) and not ran_out(OSError(errno.ENOSPC, "x")) and not ran_out(None)
 
 
 # --- the longest row first -------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ class Session:
                 with hard_limit(limit, self.place.device, meter) if hard and limit else contextlib.nullcontext():
                     loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
             except Exception as error:
-                if not ran_out(error):
+                if not ran_out(error, hard):
                     raise
                 why = "refused"
             finally:

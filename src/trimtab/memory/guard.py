@@ -99,16 +99,21 @@ def hard_limit(budget: int, device: torch.device, meter: Meter) -> Iterator[None
 
 
 REFUSED = ("can't allocate memory", "not enough memory", "bad_alloc", "cannot allocate memory", "memory object")
+PERHAPS = ("could not create a primitive", "could not execute a primitive", "can't start new thread")
 
 
-def ran_out(error: BaseException | None) -> bool:
-    """Whether `error`, or one that it came from, says that an allocation was refused."""
+def ran_out(error: BaseException | None, hard: bool = False) -> bool:
+    """Whether `error`, or one that it came from, says that an allocation was refused.
+
+    Under a `hard` limit also what oneDNN and Python say when they are refused one, and may say for other reasons.
+    """
+    words = REFUSED + PERHAPS if hard else REFUSED
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
-        if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in REFUSED):
+        if isinstance(error, RuntimeError) and any(said in str(error).lower() for said in words):
             return True
         error = error.__cause__ or error.__context__
     return False
