@@ -108,7 +108,7 @@ def worker(job: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as out:
         run = Recipe(
             model={"name": model, "precision": job["precision"]},
-            data={"train": str(folder / ("labels.jsonl" if encoder else "text.jsonl")), "too_long": "truncate"},
+            data={"train": str(folder / ("labels.jsonl" if encoder else "text.jsonl")), "too_long": "cut"},
             patches=[job["patch"]], objective="classification" if encoder else "causal_lm", training=training,
             output=out + "/run",
         ).train()  # fmt: skip

@@ -20,7 +20,7 @@ FLOORS = (  # from the ground up; a module belongs to the first line that fits
     r"contracts",
     r"methods(\..+)?",
     r"recipe|adapter|rehearsal|integrations(\..+)?",
-    r"engine|progress|runs|planned_step",
+    r"engine|progress|runs|planned_step|session",
     r"doctor|plan(_search)?|train|evaluate|generate|export|report",
     r"cli|__main__",
 )

@@ -48,15 +48,19 @@ def _epilog() -> str:
 
 
 @app.command(epilog=_epilog())
-def train(recipe: RecipeArg, overrides: Overrides = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+def train(
+    recipe: RecipeArg, overrides: Overrides = None,
+    hard: Annotated[bool, typer.Option("--hard", help="Make budget.fast a limit of the process.")] = False,
+    quiet: Quiet = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
     """Fine-tune a model as the recipe says; leaves adapter/, run.json and metrics.jsonl in its output folder."""
     from .recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or ())
-    _allocator(loaded)
+    _allocator(loaded, hard)
     from .train import train as run
 
-    result = run(loaded, quiet=quiet)
+    result = run(loaded, quiet=quiet, hard=hard)
     if as_json:
         print(json.dumps(result, indent=2, default=str))
 
@@ -176,11 +180,11 @@ def version() -> None:
     print(__version__)
 
 
-def _allocator(recipe: Any) -> None:
+def _allocator(recipe: Any, hard: bool = False) -> None:
     """Start again under a better malloc where one is found (memory/allocator.py says why)."""
     from .memory.allocator import restart_under
 
-    restart_under(recipe.engine.allocator)
+    restart_under(recipe.engine.allocator, hard)
 
 
 if __name__ == "__main__":

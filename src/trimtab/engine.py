@@ -1,8 +1,9 @@
 """The engine: TRL's SFTTrainer and transformers' Trainer, each subclassed thinly.
 
 Ours are only: the loss (the objective's), what a checkpoint holds (what the patches own, not the model), that a
-checkpoint appears whole or not at all, that long rows are counted before anything is cut, and that packed rows stay
-rows. Data formats, schedulers, optimisers, trackers, evaluation, data order and distribution are the libraries'.
+checkpoint appears whole or not at all, that long rows are counted before anything is cut, that the longest comes first,
+and that packed rows stay rows. Data formats, schedulers, optimisers, trackers, evaluation and distribution are the
+libraries'.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from . import adapter
 from .contracts import Objective, Stepper, Surgery
 from .data import check_lengths
+from .data_order import longest_first
 from .errors import BadInput, nearest
 from .model import anatomy
 from .model.lean import lean
@@ -98,6 +100,9 @@ class _OurTrainer:
         """Tokens trained on so far, over all processes (each must call this)."""
         count = torch.tensor(self._total_train_tokens, device=self.args.device)
         return int(self.accelerator.reduce(count, "sum")) if self.args.world_size > 1 else int(count)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return longest_first(super()._get_train_sampler(train_dataset), self)
 
     def _get_output_dir(self, trial: Any) -> str:
         return getattr(self, "_partial_dir", None) or super()._get_output_dir(trial)

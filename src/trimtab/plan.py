@@ -59,6 +59,11 @@ class Plan:
         return sum(self.kinds.values()) - self.slow_bytes
 
     @property
+    def start_bytes(self) -> int:
+        """What the process holds when training begins: the weights and the adapter are there by then."""
+        return self.process + self.kinds.get("weights", 0) + self.kinds.get("adapter", 0)
+
+    @property
     def fast_peak_bytes(self) -> int:
         return self.process + self.live_peak_bytes
 
@@ -88,7 +93,7 @@ class Plan:
     def predicted(self) -> dict[str, Any]:
         """The `predicted` part of run.json."""
         return {
-            "fast_peak_bytes": self.fast_peak_bytes, "fast_growth_bytes": self.fast_peak_bytes - self.process,
+            "fast_peak_bytes": self.fast_peak_bytes, "fast_growth_bytes": self.fast_peak_bytes - self.start_bytes,
             "live_peak_bytes": self.live_peak_bytes, "slow_bytes": self.slow_bytes, "phase": self.phase,
             "batch": {"rows": self.rows, "tokens": self.tokens}, "bytes": self.kinds,
         }  # fmt: skip
@@ -183,29 +188,50 @@ def require_fit(made: Plan, recipe: Recipe) -> None:
     if made.fits:
         return
     what, need = ("fast", made.fast_peak_bytes) if made.fast_peak_bytes > made.fast else ("slow", made.slow_bytes)
-    least, said = made.fast_peak_bytes, ""
-    for change, other in _alternatives(recipe, made.rows):
-        if what == "slow":
-            break
-        size_of_batch = other.training_values()["per_device_train_batch_size"]
-        tried = plan(other, rows=size_of_batch, tokens=made.tokens, counted=made.counted, process=made.process)
-        if tried.fits:
-            said = f"It would fit with {change} ({gib(tried.fast_peak_bytes)})"
-            break
-        if tried.fast_peak_bytes < least:
-            least = tried.fast_peak_bytes
-    said = said or (
-        f"The least found is {gib(least)}: allow more, or take a smaller model or max_length"
-        if what == "fast"
-        else "Allow more in the slow tier, or take a smaller model"
-    )
+    if what == "slow":
+        said = "Allow more in the slow tier, or take a smaller model"
+    else:
+        change, least = _first_that_fits(recipe, made, made.fast)
+        said = (
+            f"It would fit with {change} ({gib(least)})"
+            if change
+            else f"The least found is {gib(least)}: allow more, or take a smaller model or max_length"
+        )
     limit = made.fast if what == "fast" else made.budget.slow or 0
     raise DoesNotFit(
         f"{gib(limit)} of the {what} tier for this run", f"it would hold {gib(need)} at its peak ({made.phase})", said
     )
 
 
-def _alternatives(recipe: Recipe, rows: int) -> Iterator[tuple[str, Recipe]]:
+def advice(recipe: Recipe, made: Plan | None, held: int, limit: int | None) -> str:
+    """How to go on with a run that held `held` bytes where `limit` were allowed, as written on the command line.
+
+    What the run held beyond its plan is added to each alternative's. Without a plan or a limit, the first that holds
+    less is named.
+    """
+    change: str | None = next((said for said, _ in _alternatives(recipe)), None)
+    if made is None or limit is None:
+        return f"{change}, which holds less" if change else "a smaller model or max_length in a new run"
+    over = max(0, held - made.fast_peak_bytes)
+    change, least = _first_that_fits(recipe, dataclasses.replace(made, process=made.process + over), limit)
+    if change:
+        return f"{change} ({gib(least)})"
+    return f"a higher budget.fast: {gib(held)} was not enough, and the least found is {gib(least)}"
+
+
+def _first_that_fits(recipe: Recipe, made: Plan, limit: int) -> tuple[str | None, int]:
+    """-> the first change with which the fast tier holds at most `limit`, and how much; None: the least of all."""
+    least = made.fast_peak_bytes
+    for change, other in _alternatives(recipe):
+        rows = min(made.rows, other.training_values()["per_device_train_batch_size"])
+        tried = plan(other, rows=rows, tokens=made.tokens, counted=made.counted, process=made.process)
+        if tried.fast_peak_bytes <= limit and (tried.budget.slow is None or tried.slow_bytes <= tried.budget.slow):
+            return change, tried.fast_peak_bytes
+        least = min(least, tried.fast_peak_bytes)
+    return None, least
+
+
+def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """(how a user writes it, the changed recipe): what holds less, the least slowing first."""
     values = recipe.training_values()
     micro, times = "per_device_train_batch_size", values.get("gradient_accumulation_steps", 1)

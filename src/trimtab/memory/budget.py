@@ -107,6 +107,21 @@ def fast_bytes(device: Any = None) -> int | None:
     return min(total, limit)
 
 
+def room() -> int | None:
+    """Bytes that this machine (or the control group) can still give before the kernel must kill; None: not known."""
+    system = ram()
+    left = [system["MemAvailable"] + system.get("SwapFree", 0)] if "MemAvailable" in system else []
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, held = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        pairs = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = sum(int(size) for name, size in pairs if name in ("inactive_file", "active_file"))  # it can drop them
+        left.append(limit - held + files)
+    except (OSError, ValueError):
+        pass  # no control group, or "max"
+    return min(left, default=None)
+
+
 def slow_bytes(device: Any = None, folder: str | None = None) -> int:
     """What the slow tier has: RAM under a GPU, the disk under RAM."""
     if device is not None and device.type == "cuda":
