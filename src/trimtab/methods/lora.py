@@ -68,7 +68,8 @@ class LoRA(Patch):
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                inject_adapter_in_model(config, model, ADAPTER)
+                empty = next(model.parameters()).device.type == "meta"
+                inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=empty)
             cast_adapter_dtype(model, ADAPTER)  # A and B in fp32
         except (ValueError, TypeError) as error:
             surgery.swaps.undo()
