@@ -212,7 +212,8 @@ def _planned(recipe: Recipe, trainer: Any, meter: Meter, say: Callable[[str], No
 
     Without a budget, a run that the planner does not cover goes on without a prediction.
     """
-    from .plan import plan, require_fit
+    from .plan import plan
+    from .plan_search import require_fit
 
     if trainer.args.world_size > 1:
         if recipe.budget:
