@@ -1,4 +1,4 @@
-"""Train a small model of random weights twice, each time in a fresh process, to see what a process holds beside tensors.
+"""Train a small model of random weights twice, each in a fresh process: what does it hold beside its tensors?
 
 `trimtab doctor` calls it once for a machine (memory/overhead.py says what is kept). The runs are whole ones, through
 the same verb as a user's, under the malloc that this process runs under.

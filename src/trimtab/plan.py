@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInput, DoesNotFit, Untraceable
-from .memory.budget import Budget, fast_bytes, gib, slow_bytes
+from .errors import BadInput, Untraceable
+from .memory.budget import Budget, fast_bytes, gib, ram, slow_bytes
+from .memory.overhead import Overhead
 from .model.quiet import hushed
 from .planned_step import PlannedStep, peaks
 from .recipe import Recipe
@@ -43,11 +44,15 @@ class Plan:
     kinds: dict[str, int]  # kind -> bytes of tensors at the peak (memory/tracer.py)
     phase: str  # where in the step the peak is
     process: int  # interpreter, libraries, data
+    overhead: int  # beside the tensors, from the first step on (memory/overhead.py)
     budget: Budget
     machine: int | None  # what the fast tier has; None where this machine has no such device
     rows: int
     tokens: int
     counted: int | None = None  # tokens of a row that count in the loss, where that is known
+    tokens_per_second: float | None = None  # where the machine's rates are known (memory/rates.py)
+    trained: int = 0  # numbers that are trained
+    disk_bytes_per_step: int = 0  # of the mapped base, read again since memory cannot keep them
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -65,7 +70,7 @@ class Plan:
 
     @property
     def fast_peak_bytes(self) -> int:
-        return self.process + self.live_peak_bytes
+        return self.process + self.overhead + self.live_peak_bytes
 
     @property
     def fits(self) -> bool:
@@ -85,6 +90,8 @@ class Plan:
                 for kind in WHY if self.kinds.get(kind)]  # fmt: skip
         rows.insert(0, {"what": "process", "tier": "fast", "bytes": self.process,
                         "why": "interpreter and libraries"})  # fmt: skip
+        rows.append({"what": "overhead", "tier": "fast", "bytes": self.overhead,
+                     "why": "threads, generated code, and gaps that the malloc leaves between tensors"})  # fmt: skip
         if self.slow_bytes:
             rows.append({"what": "mapped weights", "tier": "slow", "bytes": self.slow_bytes,
                          "why": "the base at its file's precision, mapped from the file"})  # fmt: skip
@@ -94,8 +101,12 @@ class Plan:
         """The `predicted` part of run.json."""
         return {
             "fast_peak_bytes": self.fast_peak_bytes, "fast_growth_bytes": self.fast_peak_bytes - self.start_bytes,
-            "live_peak_bytes": self.live_peak_bytes, "slow_bytes": self.slow_bytes, "phase": self.phase,
+            "process_bytes": self.process, "overhead_bytes": self.overhead,
+            "live_peak_bytes": self.live_peak_bytes, "live_growth_bytes": _growth(self.kinds),
+            "slow_bytes": self.slow_bytes, "phase": self.phase,
             "batch": {"rows": self.rows, "tokens": self.tokens}, "bytes": self.kinds,
+            "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second, 2),
+            "disk_bytes_per_step": self.disk_bytes_per_step,
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +122,9 @@ class Plan:
         for row in self.items:
             yield f"{row['what']:<15} {row['tier']:<5} {gib(row['bytes']):>12}  {row['why']}"
         yield f"{'peak':<15} {'fast':<5} {gib(self.fast_peak_bytes):>12}  {self.phase}"
+        if self.tokens_per_second:
+            yield f"{'speed':<15} {'':<5} {self.tokens_per_second:>8,.0f} t/s  predicted, of rows as long as these"
+        yield f"{'trained':<15} {'':<5} {self.trained:>12,}  numbers"
         yield from self.notes
         fast = "this machine's memory" if self.budget.fast is None else "the budget"
         yield f"{'fits' if self.fits else 'does not fit'}: {gib(self.fast_peak_bytes)} of {gib(self.fast)}, {fast}"
@@ -125,23 +139,27 @@ def plan(
     counted: int | None = None,
     process: int | None = None,
     args: Any = None,
+    rates: Any = None,
 ) -> Plan:
     """Trace the recipe's step. `rows`, `tokens`: the largest batch (default: the recipe's batch size and max_length).
     `counted`: how many tokens of a row count in the loss, at most (default: all).
 
     `process`: anonymous bytes that the process holds beside the tensors (default: what this one holds now). `args`: the
-    training arguments where a trainer has them already (making them anew would take its accelerator from it).
+    training arguments where a trainer has them already (making them anew would take its accelerator from it). `rates`:
+    of a machine (memory/rates.py; default: of this one, where `trimtab doctor` has measured them).
     BadInput for a recipe that cannot be run, and for what the planner does not cover.
     """
     import torch
 
+    from .doctor import known_overhead, known_rates
     from .engine import training_arguments
     from .memory.meter import process_memory
+    from .memory.roofline import Stopwatch
     from .memory.tracer import highest
 
     place, objective = recipe.load_place(), recipe.load_objective()
     if not recipe.patches:
-        raise BadInput("plan", "the recipe has no patch", "Add one under patches")
+        raise BadInput("plan", "the recipe has no patch", "Add one under patches, or let plan_search.search find one")
     device = place.device
     _covered(recipe)
     machine = fast_bytes(device)
@@ -158,102 +176,68 @@ def plan(
             raise BadInput("plan: max_length: none", "rows may then have any length", "Give training: max_length")
         notes.append(f"for rows of {tokens} tokens (max_length); where all rows are shorter, the run holds less")
     rows = rows or args.per_device_train_batch_size
+    beside = Overhead(fixed=0, share=0.0) if device.type == "cuda" else known_overhead()
     if device.type == "cuda":
         notes += CUDA
         process = 0
-    process = process_memory()["anon"] if process is None else process
+    elif not beside.measured:
+        notes.append("what a process holds beside tensors is another machine's: `trimtab doctor` measures this one's")
+    if process is None:
+        process = beside.process or process_memory()["anon"]
+    watch = Stopwatch(rates or known_rates(device.type))
     with torch.random.fork_rng(devices=[]):
         try:
-            found = peaks(recipe, args, rows, tokens, counted)
+            found = peaks(recipe, args, rows, tokens, counted, watch)
         except Untraceable as error:
-            found = _real_step(recipe, args, rows, tokens, counted, error)
+            watch.clocks.clear()
+            found = _real_step(recipe, args, rows, tokens, counted, error, watch)
             notes.append(f"a real step was run, since {error.have}; where the data decide, other data may hold more")
     phase, kinds = highest(found)
+    speed, read = _speed(watch, kinds, args.gradient_accumulation_steps, rows * tokens, notes)
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
-    return Plan(kinds, phase, process, budget, machine, rows, tokens, counted, notes)
+    return Plan(
+        kinds, phase, process, beside.of(_growth(kinds)), budget, machine, rows, tokens, counted, speed, watch.trained,
+        read, notes,
+    )  # fmt: skip
 
 
-def _real_step(recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, why: Untraceable) -> Any:
+def _growth(kinds: dict[str, int]) -> int:
+    """Bytes of the tensors that come with training: all of the fast tier but the weights and the adapter."""
+    return sum(size for kind, size in kinds.items() if kind not in ("mapped weights", "weights", "adapter"))
+
+
+def _real_step(
+    recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, why: Untraceable, watch: Any
+) -> Any:
     """The peaks of two steps with real weights and random ids, for a model that cannot be traced without values."""
     from .model.load import weights_at_hand
 
     if not weights_at_hand(recipe.model):
         raise why
-    return PlannedStep(recipe, args, None, real=True).trace(rows, tokens, counted)
+    step = PlannedStep(recipe, args, None, real=True)
+    watch.trained = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
+    return step.trace(rows, tokens, counted, watch.at(None))
 
 
-def require_fit(made: Plan, recipe: Recipe) -> None:
-    """DoesNotFit with the first change that would fit, if `made` does not."""
-    if made.fits:
-        return
-    what, need = ("fast", made.fast_peak_bytes) if made.fast_peak_bytes > made.fast else ("slow", made.slow_bytes)
-    if what == "slow":
-        said = "Allow more in the slow tier, or take a smaller model"
-    else:
-        change, least = _first_that_fits(recipe, made, made.fast)
-        said = (
-            f"It would fit with {change} ({gib(least)})"
-            if change
-            else f"The least found is {gib(least)}: allow more, or take a smaller model or max_length"
-        )
-    limit = made.fast if what == "fast" else made.budget.slow or 0
-    raise DoesNotFit(
-        f"{gib(limit)} of the {what} tier for this run", f"it would hold {gib(need)} at its peak ({made.phase})", said
-    )
+def _speed(
+    watch: Any, kinds: dict[str, int], micro_batches: int, tokens: int, notes: list[str]
+) -> tuple[float | None, int]:
+    """-> tokens per second (None: rates are not known), bytes read from the disk in a step; what to know in `notes`."""
+    from .memory.roofline import read_again
+    from .memory.tracer import MAPPED, live
 
-
-def advice(recipe: Recipe, made: Plan | None, held: int, limit: int | None) -> str:
-    """How to go on with a run that held `held` bytes where `limit` were allowed, as written on the command line.
-
-    What the run held beyond its plan is added to each alternative's. Without a plan or a limit, the first that holds
-    less is named.
-    """
-    change: str | None = next((said for said, _ in _alternatives(recipe)), None)
-    if made is None or limit is None:
-        return f"{change}, which holds less" if change else "a smaller model or max_length in a new run"
-    over = max(0, held - made.fast_peak_bytes)
-    change, least = _first_that_fits(recipe, dataclasses.replace(made, process=made.process + over), limit)
-    if change:
-        return f"{change} ({gib(least)})"
-    return f"a higher budget.fast: {gib(held)} was not enough, and the least found is {gib(least)}"
-
-
-def _first_that_fits(recipe: Recipe, made: Plan, limit: int) -> tuple[str | None, int]:
-    """-> the first change with which the fast tier holds at most `limit`, and how much; None: the least of all."""
-    least = made.fast_peak_bytes
-    for change, other in _alternatives(recipe):
-        rows = min(made.rows, other.training_values()["per_device_train_batch_size"])
-        tried = plan(other, rows=rows, tokens=made.tokens, counted=made.counted, process=made.process)
-        if tried.fast_peak_bytes <= limit and (tried.budget.slow is None or tried.slow_bytes <= tried.budget.slow):
-            return change, tried.fast_peak_bytes
-        least = min(least, tried.fast_peak_bytes)
-    return None, least
-
-
-def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """(how a user writes it, the changed recipe): what holds less, the least slowing first."""
-    values = recipe.training_values()
-    micro, times = "per_device_train_batch_size", values.get("gradient_accumulation_steps", 1)
-    whole = values[micro]
-
-    def training(**changes: Any) -> tuple[str, Recipe]:
-        said = " ".join(f"training.{key}={str(value).lower()}" for key, value in changes.items())
-        return said, dataclasses.replace(recipe, training={**values, **changes})
-
-    if recipe.engine.lean and recipe.engine.recompute != "ffn":
-        yield (
-            "engine.recompute=ffn",
-            dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, recompute="ffn")),
-        )
-    sizes = [whole // 2**k for k in range(1, whole.bit_length()) if whole % 2**k == 0]
-    for size in sizes:
-        yield training(**{micro: size, "gradient_accumulation_steps": times * (whole // size)})
-    if not values["activation_checkpointing"]:
-        yield training(activation_checkpointing=True)
-        for size in sizes:
-            changes = {micro: size, "gradient_accumulation_steps": times * (whole // size)}
-            yield training(activation_checkpointing=True, **changes)
+    mapped = kinds.get(MAPPED, 0)
+    read = read_again(mapped, ram().get("MemAvailable", mapped + live(kinds)) - live(kinds), micro_batches)
+    seconds = watch.seconds(micro_batches, min(2, micro_batches))
+    if read:
+        notes.append(f"the mapped base exceeds free memory: {gib(read)} are read from the disk in each step")
+    if seconds is None:
+        notes.append("the speed is predicted once `trimtab doctor` has measured this machine")
+        return None, read
+    if read and not watch.rates.disk.get("read"):
+        return None, read
+    return micro_batches * tokens / (seconds + (read / watch.rates.disk["read"] if read else 0.0)), read
 
 
 def _covered(recipe: Recipe) -> None:

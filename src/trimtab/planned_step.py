@@ -10,26 +10,37 @@ import contextlib
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput, Untraceable
 from .recipe import Recipe
 
+if TYPE_CHECKING:
+    from .memory.roofline import Stopwatch
+
 SHALLOW = 2  # the shallow model's blocks; a second, deeper by as many, gives the line on which deeper stacks lie
 
 
-def peaks(recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None) -> Any:
-    """Peaks by phase and kind, of the whole depth; from two shallow models where the kinds of blocks recur."""
+def peaks(
+    recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, watch: Stopwatch | None = None
+) -> Any:
+    """Peaks by phase and kind, of the whole depth; from two shallow models where the kinds of blocks recur.
+
+    `watch` is told the step's seconds on the way (memory/roofline.py).
+    """
+    from .memory.roofline import Stopwatch
     from .memory.tracer import extend
     from .model import anatomy
 
     whole = PlannedStep(recipe, args, None)
     depth, period = len(anatomy.blocks(whole.model)[1]), whole.period()
+    watch = watch or Stopwatch(None)
+    watch.depth, watch.trained = depth, sum(p.numel() for p in whole.model.parameters() if p.requires_grad)
     low = SHALLOW if period == 1 else period + depth % period
     shallow = (low, low + SHALLOW * period)
     if depth <= shallow[1]:
-        return whole.trace(rows, tokens, counted)
-    traces = [PlannedStep(recipe, args, blocks).trace(rows, tokens, counted) for blocks in shallow]
+        return whole.trace(rows, tokens, counted, watch.at(None))
+    traces = [PlannedStep(recipe, args, n).trace(rows, tokens, counted, watch.at(n)) for n in shallow]
     return extend(*traces, shallow, depth)
 
 
@@ -78,7 +89,7 @@ class PlannedStep:
         recurs = (p for p in range(1, depth) if all(looks[i] == looks[i - p] for i in range(p, depth)))
         return math.lcm(next(recurs, depth), every if self.args.activation_checkpointing else 1)
 
-    def trace(self, rows: int, tokens: int, counted: int | None = None) -> Any:
+    def trace(self, rows: int, tokens: int, counted: int | None = None, clock: Any = None) -> Any:
         import torch
 
         from .engine import prepared
@@ -97,7 +108,7 @@ class PlannedStep:
                 model, torch.device("cpu"), functools.partial(self.batch, rows, tokens), self.loss,
                 self.optimizer, self.kind_of, self._evaluation(tokens),
                 micro_batches=min(2, self.args.gradient_accumulation_steps), clip=self.args.max_grad_norm or 0.0,
-                counted=None if counted is None else rows * counted,
+                counted=None if counted is None else rows * counted, clock=clock,
             ), fake=not self.real)  # fmt: skip
         for kinds in peaks.values():
             for tensor in aside:

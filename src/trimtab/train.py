@@ -95,7 +95,8 @@ def _planned(session: Session) -> Plan | None:
 
     Without a budget, a run that the planner does not cover goes on without a prediction.
     """
-    from .plan import plan, require_fit
+    from .plan import plan
+    from .plan_fit import require_fit
 
     recipe = session.recipe
     if session.args.world_size > 1:
@@ -118,7 +119,7 @@ def _planned(session: Session) -> Plan | None:
 
 def _stopped(session: Session, ended: Ended, made: Plan | None, hard: bool) -> Exception:
     """The error that a run ends with which did not come to its end."""
-    from .plan import advice
+    from .plan_fit import advice
 
     output, guard = session.output, session.guard
     at = f"step {ended.step} of {ended.wanted}"

@@ -26,6 +26,7 @@ from ..model import anatomy
 from ..model.lean import biases_apart
 from ..model.quant import is_quantised, quantised_state, rebuild
 from .meter import LiveTensors
+from .roofline import Clock
 
 aten = torch.ops.aten
 Bytes = dict[str, int]  # kind -> bytes
@@ -66,9 +67,9 @@ class Trace(LiveTensors):
     writes into them: then their pages are the process's own.
     """
 
-    def __init__(self, vocabulary: int = 0, counted: int | None = None):
+    def __init__(self, vocabulary: int = 0, counted: int | None = None, clock: Clock | None = None):
         super().__init__()
-        self.vocabulary, self.counted = vocabulary, counted
+        self.vocabulary, self.counted, self.clock = vocabulary, counted, clock
         self.phase, self.kind = "start", ACTIVATIONS
         self.held: Bytes = {}
         self.peaks: Peaks = {}
@@ -76,7 +77,7 @@ class Trace(LiveTensors):
         self._kinds: dict[int, str] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, asked = kwargs or {}, func
         if func in BOUNDS:
             func = functools.partial(BOUNDS[func], self.counted)
         elif func.namespace == "bitsandbytes" and func._opname == "int8_vectorwise_quant":
@@ -84,7 +85,10 @@ class Trace(LiveTensors):
         elif MAPPED in self.held and func._schema.is_mutable:
             self._written(func._schema, args)
         try:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            if self.clock is not None:
+                self.clock.add(self.phase, asked, args, kwargs, out)
+            return out
         except DataDependentOutputException:
             if func is not aten._local_scalar_dense.default:
                 raise
@@ -106,6 +110,8 @@ class Trace(LiveTensors):
 
     def forget_peaks(self) -> None:
         self.peaks, self.heights = {}, {}
+        if self.clock is not None:
+            self.clock.forget()
 
     def _born(self, tensor: Tensor, key: int, size: int) -> None:
         kind = self.kind
@@ -184,6 +190,7 @@ class Step:
     micro_batches: int = 1
     clip: float = 0.0
     counted: int | None = None  # positions of a batch that count in the loss
+    clock: Clock | None = None  # is shown the operations of that step
 
 
 def trace_steps(step: Step, fake: bool = True) -> Peaks:
@@ -196,7 +203,7 @@ def trace_steps(step: Step, fake: bool = True) -> Peaks:
     with FakeTensorMode() if fake else contextlib.nullcontext(), biases_apart() if fake else contextlib.nullcontext():
         if fake:
             empty_like_meta(model, step.device)
-        trace = Trace(model.config.get_text_config().vocab_size, step.counted)
+        trace = Trace(model.config.get_text_config().vocab_size, step.counted, step.clock)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             trace.watch([tensor], kinds[name])
         trace.watch(quantised_state(model), WEIGHTS)
