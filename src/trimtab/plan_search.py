@@ -126,8 +126,8 @@ def search(
     rates: Rates | None = None,
     workers: int = 1,
 ) -> Found:
-    """Plan many recipes like `recipe` and rank them. `workers`: processes; more than one only from a program that may be
-    imported (`if __name__ == "__main__"`), since each begins anew.
+    """Plan many recipes like `recipe` and rank them. `workers`: processes; more than one only from a program that may
+    be imported (`if __name__ == "__main__"`), since each begins anew.
 
     `rates`: of the machine (default: this one's, measured now if they were not before). `tokens`, `process`: as `plan`
     takes them.
