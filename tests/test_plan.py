@@ -17,7 +17,8 @@ from trimtab.errors import BadInput, DoesNotFit, Untraceable
 from trimtab.memory import tracer
 from trimtab.memory.meter import LiveTensors
 from trimtab.model.quant import quantised_state
-from trimtab.plan import _arguments_class, plan, require_fit
+from trimtab.plan import _arguments_class, plan
+from trimtab.plan_search import require_fit
 from trimtab.planned_step import PlannedStep
 from trimtab.recipe import Recipe
 
