@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input, 3 does not fit, 4 stopped by the guard with a c
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
@@ -98,7 +99,7 @@ def _search(recipe: Any, as_json: bool, write: str | None, overwrite: bool) -> N
 
     if write:
         plan_search.check_free(Path(write), overwrite)  # before the work
-    found = plan_search.search(recipe)
+    found = plan_search.search(recipe, workers=min(2, os.cpu_count() or 1))
     print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
     found.require_fit()
     if write:

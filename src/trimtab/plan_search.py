@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from .runs import write_text
 
 PRECISIONS = ("bf16", "fp32", "nf4", "int8")
 SMALL_CHUNK = 32  # positions; the loss's own choice is 128 or more
-MOST, MOST_CHUNKS = 56, 12  # combinations that are traced, and of these again with the small chunk
+MOST, MOST_CHUNKS = 44, 6  # combinations that are traced, and of these again with the small chunk
 ALIKE = 1.05  # speeds closer than this count as equal, and the more that is trained decides
 MICRO, TIMES, CHECKPOINTING = "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing"
 
@@ -125,9 +124,10 @@ def search(
     tokens: int | None = None,
     process: int | None = None,
     rates: Rates | None = None,
-    workers: int | None = None,
+    workers: int = 1,
 ) -> Found:
-    """Plan many recipes like `recipe` and rank them. `workers`: processes (default: two, where there are two cores).
+    """Plan many recipes like `recipe` and rank them. `workers`: processes; more than one only from a program that may
+    be imported (`if __name__ == "__main__"`), since each begins anew.
 
     `rates`: of the machine (default: this one's, measured now if they were not before). `tokens`, `process`: as `plan`
     takes them.
@@ -258,16 +258,11 @@ class _Work:
     tokens: int | None
     process: int
 
-    def all(self, candidates: list[Candidate], workers: int | None = None) -> list[Candidate]:
-        import torch
-
-        workers = workers or min(2, os.cpu_count() or 1)
-        # a fork of a process that has used CUDA cannot use autograd
-        can_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
-        if workers == 1 or len(candidates) < 4 or not can_fork:
+    def all(self, candidates: list[Candidate], workers: int) -> list[Candidate]:
+        if workers == 1 or len(candidates) < 4:
             return [self.one(candidate) for candidate in candidates]
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        context = multiprocessing.get_context("spawn")  # a fork of a process whose torch has threads may hang
+        with ProcessPoolExecutor(workers, context) as pool:
             return list(pool.map(self.one, candidates))
 
     def one(self, candidate: Candidate) -> Candidate:
