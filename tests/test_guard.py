@@ -201,7 +201,9 @@ def test_which_errors_say_that_memory_ran_out():
     assert ran_out(raised(ValueError("x"), MemoryError()))
     primitive = RuntimeError("could not create a primitive")
     assert ran_out(primitive, hard=True) and not ran_out(primitive)
-    assert not ran_out(RuntimeError("shape"), hard=True) and not ran_out(OSError(errno.ENOSPC, "x")) and not ran_out(None)
+    assert (
+        not ran_out(RuntimeError("shape"), hard=True) and not ran_out(OSError(errno.ENOSPC, "x")) and not ran_out(None)
+    )
 
 
 # --- the longest row first -------------------------------------------------------------------------------------------

@@ -154,6 +154,8 @@ def _record(session: Session, began: float) -> dict[str, Any]:
         "measured": {
             **session.meter.result(),
             "live_peak_bytes": steps.live_peak,
+            "phase": steps.live_phase,
+            "bytes": steps.live_bytes,
             "mapped_weight_bytes": steps.live_mapped,
             "tokens_per_second": round(steps.tokens_per_second / (share or 1.0), 2),
             "seconds_to_first_step": round((steps.first_step_at or time.monotonic()) - began, 2),

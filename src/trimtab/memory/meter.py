@@ -82,6 +82,7 @@ class Meter:
         self.baseline = self.peak = self.now = {"anon": 0, "file": 0}
         self.watchers: list[Callable[[Sample], None]] = []
         self.workers = False
+        self.parts: dict[str, int] = {}  # kind -> bytes that stay from step to step, once they are known
         self.total = fast_bytes(self.device)  # what the machine has of the fast tier
         self.phase = "start"
         self._stop = threading.Event()
@@ -149,6 +150,7 @@ class Meter:
         ):  # the file holds twice a second, the peak every sample
             self._last_written = seconds
             row: dict[str, Any] = {"seconds": round(seconds, 2), "phase": self.phase, **now}
+            row |= {"parts": self.parts} if self.parts else {}
             if self.device:
                 row["allocated"] = torch.cuda.memory_allocated(self.device)
             try:
@@ -204,7 +206,7 @@ class LiveTensors(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen or not size:
             return
-        if maps and any(low <= storage.data_ptr() < high for low, high in maps):
+        if maps and is_mapped(tensor, maps):
             self.mapped += size
             size = 0
         self._born(tensor, key, size)
@@ -220,6 +222,12 @@ class LiveTensors(TorchDispatchMode):
 
     def _died(self, key: int, size: int) -> None:
         self.live -= size
+
+
+def is_mapped(tensor: torch.Tensor, maps: list[tuple[int, int]]) -> bool:
+    """Whether the content lies in a file: `maps` is what `file_ranges` found."""
+    start = tensor.untyped_storage().data_ptr()
+    return any(low <= start < high for low, high in maps)
 
 
 def file_ranges() -> list[tuple[int, int]]:

@@ -11,8 +11,9 @@ linear in the depth, so that a deep model follows from two shallow ones, while t
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from ..errors import BadInput, TrimtabError
 from ..model import anatomy
 from ..model.lean import biases_apart
-from .meter import LiveTensors
+from .meter import LiveTensors, file_ranges, is_mapped
 
 aten = torch.ops.aten
 Bytes = dict[str, int]  # kind -> bytes
@@ -54,9 +55,10 @@ class Trace(LiveTensors):
     writes into them: then their pages are the process's own.
     """
 
-    def __init__(self, vocabulary: int = 0, counted: int | None = None):
+    def __init__(self, vocabulary: int = 0, counted: int | None = None, bounds: dict | None = None):
         super().__init__()
         self.vocabulary, self.counted = vocabulary, counted
+        self.bounds = BOUNDS if bounds is None else bounds
         self.phase, self.kind = "start", ACTIVATIONS
         self.held: Bytes = {}
         self.peaks: Peaks = {}
@@ -65,8 +67,8 @@ class Trace(LiveTensors):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in BOUNDS:
-            func = functools.partial(BOUNDS[func], self.counted)
+        if func in self.bounds:
+            func = functools.partial(self.bounds[func], self.counted)
         elif MAPPED in self.held and func._schema.is_mutable:
             self._written(func._schema, args)
         try:
@@ -84,7 +86,8 @@ class Trace(LiveTensors):
         self.kind = before
 
     def relabel(self, tensor: Tensor, kind: str) -> None:
-        self._move(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes(), kind)
+        if tensor.untyped_storage()._cdata in self._kinds:
+            self._move(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes(), kind)
 
     def enter(self, phase: str, kind: str | None = None) -> None:
         self.phase, self.kind = phase, kind or self.kind
@@ -132,6 +135,45 @@ class Trace(LiveTensors):
                     storage = tensor.untyped_storage()
                     if self._kinds.get(storage._cdata) == MAPPED:
                         self._move(storage._cdata, storage.nbytes(), WEIGHTS)
+
+
+@contextlib.contextmanager
+def metered(trainer: Any, model: nn.Module, own: Iterable[Tensor], optimizer: Any) -> Iterator[Trace]:
+    """Within it, a real step of `trainer` is counted as the planner counts a fake one: by kind, phase by phase.
+
+    `own`: the tensors of the patches. What a mapped file holds is in `MAPPED`.
+    """
+    maps = file_ranges()
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+    trace = Trace(vocabulary, bounds={})  # values are there: nothing has to be bounded
+    adapters = {t.untyped_storage()._cdata for t in own}
+    for tensor in (*model.parameters(), *model.buffers()):
+        mapped = is_mapped(tensor, maps)
+        ours = tensor.untyped_storage()._cdata in adapters or tensor.requires_grad
+        trace.watch([tensor], MAPPED if mapped else ADAPTER if ours else WEIGHTS)
+        if tensor.grad is not None:
+            trace.watch([tensor.grad], GRADIENTS)
+    trace.watch(own, ADAPTER)
+    trace.watch([t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)], OPTIMISER)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(lambda p: trace.relabel(p.grad, GRADIENTS)) for p in trained]
+    handles += _mark_phases(model, trace)
+    loss = trainer.compute_loss
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        trace.enter("embedding", ACTIVATIONS)
+        value = loss(*args, **kwargs)
+        trace.enter("backward of the head", TEMPORARIES)
+        return value
+
+    trainer.compute_loss = marked
+    try:
+        with trace:
+            yield trace
+    finally:
+        del trainer.compute_loss
+        for handle in handles:
+            handle.remove()
 
 
 def empty_like_meta(model: nn.Module, device: torch.device) -> None:
