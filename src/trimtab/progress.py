@@ -111,9 +111,8 @@ class Steps(TrainerCallback):
         self.end_live()
         tokens = self.trainer._total_train_tokens - self._counted
         self._counted += tokens
-        if (
-            not was_metered and state.global_step > self.first + 1
-        ):  # the first and the metered step are no measure of speed
+        # the first and the metered step are no measure of speed
+        if not was_metered and state.global_step > self.first + 1:
             self.seconds.append(time.monotonic() - self._began)
             self.tokens.append(tokens)
 

@@ -69,6 +69,7 @@ def train(
             "recipe": recipe.hash, "finished": now(), "output": str(output),
             "trainable_parameters": trainable, "adapter_numbers": total, "mean_loss": ended.mean_loss,
             **_record(session, began), "predicted": made.predicted() if made else {},
+            "budget": dataclasses.asdict(made.budget) if made else {},
             "processes": session.args.world_size, "machine": machine(), "versions": versions(),
         }  # fmt: skip
         if session.main:

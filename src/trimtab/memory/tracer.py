@@ -138,7 +138,7 @@ class Trace(LiveTensors):
 
 
 @contextlib.contextmanager
-def metered(trainer: Any, model: nn.Module, own: Iterable[Tensor], optimizer: Any) -> Iterator[Trace]:
+def metered(trainer: Any, model: Any, own: Iterable[Tensor], optimizer: Any) -> Iterator[Trace]:
     """Within it, a real step of `trainer` is counted as the planner counts a fake one: by kind, phase by phase.
 
     `own`: the tensors of the patches. What a mapped file holds is in `MAPPED`.
