@@ -25,6 +25,7 @@ p { margin: .3rem 0; } .quiet { color: var(--quiet); }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; min-width: 0; }
 .card h3 { margin-top: 0; } .figure { width: 100%; min-height: 320px; }
+.wide + .grid { margin-top: 1rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
          overflow-wrap: anywhere; }
@@ -167,10 +168,15 @@ def _facts(runs: list[Any]) -> str:
 
     def model(run: Any) -> str:
         precision = at(run.recipe, "model", "precision")
+        precision = None if precision == "auto" else precision
         return f"{at(run.recipe, 'model', 'name') or ''}{f', {precision}' if precision else ''}"
 
+    def data(run: Any) -> str:
+        files = at(run.recipe, "data", "train")
+        return ", ".join(str(name).rpartition("/")[2] for name in (files if isinstance(files, list) else [files or ""]))
+
     facts: list[tuple[str, Any]] = [
-        ("model", model), ("patches", patches), ("data", lambda run: at(run.recipe, "data", "train") or ""),
+        ("model", model), ("patches", patches), ("data", data),
         ("trained numbers", figure("{:,}", "trainable_parameters")), ("steps", figure("{:,}", "steps")),
         ("tokens", figure("{:,}", "tokens")), ("final loss", figure("{:.4f}", "final_loss")),
         ("tokens/s", figure("{:,.1f}", "measured", "tokens_per_second")),

@@ -108,10 +108,11 @@ class Meter:
             self._stop.set()
             self._thread.join()
             self._thread = None
+            self._last_written = -1.0
             self.sample()
 
     def mark(self, phase: str) -> None:
-        self.phase = phase
+        self.phase, self._last_written = phase, -1.0
 
     def _run(self) -> None:
         while not self._stop.wait(self.seconds):
