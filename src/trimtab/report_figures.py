@@ -9,7 +9,7 @@ GIB = 2**30
 # in the order in which they are stacked; names as in a plan
 KINDS = ("process", "weights", "adapter", "gradients", "optimiser", "activations", "logits", "temporaries",
          "mapped weights")  # fmt: skip
-REST = "activations, gradients and the rest"
+REST = "the step"
 COLOURS = {  # told apart also by those who see few colours; readable on white and on near-black
     "process": "#8c96a3", "weights": "#4477aa", "adapter": "#228833", "gradients": "#ccbb44", "optimiser": "#aa3377",
     "activations": "#ee6677", REST: "#ee6677", "logits": "#f79646", "temporaries": "#66ccee",
@@ -105,14 +105,15 @@ def timeline(run: Any, limit: float | None) -> dict[str, Any] | None:
         for kind, sizes in stacked.items() if any(sizes)
     ]  # fmt: skip
     figure = _figure(traces, "seconds", "GiB of the fast tier")
+    figure["layout"]["height"] = 360
     if limit:
         figure["layout"]["shapes"] = [
             {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit / GIB, "y1": limit / GIB,
-             "line": {"color": "#cc3311", "width": 2, "dash": "dash"}}
+             "line": {"width": 2, "dash": "dash"}}
         ]  # fmt: skip
         figure["layout"]["annotations"] = [
             {"xref": "paper", "x": 1, "xanchor": "right", "y": limit / GIB, "yanchor": "bottom", "showarrow": False,
-             "text": f"budget {limit / GIB:.2f} GiB", "font": {"color": "#cc3311"}}
+             "text": f"budget {limit / GIB:.2f} GiB"}
         ]  # fmt: skip
         top = max(limit, *(float(row["anon"]) for row in run.memory)) / GIB
         figure["layout"]["yaxis"]["range"] = [0, top * 1.12]
@@ -127,7 +128,8 @@ def kinds(run: Any) -> list[tuple[str, float | None, float | None]]:
         pair = number(at(planned, kind)), number(at(held, kind))
         if any(pair):
             rows.append((kind, *pair))
-    return rows
+    least = max((size or 0 for _, *pair in rows for size in pair), default=0) / 10_000  # what no one could see
+    return [row for row in rows if max(size or 0 for size in row[1:]) > least]
 
 
 def bars(run: Any) -> dict[str, Any] | None:

@@ -25,13 +25,13 @@ p { margin: .3rem 0; } .quiet { color: var(--quiet); }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; min-width: 0; }
 .card h3 { margin-top: 0; } .figure { width: 100%; min-height: 320px; }
-.wide + .grid { margin-top: 1rem; }
+.wide + .grid, .wide + .wide { margin-top: 1rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
          overflow-wrap: anywhere; }
 th { font-weight: 600; } tbody th { color: var(--quiet); font-weight: 400; white-space: nowrap; }
 td.n, th.n { text-align: right; white-space: nowrap; } .right { color: var(--good); } .wrong { color: var(--bad); }
-table.answers td { min-width: 8rem; }
+table.answers td, table.facts td { min-width: 8rem; } tbody th { min-width: 6rem; overflow-wrap: normal; }
 details { margin: .6rem 0; } summary { cursor: pointer; } pre { overflow-x: auto; font-size: .85rem; margin: .4rem 0; }
 @media (max-width: 600px) { body { padding: .8rem; font-size: 15px; } tbody th { white-space: normal; } }
 """
@@ -45,6 +45,8 @@ function axis(given) {
 }
 function draw() {
   for (const [id, figure] of Object.entries(figures)) {
+    for (const line of figure.layout.shapes || []) line.line.color = colour("--bad");
+    for (const note of figure.layout.annotations || []) note.font = { color: colour("--bad") };
     const layout = Object.assign({ height: 320 }, figure.layout, {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
       font: { color: colour("--text"), family: "system-ui, 'DejaVu Sans', sans-serif", size: 12 },
@@ -90,7 +92,8 @@ def page(runs: list[Any]) -> str:
         _section("Memory over time", '<div class="grid">' + "".join(
             figure(timeline(run, _budget(run)), run.name, "There is no timeline.") for run in runs) + "</div>"
             '<p class="quiet">Anonymous memory of the process, twice a second. From the second step on the parts that '
-            "stay are known: what the process held before, the trained numbers and the optimiser's state.</p>"),
+            "stay are known: what the process held before, the weights that are copies, the adapter and the optimiser's "
+            "state. The step: activations, gradients, and what else comes and goes.</p>"),
         _section("Predicted and measured", _totals(runs) + '<div class="grid">' + "".join(
             figure(bars(run), run.name, "Nothing was predicted or measured by kind.") + _kind_table(run)
             for run in runs) + "</div>"),
@@ -193,7 +196,7 @@ def _facts(runs: list[Any]) -> str:
         cells = [str(of(run)) for run in runs]
         if any(cells):
             rows.append([escape(name), *(escape(cell) or "–" for cell in cells)])
-    return _table(["", *(run.name for run in runs)], rows)
+    return _table(["", *(run.name for run in runs)], rows, kind="facts")
 
 
 def _totals(runs: list[Any]) -> str:
