@@ -92,8 +92,8 @@ def page(runs: list[Any]) -> str:
         _section("Memory over time", '<div class="grid">' + "".join(
             figure(timeline(run, _budget(run)), run.name, "There is no timeline.") for run in runs) + "</div>"
             '<p class="quiet">Anonymous memory of the process, twice a second. From the second step on the parts that '
-            "stay are known: what the process held before, the weights that are copies, the adapter and the optimiser's "
-            "state. The step: activations, gradients, and what else comes and goes.</p>"),
+            "stay are known: what the process held before, the weights that are copies, the adapter and the state of "
+            "the optimiser. The step: activations, gradients, and what else comes and goes.</p>"),
         _section("Predicted and measured", _totals(runs) + '<div class="grid">' + "".join(
             figure(bars(run), run.name, "Nothing was predicted or measured by kind.") + _kind_table(run)
             for run in runs) + "</div>"),
