@@ -231,8 +231,8 @@ def test_the_longest_row_comes_first_and_every_row_once(world, tmp_path, monkeyp
     theirs = widths({**keys, "output": str(tmp_path / "theirs")}, monkeypatch)
     flat = [[n for batch in order for n in batch] for order in (ours, theirs)]
     assert max(ours[0]) == max(flat[0]) and flat[0][15:] == flat[1][15:] and len(flat[0]) == 30
-    moved = sum(a != b for a, b in zip(*flat, strict=True))
-    assert moved == (0 if max(theirs[0]) == max(flat[1]) else 2)
+    assert max(ours[1]) == max(n for batch in ours[1:8] for n in batch), "the second step has the optimiser's state too"
+    assert sum(a != b for a, b in zip(*flat, strict=True)) <= 4
     assert sorted(flat[0][:15]) == sorted(flat[1][:15])
 
 
@@ -263,6 +263,9 @@ def test_the_order_stays_a_permutation(processes, batch):
     firsts = [lengths[found[rank * batch : (rank + 1) * batch]] for rank in range(processes) if rank * batch < 20]
     assert firsts[0].max() == lengths.max()
     assert min(part.max() for part in firsts) >= sorted(lengths)[-len(firsts)]
+    if 2 * processes * batch < 20:
+        second = found[processes * batch : (processes + 1) * batch]
+        assert lengths[second].max() == lengths[found[processes * batch :]].max()
     order.set_epoch(0)
     assert list(order) == found
     order.set_epoch(1)

@@ -181,6 +181,23 @@ def export(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN [RUN2 ...]", help="Folders of runs.")],
+    out: Annotated[str | None, typer.Option("--out", help="The file to write (default: RUN/report.html).")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """One page, in one file, about what runs were, held, learned and answered."""
+    from .report import report as run
+
+    written = run(runs, out)
+    print(written)
+    if open_:
+        import webbrowser
+
+        webbrowser.open(written.resolve().as_uri())
+
+
+@app.command()
 def doctor(
     as_json: AsJson = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,

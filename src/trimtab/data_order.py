@@ -1,7 +1,8 @@
-"""The order of the rows: the longest one comes in the first step, so that a run which cannot hold it ends at once.
+"""The order of the rows: the longest come in the first two steps, so that a run which cannot hold them ends at once.
 
-Otherwise the order is the library's own: the same rows in the same places, each once per epoch. Only the first epoch
-has two rows exchanged (one pair per process), and none where the first batch holds a longest row already.
+In two steps, since the optimiser's state is there only from the second one on. Otherwise the order is the library's
+own, each row once per epoch. Only the first epoch has rows exchanged (per process one pair for each of the two steps),
+and none where the batch holds a longest row already.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ def row_lengths(dataset: Any) -> numpy.ndarray:
 
 
 class LongestFirst(Sampler):
-    """`inner`'s order, but for the first epoch's first batches of `batch` rows: each of `processes` gets a long row."""
+    """`inner`'s order, but that in the first epoch's first two steps each of `processes` begins with a long row.
 
-    def __init__(self, inner: Any, lengths: numpy.ndarray, batch: int, processes: int = 1):
-        self.inner, self.lengths, self.batch, self.processes = inner, lengths, batch, processes
+    `batch`: the rows of a micro-batch; `times`: how many of them a step accumulates.
+    """
+
+    def __init__(self, inner: Any, lengths: numpy.ndarray, batch: int, processes: int = 1, times: int = 1):
+        self.inner, self.lengths, self.batch = inner, lengths, batch
+        self.starts = [(step * times * processes + rank) * batch for step in range(2) for rank in range(processes)]
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -38,7 +43,7 @@ class LongestFirst(Sampler):
             yield from self.inner
             return
         order = list(self.inner)
-        for start in range(0, min(self.processes * self.batch, len(order)), self.batch):
+        for start in (at for at in self.starts if at < len(order)):
             rest = self.lengths[order[start:]]
             longest = int(rest.argmax())  # the first of equal ones
             if longest >= self.batch:
@@ -57,4 +62,6 @@ def longest_first(sampler: Any, trainer: Any) -> Any:
         return sampler
     # what accelerate would have put in the sampler's place
     shuffled = SeedableRandomSampler(dataset, data_seed=trainer.accelerator.dataloader_config.data_seed)
-    return LongestFirst(shuffled, row_lengths(dataset), trainer.args.train_batch_size, trainer.args.world_size)
+    args = trainer.args
+    times = args.gradient_accumulation_steps
+    return LongestFirst(shuffled, row_lengths(dataset), args.train_batch_size, args.world_size, times)

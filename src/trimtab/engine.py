@@ -1,9 +1,8 @@
 """The engine: TRL's SFTTrainer and transformers' Trainer, each subclassed thinly.
 
 Ours are only: the loss (the objective's), what a checkpoint holds (what the patches own, not the model), that a
-checkpoint appears whole or not at all, that long rows are counted before anything is cut, that the longest comes first,
-and that packed rows stay rows. Data formats, schedulers, optimisers, trackers, evaluation and distribution are the
-libraries'.
+checkpoint appears whole or not at all, that long rows are counted before anything is cut, that the longest come first,
+and that packed rows stay rows. Formats, schedulers, optimisers, trackers, evaluation, distribution are the libraries'.
 """
 
 from __future__ import annotations

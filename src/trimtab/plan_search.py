@@ -273,6 +273,3 @@ class _Work:
         if not made.trained:
             return dataclasses.replace(candidate, refused="it trains nothing by itself")
         return dataclasses.replace(candidate, plan=made)
-
-
-# --- a run that does not fit -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -21,8 +22,8 @@ from transformers import TrainerCallback
 
 from .contracts import Surgery
 from .memory.guard import Guard
-from .memory.meter import GIB, LiveTensors, Meter
-from .model.quant import quantised_state
+from .memory.meter import GIB, Meter
+from .memory.tracer import ADAPTER, MAPPED, OPTIMISER, WEIGHTS, Trace, highest, live, metered
 from .runs import write_text
 
 Say = Callable[[str], None]
@@ -36,7 +37,7 @@ def speaker(quiet: bool = False) -> Say:
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON line per log: step, loss, learning rate, tokens.
+    """One JSON line per log: step, seconds since training began (or went on), loss, learning rate, tokens.
 
     A resumed run first drops lines past its checkpoint, and the summary of the part before.
     """
@@ -45,13 +46,15 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= state.global_step and '"train_runtime"' not in line]
         if len(kept) < len(lines):
             write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        row = {"step": state.global_step, **{key: value for key, value in (logs or {}).items()}}
+        seconds = round(time.monotonic() - self.began, 2)
+        row = {"step": state.global_step, "seconds": seconds, **{key: value for key, value in (logs or {}).items()}}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -70,8 +73,10 @@ class Steps(TrainerCallback):
         self.surgeries, self.meter, self.model = surgeries, meter, model
         self.seconds: list[float] = []
         self.tokens: list[int] = []
-        self.live: LiveTensors | None = None
+        self.trace: Trace | None = None  # while a step is metered
+        self._metering = contextlib.ExitStack()
         self.live_peak = self.live_mapped = 0
+        self.live_phase, self.live_bytes = "", {}  # where in the step the peak was, and what was held then, by kind
         self.trainer: Any = None
         self.first = 0
         self._counted = 0
@@ -88,15 +93,10 @@ class Steps(TrainerCallback):
         for surgery in self.surgeries:
             surgery.before_step(state.global_step)
         if state.global_step == self.first + 1:  # the second step: optimiser state is there, warm-up is over
-            held = [*self.model.parameters(), *self.model.buffers(), *quantised_state(self.model)]
-            held += [
-                t
-                for s in (optimizer.state.values() if optimizer else ())
-                for t in s.values()
-                if hasattr(t, "untyped_storage")
-            ]
-            self.live = LiveTensors(held)
-            self.live.__enter__()
+            own = [t for surgery in self.surgeries for t in surgery.own_tensors().values()]
+            inner = getattr(optimizer, "optimizer", optimizer)
+            self.trace = self._metering.enter_context(metered(self.trainer, self.model, own, inner))
+            self.live_mapped = self.trace.held.get(MAPPED, 0)
         if self.first_step_at is None:
             self.first_step_at = time.monotonic()
         self._began = time.monotonic()
@@ -107,18 +107,31 @@ class Steps(TrainerCallback):
             surgery.after_step(state.global_step, inner)
 
     def on_step_end(self, args, state, control, **kwargs):
-        metered = self.live is not None
+        was_metered = self.trace is not None
         self.end_live()
         tokens = self.trainer._total_train_tokens - self._counted
         self._counted += tokens
-        if not metered and state.global_step > self.first + 1:  # the first and the metered step are no measure of speed
+        # the first and the metered step are no measure of speed
+        if not was_metered and state.global_step > self.first + 1:
             self.seconds.append(time.monotonic() - self._began)
             self.tokens.append(tokens)
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trace:
+            self.trace.enter("optimiser", OPTIMISER)
+
     def end_live(self) -> None:
-        if self.live is not None:
-            self.live.__exit__(None, None, None)
-            self.live_peak, self.live_mapped, self.live = self.live.peak_bytes, self.live.mapped, None
+        if self.trace is None:
+            return
+        self._metering.close()
+        if self.trace.peaks:
+            self.live_phase, held = highest(self.trace.peaks)
+            self.live_bytes = {kind: size for kind, size in held.items() if size}
+            self.live_peak = live(held)
+            stays = {kind: held.get(kind, 0) for kind in (WEIGHTS, ADAPTER, OPTIMISER)}
+            process = max(0, self.meter.baseline["anon"] - stays[WEIGHTS])
+            self.meter.parts = {"process": process, **stays}
+        self.trace = None
 
     @property
     def tokens_per_second(self) -> float:

@@ -14,7 +14,8 @@ from typing import Any
 from .errors import BadInput
 from .recipe import Recipe
 
-PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html")
+PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html",
+         "eval.json")  # fmt: skip
 STATE = "trainer_state.json"
 PARTIAL, OLD = ".checkpoint.partial", ".checkpoint.old"  # a checkpoint being written, and one being thrown away
 

@@ -69,6 +69,7 @@ def train(
             "recipe": recipe.hash, "finished": now(), "output": str(output),
             "trainable_parameters": trainable, "adapter_numbers": total, "mean_loss": ended.mean_loss,
             **_record(session, began), "predicted": made.predicted() if made else {},
+            "budget": dataclasses.asdict(made.budget) if made else {},
             "processes": session.args.world_size, "machine": machine(), "versions": versions(),
         }  # fmt: skip
         if session.main:
@@ -155,6 +156,8 @@ def _record(session: Session, began: float) -> dict[str, Any]:
         "measured": {
             **session.meter.result(),
             "live_peak_bytes": steps.live_peak,
+            "phase": steps.live_phase,
+            "bytes": steps.live_bytes,
             "mapped_weight_bytes": steps.live_mapped,
             "tokens_per_second": round(steps.tokens_per_second / (share or 1.0), 2),
             "seconds_to_first_step": round((steps.first_step_at or time.monotonic()) - began, 2),

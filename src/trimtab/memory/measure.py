@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import mmap
 import os
 import statistics
@@ -93,7 +92,7 @@ def _one_round(device: torch.device) -> tuple[dict, dict, dict]:
 
 
 def _shapes() -> Iterator[tuple[int, int, int]]:
-    return (shape for shape in itertools.product(AXIS, repeat=3) if math.prod(shape) <= MOST)
+    return ((m, k, n) for m, k, n in itertools.product(AXIS, AXIS, AXIS) if m * k * n <= MOST)
 
 
 def _product(shape: tuple[int, int, int], layout: str, dtype: torch.dtype, device: torch.device) -> float:
@@ -180,7 +179,8 @@ def _overhead(rates: Rates, device: torch.device) -> float:
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
                          num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        model = LlamaForCausalLM(config).to(device).train()
+        model: torch.nn.Module = LlamaForCausalLM(config)
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.ones(2, 8, dtype=torch.int64, device=device)
 

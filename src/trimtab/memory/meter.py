@@ -82,6 +82,7 @@ class Meter:
         self.baseline = self.peak = self.now = {"anon": 0, "file": 0}
         self.watchers: list[Callable[[Sample], None]] = []
         self.workers = False
+        self.parts: dict[str, int] = {}  # kind -> bytes that stay from step to step, once they are known
         self.total = fast_bytes(self.device) or 0  # what the machine has of the fast tier
         self.phase = "start"
         self._stop = threading.Event()
@@ -107,6 +108,7 @@ class Meter:
             self._stop.set()
             self._thread.join()
             self._thread = None
+            self._last_written = -1.0
             self.sample()
 
     def rebase(self) -> int:
@@ -116,7 +118,7 @@ class Meter:
         return self.baseline["anon"]
 
     def mark(self, phase: str) -> None:
-        self.phase = phase
+        self.phase, self._last_written = phase, -1.0
 
     def _run(self) -> None:
         while not self._stop.wait(self.seconds):
@@ -155,6 +157,7 @@ class Meter:
         ):  # the file holds twice a second, the peak every sample
             self._last_written = seconds
             row: dict[str, Any] = {"seconds": round(seconds, 2), "phase": self.phase, **now}
+            row |= {"parts": self.parts} if self.parts else {}
             if self.device:
                 row["allocated"] = torch.cuda.memory_allocated(self.device)
             try:
@@ -210,7 +213,7 @@ class LiveTensors(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen or not size:
             return
-        if maps and any(low <= storage.data_ptr() < high for low, high in maps):
+        if maps and is_mapped(tensor, maps):
             self.mapped += size
             size = 0
         self._born(tensor, key, size)
@@ -226,6 +229,12 @@ class LiveTensors(TorchDispatchMode):
 
     def _died(self, key: int, size: int) -> None:
         self.live -= size
+
+
+def is_mapped(tensor: torch.Tensor, maps: list[tuple[int, int]]) -> bool:
+    """Whether the content lies in a file: `maps` is what `file_ranges` found."""
+    start = tensor.untyped_storage().data_ptr()
+    return any(low <= start < high for low, high in maps)
 
 
 def file_ranges() -> list[tuple[int, int]]:

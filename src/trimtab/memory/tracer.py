@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..errors import TrimtabError, Untraceable
 from ..model import anatomy
 from ..model.lean import biases_apart
 from ..model.quant import is_quantised, quantised_state, rebuild
-from .meter import LiveTensors
+from .meter import LiveTensors, file_ranges, is_mapped
 from .roofline import Clock
 
 aten = torch.ops.aten
@@ -67,9 +67,9 @@ class Trace(LiveTensors):
     writes into them: then their pages are the process's own.
     """
 
-    def __init__(self, vocabulary: int = 0, counted: int | None = None, clock: Clock | None = None):
+    def __init__(self, vocabulary: int = 0, counted: int | None = None, clock: Clock | None = None, fake: bool = True):
         super().__init__()
-        self.vocabulary, self.counted, self.clock = vocabulary, counted, clock
+        self.vocabulary, self.counted, self.clock, self.fake = vocabulary, counted, clock, fake
         self.phase, self.kind = "start", ACTIVATIONS
         self.held: Bytes = {}
         self.peaks: Peaks = {}
@@ -78,9 +78,9 @@ class Trace(LiveTensors):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, asked = kwargs or {}, func
-        if func in BOUNDS:
+        if self.fake and func in BOUNDS:
             func = functools.partial(BOUNDS[func], self.counted)
-        elif func.namespace == "bitsandbytes" and func._opname == "int8_vectorwise_quant":
+        elif self.fake and func.namespace == "bitsandbytes" and func._opname == "int8_vectorwise_quant":
             func = functools.partial(_int8, self.counted)
         elif MAPPED in self.held and func._schema.is_mutable:
             self._written(func._schema, args)
@@ -102,7 +102,8 @@ class Trace(LiveTensors):
         self.kind = before
 
     def relabel(self, tensor: Tensor, kind: str) -> None:
-        self._move(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes(), kind)
+        if tensor.untyped_storage()._cdata in self._kinds:
+            self._move(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes(), kind)
 
     def enter(self, phase: str, kind: str | None = None) -> None:
         self.phase, self.kind = phase, kind or self.kind
@@ -154,6 +155,46 @@ class Trace(LiveTensors):
                         self._move(storage._cdata, storage.nbytes(), WEIGHTS)
 
 
+@contextlib.contextmanager
+def metered(trainer: Any, model: Any, own: Iterable[Tensor], optimizer: Any) -> Iterator[Trace]:
+    """Within it, a real step of `trainer` is counted as the planner counts a fake one: by kind, phase by phase.
+
+    `own`: the tensors of the patches. What a mapped file holds is in `MAPPED`.
+    """
+    maps = file_ranges()
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+    trace = Trace(vocabulary, fake=False)
+    adapters = {t.untyped_storage()._cdata for t in own}
+    for tensor in (*model.parameters(), *model.buffers()):
+        mapped = is_mapped(tensor, maps)
+        ours = tensor.untyped_storage()._cdata in adapters or tensor.requires_grad
+        trace.watch([tensor], MAPPED if mapped else ADAPTER if ours else WEIGHTS)
+        if tensor.grad is not None:
+            trace.watch([tensor.grad], GRADIENTS)
+    trace.watch(own, ADAPTER)
+    trace.watch(quantised_state(model), WEIGHTS)
+    trace.watch([t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)], OPTIMISER)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(lambda p: trace.relabel(p.grad, GRADIENTS)) for p in trained]
+    handles += _mark_phases(model, trace)
+    loss = trainer.compute_loss
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        trace.enter("embedding", ACTIVATIONS)
+        value = loss(*args, **kwargs)
+        trace.enter("backward of the head", TEMPORARIES)
+        return value
+
+    trainer.compute_loss = marked
+    try:
+        with trace:
+            yield trace
+    finally:
+        del trainer.compute_loss
+        for handle in handles:
+            handle.remove()
+
+
 def empty_like_meta(model: nn.Module, device: torch.device) -> None:
     """Inside a FakeTensorMode: every parameter and buffer of `model` becomes a fake one on `device`; ties stay ties."""
     made: dict[int, Any] = {}
@@ -203,7 +244,7 @@ def trace_steps(step: Step, fake: bool = True) -> Peaks:
     with FakeTensorMode() if fake else contextlib.nullcontext(), biases_apart() if fake else contextlib.nullcontext():
         if fake:
             empty_like_meta(model, step.device)
-        trace = Trace(model.config.get_text_config().vocab_size, step.counted, step.clock)
+        trace = Trace(model.config.get_text_config().vocab_size, step.counted, step.clock, fake)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             trace.watch([tensor], kinds[name])
         trace.watch(quantised_state(model), WEIGHTS)
