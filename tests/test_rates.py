@@ -21,7 +21,12 @@ def flat(**more) -> Rates:
     products = {f"{n} {layout}": [[8, 8, 8, r]] for n, r in (("float32", 1e9), ("bfloat16", 2e9)) for layout in LAYOUTS}
     traffic = {f"float32 {kind}": [[2**20, 1e9 if kind == "plain" else 1e8]] for kind in TRAFFIC}
     attention = {f"float32 {c}{w}": 1e9 for c in ("", "causal ") for w in ("forward", "backward")}
-    return Rates(MACHINE, products, traffic, attention, **{"update": 7e8, "overhead": 1e-6, **more})
+    return Rates(
+        **{"machine": MACHINE, "update": 7e8, "overhead": 1e-6, **more},
+        products=products,
+        traffic=traffic,
+        attention=attention,
+    )
 
 
 def seconds(func, *args, **kwargs) -> float:
