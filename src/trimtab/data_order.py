@@ -1,8 +1,9 @@
 """The order of the rows: the longest come in the first two steps, so that a run which cannot hold them ends at once.
 
 In two steps, since the optimiser's state is there only from the second one on. Otherwise the order is the library's
-own, each row once per epoch. Only the first epoch has rows exchanged (per process one pair for each of the two steps),
-and none where the batch holds a longest row already.
+own, each row once per epoch. Only the first epoch has rows exchanged, a pair for each of the two steps, and none where
+the batch holds a longest row already. Which rows a step has does not depend on how it is cut into micro-batches and
+processes; the first process gets the long row.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ def row_lengths(dataset: Any) -> numpy.ndarray:
 
 
 class LongestFirst(Sampler):
-    """`inner`'s order, but that in the first epoch's first two steps each of `processes` begins with a long row.
+    """`inner`'s order, but that in the first epoch's first two steps the first micro-batch has a longest row.
 
-    `batch`: the rows of a micro-batch; `times`: how many of them a step accumulates.
+    `batch`: the rows of a micro-batch; `times`: how many of them make a step, over all processes.
     """
 
-    def __init__(self, inner: Any, lengths: numpy.ndarray, batch: int, processes: int = 1, times: int = 1):
+    def __init__(self, inner: Any, lengths: numpy.ndarray, batch: int, times: int = 1):
         self.inner, self.lengths, self.batch = inner, lengths, batch
-        self.starts = [(step * times * processes + rank) * batch for step in range(2) for rank in range(processes)]
+        self.starts = 0, times * batch
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -63,5 +64,5 @@ def longest_first(sampler: Any, trainer: Any) -> Any:
     # what accelerate would have put in the sampler's place
     shuffled = SeedableRandomSampler(dataset, data_seed=trainer.accelerator.dataloader_config.data_seed)
     args = trainer.args
-    times = args.gradient_accumulation_steps
-    return LongestFirst(shuffled, row_lengths(dataset), args.train_batch_size, args.world_size, times)
+    times = args.gradient_accumulation_steps * args.world_size
+    return LongestFirst(shuffled, row_lengths(dataset), args.train_batch_size, times)
