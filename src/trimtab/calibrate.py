@@ -16,25 +16,27 @@ from typing import Any
 
 from .memory.overhead import Overhead
 
-TOKENS, STEPS = 256, 4
-SIZES = (2, 12)  # rows of a batch, in the two runs: some 70 and 420 MiB of tensors
+TOKENS, STEPS = 256, 7
+SIZES = (1, 10)  # rows of a batch, in the two runs
 
 
 def measure() -> Overhead:
     """Some twenty seconds, in two processes one after the other."""
     environment = {**os.environ, "TRIMTAB_ALLOCATOR": "none", "HF_HUB_OFFLINE": "1"}
-    found: list[dict[str, int]] = []
+    found: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         for rows in SIZES:
             command = [sys.executable, "-m", __name__, str(rows), folder]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
-    process = max(run["process"] for run in found)
-    return Overhead.through(process, [(run["tensors"], run["held"]) for run in found])
+    process = round(max(run["process"] for run in found))
+    pace = max(run["speed"] / run["expected"] for run in found)  # whatever else runs here only slows
+    return Overhead.through(process, [(round(run["tensors"]), round(run["held"])) for run in found], pace)
 
 
-def run(rows: int, folder: Path) -> dict[str, int]:
-    """One training; -> bytes: `process` when it begins, growth of its `tensors`, growth that was `held`."""
+def run(rows: int, folder: Path) -> dict[str, float]:
+    """One training; -> bytes: `process` when it begins, growth of its `tensors`, growth that was `held`; and its
+    tokens/s (`speed`) beside what the rates of single operations let expect."""
     from .recipe import Recipe
 
     if not (folder / "model").exists():
@@ -51,7 +53,8 @@ def run(rows: int, folder: Path) -> dict[str, int]:
     ).train()  # fmt: skip
     predicted, measured = made["predicted"], made["measured"]
     return {"process": predicted["process_bytes"], "tensors": predicted["live_growth_bytes"],
-            "held": measured["fast_growth_bytes"]}  # fmt: skip
+            "held": measured["fast_growth_bytes"], "speed": measured["tokens_per_second"],
+            "expected": predicted["tokens_per_second"] / predicted["pace"]}  # fmt: skip
 
 
 def _make(folder: Path) -> None:
@@ -60,8 +63,8 @@ def _make(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=12, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
     words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "tree", "lake", "hill"])}

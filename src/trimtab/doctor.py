@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from . import calibrate
 from .memory import allocator, overhead, rates
 from .memory.budget import gib, ram
 from .memory.meter import GIB
@@ -28,10 +27,13 @@ def doctor(fresh: bool = False) -> dict[str, Any]:
     held = known or measured_rates(fresh=True)
     beside = known_overhead()
     if fresh or not beside.measured:
+        from . import calibrate
+
         beside = calibrate.measure()
         overhead.save(beside, _key("cpu"), cache_root())
     found["process"] = {
-        "process_bytes": beside.process, "fixed_bytes": beside.fixed, "share": round(beside.share, 4)
+        "process_bytes": beside.process, "fixed_bytes": beside.fixed, "share": round(beside.share, 4),
+        "pace": round(beside.pace, 4),
     }  # fmt: skip
     found["disk_free_bytes"] = shutil.disk_usage(".").free
     found["memory_free_bytes"] = ram().get("MemAvailable", 0)
@@ -95,6 +97,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"operation   {found['seconds_per_operation'] * 1e6:.1f} us to start one"
     beside = found["process"]
     more = f"{gib(beside['fixed_bytes'])} and {beside['share']:.0%} of its tensors' growth"
+    yield f"pace        a step reaches {beside['pace']:.0%} of what its operations reach one by one"
     yield f"process     a run begins with {gib(beside['process_bytes'])} and holds {more} beside its tensors"
     yield f"allocator   {facts['allocator']} now, {found['allocator_found']} for training"
     yield "versions    " + ", ".join(f"{name} {version}" for name, version in found["versions"].items())

@@ -52,6 +52,7 @@ class Plan:
     counted: int | None = None  # tokens of a row that count in the loss, where that is known
     tokens_per_second: float | None = None  # where the machine's rates are known (memory/rates.py)
     trained: int = 0  # numbers that are trained
+    pace: float = 1.0  # what of its operations' speed a step reaches (memory/overhead.py)
     disk_bytes_per_step: int = 0  # of the mapped base, read again since memory cannot keep them
     notes: list[str] = field(default_factory=list)
 
@@ -106,7 +107,7 @@ class Plan:
             "slow_bytes": self.slow_bytes, "phase": self.phase,
             "batch": {"rows": self.rows, "tokens": self.tokens}, "bytes": self.kinds,
             "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second, 2),
-            "disk_bytes_per_step": self.disk_bytes_per_step,
+            "pace": self.pace, "disk_bytes_per_step": self.disk_bytes_per_step,
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,12 +194,12 @@ def plan(
             found = _real_step(recipe, args, rows, tokens, counted, error, watch)
             notes.append(f"a real step was run, since {error.have}; where the data decide, other data may hold more")
     phase, kinds = highest(found)
-    speed, read = _speed(watch, kinds, args.gradient_accumulation_steps, rows * tokens, notes)
+    speed, read = _speed(watch, beside.pace, kinds, args.gradient_accumulation_steps, rows * tokens, notes)
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
     return Plan(
         kinds, phase, process, beside.of(_growth(kinds)), budget, machine, rows, tokens, counted, speed, watch.trained,
-        read, notes,
+        beside.pace, read, notes,
     )  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def _real_step(
 
 
 def _speed(
-    watch: Any, kinds: dict[str, int], micro_batches: int, tokens: int, notes: list[str]
+    watch: Any, pace: float, kinds: dict[str, int], micro_batches: int, tokens: int, notes: list[str]
 ) -> tuple[float | None, int]:
     """-> tokens per second (None: rates are not known), bytes read from the disk in a step; what to know in `notes`."""
     from .memory.roofline import read_again
@@ -237,7 +238,7 @@ def _speed(
         return None, read
     if read and not watch.rates.disk.get("read"):
         return None, read
-    return micro_batches * tokens / (seconds + (read / watch.rates.disk["read"] if read else 0.0)), read
+    return micro_batches * tokens / (seconds / pace + (read / watch.rates.disk["read"] if read else 0.0)), read
 
 
 def _covered(recipe: Recipe) -> None:

@@ -25,7 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .rates import LAYOUTS, SMALLEST, Rates
 from .roofline import Clock
 
-AXIS = (SMALLEST, 64, 512, 32768)  # dimensions of the products that are measured, all that stay below the next line
+AXIS = (
+    SMALLEST,
+    64,
+    512,
+    2048,
+    32768,
+)  # dimensions of the products that are measured, below the next line
 MOST = 1.1e9  # multiplications in one of them
 SIZES = (2**18, 2**22, 2**26)  # bytes of the operand in the traffic: in a core's cache, in all caches, in memory
 FILE_BYTES = 128 * 2**20
@@ -123,6 +129,7 @@ def _traffic(size: int, dtype: torch.dtype, device: torch.device) -> Iterator[tu
         "reduction": [(lambda: x.sum(-1), 1), (lambda: torch.linalg.vector_norm(x, dim=-1), 1)],
         "select": [(lambda: few.masked_fill(flag[: len(few)], 0.0), 2 / 8 + 1 / 8 / dtype.itemsize)],
         "index": [(lambda: x.index_select(0, row), 2)],
+        "random": [(lambda: few.bernoulli_(0.9), 1 / 8)],  # what dropout draws
     }
     for kind, works in kinds.items():
         seconds = sum(median(work, device, seconds=1e-3) for work, _ in works)

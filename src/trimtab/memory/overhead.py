@@ -1,10 +1,11 @@
-"""What a training process holds beside its tensors, as `trimtab doctor` measured it on this machine.
+"""What a training process holds and takes beside its tensors' work, as `trimtab doctor` measured it on this machine.
 
     process   the interpreter, the libraries and the data, when training begins
     fixed     threads, generated code and the like, which come with the first steps
     share     of the tensors' growth: gaps between them, and freed memory that the malloc has not given back
+    pace      what whole steps reach of the speed that their operations, measured one by one, would give
 
-The last two are the line through two small trainings of unlike size (calibrate.py). Imports no torch.
+`fixed` and `share` are the line through two small trainings of unlike size (calibrate.py). Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FORM = 1  # of the file
+FORM = 2  # of the file
 MOST_SHARE = 0.5
 
 
@@ -28,6 +29,7 @@ class Overhead:
     process: int = 0  # 0: not known
     fixed: int = 36 * 2**20
     share: float = 0.08
+    pace: float = 0.85
     measured: bool = False
 
     def of(self, growth: int) -> int:
@@ -35,12 +37,12 @@ class Overhead:
         return self.fixed + round(self.share * max(0, growth))
 
     @classmethod
-    def through(cls, process: int, points: list[tuple[int, int]]) -> Overhead:
-        """From (tensors' growth, the process's growth) of a small training and a large one."""
+    def through(cls, process: int, points: list[tuple[int, int]], pace: float) -> Overhead:
+        """`points`: (tensors' growth, the process's growth) of a small training and a large one."""
         (low, at_low), (high, at_high) = sorted(points)
         share = (at_high - at_low) / (high - low) - 1
         share = min(max(share, 0.0), MOST_SHARE)
-        return cls(process, max(0, round(at_low - (1 + share) * low)), share, measured=True)
+        return cls(process, max(0, round(at_low - (1 + share) * low)), share, pace, measured=True)
 
 
 def load(machine: dict[str, Any], folder: Path) -> Overhead:
@@ -50,8 +52,12 @@ def load(machine: dict[str, Any], folder: Path) -> Overhead:
         if found.pop("form") != FORM or found.pop("machine") != machine:
             return Overhead()
         kept = Overhead(**found)
-        numbers = (kept.process, kept.fixed, kept.share)
-        return kept if all(math.isfinite(n) and n >= 0 for n in numbers) and kept.share <= MOST_SHARE else Overhead()
+        numbers = (kept.process, kept.fixed, kept.share, kept.pace)
+        return (
+            kept
+            if all(math.isfinite(n) and n >= 0 for n in numbers) and kept.share <= MOST_SHARE and kept.pace
+            else Overhead()
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return Overhead()
 

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORM = 1  # of the file; another number is measured again
+FORM = 2  # of the file; another number is measured again
 SMALLEST = 8  # of a product's dimensions: thinner ones take as long
 LAYOUTS = ("NT", "NN", "TN")  # forward x W^T, pass back dy W, weight gradient dy^T x
-TRAFFIC = ("plain", "turned", "function", "reduction", "select", "index")
+TRAFFIC = ("plain", "turned", "function", "reduction", "select", "index", "random")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ OPTIMISER, EVALUATION = "optimiser", "evaluation"  # phases: the update, which a
 KINDS: dict[str, tuple[str, ...]] = {  # kind of traffic -> operations, without their "aten::" and trailing underscore
     "function": ("exp", "log", "silu", "gelu", "tanh", "sigmoid", "erf", "pow", "_softmax", "_log_softmax", "sin",
                  "cos", "silu_backward", "gelu_backward", "tanh_backward", "sigmoid_backward", "softplus", "log1p",
-                 "native_layer_norm", "native_layer_norm_backward", "native_dropout", "bernoulli", "softmax"),
+                 "native_layer_norm", "native_layer_norm_backward", "softmax"),
+    "random": ("native_dropout", "bernoulli", "rand", "rand_like", "randn", "randn_like", "uniform", "normal"),
     "reduction": ("sum", "mean", "linalg_vector_norm", "norm", "amax", "amin", "max", "min", "argmax", "argmin",
                   "all", "any", "var_mean", "logsumexp", "cumsum"),
     "select": ("where", "masked_fill", "gt", "lt", "ge", "le", "eq", "ne", "clamp", "clamp_min", "relu",
