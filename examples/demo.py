@@ -30,6 +30,7 @@ def main() -> None:
     from trimtab import Recipe
     from trimtab.demo import TEST_TEMPLATE, build_geography
     from trimtab.model.cache import cached_folder
+    from trimtab.report import report
 
     cached_folder(MODEL, say=progress)
     made = build_geography(FOLDER, FACTS)
@@ -72,7 +73,7 @@ def main() -> None:
     metrics = [result["metrics"]["contains"] for result in (before, after)]
     print(f"\nrecall on wordings never trained on: {metrics[0]:.1%} before, {metrics[1]:.1%} after")
     print(f"{time.monotonic() - began:.0f} s in all; {FOLDER / 'adapter'}: {adapter_size():.1f} MiB, "
-          f"{FOLDER / 'run.json'}: all figures")  # fmt: skip
+          f"{report([FOLDER])}: all of it on one page")  # fmt: skip
     print("\nNext:")
     for verb, what in [
         (f"generate {FOLDER}", "talk to it"),

@@ -82,3 +82,10 @@ def test_finding_one(tmp_path, monkeypatch):
     assert allocator.find() == ("mimalloc", str(folder / "libmimalloc.so.3"))
     assert allocator.find("mimalloc") == ("mimalloc", str(folder / "libmimalloc.so.3"))
     assert (allocator.find("jemalloc") or ("jemalloc",))[0] == "jemalloc"
+
+
+def test_under_a_hard_budget_it_maps_what_it_needs(starts, monkeypatch):
+    monkeypatch.delenv("MIMALLOC_ARENA_EAGER_COMMIT", raising=False)
+    allocator.restart_under("auto", hard=True)
+    allocator.restart_under("auto")
+    assert [call[2].get("MIMALLOC_ARENA_EAGER_COMMIT") for call in starts] == ["0", None]

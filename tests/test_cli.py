@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import trimtab
 from helpers_load import tiny_llama
 from helpers_run import make_world, tree, write_rows
+from test_rates import flat
 from trimtab import adapter
 from trimtab.model.load import load_model
 
@@ -301,7 +302,9 @@ def test_a_classifier_does_not_talk(call, world, tmp_path):
     refused(call("generate", recipe, "-p", "x"), ["classifier"])
 
 
-def test_doctor_and_version(call):
+def test_doctor_and_version(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    monkeypatch.setattr("trimtab.memory.measure.measure", lambda machine, folder: flat(machine=machine))
     assert call("version")[1].strip() == trimtab.__version__
     found = json.loads(call("doctor", "--json")[1])
     assert found["gflops"]["float32"] > 0 and found["machine"]["memory_bytes"] > 0

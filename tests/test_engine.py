@@ -23,7 +23,7 @@ import trimtab
 from conftest import MODELS, logits, tiny_batch
 from helpers_run import films, forked, left, make_world, metrics, rows, same, tree, write_rows
 from test_laws import snapshot, values
-from trimtab import adapter, engine, progress
+from trimtab import adapter, engine, progress, session
 from trimtab import train as train_verb
 from trimtab.errors import BadInput, Interrupted
 from trimtab.model.load import load_model
@@ -401,7 +401,7 @@ def test_the_model_is_left_as_it_was(name, task, fails, world, tmp_path, monkeyp
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
     before, weights, config = snapshot(model), values(model), model.config.to_dict()
     generation = model.generation_config.to_dict() if causal else None
-    monkeypatch.setattr(train_verb, "_model", lambda *args: model)
+    monkeypatch.setattr(session.Session, "_model", lambda self: model)
     if fails:
         with at_step(2, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
             run(keys)

@@ -97,4 +97,4 @@ def test_a_meter_outlives_its_folder_and_stops_twice(tmp_path):
 def test_process_memory():
     held = process_memory()
     assert held["anon"] > 0 and held["file"] > 0
-    assert process_memory(2**30) == {"anon": 0, "file": 0}
+    assert process_memory(2**30) == {"anon": 0, "file": 0, "data": 0}

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input, 3 does not fit, 4 stopped by the guard with a c
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
@@ -48,32 +49,62 @@ def _epilog() -> str:
 
 
 @app.command(epilog=_epilog())
-def train(recipe: RecipeArg, overrides: Overrides = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+def train(
+    recipe: RecipeArg, overrides: Overrides = None,
+    hard: Annotated[bool, typer.Option("--hard", help="Make budget.fast a limit of the process.")] = False,
+    quiet: Quiet = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
     """Fine-tune a model as the recipe says; leaves adapter/, run.json and metrics.jsonl in its output folder."""
     from .recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or ())
-    _allocator(loaded)
+    _allocator(loaded, hard)
     from .train import train as run
 
-    result = run(loaded, quiet=quiet)
+    result = run(loaded, quiet=quiet, hard=hard)
     if as_json:
         print(json.dumps(result, indent=2, default=str))
 
 
 @app.command()
-def plan(recipe: RecipeArg, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """What a run will hold in memory at its peak, and whether that fits its budget; starts nothing."""
+def plan(
+    recipe: RecipeArg, overrides: Overrides = None, as_json: AsJson = False,
+    search: Annotated[bool, typer.Option("--search", help="Compare other methods and settings, best first.")] = False,
+    write: Annotated[str | None, typer.Option(metavar="FILE", help="Keep the best that a search found.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+) -> None:  # fmt: skip
+    """What a run will hold at its peak, how fast it is, and whether it fits its budget; starts nothing.
+
+    For a recipe without patches it searches for one that fits.
+    """
     from .recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or ())
     _allocator(loaded)
+    if search or write or not loaded.patches:
+        _search(loaded, as_json, write, overwrite)
+        return
     from .plan import plan as run
-    from .plan import require_fit
+    from .plan_fit import require_fit
 
     made = run(loaded)
     print(json.dumps(made.to_dict(), indent=2) if as_json else "\n".join(made.lines()))
     require_fit(made, loaded)
+
+
+def _search(recipe: Any, as_json: bool, write: str | None, overwrite: bool) -> None:
+    from pathlib import Path
+
+    from . import plan_search
+
+    if write:
+        plan_search.check_free(Path(write), overwrite)  # before the work
+    found = plan_search.search(recipe, workers=min(2, os.cpu_count() or 1))
+    print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
+    found.require_fit()
+    if write:
+        plan_search.write(found, Path(write), overwrite)
+        print(f"{write}: the first of these", file=sys.stderr)
 
 
 @app.command("eval")
@@ -150,24 +181,36 @@ def export(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """What this machine has, and how fast it is."""
-    from .doctor import doctor as run
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN [RUN2 ...]", help="Folders of runs.")],
+    out: Annotated[str | None, typer.Option("--out", help="The file to write (default: RUN/report.html).")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """One page, in one file, about what runs were, held, learned and answered."""
+    from .report import report as run
 
-    found = run()
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    facts, gib = found["machine"], 2**30
-    print(f"processor   {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads")
-    print(f"memory      {facts['memory_bytes'] / gib:.1f} GiB, {found['memory_free_bytes'] / gib:.1f} GiB free")
-    print(f"disk        {found['disk_free_bytes'] / gib:.1f} GiB free in this folder")
-    print(f"gpu         {facts.get('gpu', 'none')}")
-    print("gemm        " + ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in found["gflops"].items()))
-    print(f"allocator   {facts['allocator']} now, {found['allocator_found']} for training")
-    print("versions    " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
-    for line in found["advice"]:
-        print(f"advice      {line}")
+    written = run(runs, out)
+    print(written)
+    if open_:
+        import webbrowser
+
+        webbrowser.open(written.resolve().as_uri())
+
+
+@app.command()
+def doctor(
+    as_json: AsJson = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
+) -> None:
+    """What this machine has, and how fast it is: measured once, and kept for plans."""
+    from .memory.allocator import restart_under
+
+    restart_under()
+    from .doctor import doctor as run
+    from .doctor import lines
+
+    found = run(fresh)
+    print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
 
 
 @app.command()
@@ -176,11 +219,11 @@ def version() -> None:
     print(__version__)
 
 
-def _allocator(recipe: Any) -> None:
+def _allocator(recipe: Any, hard: bool = False) -> None:
     """Start again under a better malloc where one is found (memory/allocator.py says why)."""
     from .memory.allocator import restart_under
 
-    restart_under(recipe.engine.allocator)
+    restart_under(recipe.engine.allocator, hard)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,111 @@
-"""`trimtab doctor`: what this machine has, how fast it multiplies, and what could be better."""
+"""`trimtab doctor`: what this machine has, how fast it is, and what could be better.
+
+The rates are measured once (about ten seconds) and kept (memory/rates.py); plans predict speed from them.
+"""
 
 from __future__ import annotations
 
 import shutil
-import time
+from collections.abc import Iterator
 from typing import Any
 
-from .memory import allocator
+from .memory import allocator, overhead, rates
+from .memory.budget import gib, ram
 from .memory.meter import GIB
+from .memory.overhead import Overhead
+from .memory.rates import Rates
+from .model.cache import cache_root
+from .model.quiet import hushed
 from .runs import machine, versions
 
 
-def doctor() -> dict[str, Any]:
-    """Facts and short measurements: GEMM rates by dtype (GFLOP/s), memory and disk (bytes), allocator, advice."""
-    import torch
-
+def doctor(fresh: bool = False) -> dict[str, Any]:
+    """Facts and rates: FLOP/s and bytes/s, memory and disk (bytes), allocator, advice. `fresh`: measure again."""
     found: dict[str, Any] = {"machine": machine(), "versions": versions()}
+    known = None if fresh else known_rates()
+    found["rates_were_kept"] = known is not None
+    held = known or measured_rates(fresh=True)
+    beside = known_overhead()
+    if fresh or not beside.measured:
+        from . import calibrate
+
+        beside = calibrate.measure()
+        overhead.save(beside, _key("cpu"), cache_root())
+    found["process"] = {
+        "process_bytes": beside.process, "fixed_bytes": beside.fixed, "share": round(beside.share, 4),
+        "pace": round(beside.pace, 4),
+    }  # fmt: skip
     found["disk_free_bytes"] = shutil.disk_usage(".").free
-    found["memory_free_bytes"] = _available()
-    found["gflops"] = {name: round(_gemm_rate(getattr(torch, name)) / 1e9, 1) for name in ("bfloat16", "float32")}
+    found["memory_free_bytes"] = ram().get("MemAvailable", 0)
+    found["page_bytes"] = held.page_bytes
+    found["gflops"] = {name: round(held.peak(name) / 1e9, 1) for name in ("bfloat16", "float32", "float16")}
+    found["attention_gflops"] = {name: round(rate / 1e9, 1) for name, rate in held.attention.items()}
+    found["memory_bytes_per_second"] = round(held.bandwidth)
+    found["disk_bytes_per_second"] = {way: round(rate) for way, rate in held.disk.items()}
+    found["link_bytes_per_second"] = {way: round(rate) for way, rate in held.link.items()}
+    found["seconds_per_operation"] = held.overhead
+    found["seconds_measured"] = held.seconds
     found["allocator_found"] = (allocator.find() or ("none", ""))[0]
     found["advice"] = list(_advice(found))
     return found
 
 
-def _gemm_rate(dtype: Any) -> float:
-    """FLOP/s of the linear that a small model's step is made of: (1024, 1024) times (1024, 1024), the median of 7."""
+def known_rates(device: str = "auto") -> Rates | None:
+    """The rates of "cpu" or "cuda" under the allocator and threads of this process, if they were measured before."""
+    return rates.load(_key(device), cache_root())
+
+
+def measured_rates(device: str = "auto", fresh: bool = False) -> Rates:
+    """The rates that are kept, or those measured now and kept. The disk is that of the cache folder."""
+    if not fresh and (known := known_rates(device)) is not None:
+        return known
+    from .memory.measure import measure
+
+    with hushed():
+        found = measure(_key(device), cache_root())
+    rates.save(found, cache_root())
+    return found
+
+
+def known_overhead() -> Overhead:
+    """What a training process holds beside its tensors on this machine's CPU, or the default where it is not known."""
+    return overhead.load(_key("cpu"), cache_root())
+
+
+def _key(device: str) -> dict[str, Any]:
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(9):
-        began = time.perf_counter()
-        torch.nn.functional.linear(a, b)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return 2 * 1024**3 / sorted(seconds[2:])[3]
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return rates.key(machine(), versions()["torch"], auto if device == "auto" else device)
 
 
-def _available() -> int:
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """For people, from what `doctor` found."""
+    facts, each = found["machine"], lambda rates: ", ".join(f"{way} {gib(rate)}/s" for way, rate in rates.items())
+    measured = "kept from before; --fresh measures again" if found["rates_were_kept"] else "kept for plans to come"
+    yield f"processor   {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads"
+    free, pages = gib(found["memory_free_bytes"]), found["page_bytes"]
+    yield f"memory      {gib(facts['memory_bytes'])}, {free} free, pages of {pages:,} bytes"
+    yield f"disk        {gib(found['disk_free_bytes'])} free in this folder"
+    yield f"gpu         {facts.get('gpu', 'none')}"
+    yield f"measured    in {found['seconds_measured']:.0f} s, {measured}"
+    yield "products    " + ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in found["gflops"].items())
+    yield "attention   " + ", ".join(f"{name} {rate:,.0f}" for name, rate in found["attention_gflops"].items())
+    yield f"traffic     memory {gib(found['memory_bytes_per_second'])}/s, disk {each(found['disk_bytes_per_second'])}"
+    if found["link_bytes_per_second"]:
+        yield f"link        {each(found['link_bytes_per_second'])}"
+    yield f"operation   {found['seconds_per_operation'] * 1e6:.1f} us to start one"
+    beside = found["process"]
+    more = f"{gib(beside['fixed_bytes'])} and {beside['share']:.0%} of its tensors' growth"
+    yield f"pace        a step reaches {beside['pace']:.0%} of what its operations reach one by one"
+    yield f"process     a run begins with {gib(beside['process_bytes'])} and holds {more} beside its tensors"
+    yield f"allocator   {facts['allocator']} now, {found['allocator_found']} for training"
+    yield "versions    " + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    for line in found["advice"]:
+        yield f"advice      {line}"
 
 
-def _advice(found: dict[str, Any]) -> Any:
+def _advice(found: dict[str, Any]) -> Iterator[str]:
     if found["allocator_found"] == "none":
         yield "No mimalloc, jemalloc or tcmalloc was found: `pip install cmeel-mimalloc` makes training on a CPU faster"
     if found["gflops"]["bfloat16"] < found["gflops"]["float32"]:

@@ -1,8 +1,8 @@
 """The engine: TRL's SFTTrainer and transformers' Trainer, each subclassed thinly.
 
 Ours are only: the loss (the objective's), what a checkpoint holds (what the patches own, not the model), that a
-checkpoint appears whole or not at all, that long rows are counted before anything is cut, and that packed rows stay
-rows. Data formats, schedulers, optimisers, trackers, evaluation, data order and distribution are the libraries'.
+checkpoint appears whole or not at all, that long rows are counted before anything is cut, that the longest come first,
+and that packed rows stay rows. Formats, schedulers, optimisers, trackers, evaluation, distribution are the libraries'.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from . import adapter
 from .contracts import Objective, Stepper, Surgery
 from .data import check_lengths
+from .data_order import longest_first
 from .errors import BadInput, nearest
 from .model import anatomy
 from .model.lean import lean
 from .model.surgery import Swaps, is_patch
 from .recipe import Recipe
-from .runs import OLD, PARTIAL, STATE, checkpoints
+from .runs import PARTIAL, STATE, checkpoints, discard, sync, sync_entry
 from .stores import ClipsRows
 
 
@@ -102,6 +103,9 @@ class _OurTrainer(ClipsRows):
         count = torch.tensor(self._total_train_tokens, device=self.args.device)
         return int(self.accelerator.reduce(count, "sum")) if self.args.world_size > 1 else int(count)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return longest_first(super()._get_train_sampler(train_dataset), self)
+
     def _get_output_dir(self, trial: Any) -> str:
         return getattr(self, "_partial_dir", None) or super()._get_output_dir(trial)
 
@@ -142,14 +146,14 @@ class _OurTrainer(ClipsRows):
             if best == whole.name or (run / best).is_dir():
                 self.state.best_model_checkpoint = str(run / best)
             self.state.save_to_json(str(whole / STATE))
-        _sync(whole)
-        _discard(run / whole.name)
+        sync(whole)
+        discard(run / whole.name)
         os.replace(whole, run / whole.name)
-        _sync_folder(run)
+        sync_entry(run)
         if limit := self.args.save_total_limit:
             for old in checkpoints(run)[:-limit]:
                 if str(old) != self.state.best_model_checkpoint:
-                    _discard(old)
+                    discard(old)
 
 
 class CausalTrainer(_OurTrainer, SFTTrainer):
@@ -372,27 +376,3 @@ def quiet(trainer: Trainer) -> None:
     """Take out the library's own printing; ours replaces it."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-
-
-def _sync(folder: Path) -> None:
-    """Bytes to the disk before the rename that makes them count."""
-    for path in (*folder.rglob("*"), folder):
-        _sync_folder(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(checkpoint: Path) -> None:
-    """Out of sight at once, then removed: a kill in between leaves no checkpoint that lacks a part."""
-    if not checkpoint.is_dir():
-        return
-    aside = checkpoint.with_name(OLD)
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(checkpoint, aside)
-    shutil.rmtree(aside, ignore_errors=True)

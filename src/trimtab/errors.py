@@ -27,6 +27,10 @@ class BadInput(TrimtabError):
     """The recipe, the data or a file is not what it must be (exit code 2)."""
 
 
+class Untraceable(BadInput):
+    """The model does something that has no meaning on tensors without values (exit code 2)."""
+
+
 class DoesNotFit(TrimtabError):
     """The plan exceeds the budget (exit code 3)."""
 

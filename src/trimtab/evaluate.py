@@ -28,8 +28,11 @@ def evaluate(
     recipe: Recipe, adapter: str | Path | None = None, base_only: bool = False, tasks: Sequence[str] = (),
     limit: int | None = None, say: Say = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure on `data.test` (or on lm-eval's `tasks`); returns {"rows", "metrics", "samples"}."""
-    from .runs import load_run
+    """Measure on `data.test` (or on lm-eval's `tasks`); returns {"rows", "metrics", "samples"}.
+
+    A run's folder keeps it: `eval.json`, or `eval_base.json` for the base. With another `adapter`, nothing is written.
+    """
+    from .runs import load_run, write_json
 
     if not recipe.data.test and not tasks:
         raise BadInput("eval", "the recipe names no data.test", "Add data: {test: FILE}, or name --tasks of lm-eval")
@@ -40,10 +43,16 @@ def evaluate(
     }
     if tasks:
         result["metrics"] = harness(model, tokenizer, tasks, limit)
-        return result
-    if meta.task == "classification":
-        return {**result, **classify(recipe, model, tokenizer, meta.labels, limit)}
-    return {**result, **answer(recipe, model, tokenizer, limit, say)}
+    elif meta.task == "classification":
+        result |= classify(recipe, model, tokenizer, meta.labels, limit)
+    else:
+        result |= answer(recipe, model, tokenizer, limit, say)
+    folder = Path(recipe.output)
+    if adapter is None and folder.is_dir():
+        tests = recipe.data.test if isinstance(recipe.data.test, list) else [recipe.data.test or ""]
+        asked = {"tasks": list(tasks)} if tasks else {"test": [Path(name).name for name in tests]}
+        write_json(folder / ("eval_base.json" if base_only else "eval.json"), {**asked, **result})
+    return result
 
 
 # --- causal language models ------------------------------------------------------------------------------------------

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInput, DoesNotFit
-from .memory.budget import Budget, fast_bytes, gib, slow_bytes
+from .errors import BadInput, Untraceable
+from .memory.budget import Budget, fast_bytes, gib, ram, slow_bytes
+from .memory.overhead import Overhead
 from .model.quiet import hushed
-from .planned_step import peaks
+from .planned_step import PlannedStep, peaks
 from .recipe import Recipe
 
 WHY = {
@@ -33,6 +34,12 @@ SLOW = {
     "rows in the slow tier": "an adapter's table, with its gradients and Adam's state",
 }
 
+CUDA = [
+    "traced with the CPU's kernels: a CUDA kernel's own workspace is not in it, nor what the allocator rounds up to",
+    "the fast tier is what PyTorch's allocator reserves; the driver's context (0.3 to 1 GiB) comes on top",
+    "not yet measured on a GPU",
+]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,11 +48,16 @@ class Plan:
     kinds: dict[str, int]  # kind -> bytes of tensors at the peak (memory/tracer.py)
     phase: str  # where in the step the peak is
     process: int  # interpreter, libraries, data
+    overhead: int  # beside the tensors, from the first step on (memory/overhead.py)
     budget: Budget
-    machine: int  # what the fast tier has
+    machine: int | None  # what the fast tier has; None where this machine has no such device
     rows: int
     tokens: int
     counted: int | None = None  # tokens of a row that count in the loss, where that is known
+    tokens_per_second: float | None = None  # where the machine's rates are known (memory/rates.py)
+    trained: int = 0  # numbers that are trained
+    pace: float = 1.0  # what of its operations' speed a step reaches (memory/overhead.py)
+    disk_bytes_per_step: int = 0  # of the mapped base, read again since memory cannot keep them
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -57,13 +69,24 @@ class Plan:
         return sum(self.kinds.values()) - self.slow_bytes
 
     @property
+    def start_bytes(self) -> int:
+        """What the process holds when training begins: the weights and the adapter are there by then."""
+        return self.process + self.kinds.get("weights", 0) + self.kinds.get("adapter", 0)
+
+    @property
     def fast_peak_bytes(self) -> int:
-        return self.process + self.live_peak_bytes
+        return self.process + self.overhead + self.live_peak_bytes
 
     @property
     def fits(self) -> bool:
-        fast = self.machine if self.budget.fast is None else self.budget.fast
-        return self.fast_peak_bytes <= fast and (self.budget.slow is None or self.slow_bytes <= self.budget.slow)
+        return self.fast_peak_bytes <= self.fast and (self.budget.slow is None or self.slow_bytes <= self.budget.slow)
+
+    @property
+    def fast(self) -> int:
+        """What the run may hold of the fast tier: the budget, else all that the machine has."""
+        found = self.machine if self.budget.fast is None else self.budget.fast
+        assert found is not None, "without a device there is a budget"
+        return found
 
     @property
     def items(self) -> list[dict[str, Any]]:
@@ -72,6 +95,8 @@ class Plan:
                 for kind in WHY if self.kinds.get(kind)]  # fmt: skip
         rows.insert(0, {"what": "process", "tier": "fast", "bytes": self.process,
                         "why": "interpreter and libraries"})  # fmt: skip
+        rows.append({"what": "overhead", "tier": "fast", "bytes": self.overhead,
+                     "why": "threads, generated code, and gaps that the malloc leaves between tensors"})  # fmt: skip
         rows += [{"what": kind, "tier": "slow", "bytes": self.kinds[kind], "why": SLOW[kind]}
                  for kind in SLOW if self.kinds.get(kind)]  # fmt: skip
         return rows
@@ -79,9 +104,13 @@ class Plan:
     def predicted(self) -> dict[str, Any]:
         """The `predicted` part of run.json."""
         return {
-            "fast_peak_bytes": self.fast_peak_bytes, "fast_growth_bytes": self.fast_peak_bytes - self.process,
-            "live_peak_bytes": self.live_peak_bytes, "slow_bytes": self.slow_bytes, "phase": self.phase,
+            "fast_peak_bytes": self.fast_peak_bytes, "fast_growth_bytes": self.fast_peak_bytes - self.start_bytes,
+            "process_bytes": self.process, "overhead_bytes": self.overhead,
+            "live_peak_bytes": self.live_peak_bytes, "live_growth_bytes": _growth(self.kinds),
+            "slow_bytes": self.slow_bytes, "phase": self.phase,
             "batch": {"rows": self.rows, "tokens": self.tokens}, "bytes": self.kinds,
+            "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second, 2),
+            "pace": self.pace, "disk_bytes_per_step": self.disk_bytes_per_step,
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,10 +126,12 @@ class Plan:
         for row in self.items:
             yield f"{row['what']:<15} {row['tier']:<5} {gib(row['bytes']):>12}  {row['why']}"
         yield f"{'peak':<15} {'fast':<5} {gib(self.fast_peak_bytes):>12}  {self.phase}"
+        if self.tokens_per_second:
+            yield f"{'speed':<15} {'':<5} {self.tokens_per_second:>8,.0f} t/s  predicted, of rows as long as these"
+        yield f"{'trained':<15} {'':<5} {self.trained:>12,}  numbers"
         yield from self.notes
         fast = "this machine's memory" if self.budget.fast is None else "the budget"
-        size = self.machine if self.budget.fast is None else self.budget.fast
-        yield f"{'fits' if self.fits else 'does not fit'}: {gib(self.fast_peak_bytes)} of {gib(size)}, {fast}"
+        yield f"{'fits' if self.fits else 'does not fit'}: {gib(self.fast_peak_bytes)} of {gib(self.fast)}, {fast}"
 
 
 @hushed()
@@ -112,26 +143,34 @@ def plan(
     counted: int | None = None,
     process: int | None = None,
     args: Any = None,
+    rates: Any = None,
 ) -> Plan:
     """Trace the recipe's step. `rows`, `tokens`: the largest batch (default: the recipe's batch size and max_length).
     `counted`: how many tokens of a row count in the loss, at most (default: all).
 
     `process`: anonymous bytes that the process holds beside the tensors (default: what this one holds now). `args`: the
-    training arguments where a trainer has them already (making them anew would take its accelerator from it).
+    training arguments where a trainer has them already (making them anew would take its accelerator from it). `rates`:
+    of a machine (memory/rates.py; default: of this one, where `trimtab doctor` has measured them).
     BadInput for a recipe that cannot be run, and for what the planner does not cover.
     """
     import torch
 
+    from .doctor import known_overhead, known_rates
     from .engine import training_arguments
     from .memory.meter import process_memory
+    from .memory.roofline import Stopwatch
     from .memory.tracer import highest
 
     place, objective = recipe.load_place(), recipe.load_objective()
     if not recipe.patches:
-        raise BadInput("plan", "the recipe has no patch", "Add one under patches")
+        raise BadInput("plan", "the recipe has no patch", "Add one under patches, or let plan_search.search find one")
     device = place.device
-    _covered(recipe, device)
+    _covered(recipe)
     machine = fast_bytes(device)
+    if machine is None and not (recipe.budget or {}).get("fast"):
+        raise BadInput(
+            f"plan a run on {device}", "this machine has none", 'Say how much it has: budget: {fast: "24GiB"}'
+        )
     budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder))
     args = args or training_arguments(recipe, _arguments_class(objective), Path(recipe.output), device.type == "cpu")
     notes = []
@@ -141,74 +180,72 @@ def plan(
             raise BadInput("plan: max_length: none", "rows may then have any length", "Give training: max_length")
         notes.append(f"for rows of {tokens} tokens (max_length); where all rows are shorter, the run holds less")
     rows = rows or args.per_device_train_batch_size
-    process = process_memory()["anon"] if process is None else process
+    beside = Overhead(fixed=0, share=0.0) if device.type == "cuda" else known_overhead()
+    if device.type == "cuda":
+        notes += CUDA
+        process = 0
+    elif not beside.measured:
+        notes.append("what a process holds beside tensors is another machine's: `trimtab doctor` measures this one's")
+    if process is None:
+        process = beside.process or process_memory()["anon"]
+    watch = Stopwatch(rates or known_rates(device.type))
     with torch.random.fork_rng(devices=[]):
-        phase, kinds = highest(peaks(recipe, args, rows, tokens, counted))
+        try:
+            found = peaks(recipe, args, rows, tokens, counted, watch)
+        except Untraceable as error:
+            watch.clocks.clear()
+            found = _real_step(recipe, args, rows, tokens, counted, error, watch)
+            notes.append(f"a real step was run, since {error.have}; where the data decide, other data may hold more")
+    phase, kinds = highest(found)
+    speed, read = _speed(watch, beside.pace, kinds, args.gradient_accumulation_steps, rows * tokens, notes)
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
-    return Plan(kinds, phase, process, budget, machine, rows, tokens, counted, notes)
+    return Plan(
+        kinds, phase, process, beside.of(_growth(kinds)), budget, machine, rows, tokens, counted, speed, watch.trained,
+        beside.pace, read, notes,
+    )  # fmt: skip
 
 
-def require_fit(made: Plan, recipe: Recipe) -> None:
-    """DoesNotFit with the first change that would fit, if `made` does not."""
-    if made.fits:
-        return
-    size = made.machine if made.budget.fast is None else made.budget.fast
-    what, need = ("fast", made.fast_peak_bytes) if made.fast_peak_bytes > size else ("slow", made.slow_bytes)
-    least, said = made.fast_peak_bytes, ""
-    for change, other in _alternatives(recipe, made.rows):
-        if what == "slow":
-            break
-        size_of_batch = other.training_values()["per_device_train_batch_size"]
-        tried = plan(other, rows=size_of_batch, tokens=made.tokens, counted=made.counted, process=made.process)
-        if tried.fits:
-            said = f"It would fit with {change} ({gib(tried.fast_peak_bytes)})"
-            break
-        if tried.fast_peak_bytes < least:
-            least = tried.fast_peak_bytes
-    said = said or (
-        f"The least found is {gib(least)}: allow more, or take a smaller model or max_length"
-        if what == "fast"
-        else "Allow more in the slow tier, or take a smaller model"
-    )
-    limit = size if what == "fast" else made.budget.slow or 0
-    raise DoesNotFit(
-        f"{gib(limit)} of the {what} tier for this run", f"it would hold {gib(need)} at its peak ({made.phase})", said
-    )
+def _growth(kinds: dict[str, int]) -> int:
+    """Bytes of the tensors that come with training: all of the fast tier but the weights and the adapter."""
+    return sum(size for kind, size in kinds.items() if kind not in (*SLOW, "weights", "adapter"))
 
 
-def _alternatives(recipe: Recipe, rows: int) -> Iterator[tuple[str, Recipe]]:
-    """(how a user writes it, the changed recipe): what holds less, the least slowing first."""
-    values = recipe.training_values()
-    micro, times = "per_device_train_batch_size", values.get("gradient_accumulation_steps", 1)
-    whole = values[micro]
+def _real_step(
+    recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, why: Untraceable, watch: Any
+) -> Any:
+    """The peaks of two steps with real weights and random ids, for a model that cannot be traced without values."""
+    from .model.load import weights_at_hand
 
-    def training(**changes: Any) -> tuple[str, Recipe]:
-        said = " ".join(f"training.{key}={str(value).lower()}" for key, value in changes.items())
-        return said, dataclasses.replace(recipe, training={**values, **changes})
-
-    if recipe.engine.lean and recipe.engine.recompute != "ffn":
-        yield (
-            "engine.recompute=ffn",
-            dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, recompute="ffn")),
-        )
-    sizes = [whole // 2**k for k in range(1, whole.bit_length()) if whole % 2**k == 0]
-    for size in sizes:
-        yield training(**{micro: size, "gradient_accumulation_steps": times * (whole // size)})
-    if not values["activation_checkpointing"]:
-        yield training(activation_checkpointing=True)
-        for size in sizes:
-            changes = {micro: size, "gradient_accumulation_steps": times * (whole // size)}
-            yield training(activation_checkpointing=True, **changes)
+    if not weights_at_hand(recipe.model):
+        raise why
+    step = PlannedStep(recipe, args, None, real=True)
+    watch.trained = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
+    return step.trace(rows, tokens, counted, watch.at(None))
 
 
-def _covered(recipe: Recipe, device: Any) -> None:
+def _speed(
+    watch: Any, pace: float, kinds: dict[str, int], micro_batches: int, tokens: int, notes: list[str]
+) -> tuple[float | None, int]:
+    """-> tokens per second (None: rates are not known), bytes read from the disk in a step; what to know in `notes`."""
+    from .memory.roofline import read_again
+    from .memory.tracer import MAPPED, live
+
+    mapped = kinds.get(MAPPED, 0)
+    read = read_again(mapped, ram().get("MemAvailable", mapped + live(kinds)) - live(kinds), micro_batches)
+    seconds = watch.seconds(micro_batches, min(2, micro_batches))
+    if read:
+        notes.append(f"the mapped base exceeds free memory: {gib(read)} are read from the disk in each step")
+    if seconds is None:
+        notes.append("the speed is predicted once `trimtab doctor` has measured this machine")
+        return None, read
+    if read and not watch.rates.disk.get("read"):
+        return None, read
+    return micro_batches * tokens / (seconds / pace + (read / watch.rates.disk["read"] if read else 0.0)), read
+
+
+def _covered(recipe: Recipe) -> None:
     """What the planner cannot trace yet is said, not guessed."""
-    wanted = recipe.model.precision
-    if wanted in ("nf4", "int8"):
-        raise BadInput(f"plan a {wanted} base", "the planner does not know quantised weights yet", "Take budget: out")
-    if device.type != "cpu":
-        raise BadInput(f"plan a run on {device}", "the planner traces runs on a CPU only yet", "Take budget: out")
     if not recipe.load_stepper().by_trainer:
         raise BadInput(
             f"plan stepper {recipe.stepper}", "the planner follows back-propagation only", "Take budget: out"

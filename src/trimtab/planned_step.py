@@ -9,42 +9,63 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
-from .errors import BadInput
+from .errors import BadInput, Untraceable
 from .recipe import Recipe
 
-SHALLOW = (2, 4)  # blocks; two depths give the line on which a deeper stack of equal blocks lies
+if TYPE_CHECKING:
+    from .memory.roofline import Stopwatch
+
+SHALLOW = 2  # the shallow model's blocks; a second, deeper by as many, gives the line on which deeper stacks lie
 
 
-def peaks(recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None) -> Any:
-    """Peaks by phase and kind, of the whole depth; from two shallow models where all blocks are equal."""
+def peaks(
+    recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, watch: Stopwatch | None = None
+) -> Any:
+    """Peaks by phase and kind, of the whole depth; from two shallow models where the kinds of blocks recur.
+
+    `watch` is told the step's seconds on the way (memory/roofline.py).
+    """
+    from .memory.roofline import Stopwatch
     from .memory.tracer import extend
     from .model import anatomy
 
     whole = PlannedStep(recipe, args, None)
-    depth = len(anatomy.blocks(whole.model)[1])
-    if depth <= SHALLOW[1] or not whole.blocks_are_equal():
-        return whole.trace(rows, tokens, counted)
-    low, high = (PlannedStep(recipe, args, blocks).trace(rows, tokens, counted) for blocks in SHALLOW)
-    return extend(low, high, SHALLOW, depth)
+    depth, period = len(anatomy.blocks(whole.model)[1]), whole.period()
+    watch = watch or Stopwatch(None)
+    watch.depth, watch.trained = depth, sum(p.numel() for p in whole.model.parameters() if p.requires_grad)
+    low = SHALLOW if period == 1 else period + depth % period
+    shallow = (low, low + SHALLOW * period)
+    if depth <= shallow[1]:
+        return whole.trace(rows, tokens, counted, watch.at(None))
+    traces = [PlannedStep(recipe, args, n).trace(rows, tokens, counted, watch.at(n)) for n in shallow]
+    return extend(*traces, shallow, depth)
 
 
 class PlannedStep:
     """One training step of a recipe on a model without values, `blocks` deep (None: as deep as it is)."""
 
-    def __init__(self, recipe: Recipe, args: Any, blocks: int | None):
-        from .model.load import empty_model
+    def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
+        from .model.load import empty_model, load_model
 
-        self.recipe, self.args, self.objective = recipe, args, recipe.load_objective()
+        self.recipe, self.args, self.objective, self.real = recipe, args, recipe.load_objective(), real
         self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
+        if real:
+            self.model = load_model(recipe.model, task=self.objective.task)[0]
         self.dtype = self.model.dtype
         # `.data`: the storage, which stays when a patch puts another under the same parameter
         self.base = {_key(t): t.data for t in (*self.model.parameters(), *self.model.buffers())}
         fresh = [] if self.objective.task == "causal-lm" else self._fresh()
         self.in_file = {_key(p) for p in self.model.parameters()} - {_key(p) for p in fresh}
         place = recipe.load_place()
-        self.surgeries = [patch.apply(self.model, place) for patch in recipe.load_patches()]
+        self.mapped = self.mapped and place.device.type == "cpu"  # another device gets copies
+        try:
+            self.surgeries = [patch.apply(self.model, place) for patch in recipe.load_patches()]
+        except (RuntimeError, NotImplementedError) as error:  # a library's own code may want values
+            why = f"the patch cannot be put on a model without values ({' '.join(str(error).split())[:120]})"
+            raise Untraceable(f"plan {', '.join(map(str, recipe.patches))}", why, "Take budget: out") from error
         if (head := self.objective.prepare(self.model)) is not None:
             self.surgeries.append(head)
 
@@ -53,18 +74,26 @@ class PlannedStep:
 
         return list(anatomy.fresh_parameters(self.model).values())
 
-    def blocks_are_equal(self) -> bool:
+    def period(self) -> int:
+        """After how many blocks the kinds of blocks recur: 1 where all are equal, the depth where they never do."""
         from .model import anatomy
 
-        types = getattr(self.model.config.get_text_config(), "layer_types", None) or [None]
         stack = anatomy.blocks(self.model)[1]
-        looks = {tuple((n, t.shape, t.dtype, t.requires_grad) for n, t in block.named_parameters()) for block in stack}
+        depth = len(stack)
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or [None] * depth
+        looks = [
+            (kind, *((n, t.shape, t.dtype, t.requires_grad) for n, t in block.named_parameters()))
+            for kind, block in zip(types, stack, strict=True)
+        ]
         every = (self.args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
-        return len(looks) == 1 and len(set(types)) == 1 and every == 1
+        recurs = (p for p in range(1, depth) if all(looks[i] == looks[i - p] for i in range(p, depth)))
+        return math.lcm(next(recurs, depth), every if self.args.activation_checkpointing else 1)
 
-    def trace(self, rows: int, tokens: int, counted: int | None = None) -> Any:
+    def trace(self, rows: int, tokens: int, counted: int | None = None, clock: Any = None) -> Any:
+        import torch
+
         from .engine import prepared
-        from .memory.tracer import ADAPTER, MAPPED, ROWS, WEIGHTS, live, trace_steps
+        from .memory.tracer import ADAPTER, MAPPED, ROWS, WEIGHTS, Step, live, trace_steps
 
         model, recipe = self.model, self.recipe
         held = {_key(t) for t in (*model.parameters(), *model.buffers())}
@@ -73,13 +102,15 @@ class PlannedStep:
         self._checkpointing()
         plain = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compile=False))
         with prepared(model, self.objective, plain):
-            peaks = trace_steps(
-                model, functools.partial(self.batch, rows, tokens), self.loss, self.optimizer,
-                device=recipe.load_place().device, kind_of=self.kind_of,
+            if recipe.load_place().device.type != "cpu":  # the lean attention is the CPU's
+                model.set_attn_implementation("sdpa")
+            peaks = trace_steps(Step(
+                model, torch.device("cpu"), functools.partial(self.batch, rows, tokens), self.loss,
+                self.optimizer, self.kind_of, self._evaluation(tokens),
                 micro_batches=min(2, self.args.gradient_accumulation_steps), clip=self.args.max_grad_norm or 0.0,
-                vocabulary=model.config.get_text_config().vocab_size,
-                counted=None if counted is None else rows * counted,
-            )  # fmt: skip
+                counted=None if counted is None else rows * counted, clock=clock,
+                full_rows=bool(getattr(self.args, "packing", False)),
+            ), fake=not self.real)  # fmt: skip
         for kinds in peaks.values():
             for tensor in aside:
                 kind = MAPPED if self.mapped and _key(tensor) in self.in_file else WEIGHTS
@@ -97,19 +128,30 @@ class PlannedStep:
             return ADAPTER
         if _key(tensor) not in self.in_file:
             return ADAPTER if tensor.requires_grad else WEIGHTS
-        return MAPPED if self.mapped else WEIGHTS
+        return MAPPED if self.mapped and tensor.is_floating_point() else WEIGHTS  # packed ones are made, not mapped
 
     def batch(self, rows: int, tokens: int) -> dict[str, Any]:
-        """Fake ids and labels as the collators make them: padded rows, or packed ones."""
+        """Ids and labels as the collators make them: padded rows, rows packed with their positions, or full rows."""
         import torch
 
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        if self.real:  # where the data decide what runs, they should differ
+            ids.random_(self.model.config.get_text_config().vocab_size)
         if self.objective.task != "causal-lm":
             labels = torch.zeros(rows, dtype=torch.int64)
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        packed = self.args.padding_free or (self.args.packing and self.args.packing_strategy.startswith("bfd"))
-        other = "position_ids" if packed else "attention_mask"
-        return {"input_ids": ids, other: torch.ones_like(ids), "labels": torch.zeros_like(ids)}
+        made = {"input_ids": ids, "labels": torch.zeros_like(ids)}
+        if self.args.padding_free or (self.args.packing and self.args.packing_strategy.startswith("bfd")):
+            made["position_ids"] = torch.ones_like(ids)
+        else:
+            made["attention_mask"] = torch.ones_like(ids)
+        return made
+
+    def _evaluation(self, tokens: int) -> Any:
+        """Rows of evaluation are taken to be as long as those of training."""
+        if not self.recipe.data.test or self.args.eval_strategy == "no":
+            return None
+        return functools.partial(self.batch, self.args.per_device_eval_batch_size, tokens)
 
     def loss(self, batch: dict[str, Any]) -> Any:
         with self._autocast():

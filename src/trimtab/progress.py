@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -12,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live as LiveDisplay
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback
 
 from .contracts import Surgery
-from .memory.meter import GIB, LiveTensors, Meter
+from .memory.guard import Guard
+from .memory.meter import GIB, Meter
+from .memory.tracer import ADAPTER, MAPPED, OPTIMISER, WEIGHTS, Trace, highest, live, metered
 from .runs import write_text
 
 Say = Callable[[str], None]
+NEAR = 0.85, 0.97  # shares of the budget from which on the bar is yellow, and red
 
 
 def speaker(quiet: bool = False) -> Say:
@@ -30,7 +37,7 @@ def speaker(quiet: bool = False) -> Say:
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON line per log: step, loss, learning rate, tokens.
+    """One JSON line per log: step, seconds since training began (or went on), loss, learning rate, tokens.
 
     A resumed run first drops lines past its checkpoint, and the summary of the part before.
     """
@@ -39,13 +46,15 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= state.global_step and '"train_runtime"' not in line]
         if len(kept) < len(lines):
             write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        row = {"step": state.global_step, **{key: value for key, value in (logs or {}).items()}}
+        seconds = round(time.monotonic() - self.began, 2)
+        row = {"step": state.global_step, "seconds": seconds, **{key: value for key, value in (logs or {}).items()}}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -64,8 +73,10 @@ class Steps(TrainerCallback):
         self.surgeries, self.meter, self.model = surgeries, meter, model
         self.seconds: list[float] = []
         self.tokens: list[int] = []
-        self.live: LiveTensors | None = None
+        self.trace: Trace | None = None  # while a step is metered
+        self._metering = contextlib.ExitStack()
         self.live_peak = self.live_mapped = 0
+        self.live_phase, self.live_bytes = "", {}  # where in the step the peak was, and what was held then, by kind
         self.trainer: Any = None
         self.first = 0
         self._counted = 0
@@ -82,15 +93,11 @@ class Steps(TrainerCallback):
         for surgery in self.surgeries:
             surgery.before_step(state.global_step)
         if state.global_step == self.first + 1:  # the second step: optimiser state is there, warm-up is over
-            held = [*self.model.parameters(), *self.model.buffers()]
-            held += [
-                t
-                for s in (optimizer.state.values() if optimizer else ())
-                for t in s.values()
-                if hasattr(t, "untyped_storage")
-            ]
-            self.live = LiveTensors(held, [t for s in self.surgeries for store in s.stores for t in store.mapped()])
-            self.live.__enter__()
+            own = [t for surgery in self.surgeries for t in surgery.own_tensors().values()]
+            tables = [t for surgery in self.surgeries for store in surgery.stores for t in store.mapped()]
+            inner = getattr(optimizer, "optimizer", optimizer)
+            self.trace = self._metering.enter_context(metered(self.trainer, self.model, own, inner, tables))
+            self.live_mapped = self.trace.held.get(MAPPED, 0)
         if self.first_step_at is None:
             self.first_step_at = time.monotonic()
         self._began = time.monotonic()
@@ -101,18 +108,31 @@ class Steps(TrainerCallback):
             surgery.after_step(state.global_step, inner)
 
     def on_step_end(self, args, state, control, **kwargs):
-        metered = self.live is not None
+        was_metered = self.trace is not None
         self.end_live()
         tokens = self.trainer._total_train_tokens - self._counted
         self._counted += tokens
-        if not metered and state.global_step > self.first + 1:  # the first and the metered step are no measure of speed
+        # the first and the metered step are no measure of speed
+        if not was_metered and state.global_step > self.first + 1:
             self.seconds.append(time.monotonic() - self._began)
             self.tokens.append(tokens)
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trace:
+            self.trace.enter("optimiser", OPTIMISER)
+
     def end_live(self) -> None:
-        if self.live is not None:
-            self.live.__exit__(None, None, None)
-            self.live_peak, self.live_mapped, self.live = self.live.peak_bytes, self.live.mapped, None
+        if self.trace is None:
+            return
+        self._metering.close()
+        if self.trace.peaks:
+            self.live_phase, held = highest(self.trace.peaks)
+            self.live_bytes = {kind: size for kind, size in held.items() if size}
+            self.live_peak = live(held)
+            stays = {kind: held.get(kind, 0) for kind in (WEIGHTS, ADAPTER, OPTIMISER)}
+            process = max(0, self.meter.baseline["anon"] - stays[WEIGHTS])
+            self.meter.parts = {"process": process, **stays}
+        self.trace = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -120,48 +140,90 @@ class Steps(TrainerCallback):
 
 
 class Live(TrainerCallback):
-    """The line a user watches: step, loss, tokens/s, time left, memory. Plain lines where there is no terminal."""
+    """What a user watches: step, loss, tokens/s, time left, and the fast tier beside what it may hold.
 
-    def __init__(self, steps: Steps, say: Say, quiet: bool):
-        self.steps, self.say, self.quiet = steps, say, quiet
-        self.bar: Progress | None = None
-        self._next, self._pause = 0.0, 5.0  # seconds; plain lines come ever more seldom, up to one a minute
+    Two lines with a bar each on a terminal; plain lines elsewhere, ever more seldom, up to one a minute. `limit`: the
+    budget in bytes, if there is one.
+    """
+
+    def __init__(self, steps: Steps, say: Say, quiet: bool, limit: int | None = None):
+        self.steps, self.say, self.quiet, self.limit = steps, say, quiet, limit
+        self.live: LiveDisplay | None = None
+        self.loss = ""
+        self._next, self._pause = 0.0, 5.0  # seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.quiet:
-            return
-        if sys.stderr.isatty():
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=False)
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-            self.bar.start()
+        self.began, self.first, self.step, self.last = time.monotonic(), *(state.global_step,) * 2, state.max_steps
+        if not self.quiet and sys.stderr.isatty():
+            # no thread of its own: it is drawn when a step ends
+            self.live = LiveDisplay(self, console=Console(stderr=True), auto_refresh=False)
+            self.live.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step = state.global_step
+        if self.live:
+            self.live.refresh()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.quiet or not logs or "loss" not in logs:
             return
-        held = self.steps.meter.peak["anon"] / GIB
-        speed = self.steps.tokens_per_second
-        text = f"loss {float(logs['loss']):.3f}  {speed:,.0f} tokens/s  {held:.2f} GiB"
-        if self.bar:
-            self.bar.update(self.task, completed=state.global_step, description=text)
+        self.loss = f"loss {float(logs['loss']):.3f}"
+        if self.live:
+            self.live.refresh()
         elif time.monotonic() >= self._next or state.global_step == state.max_steps:
             self._next = time.monotonic() + self._pause
             self._pause = min(60.0, 1.5 * self._pause)
-            self.say(f"step {state.global_step}/{state.max_steps}  {text}")
+            self.say(f"step {state.global_step}/{state.max_steps}  {self.loss}  {self.speed}  {self.memory}")
+
+    @property
+    def speed(self) -> str:
+        return f"{self.steps.tokens_per_second:,.0f} tokens/s"
+
+    @property
+    def memory(self) -> str:
+        held = self.steps.meter.held() / GIB
+        return f"{held:.2f} of {self.limit / GIB:.2f} GiB" if self.limit else f"{held:.2f} GiB"
+
+    @property
+    def left(self) -> str:
+        """Time left, from the steps of this run so far."""
+        done = self.step - self.first
+        if not done:
+            return ""
+        seconds = int((time.monotonic() - self.began) / done * (self.last - self.step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The two lines, in the width there is: what matters least goes first."""
+        figures = [text for text in (self.loss, self.left, self.speed) if text]
+        name = f"step {self.step}/{self.last}"
+        of = self.limit or self.steps.meter.total
+        share = self.steps.meter.held() / of if of else 0.0
+        colour = "green" if share < NEAR[0] else "yellow" if share < NEAR[1] else "red"
+        memory = self.memory if self.limit else f"{self.memory}, {of / GIB:.1f} here"
+        first = max(len(name), len("fast tier"))
+        while len(figures) > 1 and first + len("  ".join(figures)) + 14 > options.max_width:
+            figures.pop()
+        second = max(len("  ".join(figures)), len(memory))
+        table = Table.grid(padding=(0, 1))
+        room = options.max_width - first - second - 2
+        for label, done, whole, style, text in (
+            (name, self.step, self.last, "cyan", "  ".join(figures)),
+            ("fast tier", min(share, 1.0), 1.0, colour, Text(memory, style=colour if share >= NEAR[0] else "")),
+        ):
+            bar = [ProgressBar(total=whole, completed=done, width=min(32, room), complete_style=style,
+                               finished_style=style)] if room >= 4 else []  # fmt: skip
+            table.add_row(label, *bar, text)
+        yield table
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
 
     def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+        if self.live:
+            self.live.refresh()
+            self.live.stop()
+            self.live = None
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -188,10 +250,30 @@ class StopOnInterrupt(TrainerCallback):
         self.say("Stopping: finishing this step and writing a checkpoint (again to stop at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:  # all processes stop after the same step
-            asked = torch.tensor(float(self.asked), device=args.device)
-            torch.distributed.all_reduce(asked)
-            self.asked = bool(asked)
+        self.asked = _any_process(self.asked, args)
         if self.asked:
             control.should_save = control.should_training_stop = True
         return control
+
+
+class StopAtLimit(TrainerCallback):
+    """The guard has tripped: the step is finished, a checkpoint written, the run ends."""
+
+    def __init__(self, guard: Guard, meter: Meter):
+        self.guard, self.meter = guard, meter
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.meter.sample()
+        if _any_process(bool(self.guard.why), args):
+            self.guard.why = self.guard.why or "machine"  # another process's
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def _any_process(flag: bool, args: Any) -> bool:
+    """Whether `flag` is set in one of the processes: all of them stop after the same step."""
+    if args.world_size > 1:
+        flags = torch.tensor(float(flag), device=args.device)
+        torch.distributed.all_reduce(flags)
+        return bool(flags)
+    return flag

@@ -14,7 +14,8 @@ from typing import Any
 from .errors import BadInput
 from .recipe import Recipe
 
-PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html")
+PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html",
+         "eval.json")  # fmt: skip
 STATE = "trainer_state.json"
 PARTIAL, OLD = ".checkpoint.partial", ".checkpoint.old"  # a checkpoint being written, and one being thrown away
 
@@ -62,14 +63,25 @@ def begin_run(output: Path, recipe: Recipe, resumed: bool) -> None:
 
 
 def _same_recipe(output: Path, recipe: Recipe) -> None:
-    """Resuming computes what was begun: the recipe must be the one in the folder (but for how far it goes)."""
+    """Resuming computes what was begun: the recipe must be the one in the folder.
+
+    How far it goes may differ, and what changes memory but not the steps: the budget, `engine:`, recomputed
+    activations, and micro-batches of another size that make steps of as many rows.
+    """
     path = output / "recipe.yaml"
     if not path.is_file():
         return
     old, new = Recipe.load(path), recipe
+    micro, times = "per_device_train_batch_size", "gradient_accumulation_steps"
     free = ("max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit", "logging_steps",
-            "report_to")  # fmt: skip
-    training = lambda r: {k: v for k, v in r.training_values().items() if k not in free}  # noqa: E731
+            "report_to", "activation_checkpointing", micro, times)  # fmt: skip
+
+    def training(r: Recipe) -> dict[str, Any]:
+        values = r.training_values()
+        sizes = values[micro], values.get(times, 1)
+        whole = sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else sizes
+        return {"rows of a step": whole} | {k: v for k, v in values.items() if k not in free}
+
     # the working folder may be another one: files of the same name are taken for the same
     files = lambda value: [Path(v).name for v in ([value] if isinstance(value, str) else value or [])]  # noqa: E731
     data = lambda r: {**vars(r.data), "train": files(r.data.train), "test": files(r.data.test)}  # noqa: E731
@@ -104,6 +116,30 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def sync(folder: Path) -> None:
+    """Bytes to the disk before the rename that makes them count."""
+    for path in (*folder.rglob("*"), folder):
+        sync_entry(path)
+
+
+def sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(checkpoint: Path) -> None:
+    """Out of sight at once, then removed: a kill in between leaves no checkpoint that lacks a part."""
+    if not checkpoint.is_dir():
+        return
+    aside = checkpoint.with_name(OLD)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_run(

@@ -1,7 +1,8 @@
 """`trimtab train RECIPE.yaml`: read, load, patch, train, save, report.
 
 The order is chosen so that what is cheap to refuse is refused first: the recipe, then the output folder, then the
-data, then the model. Nothing is written before all of them are found good.
+data, then the model. Nothing is written before all of them are found good. A run whose plan exceeds its budget does not
+start; one that holds too much as it goes on is stopped with a checkpoint (memory/guard.py).
 """
 
 from __future__ import annotations
@@ -9,254 +10,146 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import methods
-from .errors import BadInput, Interrupted
-from .memory.meter import GIB, Meter
+from .errors import BadInput, Interrupted, Stopped
+from .memory.meter import GIB
 from .model.quiet import hushed, no_dataset_bars
 from .recipe import Recipe
-from .runs import begin_run, machine, now, open_run, versions, write_json
+from .runs import begin_run, checkpoints, machine, now, open_run, versions, write_json
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .session import Ended, Session
 
 
 @hushed()
 @no_dataset_bars()
-def train(recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Run a recipe; returns what run.json holds.
+def train(
+    recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None = None, hard: bool = False
+) -> dict[str, Any]:
+    """Run a recipe; returns what run.json holds. `hard`: its budget of the fast tier is a limit of the process too.
 
-    Raises BadInput for what the user must mend and Interrupted after Ctrl-C (a checkpoint is then in the folder).
+    Raises BadInput for what the user must mend, DoesNotFit before a run that its budget does not hold, Stopped for one
+    that held too much on the way, and Interrupted after Ctrl-C (a checkpoint is then in the folder).
     """
     began = time.monotonic()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not recipe.patches:
         raise BadInput(
             "train", "the recipe has no patch", f"Add one under patches: {', '.join(methods.names('patch'))}"
         )
-    from transformers import set_seed
-
-    from . import adapter
-    from .progress import Live, MetricsFile, Steps, StopOnInterrupt, speaker
+    if hard and not (recipe.budget or {}).get("fast"):
+        raise BadInput("train --hard", "the recipe states no budget.fast", "Say, for example, budget.fast=2GiB")
+    from .progress import speaker
     from .stores import row_numbers
 
     say = say or speaker(quiet)
     output, checkpoint = open_run(recipe)
-    objective, stepper, patches, place = (
-        recipe.load_objective(), recipe.load_stepper(), recipe.load_patches(), recipe.load_place(),
-    )  # fmt: skip
-    from .engine import Job, as_it_was, prepared, quiet as hush  # noqa: I001  (imports TRL: after the cheap checks)
+    from .adapter import save_adapter
+    from .session import Session  # imports TRL: after the cheap checks
 
-    args = _arguments(recipe, objective, output, place)
-    tokenizer, rows, test = _data(recipe, objective)
-    set_seed(args.seed)
-    model = _model(recipe, objective, place, rows, say)
-    base = adapter.Base(
-        recipe.model.name, model.trimtab_base, objective.task, recipe.model.precision, rows.labels or []
-    )
-    dtype = model.dtype
-    main = args.process_index == 0  # of several processes one writes and speaks
-    say, quiet = (say, quiet) if main else (lambda line: None, True)
-    if place.folder is None:  # files of the slow tier: on the run's own disk
-        place = dataclasses.replace(
-            place, folder=str(next(p for p in (output, *output.absolute().parents) if p.is_dir()))
-        )
-    meter, surgeries = Meter(device=place.device).start(), []
+    session = Session(recipe, output, say, quiet)
+    with _full_disk_told(output), session:
+        say = session.say
+        made = _planned(session)
+        if session.main:  # nothing is written before this line
+            begin_run(output, recipe, resumed=checkpoint is not None)
+        trainable = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
+        trainable += row_numbers(session.surgeries)
+        total = sum(t.numel() for s in session.surgeries for t in s.own_tensors().values())
+        patches = " + ".join(map(methods.name_of, session.patches))
+        say(f"{patches} on {recipe.model.name}: {trainable:,} numbers are trained")
+        ended = session.fit(checkpoint, made.budget.fast if made else None, hard)
+        if ended.why:
+            raise _stopped(session, ended, made, hard)
+        session.meter.stop()
+        trained = {
+            "recipe": recipe.hash, "finished": now(), "output": str(output),
+            "trainable_parameters": trainable, "adapter_numbers": total, "mean_loss": ended.mean_loss,
+            **_record(session, began), "predicted": made.predicted() if made else {},
+            "budget": dataclasses.asdict(made.budget) if made else {},
+            "processes": session.args.world_size, "machine": machine(), "versions": versions(),
+        }  # fmt: skip
+        if session.main:
+            save_adapter(output / "adapter", session.surgeries, session.base)
+            write_json(output / "run.json", trained)
+        _tell(trained, output, say)
+        return trained
+
+
+@contextlib.contextmanager
+def _full_disk_told(output: Path) -> Iterator[None]:
     try:
-        for patch in patches:
-            surgeries.append(patch.apply(model, place))
-        if (head := objective.prepare(model)) is not None:
-            surgeries.append(head)
-        with as_it_was(model), _folder(output):
-            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) + row_numbers(surgeries)
-            total = sum(t.numel() for s in surgeries for t in s.own_tensors().values())
-            job = Job(objective, stepper, surgeries, base, dtype, recipe.data.too_long, say)
-            trainer = _trainer(recipe, objective, job, model, tokenizer, rows, test, args)
-            hush(trainer)
-            predicted = _planned(recipe, trainer, meter, say)
-            if main:  # nothing is written before this line
-                begin_run(output, recipe, resumed=checkpoint is not None)
-                meter.timeline = output / "memory.jsonl"
-            say(
-                f"{' + '.join(map(methods.name_of, patches))} on {recipe.model.name}: {trainable:,} numbers are trained"
-            )
-            steps = Steps(surgeries, meter, model)
-            steps.trainer = trainer
-            live = Live(steps, say, quiet)
-            interrupt = StopOnInterrupt(say)
-            written = [MetricsFile(output / "metrics.jsonl")] if main else []
-            for callback in (*written, steps, live, interrupt):
-                trainer.add_callback(callback)
-            with prepared(model, objective, recipe), interrupt:
-                try:
-                    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-                finally:
-                    steps.end_live()
-                    live.close()
-            finished, asked_for = trainer.state.global_step, trainer.state.max_steps
-            if interrupt.asked and finished < asked_for:
-                raise Interrupted(
-                    f"stopped after step {finished} of {asked_for}",
-                    f"{output / f'checkpoint-{finished}'} holds everything", "Go on with resume=true",
-                )  # fmt: skip
-            meter.stop()
-            trained = {
-                "recipe": recipe.hash, "finished": now(), "output": str(output),
-                "trainable_parameters": trainable, "adapter_numbers": total, "mean_loss": result.training_loss,
-                **_record(trainer, steps, meter, began), "predicted": predicted, "processes": args.world_size,
-                "machine": machine(), "versions": versions(),
-            }  # fmt: skip
-            if main:
-                adapter.save_adapter(output / "adapter", surgeries, base)
-                write_json(output / "run.json", trained)
-            _tell(trained, output, say)
-            return trained
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         raise BadInput(
             f"write into {output}", error.strerror or str(error), "Make room, or name another output"
         ) from error
-    finally:
-        meter.stop()
-        for surgery in reversed(surgeries):
-            surgery.revert()
 
 
-@contextlib.contextmanager
-def _folder(output: Path) -> Iterator[None]:
-    """The folder, made; a run that never began leaves no empty one behind."""
-    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
-    try:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(
-                f"output: {output}", error.strerror or str(error), "Name a folder that can be made"
-            ) from None
-        yield
-    finally:
-        for folder in missing:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _arguments(recipe: Recipe, objective: Any, output: Path, place: Any) -> Any:
-    from transformers import TrainingArguments
-    from trl import SFTConfig
-
-    from .engine import training_arguments
-
-    cls = SFTConfig if objective.task == "causal-lm" else TrainingArguments
-    args = training_arguments(recipe, cls, output, place.device.type == "cpu")
-    if cls is SFTConfig and args.completion_only_loss is None and args.max_length is None and args.packing:
-        raise BadInput("training: packing: true", "max_length is None", "Give max_length")
-    return args
-
-
-def _data(recipe: Recipe, objective: Any) -> tuple[Any, Any, Any]:
-    from .data import read_rows
-    from .model.load import cached_folder, load_tokenizer
-
-    spec = recipe.model
-    folder = cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
-    rows = read_rows(recipe.data, "train", tokenizer, objective.task)
-    test = None
-    if recipe.data.test and recipe.training.get("eval_strategy", "no") != "no":
-        test = read_rows(recipe.data, "test", tokenizer, objective.task, like=rows)
-    return tokenizer, rows, test
-
-
-def _model(recipe: Recipe, objective: Any, place: Any, rows: Any, say: Callable[[str], None]) -> Any:
-    from .model.load import load_model
-
-    labels = 1 if rows.regression else len(rows.labels) if rows.labels else None
-    model, _ = load_model(recipe.model, task=objective.task, labels=labels, device=place.device, say=say)
-    if rows.labels:
-        model.config.id2label = dict(enumerate(rows.labels))
-        model.config.label2id = {label: index for index, label in enumerate(rows.labels)}
-    return model
-
-
-def _trainer(recipe, objective, job, model, tokenizer, rows, test, args) -> Any:
-    from .engine import CausalTrainer, ClassifierTrainer
-
-    common = {"model": model, "args": args, "processing_class": tokenizer}
-    if objective.task == "causal-lm":
-        args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
-        return CausalTrainer(job, train_dataset=rows.dataset, eval_dataset=test.dataset if test else None, **common)
-    from transformers import DataCollatorWithPadding
-
-    from .data import tokenize_classification
-
-    length = recipe.training_values()["max_length"]
-    parts = {}
-    for name, part in (("train", rows), ("test", test)):
-        parts[name], found = (
-            tokenize_classification(part, tokenizer, length, recipe.data.too_long, name) if part else (None, None)
-        )
-        if found and found.over:
-            job.say(
-                f"{found.over} {name} rows are longer than max_length {length}: "
-                f"{found.cut} cut, {found.dropped} left out"
-            )
-    return ClassifierTrainer(
-        job,
-        train_dataset=parts["train"],
-        eval_dataset=parts["test"],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        **common,
-    )
-
-
-def _planned(recipe: Recipe, trainer: Any, meter: Meter, say: Callable[[str], None]) -> dict[str, Any]:
-    """-> what the plan predicts for the longest rows. A run over its `budget:` is refused here.
+def _planned(session: Session) -> Plan | None:
+    """What the plan predicts for the longest rows. A run over its `budget:` is refused here.
 
     Without a budget, a run that the planner does not cover goes on without a prediction.
     """
-    from .plan import plan, require_fit
+    from .plan import plan
+    from .plan_fit import require_fit
 
-    if trainer.args.world_size > 1:
+    recipe = session.recipe
+    if session.args.world_size > 1:
         if recipe.budget:
             raise BadInput("budget: with several processes", "the planner knows runs of one process", "Take it out")
-        return {}
+        return None
     try:
-        made = plan(recipe, args=trainer.args, **_largest_batch(trainer))
+        made = plan(recipe, args=session.args, **session.largest_batch())
     except BadInput:
         if recipe.budget:
             raise
-        return {}
-    made = dataclasses.replace(made, process=max(0, meter.baseline["anon"] - made.kinds.get("weights", 0)))
+        return None
+    held = made.start_bytes - made.process
+    made = dataclasses.replace(made, process=max(0, session.meter.rebase() - held))
     if recipe.budget:
         require_fit(made, recipe)
-        say(f"planned: {made.fast_peak_bytes / GIB:.2f} GiB of the fast tier at the peak")
-    return made.predicted()
+        session.say(f"planned: {made.fast_peak_bytes / GIB:.2f} GiB of the fast tier at the peak")
+    return made
 
 
-def _largest_batch(trainer: Any) -> dict[str, Any]:
-    """Rows, tokens of the longest one, and the most tokens of a row that count; read without decoding the table."""
-    import numpy
-    from pyarrow import compute
+def _stopped(session: Session, ended: Ended, made: Plan | None, hard: bool) -> Exception:
+    """The error that a run ends with which did not come to its end."""
+    from .plan_fit import advice
 
-    longest, counted = 1, None
-    for part in trainer.train_dataset.with_format("arrow").iter(1000):
-        longest = max(longest, compute.max(compute.list_value_length(part["input_ids"])).as_py())
-        if "labels" in part.column_names and "List" in str(trainer.train_dataset.features["labels"]):
-            labels = part["labels"].combine_chunks()
-            row = compute.list_parent_indices(labels).to_numpy()[labels.flatten().to_numpy() != -100]
-            counted = max(counted or 0, int(numpy.bincount(row, minlength=1).max()))
-    step = getattr(trainer.args, "pad_to_multiple_of", None) or 1
-    rows = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
-    return {"rows": rows, "tokens": -(-longest // step) * step, "counted": counted}
+    output, guard = session.output, session.guard
+    at = f"step {ended.step} of {ended.wanted}"
+    left = checkpoints(output)
+    if ended.why == "interrupt":
+        return Interrupted(f"stopped after {at}", f"{left[-1]} holds everything", "Go on with resume=true")
+    limit = guard.budget
+    if ended.why == "refused":
+        asked = f"step {ended.step + 1} of {ended.wanted}"
+        asked += f" within {guard.budget / GIB:.2f} GiB (--hard)" if hard and guard.budget else ""
+        have = "an allocation was refused" if guard.budget else "the memory ran out"
+        held = max(guard.most, (limit or 0) + 1)
+    else:
+        asked, have = guard.describe()
+        have, held = f"{have} up to {at}, where it was stopped", guard.most
+        if ended.why == "machine":
+            limit = None
+    have += f"; {left[-1]} is complete" if left else "; no checkpoint had been written yet"
+    how = "Go on with resume=true and" if left else "Begin again with overwrite=true and"
+    return Stopped(asked, have, f"{how} {advice(session.recipe, made, held, limit)}")
 
 
-def _record(trainer: Any, steps: Any, meter: Meter, began: float) -> dict[str, Any]:
+def _record(session: Session, began: float) -> dict[str, Any]:
     """What the run did and held: the measured part of run.json."""
     from .stores import traffic
 
+    trainer, steps = session.trainer, session.steps
     tokens = trainer.tokens()
     share = trainer._total_train_tokens / max(tokens, 1)  # what this process saw of them
     return {
@@ -265,13 +158,15 @@ def _record(trainer: Any, steps: Any, meter: Meter, began: float) -> dict[str, A
         "final_loss": _final_loss(trainer),
         "evaluation": _evaluation(trainer),
         "measured": {
-            **meter.result(),
+            **session.meter.result(),
             "live_peak_bytes": steps.live_peak,
+            "phase": steps.live_phase,
+            "bytes": steps.live_bytes,
             "mapped_weight_bytes": steps.live_mapped,
             "tokens_per_second": round(steps.tokens_per_second / (share or 1.0), 2),
             "seconds_to_first_step": round((steps.first_step_at or time.monotonic()) - began, 2),
             "seconds": round(time.monotonic() - began, 2),
-            **traffic(steps.surgeries, trainer.state.global_step - steps.first),
+            **traffic(session.surgeries, trainer.state.global_step - steps.first),
         },
     }
 

@@ -39,8 +39,11 @@ def active() -> str:
     return next((name for name in ORDER if name in loaded), "system")
 
 
-def restart_under(name: str = "auto") -> None:
+def restart_under(name: str = "auto", hard: bool = False) -> None:
     """Replace this process by itself under the allocator `name`; returns if there is none, or it is already there.
+
+    `hard`: it is not to map memory long before it needs it (mimalloc maps 1 GiB at a time), for that counts under
+    RLIMIT_DATA (guard.py).
 
     `TRIMTAB_ALLOCATOR=none` in the environment keeps the system's malloc whatever the recipe says.
     """
@@ -54,6 +57,8 @@ def restart_under(name: str = "auto") -> None:
         return
     preload = " ".join(part for part in (os.environ.get("LD_PRELOAD", ""), found[1]) if part)
     environment = {**os.environ, "LD_PRELOAD": preload, CHOSEN: name, STARTED: str(os.getpid())}
+    if hard:
+        environment.setdefault("MIMALLOC_ARENA_EAGER_COMMIT", "0")
     os.execve(sys.executable, [sys.executable, *_own_arguments()], environment)
 
 

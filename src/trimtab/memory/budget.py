@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ EXAMPLES = 'Write, say, "6GiB", "512MiB", "80%" or "-2GiB"'
 _FORM = re.compile(r"(?P<minus>-?)\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|[a-z]*)", re.IGNORECASE)
 
 
-def parse(text: str | int, total: int, where: str = "budget") -> int:
-    """-> bytes. `total`: what the machine has, which "80%" and "-2GiB" are taken of, and which is the most there is."""
+def parse(text: str | int, total: int | None, where: str = "budget") -> int:
+    """-> bytes. `total`: what the machine has, which "80%" and "-2GiB" are taken of, and which is the most there is.
+
+    None: this machine has no such device, so that a size stands for itself.
+    """
     asked = f"{where}: {text}"
     if isinstance(text, bool) or not isinstance(text, str | int):
         raise BadInput(asked, "a size is a number with a unit", EXAMPLES)
@@ -35,6 +39,9 @@ def parse(text: str | int, total: int, where: str = "budget") -> int:
     if not found:
         raise BadInput(asked, "it is no size", EXAMPLES)
     number, unit = float(found["number"]), found["unit"].lower()
+    if total is None and (unit == "%" or found["minus"]):
+        raise BadInput(asked, "this machine has no such device to take it of", 'Write a size, say "24GiB"')
+    total = sys.maxsize if total is None else total
     if not unit and number:
         raise BadInput(asked, "it has no unit", f'Write "{found["number"]}GiB", or a whole number of bytes unquoted')
     if unit == "%":
@@ -70,7 +77,7 @@ class Budget:
     slow: int | None = None
 
     @classmethod
-    def of(cls, values: dict[str, Any] | None, fast_total: int, slow_total: int) -> Budget:
+    def of(cls, values: dict[str, Any] | None, fast_total: int | None, slow_total: int) -> Budget:
         """From a recipe's `budget:` keys and what this machine has of each tier."""
         values = values or {}
         for key in values:
@@ -81,11 +88,16 @@ class Budget:
         return cls(sizes.get("fast"), sizes.get("slow"))
 
 
-def fast_bytes(device: Any = None) -> int:
-    """What the fast tier has: a GPU's memory, else RAM (or what the control group lets this process have of it)."""
+def fast_bytes(device: Any = None) -> int | None:
+    """What the fast tier has: a GPU's memory, else RAM (or what the control group lets this process have of it).
+
+    None: `device` is none of this machine's.
+    """
     if device is not None and device.type == "cuda":
         import torch
 
+        if not torch.cuda.is_available():
+            return None
         return int(torch.cuda.get_device_properties(device).total_memory)
     total = ram().get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
@@ -95,10 +107,25 @@ def fast_bytes(device: Any = None) -> int:
     return min(total, limit)
 
 
+def room() -> int | None:
+    """Bytes that this machine (or the control group) can still give before the kernel must kill; None: not known."""
+    system = ram()
+    left = [system["MemAvailable"] + system.get("SwapFree", 0)] if "MemAvailable" in system else []
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, held = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        pairs = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = sum(int(size) for name, size in pairs if name in ("inactive_file", "active_file"))  # it can drop them
+        left.append(limit - held + files)
+    except (OSError, ValueError):
+        pass  # no control group, or "max"
+    return min(left, default=None)
+
+
 def slow_bytes(device: Any = None, folder: str | None = None) -> int:
     """What the slow tier has: RAM under a GPU, the disk under RAM."""
     if device is not None and device.type == "cuda":
-        return fast_bytes()
+        return fast_bytes() or 0
     return shutil.disk_usage(folder if folder and Path(folder).is_dir() else ".").total
 
 

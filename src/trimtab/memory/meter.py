@@ -7,55 +7,95 @@ peak allocated and peak reserved bytes. Device totals are never called peaks.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from .budget import fast_bytes, room
+
 GIB = 2**30
 
 
 def process_memory(pid: int | str = "self") -> dict[str, int]:
-    """{"anon": bytes, "file": bytes} of a process from the kernel's own account (zeros where there is no /proc)."""
-    found = {"anon": 0, "file": 0}
+    """{"anon", "file", "data"} of a process, in bytes, from the kernel's own account (zeros where there is no /proc).
+
+    Resident anonymous pages, resident pages of files, and the size of all private writable mappings, touched or not.
+    """
+    found = {"anon": 0, "file": 0, "data": 0}
+    names = {"RssAnon": "anon", "RssFile": "file", "VmData": "data"}
     try:
         with open(f"/proc/{pid}/status") as status:
             for line in status:
-                if line.startswith("RssAnon:"):
-                    found["anon"] = int(line.split()[1]) * 1024
-                elif line.startswith("RssFile:"):
-                    found["file"] = int(line.split()[1]) * 1024
+                name, _, rest = line.partition(":")
+                if name in names:
+                    found[names[name]] = int(rest.split()[0]) * 1024
     except OSError:
         pass
     return found
 
 
+def worker_memory() -> int:
+    """Bytes that the child processes (data-loader workers) hold and this process does not: their own written pages."""
+    held = 0
+    try:
+        for children in Path("/proc/self/task").glob("*/children"):
+            for pid in children.read_text().split():
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Private_Dirty:"):
+                        held += int(line.split()[1]) * 1024
+    except OSError:
+        pass  # a worker that ended meanwhile, or no /proc
+    return held
+
+
+class Sample(NamedTuple):
+    """What was seen at one moment, in bytes."""
+
+    held: int  # of the fast tier: the process and its workers on a CPU, what the allocator reserved on CUDA
+    left: int | None  # what the machine can still give; None where this sample did not look
+    anon: int  # resident anonymous pages of this process
+    mapped: int  # its private writable mappings, touched or not
+
+
 class Meter:
     """Samples memory from `start` to `stop`; `mark(...)` names the phase that the timeline is in.
 
-    `baseline` is what the process held when the meter was started, so growth = peak - baseline.
+    `baseline` is what the process held when the meter was started, so growth = peak - baseline. `now` is the newest
+    sample, and `watchers` are called with each. With `workers`, what child processes hold is added to the process's.
     """
+
+    EVERY = 10  # samples: as often the machine and the workers are looked at, which costs more
 
     def __init__(self, timeline: Path | None = None, seconds: float = 0.02, device: torch.device | None = None):
         self.timeline, self.seconds = timeline, seconds
         self.device = device if device is not None and device.type == "cuda" else None
-        self.baseline = self.peak = {"anon": 0, "file": 0}
+        self.baseline = self.peak = self.now = {"anon": 0, "file": 0}
+        self.watchers: list[Callable[[Sample], None]] = []
+        self.workers = False
+        self.parts: dict[str, int] = {}  # kind -> bytes that stay from step to step, once they are known
+        self.total = fast_bytes(self.device) or 0  # what the machine has of the fast tier
         self.phase = "start"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._began = 0.0
         self._last_written = -1.0
+        self._samples = self._children = 0
+        self._lock = threading.Lock()  # the meter's thread samples, and the end of each step
 
     def start(self) -> Meter:
-        self.baseline = process_memory()
-        self.peak = dict(self.baseline)
+        held = process_memory()
+        self.baseline = {kind: held[kind] for kind in self.peak}
+        self.peak = self.now = dict(self.baseline)
         if self.device:
             torch.cuda.reset_peak_memory_stats(self.device)
         self._began = time.monotonic()
@@ -68,17 +108,48 @@ class Meter:
             self._stop.set()
             self._thread.join()
             self._thread = None
-            self._sample()
+            self._last_written = -1.0
+            self.sample()
+
+    def rebase(self) -> int:
+        """Growth counts from now on; -> the anonymous bytes that the process holds."""
+        self.sample()
+        self.baseline = dict(self.now)
+        return self.baseline["anon"]
 
     def mark(self, phase: str) -> None:
-        self.phase = phase
+        self.phase, self._last_written = phase, -1.0
 
     def _run(self) -> None:
         while not self._stop.wait(self.seconds):
+            with contextlib.suppress(MemoryError):  # under a hard limit; the next sample may find room
+                self.sample()
+
+    def sample(self) -> None:
+        """Look now, and not only every few milliseconds."""
+        with self._lock:
             self._sample()
 
+    def stop_watching(self, watcher: Callable[[Sample], None]) -> None:
+        """When this returns, `watcher` is not called again."""
+        with self._lock:
+            self.watchers.remove(watcher)
+
+    def held(self) -> int:
+        """Bytes of the fast tier at the newest sample."""
+        return torch.cuda.memory_reserved(self.device) if self.device else self.now["anon"]
+
     def _sample(self) -> None:
-        now = process_memory()
+        found = process_memory()
+        rare = self._samples % self.EVERY == 0
+        self._samples += 1
+        if rare and self.workers:
+            self._children = worker_memory()
+        self.now = now = {"anon": found["anon"] + self._children, "file": found["file"]}
+        if self.watchers:
+            sample = Sample(self.held(), room() if rare else None, found["anon"], found["data"])
+            for watcher in self.watchers:
+                watcher(sample)
         self.peak = {kind: max(self.peak[kind], now[kind]) for kind in now}
         seconds = time.monotonic() - self._began
         if (
@@ -86,6 +157,7 @@ class Meter:
         ):  # the file holds twice a second, the peak every sample
             self._last_written = seconds
             row: dict[str, Any] = {"seconds": round(seconds, 2), "phase": self.phase, **now}
+            row |= {"parts": self.parts} if self.parts else {}
             if self.device:
                 row["allocated"] = torch.cuda.memory_allocated(self.device)
             try:
@@ -143,7 +215,7 @@ class LiveTensors(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen or not size:
             return
-        if maps and any(low <= storage.data_ptr() < high for low, high in maps):
+        if maps and is_mapped(tensor, maps):
             self.mapped += size
             size = 0
         self._born(tensor, key, size)
@@ -159,6 +231,12 @@ class LiveTensors(TorchDispatchMode):
 
     def _died(self, key: int, size: int) -> None:
         self.live -= size
+
+
+def is_mapped(tensor: torch.Tensor, maps: list[tuple[int, int]]) -> bool:
+    """Whether the content lies in a file: `maps` is what `file_ranges` found."""
+    start = tensor.untyped_storage().data_ptr()
+    return any(low <= start < high for low, high in maps)
 
 
 def file_ranges() -> list[tuple[int, int]]:

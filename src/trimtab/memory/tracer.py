@@ -11,18 +11,22 @@ linear in the depth, so that a deep model follows from two shallow ones, while t
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from ..errors import BadInput, TrimtabError
+from ..errors import TrimtabError, Untraceable
 from ..model import anatomy
 from ..model.lean import biases_apart
-from .meter import LiveTensors
+from ..model.quant import is_quantised, quantised_state, rebuild
+from .meter import LiveTensors, file_ranges, is_mapped
+from .roofline import Clock
 
 aten = torch.ops.aten
 Bytes = dict[str, int]  # kind -> bytes
@@ -30,6 +34,7 @@ Peaks = dict[str, Bytes]  # phase -> what was held when that phase held the most
 
 WEIGHTS, MAPPED, ADAPTER, GRADIENTS = "weights", "mapped weights", "adapter", "gradients"
 ROWS = "rows in the slow tier"
+SLOW = (MAPPED, ROWS)  # what is not the fast tier's
 OPTIMISER, ACTIVATIONS, LOGITS, TEMPORARIES = "optimiser", "activations", "logits", "temporaries"
 
 
@@ -44,6 +49,15 @@ def _unique(
     return x.new_empty(x.numel()), index(x.shape if return_inverse else 0), index(x.numel() if return_counts else 0)
 
 
+def _int8(_: int | None, x: Tensor, threshold: float = 0.0) -> tuple:
+    """bitsandbytes' quantising of activations; no column of theirs is taken for an outlier (a few of them are)."""
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32),
+        (x.new_empty(0, dtype=torch.int64) if threshold > 0 else None),
+    )
+
+
 BOUNDS: dict[Any, Callable[..., Any]] = {aten.nonzero.default: _nonzero, aten._unique2.default: _unique}
 
 
@@ -55,9 +69,9 @@ class Trace(LiveTensors):
     writes into them: then their pages are the process's own.
     """
 
-    def __init__(self, vocabulary: int = 0, counted: int | None = None):
+    def __init__(self, vocabulary: int = 0, counted: int | None = None, clock: Clock | None = None, fake: bool = True):
         super().__init__()
-        self.vocabulary, self.counted = vocabulary, counted
+        self.vocabulary, self.counted, self.clock, self.fake = vocabulary, counted, clock, fake
         self.phase, self.kind = "start", ACTIVATIONS
         self.held: Bytes = {}
         self.peaks: Peaks = {}
@@ -65,13 +79,18 @@ class Trace(LiveTensors):
         self._kinds: dict[int, str] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in BOUNDS:
+        kwargs, asked = kwargs or {}, func
+        if self.fake and func in BOUNDS:
             func = functools.partial(BOUNDS[func], self.counted)
+        elif self.fake and func.namespace == "bitsandbytes" and func._opname == "int8_vectorwise_quant":
+            func = functools.partial(_int8, self.counted)
         elif MAPPED in self.held and func._schema.is_mutable:
             self._written(func._schema, args)
         try:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            if self.clock is not None:
+                self.clock.add(self.phase, asked, args, kwargs, out)
+            return out
         except DataDependentOutputException:
             if func is not aten._local_scalar_dense.default:
                 raise
@@ -85,7 +104,8 @@ class Trace(LiveTensors):
         self.kind = before
 
     def relabel(self, tensor: Tensor, kind: str) -> None:
-        self._move(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes(), kind)
+        if tensor.untyped_storage()._cdata in self._kinds:
+            self._move(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes(), kind)
 
     def enter(self, phase: str, kind: str | None = None) -> None:
         self.phase, self.kind = phase, kind or self.kind
@@ -93,6 +113,8 @@ class Trace(LiveTensors):
 
     def forget_peaks(self) -> None:
         self.peaks, self.heights = {}, {}
+        if self.clock is not None:
+            self.clock.forget()
 
     def _born(self, tensor: Tensor, key: int, size: int) -> None:
         kind = self.kind
@@ -100,14 +122,14 @@ class Trace(LiveTensors):
             kind = LOGITS
         self._kinds[key] = kind
         self.held[kind] = self.held.get(kind, 0) + size
-        if kind != MAPPED:
+        if kind not in SLOW:
             self.live += size
             self._peak()
 
     def _died(self, key: int, size: int) -> None:
         kind = self._kinds.pop(key)
         self.held[kind] -= size
-        if kind != MAPPED:
+        if kind not in SLOW:
             self.live -= size
 
     def _move(self, key: int, size: int, kind: str) -> None:
@@ -135,76 +157,150 @@ class Trace(LiveTensors):
                         self._move(storage._cdata, storage.nbytes(), WEIGHTS)
 
 
+@contextlib.contextmanager
+def metered(
+    trainer: Any, model: Any, own: Iterable[Tensor], optimizer: Any, tables: Iterable[Tensor] = ()
+) -> Iterator[Trace]:
+    """Within it, a real step of `trainer` is counted as the planner counts a fake one: by kind, phase by phase.
+
+    `own`: the tensors of the patches; `tables`: those of them that lie in the slow tier. What a mapped file holds is in
+    `MAPPED`.
+    """
+    maps = file_ranges()
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+    trace = Trace(vocabulary, fake=False)
+    trace.watch(tables, ROWS)
+    adapters = {t.untyped_storage()._cdata for t in own}
+    for tensor in (*model.parameters(), *model.buffers()):
+        mapped = is_mapped(tensor, maps)
+        ours = tensor.untyped_storage()._cdata in adapters or tensor.requires_grad
+        trace.watch([tensor], MAPPED if mapped else ADAPTER if ours else WEIGHTS)
+        if tensor.grad is not None:
+            trace.watch([tensor.grad], GRADIENTS)
+    trace.watch(own, ADAPTER)
+    trace.watch(quantised_state(model), WEIGHTS)
+    trace.watch([t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)], OPTIMISER)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(lambda p: trace.relabel(p.grad, GRADIENTS)) for p in trained]
+    handles += _mark_phases(model, trace)
+    loss = trainer.compute_loss
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        trace.enter("embedding", ACTIVATIONS)
+        value = loss(*args, **kwargs)
+        trace.enter("backward of the head", TEMPORARIES)
+        return value
+
+    trainer.compute_loss = marked
+    try:
+        with trace:
+            yield trace
+    finally:
+        del trainer.compute_loss
+        for handle in handles:
+            handle.remove()
+
+
 def empty_like_meta(model: nn.Module, device: torch.device) -> None:
     """Inside a FakeTensorMode: every parameter and buffer of `model` becomes a fake one on `device`; ties stay ties."""
-    made: dict[int, Tensor] = {}
+    made: dict[int, Any] = {}
+
+    def empty(old: Tensor) -> Tensor:
+        return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        if anatomy.is_linear(module) and is_quantised(module):
+            rebuild(module, empty)
+            made[id(module._parameters["weight"])] = module._parameters["weight"]
         for table in tables:
             for name, old in table.items():
                 if old is None:
                     continue
                 if id(old) not in made:
-                    new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+                    new = empty(old)
                     made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                 table[name] = made[id(old)]
 
 
-def trace_steps(
-    model: Any,
-    make_batch: Callable[[], dict[str, Tensor]],
-    loss: Callable[[dict[str, Tensor]], Tensor],
-    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-    *,
-    device: torch.device,
-    kind_of: Callable[[str, Tensor], str],
-    micro_batches: int = 1,
-    clip: float = 0.0,
-    vocabulary: int = 0,
-    counted: int | None = None,
-) -> Peaks:
-    """-> bytes by phase and kind at each phase's peak, in the second optimiser step of `model` (on meta, patched).
+@dataclass
+class Step:
+    """What `trace_steps` runs: the parts of a training step, each as the trainer would make it."""
 
-    `kind_of(path, meta tensor)` says what a parameter or buffer counts as. The model is left with fake tensors in it.
+    model: Any  # patched; on meta, or with its values
+    device: torch.device
+    batch: Callable[[], dict[str, Tensor]]
+    loss: Callable[[dict[str, Tensor]], Tensor]
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    kind_of: Callable[[str, Tensor], str]  # (path, tensor) -> what a parameter or buffer counts as
+    evaluation: Callable[[], dict[str, Tensor]] | None = None  # a batch of it, where the run evaluates on the way
+    micro_batches: int = 1
+    clip: float = 0.0
+    counted: int | None = None  # positions of a batch that count in the loss
+    full_rows: bool = False  # no row of a batch is padded
+    clock: Clock | None = None  # is shown the operations of that step
+
+
+def trace_steps(step: Step, fake: bool = True) -> Peaks:
+    """-> bytes by phase and kind at each phase's peak, in the second optimiser step of `step.model`.
+
+    The model is left with fake tensors in it; with `fake=False` real ones are stepped, which costs what is counted.
     """
-    kinds = {n: kind_of(n, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
-    with FakeTensorMode(), biases_apart():
-        empty_like_meta(model, device)
-        trace = Trace(vocabulary, counted)
+    model = step.model
+    kinds = {n: step.kind_of(n, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    with contextlib.ExitStack() as stack:
+        if fake:
+            stack.enter_context(FakeTensorMode())
+            stack.enter_context(biases_apart(step.full_rows))
+            empty_like_meta(model, step.device)
+        trace = Trace(model.config.get_text_config().vocab_size, step.counted, step.clock, fake)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             trace.watch([tensor], kinds[name])
+        trace.watch(quantised_state(model), WEIGHTS)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(trained)
+        optimizer = step.optimizer(trained)
         handles = [p.register_post_accumulate_grad_hook(lambda p: trace.relabel(p.grad, GRADIENTS)) for p in trained]
         handles += _mark_phases(model, trace)
         try:
             with trace:
                 for _ in range(2):
                     trace.forget_peaks()
-                    for _ in range(micro_batches):
-                        trace.enter("embedding", ACTIVATIONS)
-                        value = loss(make_batch())
-                        trace.enter("backward of the head", TEMPORARIES)
-                        value.backward()
-                        del value
-                    trace.enter("optimiser", OPTIMISER)
-                    if clip:
-                        nn.utils.clip_grad_norm_(trained, clip)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    _train(step, trace, optimizer, trained)
+                if step.evaluation is not None:
+                    model.eval()
+                    with torch.no_grad():
+                        trace.enter("evaluation", TEMPORARIES)
+                        step.loss(step.evaluation())
         except TrimtabError:
             raise
         except Exception as error:  # a stranger's model may do what has no meaning without values
-            why = getattr(error, "func", None) or " ".join(str(error).split())[:200]
-            raise BadInput(
+            raise Untraceable(
                 f"plan a step of {type(model).__name__}",
-                f"the planner cannot follow it ({type(error).__name__}: {why})",
+                f"the planner cannot follow it ({type(error).__name__}: {_operation(error)})",
                 "Take budget: out; run.json will say what was held",
             ) from error
         finally:
             for handle in handles:
                 handle.remove()
     return trace.peaks
+
+
+def _operation(error: Exception) -> str:
+    return str(getattr(error, "func", None) or " ".join(str(error).split())[:200])
+
+
+def _train(step: Step, trace: Trace, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
+    for _ in range(step.micro_batches):
+        trace.enter("embedding", ACTIVATIONS)
+        value = step.loss(step.batch())
+        trace.enter("backward of the head", TEMPORARIES)
+        value.backward()
+        del value
+    trace.enter("optimiser", OPTIMISER)
+    if step.clip:
+        nn.utils.clip_grad_norm_(trained, step.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _mark_phases(model: Any, trace: Trace) -> list[Any]:
@@ -246,7 +342,7 @@ def extend(shallow: Peaks, deep: Peaks, depths: tuple[int, int], depth: int) -> 
 
 def live(bytes_by_kind: Bytes) -> int:
     """Bytes of the fast tier among them."""
-    return sum(size for kind, size in bytes_by_kind.items() if kind not in (MAPPED, ROWS))
+    return sum(size for kind, size in bytes_by_kind.items() if kind not in SLOW)
 
 
 def highest(peaks: Peaks) -> tuple[str, Bytes]:

@@ -68,7 +68,8 @@ class LoRA(Patch):
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                inject_adapter_in_model(config, model, ADAPTER)
+                empty = next(model.parameters()).device.type == "meta"
+                inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=empty)
             cast_adapter_dtype(model, ADAPTER)  # A and B in fp32
         except (ValueError, TypeError) as error:
             surgery.swaps.undo()
@@ -110,8 +111,8 @@ class LoRA(Patch):
             raise BadInput(f"lora: r: {self.r}", "a rank is at least 1", "Say r: 8")
         if self.init not in INITS and not self.init.startswith("pissa_niter_"):
             raise BadInput(f'lora: init: "{self.init}"', "no such start here", f"Say one of {', '.join(INITS)}")
-        int8 = [w for w in (t.weight for t in targets.values()) if type(w).__name__ == "Int8Params"]
-        if self.dora and any(weight.device.type == "cpu" for weight in int8):
+        on_cpu = [linear for linear in targets.values() if linear.weight.device.type in ("cpu", "meta")]
+        if self.dora and any(quant.stored_as(linear) == "int8" for linear in on_cpu):
             raise BadInput(
                 "lora: dora on an 8-bit base", "peft loses its scales on a CPU", "Load the base in nf4 or bf16"
             )
@@ -140,7 +141,7 @@ class LoraSurgery(Surgery):
         for name, linear in targets.items():
             self.layers[name] = layer = self.model.get_submodule(name).train(linear.training)
             self.swaps.set_attribute(layer, PATCH_MARK, True)
-            if self.patch._plain and type(linear.weight).__name__ != "Int8Params":
+            if self.patch._plain and quant.stored_as(linear) != "int8":
                 self.swaps.set_attribute(layer, "forward", _forward(layer))
 
     def _put_back(self, name: str, linear: nn.Module) -> None:

@@ -55,7 +55,7 @@ def lean(model: PreTrainedModel, recompute: bool = False) -> Swaps:
                 swaps.set_attribute(module, "forward", _gated_forward(module, act, recompute))
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(ATTENTION, lean_attention)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        AttentionMaskInterface.register(ATTENTION, lean_mask)
         model.set_attn_implementation(ATTENTION)
         swaps.on_undo(lambda: model.set_attn_implementation("sdpa"))
     return swaps
@@ -245,7 +245,8 @@ def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float, batch
 class _Biases:
     """The additive form of the masks of one forward pass: made once, shared by all layers, dropped with the mask."""
 
-    def __init__(self):
+    def __init__(self, full_rows: bool = False):
+        self.full_rows = full_rows
         self.causal: dict[tuple, Tensor] = {}
         self.mask: weakref.ref | None = None
         self.bias: Tensor | None = None
@@ -286,14 +287,24 @@ _biases = _Biases()
 
 
 @contextlib.contextmanager
-def biases_apart() -> Iterator[None]:
-    """For tensors without content: no mask made before is used inside, and none made inside is used after."""
+def biases_apart(full_rows: bool = False) -> Iterator[None]:
+    """For tensors without content: no mask made before is used inside, and none made inside is used after.
+
+    `full_rows`: masks mask nothing, which transformers cannot see there.
+    """
     kept = vars(_biases).copy()
-    vars(_biases).update(vars(_Biases()))
+    vars(_biases).update(vars(_Biases(full_rows)))
     try:
         yield
     finally:
         vars(_biases).update(kept)
+
+
+def lean_mask(*args, **kwargs) -> Tensor | None:
+    """transformers' mask interface: as for SDPA."""
+    local, length = kwargs.get("local_size"), kwargs.get("kv_length")
+    causal = kwargs.get("allow_is_causal_skip") and (local is None or (length is not None and length < local))
+    return None if _biases.full_rows and causal else sdpa_mask(*args, **kwargs)
 
 
 def lean_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):

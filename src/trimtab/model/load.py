@@ -30,6 +30,7 @@ from ..errors import BadInput, TrimtabError, nearest
 from ..memory.meter import drop_clean_mappings
 from . import anatomy
 from .cache import Say, cached_folder
+from .quant import quantise_empty
 from .quiet import quiet
 from .spec import ModelSpec
 
@@ -86,12 +87,11 @@ def load_model(
 def empty_model(
     spec: ModelSpec, *, task: str, labels: int | None = None, blocks: int | None = None
 ) -> tuple[Any, bool]:
-    """-> (the model on the `meta` device, whether loading it on a CPU would map its weights from the file).
+    """-> (the model on the `meta` device, whether loading it on a CPU would map its plain weights from the file).
 
     Shapes without values, from config.json alone; the weights need not be there. `blocks`: so many of its blocks only.
     """
-    here = Path(spec.name).expanduser()
-    folder = here if (here / "config.json").is_file() else _folder_of(spec)
+    folder = _config_folder(spec)
     config = _config(folder, spec, task, labels)
     text = config.get_text_config()
     if blocks is not None:
@@ -107,11 +107,24 @@ def empty_model(
             model = TASKS[task].from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # any value of a stranger's config may trip its class
         raise _unreadable(folder, "its config.json", error) from None
+    if spec.precision in ("nf4", "int8"):
+        packing = _precision(spec.precision, torch.device("meta"), _outside_blocks(model))["quantization_config"]
+        quantise_empty(model, packing, packing.llm_int8_skip_modules)
+        model.is_quantized, model.is_loaded_in_4bit = True, packing.load_in_4bit
+        model.is_loaded_in_8bit = packing.load_in_8bit
     return model.eval(), stored in (None, dtype)
 
 
-def _folder_of(spec: ModelSpec) -> Path:
+def _config_folder(spec: ModelSpec) -> Path:
+    """Where config.json is; the weights need not be there."""
+    here = Path(spec.name).expanduser()
+    if (here / "config.json").is_file():
+        return here
     return cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code)
+
+
+def weights_at_hand(spec: ModelSpec) -> bool:
+    return any(_config_folder(spec).glob("*.safetensors"))
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:

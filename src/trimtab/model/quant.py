@@ -1,25 +1,40 @@
-"""The dense weight behind a linear, whatever it is stored in: full precision, bitsandbytes nf4/fp4 or int8."""
+"""The dense weight behind a linear, whatever it is stored in: full precision, bitsandbytes nf4/fp4 or int8.
+
+And the same linears without values, for the planner.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+def stored_as(linear: nn.Module) -> str:
+    """ "nf4", "int8" or "dense". Told by what the parameter carries, so that nothing is imported for it, and fake
+    tensors (which cannot be of bitsandbytes' classes) are told as well."""
+    weight = linear.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return "nf4"
+    return "int8" if type(weight).__name__ == "Int8Params" or hasattr(weight, "SCB") else "dense"
+
+
 def is_quantised(linear: nn.Module) -> bool:
-    """bitsandbytes' Linear4bit and Linear8bitLt; told by the parameter's class, so that nothing is imported for it."""
-    return type(linear.weight).__name__ in ("Params4bit", "Int8Params")
+    return stored_as(linear) != "dense"
 
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """-> (out, in). A plain linear's own weight (no copy when `dtype` fits), or a fresh de-quantised one."""
     weight = linear.weight
-    kind = type(weight).__name__
-    if kind == "Params4bit":
+    kind = stored_as(linear)
+    if kind == "nf4":
         from bitsandbytes.functional import dequantize_4bit
 
         dense = dequantize_4bit(weight.data, weight.quant_state)
-    elif kind == "Int8Params":
+    elif kind == "int8":
         state = linear.state
         rows = state.CB if state.CB is not None else (weight.CB if weight.CB is not None else weight.data)
         scale = state.SCB if state.SCB is not None else weight.SCB
@@ -37,3 +52,78 @@ def dense_linear(linear: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.L
     if linear.bias is not None:
         plain.bias = nn.Parameter(linear.bias.detach().to(dtype).clone(), requires_grad=False)
     return plain
+
+
+def quantise_empty(model: nn.Module, config: Any, heads: list[str]) -> None:
+    """The linears of a model on `meta`, but for `heads`, become what bitsandbytes makes of them when it loads `config`
+    (a BitsAndBytesConfig): packed weights with their state, without values."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    replace_with_bnb_linear(model, heads, config)
+    empty = lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
+    for linear in model.modules():
+        if isinstance(linear, Linear4bit):
+            rows, columns = linear.weight.shape
+            blocks = math.ceil(rows * columns / BLOCK)
+            nested = QuantState(
+                absmax=empty(math.ceil(blocks / BLOCK_OF_SCALES), dtype=torch.float32),
+                blocksize=BLOCK_OF_SCALES,
+                code=empty(256, dtype=torch.float32),
+                dtype=torch.float32,
+            )
+            state = QuantState(
+                absmax=empty(blocks, dtype=torch.uint8),
+                shape=torch.Size((rows, columns)),
+                code=empty(16, dtype=torch.float32),
+                blocksize=BLOCK,
+                quant_type=config.bnb_4bit_quant_type,
+                dtype=model.dtype,
+                offset=empty((), dtype=torch.float32),
+                state2=nested,
+            )
+            packed = empty((rows * columns + 1) // 2, 1, dtype=torch.uint8)
+            linear.weight = Params4bit(packed, quant_state=state, quant_type=state.quant_type, bnb_quantized=True)
+            linear.quant_state = state
+        elif isinstance(linear, Linear8bitLt):
+            rows = linear.weight.shape[0]
+            packed = empty(*linear.weight.shape, dtype=torch.int8)
+            scales = empty(rows, dtype=torch.float32)
+            linear.weight = Int8Params(packed, requires_grad=False, CB=packed, SCB=scales)
+
+
+BLOCK, BLOCK_OF_SCALES = 64, 256  # values behind one scale, scales behind one scale of scales: bitsandbytes' own
+
+
+def quantised_state(model: nn.Module) -> list[Tensor]:
+    """What the quantised linears of a model hold beside their weights and biases: scales and codes."""
+    found: list[Tensor | None] = []
+    for linear in model.modules():
+        if linear._parameters.get("weight") is None or (kind := stored_as(linear)) == "dense":
+            continue
+        if kind == "nf4":
+            state = linear.weight.quant_state
+            inner = [] if state.state2 is None else [state.offset, state.state2.absmax, state.state2.code]
+            found += [state.absmax, state.code, *inner]
+        else:  # its state moves to the module at the first forward
+            found += [linear.weight.SCB, getattr(linear.state, "SCB", None)]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def rebuild(linear: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Put `make(tensor)` for each tensor of a quantised linear's weight; a plain parameter then carries the state."""
+    import copy
+
+    old, kind = linear.weight, stored_as(linear)
+    new = nn.Parameter(make(old), requires_grad=False)
+    if kind == "nf4":
+        state = copy.copy(old.quant_state)
+        state.absmax, state.code = make(state.absmax), make(state.code)
+        if state.state2 is not None:
+            state.offset, state.state2 = make(state.offset), copy.copy(state.state2)
+            state.state2.absmax, state.state2.code = make(state.state2.absmax), make(state.state2.code)
+        new.quant_state = linear.quant_state = state
+    else:
+        new.CB, new.SCB, new.has_fp16_weights = new.data, make(old.SCB), False
+    linear.weight = new

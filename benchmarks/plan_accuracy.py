@@ -1,0 +1,193 @@
+"""Predicted beside measured: what `trimtab plan` says of a run, and what the run then holds and how fast it goes.
+
+Each configuration is trained for real, a few steps in a fresh process under the chosen allocator. Predicted is what the
+planner said before the first step (run.json); measured are the live tensors of a step (the meter), the growth of the
+process's anonymous memory since training began (read from outside, the kernel's account) and tokens/s.
+
+    python benchmarks/plan_accuracy.py [--quick] [--only WORD] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import child, say, write_result  # noqa: E402
+
+GIB, STEPS = 2**30, 4
+SMOL, QWEN, ENCODER = "smollm2-135m", "qwen2", "minilm-l6"
+PACA, LORA, FULL, ADAPTER = {"paca": {"r": 8}}, {"lora": {"r": 8}}, {"full": {}}, {"parallel_adapter": {"r": 1024}}
+DORA = {"lora": {"r": 8, "dora": True}}
+
+
+def case(model: str, patch: dict, rows: int, tokens: int, precision: str = "auto", **training: Any) -> dict[str, Any]:
+    return {"model": model, "patch": patch, "rows": rows, "tokens": tokens, "precision": precision,
+            "training": training}  # fmt: skip
+
+
+AGAIN = {"activation_checkpointing": True}
+CASES = [
+    case(SMOL, PACA, 4, 256), case(SMOL, PACA, 4, 256, **AGAIN), case(SMOL, PACA, 1, 512), case(SMOL, PACA, 8, 128),
+    case(SMOL, PACA, 4, 256, "fp32"), case(SMOL, PACA, 4, 256, "nf4"), case(SMOL, PACA, 2, 256, "int8"),
+    case(SMOL, PACA, 2, 256, gradient_accumulation_steps=2), case(SMOL, PACA, 1, 512, **AGAIN),
+    case(SMOL, LORA, 4, 256), case(SMOL, LORA, 4, 256, **AGAIN), case(SMOL, LORA, 2, 512), case(SMOL, LORA, 1, 128),
+    case(SMOL, LORA, 2, 256, "fp32"), case(SMOL, LORA, 4, 256, "nf4"), case(SMOL, DORA, 2, 256),
+    case(SMOL, FULL, 2, 256), case(SMOL, FULL, 2, 256, **AGAIN), case(SMOL, FULL, 1, 256, "fp32"),
+    case(SMOL, ADAPTER, 4, 256), case(SMOL, ADAPTER, 2, 256, **AGAIN), case(SMOL, ADAPTER, 2, 128, "fp32"),
+    case(QWEN, PACA, 4, 256), case(QWEN, PACA, 4, 256, **AGAIN), case(QWEN, PACA, 2, 512), case(QWEN, LORA, 4, 256),
+    case(QWEN, LORA, 2, 512, "fp32"), case(QWEN, LORA, 4, 256, "nf4"), case(QWEN, FULL, 4, 256),
+    case(QWEN, FULL, 2, 256, **AGAIN), case(QWEN, ADAPTER, 4, 256), case(QWEN + "-deep", PACA, 4, 256),
+    case(QWEN + "-deep", LORA, 4, 256, **AGAIN), case(QWEN + "-deep", FULL, 2, 256),
+    case(ENCODER, PACA, 32, 128), case(ENCODER, LORA, 32, 128), case(ENCODER, FULL, 32, 128),
+    case(ENCODER, ADAPTER, 16, 256), case(ENCODER, LORA, 16, 256, **AGAIN), case(ENCODER, FULL, 8, 64),
+]  # fmt: skip
+QUICK = (0, 9, 16, 34)
+
+
+def name_of(job: dict[str, Any]) -> str:
+    ((patch, fields),) = job["patch"].items()
+    patch = "dora" if fields.get("dora") else patch
+    more = ["checkpointing"] if job["training"].get("activation_checkpointing") else []
+    if (times := job["training"].get("gradient_accumulation_steps", 1)) > 1:
+        more.append(f"accumulation {times}")
+    precision = [] if job["precision"] == "auto" else [job["precision"]]
+    return ", ".join([f"{job['model']} {patch}", f"{job['rows']} x {job['tokens']}", *precision, *more])
+
+
+def second_family(folder: Path, blocks: int) -> None:
+    """Qwen2 of 640 x `blocks` with random weights and SmolLM2's tokenizer: memory and speed do not see the values."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from trimtab.model.load import cached_folder
+
+    config = Qwen2Config(
+        vocab_size=49152, hidden_size=640, intermediate_size=2560, num_hidden_layers=blocks, num_attention_heads=10,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(cached_folder(SMOL)).save_pretrained(folder)
+
+
+def write_data(folder: Path) -> None:
+    words = "river stone winter market garden letter silver window harbour forest engine winding".split()
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(words, k=1500)) for _ in range(60)]
+    rows = [{"text": text} for text in texts]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"text": text[:2400], "label": ("good", "bad")[i % 2]} for i, text in enumerate(texts * 8)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def recipe_of(job: dict[str, Any], output: str) -> dict[str, Any]:
+    """A recipe's keys."""
+    encoder, folder = job["model"] == ENCODER, Path(job["folder"])
+    training = {"max_steps": STEPS, "per_device_train_batch_size": job["rows"], "max_length": job["tokens"],
+                "learning_rate": 1e-4, "save_strategy": "no", "logging_steps": 1, **job["training"]}  # fmt: skip
+    if not encoder:
+        training |= {"packing": True, "packing_strategy": "wrapped"}
+    model = str(folder / job["model"]) if job["model"].startswith(QWEN) else job["model"]
+    return {
+        "model": {"name": model, "precision": job["precision"]},
+        "data": {"train": str(folder / ("labels.jsonl" if encoder else "text.jsonl")), "too_long": "cut"},
+        "patches": [job["patch"]], "objective": "classification" if encoder else "causal_lm", "training": training,
+        "output": output,
+    }  # fmt: skip
+
+
+def worker(job: dict[str, Any]) -> None:
+    from transformers import Trainer
+
+    from trimtab import Recipe
+
+    train = Trainer.train
+
+    def marked(self, *args, **kwargs):
+        say("mark", "train")
+        return train(self, *args, **kwargs)
+
+    Trainer.train = marked
+    with tempfile.TemporaryDirectory() as out:
+        run = Recipe(**recipe_of(job, out + "/run")).train()
+    say("result", {"predicted": run["predicted"], "measured": run["measured"]})
+
+
+def error(predicted: float, measured: float) -> float:
+    return predicted / measured - 1
+
+
+def measure(args: argparse.Namespace) -> None:
+    jobs = [CASES[i] for i in QUICK] if args.quick else [job for job in CASES if args.only in name_of(job)]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder))
+        second_family(Path(folder) / QWEN, 6)
+        second_family(Path(folder) / (QWEN + "-deep"), 18)
+        for job in jobs:
+            found = child([__file__, "--worker", json.dumps({**job, "folder": folder})])
+            plan, held = found["predicted"], found["measured"]
+            errors = {
+                "live": error(plan["live_peak_bytes"], held["live_peak_bytes"]),
+                "process": error(plan["fast_growth_bytes"], found["anon_growth_since_train"]),
+                "peak": error(plan["fast_peak_bytes"], found["anon_peak"]),
+                "speed": error(plan.get("tokens_per_second") or 1.0, held["tokens_per_second"]),
+            }
+            rows.append({
+                "configuration": name_of(job),
+                "live GiB": f"{plan['live_peak_bytes'] / GIB:.3f} / {held['live_peak_bytes'] / GIB:.3f}",
+                "growth GiB": f"{plan['fast_growth_bytes'] / GIB:.3f} / {found['anon_growth_since_train'] / GIB:.3f}",
+                "peak GiB": f"{plan['fast_peak_bytes'] / GIB:.3f} / {found['anon_peak'] / GIB:.3f}",
+                "tokens/s": f"{plan.get('tokens_per_second') or 0:,.0f} / {held['tokens_per_second']:,.0f}",
+                **{f"{kind} error": f"{value:+.1%}" for kind, value in errors.items()}, "errors": errors,
+            })  # fmt: skip
+            print("  ".join(f"{key}: {value}" for key, value in rows[-1].items() if key != "errors"), flush=True)
+    summary: dict[str, float] = {"rows": len(rows)}
+    for kind in ("live", "process", "speed"):
+        sizes = [abs(row["errors"][kind]) for row in rows]
+        summary[f"{kind}_median_error"] = statistics.median(sizes)
+        summary[f"{kind}_worst_error"] = max(sizes)
+    summary["peak_median_error"] = statistics.median(abs(row["errors"]["peak"]) for row in rows)
+    for row in rows:
+        del row["errors"]
+    for name, value in summary.items():
+        print(f"{name:<22} {value:.4g}  {' '.join(map(str, TARGETS.get(name, [])))}")
+    if (args.quick or args.only) and not args.json:
+        return
+    write_result(
+        "plan_accuracy", args.json, title="What the plan says beside what the run holds", claim=CLAIM, summary=summary,
+        targets=TARGETS, rows=rows, notes=NOTES,
+    )  # fmt: skip
+
+
+TARGETS = {
+    "rows": [">=", 36], "live_median_error": ["<=", 0.02], "live_worst_error": ["<=", 0.05],
+    "process_median_error": ["<=", 0.05], "process_worst_error": ["<=", 0.10], "speed_median_error": ["<=", 0.20],
+}  # fmt: skip
+CLAIM = "A run holds what its plan said before it began. Each pair in the table is predicted / measured."
+NOTES = [
+    "live: bytes of live tensors at the peak of a step, by the planner's trace and by the meter.",
+    "growth, process error: growth of the process's anonymous memory from the first step on, read from outside it.",
+    "peak: anonymous memory of the whole process at its peak.",
+    "speed: tokens/s from the rates that `trimtab doctor` measured on this machine once.",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    worker(json.loads(args.worker)) if args.worker else measure(args)
+
+
+if __name__ == "__main__":
+    main()

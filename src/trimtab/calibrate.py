@@ -1,0 +1,82 @@
+"""Train a small model of random weights, each time in a fresh process: what does it hold beside its tensors?
+
+`trimtab doctor` calls it once for a machine (memory/overhead.py says what is kept). The runs are whole ones, through
+the same verb as a user's, under the malloc that this process runs under.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .memory.overhead import Overhead
+
+TOKENS, STEPS = 256, 7
+SIZES = (1, 10, 10)  # rows of a batch, in each run; the speed is the better of the large ones
+
+
+def measure() -> Overhead:
+    """Some thirty seconds, in three processes one after the other."""
+    environment = {**os.environ, "TRIMTAB_ALLOCATOR": "none", "HF_HUB_OFFLINE": "1"}
+    found: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, rows in enumerate(SIZES):
+            command = [sys.executable, "-m", __name__, str(rows), f"{folder}/{number}"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    process = round(max(run["process"] for run in found))
+    small, *large = found
+    pace = max(run["speed"] / run["expected"] for run in large)  # whatever else runs here only slows
+    points = [(round(run["tensors"]), round(run["held"])) for run in (small, max(large, key=lambda run: run["held"]))]
+    return Overhead.through(process, points, pace)
+
+
+def run(rows: int, folder: Path) -> dict[str, float]:
+    """One training; -> bytes: `process` when it begins, growth of its `tensors`, growth that was `held`; and its
+    tokens/s (`speed`) beside what the rates of single operations let expect."""
+    from .recipe import Recipe
+
+    _make(folder)
+    made = Recipe(
+        model=str(folder / "model"),
+        data={"train": str(folder / "text.jsonl")},
+        patches=[{"lora": {"r": 8}}],
+        training={
+            "max_steps": STEPS, "per_device_train_batch_size": rows, "max_length": TOKENS, "packing": True,
+            "packing_strategy": "wrapped", "save_strategy": "no",
+        },
+        output=str(folder / "run"),
+    ).train()  # fmt: skip
+    predicted, measured = made["predicted"], made["measured"]
+    return {"process": predicted["process_bytes"], "tensors": predicted["live_growth_bytes"],
+            "held": measured["fast_growth_bytes"], "speed": measured["tokens_per_second"],
+            "expected": predicted["tokens_per_second"] / predicted["pace"]}  # fmt: skip
+
+
+def _make(folder: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "tree", "lake", "hill"])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "model")
+    row: dict[str, Any] = {"text": "tree lake hill " * (TOKENS // 3)}
+    (folder / "text.jsonl").write_text((json.dumps(row) + "\n") * SIZES[-1] * (STEPS + 2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(int(sys.argv[1]), Path(sys.argv[2]))))

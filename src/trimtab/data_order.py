@@ -1,0 +1,68 @@
+"""The order of the rows: the longest come in the first two steps, so that a run which cannot hold them ends at once.
+
+In two steps, since the optimiser's state is there only from the second one on. Otherwise the order is the library's
+own, each row once per epoch. Only the first epoch has rows exchanged, a pair for each of the two steps, and none where
+the batch holds a longest row already. Which rows a step has does not depend on how it is cut into micro-batches and
+processes; the first process gets the long row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+from torch.utils.data import RandomSampler, Sampler
+
+
+def row_lengths(dataset: Any) -> numpy.ndarray:
+    """Tokens of each row, read without decoding the table; shape (rows,)."""
+    from pyarrow import compute
+
+    parts = [compute.list_value_length(part["input_ids"]) for part in dataset.with_format("arrow").iter(1000)]
+    return numpy.concatenate([numpy.asarray(part) for part in parts] or [numpy.zeros(0, dtype=numpy.int64)])
+
+
+class LongestFirst(Sampler):
+    """`inner`'s order, but that in the first epoch's first two steps the first micro-batch has a longest row.
+
+    `batch`: the rows of a micro-batch; `times`: how many of them make a step, over all processes.
+    """
+
+    def __init__(self, inner: Any, lengths: numpy.ndarray, batch: int, times: int = 1):
+        self.inner, self.lengths, self.batch = inner, lengths, batch
+        self.starts = 0, times * batch
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.inner.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.inner.epoch:
+            yield from self.inner
+            return
+        order = list(self.inner)
+        for start in (at for at in self.starts if at < len(order)):
+            rest = self.lengths[order[start:]]
+            longest = int(rest.argmax())  # the first of equal ones
+            if longest >= self.batch:
+                order[start], order[start + longest] = order[start + longest], order[start]
+        yield from order
+
+
+def longest_first(sampler: Any, trainer: Any) -> Any:
+    """`sampler` with the longest row in front, where it shuffles; another order is what somebody asked for."""
+    if type(sampler) is not RandomSampler or not trainer.accelerator.use_seedable_sampler:
+        return sampler
+    from accelerate.data_loader import SeedableRandomSampler
+
+    dataset = sampler.data_source
+    if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
+        return sampler
+    # what accelerate would have put in the sampler's place
+    shuffled = SeedableRandomSampler(dataset, data_seed=trainer.accelerator.dataloader_config.data_seed)
+    args = trainer.args
+    times = args.gradient_accumulation_steps * args.world_size
+    return LongestFirst(shuffled, row_lengths(dataset), args.train_batch_size, times)

@@ -1,0 +1,226 @@
+"""A run's parts, from the loaded model to the trainer that steps it, and the way back.
+
+`Session` loads what a recipe names (what is cheap to refuse first), applies the patches when it is entered, trains when
+told to, and leaves the model as it was. What a run is allowed to hold and what is told of it afterwards is train.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from . import adapter
+from .engine import CausalTrainer, ClassifierTrainer, Job, as_it_was, prepared, training_arguments
+from .engine import quiet as hush
+from .errors import BadInput
+from .memory.guard import Guard, hard_limit, ran_out
+from .memory.meter import Meter
+from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
+from .recipe import Recipe
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How training ended: after step `step` of `wanted`."""
+
+    step: int
+    wanted: int
+    why: str = ""  # "" (done), "interrupt", "budget", "machine", or "refused": an allocation was
+    mean_loss: float = 0.0
+
+
+class Session:
+    """What a recipe names, loaded. Within `with`: patched, with a trainer."""
+
+    def __init__(self, recipe: Recipe, output: Path, say: Say, quiet: bool):
+        self.recipe, self.output, self.say, self.quiet = recipe, output, say, quiet
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.objective, self.stepper = recipe.load_objective(), recipe.load_stepper()
+        self.patches, self.place = recipe.load_patches(), recipe.load_place()
+        if self.place.folder is None:  # files of the slow tier: on the run's own disk
+            there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+            self.place = dataclasses.replace(self.place, folder=str(there))
+        self.args = self._arguments()
+        self._read()
+        set_seed(self.args.seed)
+        self.model = self._model()
+        self.main = self.args.process_index == 0  # of several processes one writes and speaks
+        if not self.main:
+            self.say, self.quiet = (lambda line: None), True
+        task, spec = self.objective.task, recipe.model
+        self.base = adapter.Base(spec.name, self.model.trimtab_base, task, spec.precision, self.rows.labels or [])
+        self.surgeries: list[Any] = []
+        self.meter = Meter(device=self.place.device)
+        self.meter.workers = self.args.dataloader_num_workers > 0
+        self.guard = Guard()
+
+    def __enter__(self) -> Session:
+        dtype = self.model.dtype
+        with contextlib.ExitStack() as way_back:
+            way_back.callback(self._revert)
+            self.meter.start()
+            way_back.callback(self.meter.stop)
+            for patch in self.patches:
+                self.surgeries.append(patch.apply(self.model, self.place))
+            if (head := self.objective.prepare(self.model)) is not None:
+                self.surgeries.append(head)
+            way_back.enter_context(as_it_was(self.model))
+            way_back.enter_context(_folder(self.output))
+            job = Job(
+                self.objective, self.stepper, self.surgeries, self.base, dtype, self.recipe.data.too_long, self.say
+            )
+            self.trainer = self._trainer(job)
+            hush(self.trainer)
+            self._way_back = way_back.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._way_back.__exit__(*error)
+
+    def _revert(self) -> None:
+        while self.surgeries:
+            self.surgeries.pop().revert()
+
+    # --- loading -------------------------------------------------------------------------------------------------
+
+    def _arguments(self) -> Any:
+        from transformers import TrainingArguments
+        from trl import SFTConfig
+
+        cls = SFTConfig if self.objective.task == "causal-lm" else TrainingArguments
+        args = training_arguments(self.recipe, cls, self.output, self.place.device.type == "cpu")
+        if cls is SFTConfig and args.completion_only_loss is None and args.max_length is None and args.packing:
+            raise BadInput("training: packing: true", "max_length is None", "Give max_length")
+        return args
+
+    def _read(self) -> None:
+        from .data import read_rows
+        from .model.load import cached_folder, load_tokenizer
+
+        recipe, spec, task = self.recipe, self.recipe.model, self.objective.task
+        folder = cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code)
+        self.tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
+        self.rows, self.test = read_rows(recipe.data, "train", self.tokenizer, task), None
+        if recipe.data.test and recipe.training.get("eval_strategy", "no") != "no":
+            self.test = read_rows(recipe.data, "test", self.tokenizer, task, like=self.rows)
+
+    def _model(self) -> Any:
+        from .model.load import load_model
+
+        names = self.rows.labels
+        labels = 1 if self.rows.regression else len(names) if names else None
+        model, _ = load_model(
+            self.recipe.model, task=self.objective.task, labels=labels, device=self.place.device, say=self.say
+        )
+        if names:
+            model.config.id2label = dict(enumerate(names))
+            model.config.label2id = {label: index for index, label in enumerate(names)}
+        return model
+
+    def _trainer(self, job: Job) -> Any:
+        rows, test, args, tokenizer = self.rows, self.test, self.args, self.tokenizer
+        common = {"model": self.model, "args": args, "processing_class": tokenizer}
+        if self.objective.task == "causal-lm":
+            args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
+            return CausalTrainer(job, train_dataset=rows.dataset, eval_dataset=test.dataset if test else None, **common)
+        from transformers import DataCollatorWithPadding
+
+        from .data import tokenize_classification
+
+        length = self.recipe.training_values()["max_length"]
+        parts = {}
+        for name, part in (("train", rows), ("test", test)):
+            parts[name], found = (
+                tokenize_classification(part, tokenizer, length, self.recipe.data.too_long, name)
+                if part
+                else (None, None)
+            )
+            if found and found.over:
+                job.say(
+                    f"{found.over} {name} rows are longer than max_length {length}: "
+                    f"{found.cut} cut, {found.dropped} left out"
+                )
+        return ClassifierTrainer(
+            job,
+            train_dataset=parts["train"],
+            eval_dataset=parts["test"],
+            data_collator=DataCollatorWithPadding(tokenizer),
+            **common,
+        )
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def largest_batch(self) -> dict[str, Any]:
+        """Rows, tokens of the longest one, and the most tokens of a row that count; without decoding the table."""
+        import numpy
+        from pyarrow import compute
+
+        from .data_order import row_lengths
+
+        dataset, counted = self.trainer.train_dataset, None
+        if "labels" in dataset.column_names and "List" in str(dataset.features["labels"]):
+            for part in dataset.with_format("arrow").iter(1000):
+                labels = part["labels"].combine_chunks()
+                row = compute.list_parent_indices(labels).to_numpy()[labels.flatten().to_numpy() != -100]
+                counted = max(counted or 0, int(numpy.bincount(row, minlength=1).max()))
+        step = getattr(self.args, "pad_to_multiple_of", None) or 1
+        rows = min(self.args.per_device_train_batch_size, len(dataset))
+        return {"rows": rows, "tokens": -(-int(row_lengths(dataset).max()) // step) * step, "counted": counted}
+
+    def fit(self, checkpoint: Path | None, limit: int | None, hard: bool = False) -> Ended:
+        """Train, from `checkpoint` on where one is given, within `limit` bytes of the fast tier."""
+        trainer, meter = self.trainer, self.meter
+        self.guard = Guard.of(limit, self.place.device)
+        self.steps = Steps(self.surgeries, meter, self.model)
+        self.steps.trainer = trainer
+        live, interrupt = Live(self.steps, self.say, self.quiet, limit), StopOnInterrupt(self.say)
+        if self.main:
+            meter.timeline = self.output / "memory.jsonl"
+            trainer.add_callback(MetricsFile(self.output / "metrics.jsonl"))
+        for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter)):
+            trainer.add_callback(callback)
+        meter.watchers.append(self.guard.see)
+        why, loss = "", 0.0
+        with prepared(self.model, self.objective, self.recipe), interrupt:
+            try:
+                with hard_limit(limit, self.place.device, meter) if hard and limit else contextlib.nullcontext():
+                    loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
+            except Exception as error:
+                if not ran_out(error, hard):
+                    raise
+                why = "refused"
+            finally:
+                self.steps.end_live()
+                live.close()
+                meter.stop_watching(self.guard.see)
+        done, wanted = trainer.state.global_step, trainer.state.max_steps
+        if not why and done < wanted:
+            why = "interrupt" if interrupt.asked else self.guard.why
+        return Ended(done, wanted, why, loss)
+
+
+@contextlib.contextmanager
+def _folder(output: Path) -> Any:
+    """The folder, made; a run that never began leaves no empty one behind."""
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(
+                f"output: {output}", error.strerror or str(error), "Name a folder that can be made"
+            ) from None
+        yield
+    finally:
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()

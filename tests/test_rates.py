@@ -1,0 +1,135 @@
+"""Seconds by hand: rates that are given, not measured, and what the roofline makes of them; the cache of rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from trimtab.memory import rates as kept
+from trimtab.memory.rates import LAYOUTS, TRAFFIC, Rates
+from trimtab.memory.roofline import Clock, Stopwatch, read_again, work
+
+MACHINE = kept.key({"cpu": "a processor", "cores": 2, "threads": 2, "allocator": "system"}, "2.13.0", "cpu")
+ATEN = torch.ops.aten
+
+
+def flat(**more) -> Rates:
+    """1 GFLOP/s in fp32 and 2 in bf16, 1 GB/s of plain traffic, 100 MB/s of other; a microsecond for each operation."""
+    products = {f"{n} {layout}": [[8, 8, 8, r]] for n, r in (("float32", 1e9), ("bfloat16", 2e9)) for layout in LAYOUTS}
+    traffic = {f"float32 {kind}": [[2**20, 1e9 if kind == "plain" else 1e8]] for kind in TRAFFIC}
+    attention = {f"float32 {c}{w}": 1e9 for c in ("", "causal ") for w in ("forward", "backward")}
+    return Rates(
+        **{"machine": MACHINE, "update": 7e8, "overhead": 1e-6, **more},
+        products=products,
+        traffic=traffic,
+        attention=attention,
+    )
+
+
+def seconds(func, *args, **kwargs) -> float:
+    return work(flat(), func, args, kwargs, func(*args, **kwargs))
+
+
+def test_products_by_hand():
+    a, b = torch.ones(16, 32), torch.ones(32, 64)
+    flops = 2 * 16 * 32 * 64
+    assert seconds(ATEN.mm.default, a, b) == pytest.approx(flops / 1e9)
+    assert seconds(ATEN.addmm.default, torch.ones(64), a, b) == pytest.approx(flops / 1e9)
+    assert seconds(ATEN.mm.default, a.bfloat16(), b.bfloat16()) == pytest.approx(flops / 2e9)
+    assert seconds(ATEN.bmm.default, a.expand(3, 16, 32), b.expand(3, 32, 64)) == pytest.approx(3 * flops / 1e9)
+
+
+def test_a_product_thinner_than_any_measured_takes_as_long():
+    assert flat().product("float32", "NN", 64, 2, 64) == flat().product("float32", "NN", 64, 8, 64)
+
+
+def test_between_measured_shapes_the_rate_is_between():
+    rows = [[8, 8, 8, 1e9], [8, 8, 512, 4e9], [8, 512, 8, 1e9], [8, 512, 512, 4e9]]
+    rates = dataclasses.replace(flat(), products={f"float32 {layout}": rows for layout in LAYOUTS})
+    assert 2 * 8 * 64 * 64 / rates.product("float32", "NN", 8, 64, 64) == pytest.approx(2e9)  # 64 is midway in logs
+
+
+def test_traffic_by_hand():
+    x, wide = torch.ones(1024), torch.ones(32, 32)
+    assert seconds(ATEN.add.Tensor, x, x) == pytest.approx(3 * 4096 / 1e9)
+    assert seconds(ATEN.exp.default, x) == pytest.approx(2 * 4096 / 1e8)
+    assert seconds(ATEN.copy_.default, x.clone(), x) == pytest.approx(2 * 4096 / 1e9), "what is overwritten is not read"
+    assert seconds(ATEN.clone.default, wide.t(), memory_format=torch.contiguous_format) == pytest.approx(8192 / 1e8)
+    picked = seconds(ATEN.embedding.default, torch.ones(9999, 4), torch.tensor([1, 2]))
+    assert picked == pytest.approx((2 * 32 + 16) / 1e8), "two rows are read, not the table"
+    assert seconds(ATEN.t.default, wide) == 0.0, "a view costs its overhead only"
+    assert seconds(ATEN.expand.default, x[:1], [1024]) == 0.0
+
+
+def test_attention_and_update_by_hand():
+    q = torch.ones(1, 2, 16, 8)
+    flops = 4 * q.numel() * 16
+    assert seconds(ATEN._scaled_dot_product_flash_attention_for_cpu.default, q, q, q) == pytest.approx(flops / 1e9)
+    weight = torch.nn.Parameter(torch.ones(1000))
+    weight.grad = torch.ones(1000)
+    optimizer, clock = torch.optim.AdamW([weight], fused=True), Clock(flat())
+    optimizer.step()
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.append(func._schema.name)
+            clock.add("optimiser", func, args, kwargs or {}, out)
+            return out
+
+    with Watch():
+        optimizer.step()
+    assert "aten::_fused_adamw_" in seen
+    assert clock.phases["optimiser"] == pytest.approx(28_000 / 7e8 + clock.operations * 1e-6, rel=0.02)
+
+
+def test_a_deep_stack_lies_on_the_line_and_micro_batches_share_the_update():
+    watch = Stopwatch(flat())
+    for blocks, back in ((2, 3.0), (4, 5.0)):
+        clock = watch.at(blocks)
+        clock.phases = {"blocks": float(blocks), "backward": back, "optimiser": 0.5 * blocks, "evaluation": 9.0}
+    watch.depth = 10
+    assert watch.seconds(1, 1) == pytest.approx(10 + 11 + 5)
+    assert watch.seconds(8, 2) == pytest.approx(4 * (10 + 11) + 5)
+    assert Stopwatch(None).seconds(1, 1) is None
+
+
+def test_what_memory_cannot_keep_is_read_on_each_way():
+    assert read_again(100, 100, 4) == 0
+    assert read_again(100, 60, 1) == 80
+    assert read_again(100, -5, 3) == 600
+
+
+def test_rates_come_back_from_the_cache(tmp_path):
+    rates = flat(disk={"read": 1e9, "write": 1e8})
+    assert kept.load(MACHINE, tmp_path) is None
+    assert kept.save(rates, tmp_path) and kept.load(MACHINE, tmp_path) == rates
+    assert kept.load({**MACHINE, "threads": 1}, tmp_path) is None
+    assert [p.name for p in (tmp_path / "rates").iterdir()] == [kept.path_of(MACHINE, tmp_path).name]
+
+
+def _without(tree, key):
+    return {name: value for name, value in tree.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tree: "", lambda tree: "[1, 2]", lambda tree: json.dumps(tree)[:200], lambda tree: "[" * 100_000,
+        lambda tree: json.dumps({**tree, "form": 0}), lambda tree: json.dumps(_without(tree, "update")),
+        lambda tree: json.dumps({**tree, "overhead": -1}), lambda tree: json.dumps({**tree, "products": {}}),
+        lambda tree: json.dumps({**tree, "traffic": {"float32 plain": []}}),
+        lambda tree: json.dumps({**tree, "new": 1}),
+        lambda tree: json.dumps({**tree, "products": {"float32 NN": [["a", 1, 2]]}}),
+        lambda tree: json.dumps({**tree, "overhead": float("nan")}),
+    ],
+)  # fmt: skip
+def test_a_damaged_cache_counts_as_none(tmp_path, damage):
+    kept.save(flat(), tmp_path)
+    path = kept.path_of(MACHINE, tmp_path)
+    path.write_text(damage(json.loads(path.read_text())))
+    assert kept.load(MACHINE, tmp_path) is None
