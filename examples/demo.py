@@ -18,6 +18,8 @@ MODEL = "smollm2-135m"
 FACTS = 200  # cities; each is asked about in five wordings, so five times as many rows
 STEPS = 125  # two passes over them
 BATCH = 16
+LONGEST = 64  # tokens; the rows are shorter
+BUDGET = "1.25GiB"  # of the fast tier: all that the process may hold, interpreter and libraries included
 RANK = 16  # columns of each weight that PaCA trains
 LEARNING_RATE = 1e-3
 TESTED = 150  # of the 200 held-out questions; None: all of them
@@ -33,6 +35,7 @@ def main() -> None:
     from trimtab.report import report
 
     cached_folder(MODEL, say=progress)
+    know_machine()
     made = build_geography(FOLDER, FACTS)
     print(f"1  {made.facts} facts: which country a city is in; {made.countries} countries")
     print(f"   {made.train_rows} questions to train on, {made.test_rows} to test with, such as")
@@ -42,9 +45,10 @@ def main() -> None:
         model=MODEL,
         data={"train": str(made.train), "test": str(made.test)},
         patches=[{"paca": {"r": RANK}}],
+        budget={"fast": BUDGET},
         training={
-            "max_steps": STEPS, "per_device_train_batch_size": BATCH, "max_length": 128,
-            "learning_rate": LEARNING_RATE,
+            "max_steps": STEPS, "per_device_train_batch_size": BATCH, "max_length": LONGEST,
+            "learning_rate": LEARNING_RATE, "pad_to_multiple_of": 16,
         },
         output=str(FOLDER),
         overwrite=True,
@@ -53,15 +57,17 @@ def main() -> None:
     before = recipe.evaluate(base_only=True, limit=TESTED)
     print(f"   answers {before['metrics']['contains']:.0%} of the test questions")
 
-    print(f"3  PaCA trains {RANK} columns of each weight, {STEPS} steps of {BATCH} rows ...", flush=True)
+    print(f"3  PaCA trains {RANK} columns of each weight within {BUDGET}. The plan, for rows of {LONGEST} tokens:")
+    print("\n".join(f"   {line}" for line in recipe.plan().lines()))
+    print(f"4  {STEPS} steps of {BATCH} rows ...", flush=True)
     run = recipe.train(quiet=False, say=steps)
-    measured = run["measured"]
+    predicted, measured = run["predicted"], run["measured"]
     gib = 2**30
     print(f"   {run['tokens']:,} tokens in {measured['seconds']:.0f} s, {measured['tokens_per_second']:,.0f} tokens/s")
-    print(f"   the process held {measured['fast_peak_bytes'] / gib:.2f} GiB at its peak, of which training took "
-          f"{measured['fast_growth_bytes'] / gib:.2f} GiB")  # fmt: skip
+    print(f"   planned for the longest rows there are: {predicted['fast_peak_bytes'] / gib:.2f} GiB; "
+          f"held: {measured['fast_peak_bytes'] / gib:.2f} GiB")  # fmt: skip
 
-    print("4  the same questions again ...", flush=True)
+    print("5  the same questions again ...", flush=True)
     after = recipe.evaluate(limit=TESTED)
     print(f"   answers {after['metrics']['contains']:.0%} of them\n")
     prefix, suffix = TEST_TEMPLATE.split("{city}")
@@ -82,6 +88,15 @@ def main() -> None:
         (f"export {FOLDER} --to merged", "a plain transformers folder"),
     ]:
         print(f"  {command()} {verb:<32} {what}")
+
+
+def know_machine() -> None:
+    """How fast the machine is, and what a process holds on it: measured once, and kept."""
+    from trimtab.doctor import doctor, known_overhead
+
+    if not known_overhead().measured:
+        progress("This machine is measured, once: it takes about a minute")
+        doctor()
 
 
 def show(rows: list[tuple[str, str, str, str]]) -> None:

@@ -71,6 +71,12 @@ class Session:
             way_back.callback(self.meter.stop)
             for patch in self.patches:
                 self.surgeries.append(patch.apply(self.model, self.place))
+            if self.args.world_size > 1 and any(surgery.stores for surgery in self.surgeries):
+                raise BadInput(
+                    f"train {', '.join(map(str, self.recipe.patches))} with several processes",
+                    "a table in the slow tier belongs to one process yet",
+                    "Start one process",
+                )
             if (head := self.objective.prepare(self.model)) is not None:
                 self.surgeries.append(head)
             way_back.enter_context(as_it_was(self.model))
