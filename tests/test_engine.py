@@ -139,6 +139,23 @@ def test_two_runs_give_the_same_numbers(world, tmp_path):
     assert metrics(tmp_path / "three") != metrics(tmp_path / "one")
 
 
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_what_is_trained_on_a_quantised_base_keeps_its_precision(world, tmp_path, precision):
+    """TRL would make it bf16; and what is planned is what is held."""
+    keys = tree(world, tmp_path / precision, PATCHES["paca"], max_steps=3)
+    trained = run({**keys, "model": {"name": keys["model"], "precision": precision}})
+    kept = adapter.read_tensors(tmp_path / precision / "adapter")
+    assert {t.dtype for t in kept.values() if t.is_floating_point()} == {torch.float32}
+    assert trained["predicted"]["bytes"]["adapter"] == trained["measured"]["bytes"]["adapter"]
+
+
+def test_what_a_patch_keeps_aside_is_metered(world, tmp_path):
+    """`full` trains copies; the weights that were loaded stay for the way back."""
+    keys = tree(world, tmp_path / "full", PATCHES["full"], max_steps=3)
+    trained = run({**keys, "model": {"name": keys["model"], "precision": "bf16"}})  # no longer mapped
+    assert trained["measured"]["bytes"]["weights"] == trained["predicted"]["bytes"]["weights"] > 0
+
+
 def test_classification_resumes_too(world, tmp_path):
     keys = films(world, tmp_path / "whole", PATCHES["paca"], max_steps=8)
     run(keys)

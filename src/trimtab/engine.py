@@ -163,7 +163,10 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         self.job, self.counted, self.autocast_wanted = job, {}, bool(kwargs["args"].bf16)
         _admit_quantised(kwargs["model"])
         kwargs["args"].bf16 = False  # autocast is ours to order, see compute_loss_context_manager
+        trained = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
         super().__init__(**kwargs)
+        for parameter, data in trained:  # on a quantised base TRL rounds them to bf16, where small updates are lost
+            parameter.data = data
         if self.padding_free and isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = PackedRows(pad_token_id=self.data_collator.pad_token_id)
         self.model_accepts_loss_kwargs = True

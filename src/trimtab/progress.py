@@ -69,8 +69,9 @@ def _step_of(line: str) -> int:
 class Steps(TrainerCallback):
     """Counts tokens and seconds per step, calls the surgeries around each step, and watches one step's live tensors."""
 
-    def __init__(self, surgeries: Sequence[Surgery], meter: Meter, model: Any):
+    def __init__(self, surgeries: Sequence[Surgery], meter: Meter, model: Any, as_loaded: Sequence[Any] = ()):
         self.surgeries, self.meter, self.model = surgeries, meter, model
+        self.as_loaded = as_loaded  # weak references to the storages of the model before any patch
         self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.trace: Trace | None = None  # while a step is metered
@@ -96,7 +97,9 @@ class Steps(TrainerCallback):
             own = [t for surgery in self.surgeries for t in surgery.own_tensors().values()]
             tables = [t for surgery in self.surgeries for store in surgery.stores for t in store.mapped()]
             inner = getattr(optimizer, "optimizer", optimizer)
-            self.trace = self._metering.enter_context(metered(self.trainer, self.model, own, inner, tables))
+            aside = [storage for ref in self.as_loaded if (storage := ref()) is not None]
+            self.trace = self._metering.enter_context(metered(self.trainer, self.model, own, inner, tables, aside))
+            del aside
             self.live_mapped = self.trace.held.get(MAPPED, 0)
         if self.first_step_at is None:
             self.first_step_at = time.monotonic()

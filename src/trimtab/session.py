@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ class Session:
             way_back.callback(self._revert)
             self.meter.start()
             way_back.callback(self.meter.stop)
+            held = (*self.model.parameters(), *self.model.buffers())
+            self.as_loaded = [weakref.ref(t.untyped_storage()) for t in held]  # a patch may keep some of it aside
             for patch in self.patches:
                 self.surgeries.append(patch.apply(self.model, self.place))
             if self.args.world_size > 1 and any(surgery.stores for surgery in self.surgeries):
@@ -186,7 +189,7 @@ class Session:
         """Train, from `checkpoint` on where one is given, within `limit` bytes of the fast tier."""
         trainer, meter = self.trainer, self.meter
         self.guard = Guard.of(limit, self.place.device)
-        self.steps = Steps(self.surgeries, meter, self.model)
+        self.steps = Steps(self.surgeries, meter, self.model, self.as_loaded)
         self.steps.trainer = trainer
         live, interrupt = Live(self.steps, self.say, self.quiet, limit), StopOnInterrupt(self.say)
         if self.main:

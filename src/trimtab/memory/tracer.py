@@ -159,12 +159,17 @@ class Trace(LiveTensors):
 
 @contextlib.contextmanager
 def metered(
-    trainer: Any, model: Any, own: Iterable[Tensor], optimizer: Any, tables: Iterable[Tensor] = ()
+    trainer: Any,
+    model: Any,
+    own: Iterable[Tensor],
+    optimizer: Any,
+    tables: Iterable[Tensor] = (),
+    aside: Iterable[torch.UntypedStorage] = (),
 ) -> Iterator[Trace]:
     """Within it, a real step of `trainer` is counted as the planner counts a fake one: by kind, phase by phase.
 
     `own`: the tensors of the patches; `tables`: those of them that lie in the slow tier. What a mapped file holds is in
-    `MAPPED`.
+    `MAPPED`. `aside`: storages of the model as it was loaded, of which a patch may keep some for the way back.
     """
     maps = file_ranges()
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
@@ -178,6 +183,9 @@ def metered(
         if tensor.grad is not None:
             trace.watch([tensor.grad], GRADIENTS)
     trace.watch(own, ADAPTER)
+    for storage in aside:
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        trace.watch([whole], MAPPED if is_mapped(whole, maps) else WEIGHTS)
     trace.watch(quantised_state(model), WEIGHTS)
     trace.watch([t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)], OPTIMISER)
     trained = [p for p in model.parameters() if p.requires_grad]
