@@ -33,9 +33,9 @@ def worker(job: dict[str, Any]) -> None:
     """trimtab through its own verb's code; the marks are set around its loading of the model."""
     from transformers import Trainer, TrainerCallback
 
-    import trimtab.train as verb
     from trimtab import Recipe
     from trimtab.model import experts
+    from trimtab.session import Session
 
     clock, moves = Clock(warm=1), {"probed": 0, "fired": 0, "all": 0}
 
@@ -43,7 +43,7 @@ def worker(job: dict[str, Any]) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             clock.mark()
 
-    train, load, by_expert = Trainer.train, verb._model, experts.by_expert
+    train, load, by_expert = Trainer.train, Session._model, experts.by_expert
 
     def marked_train(self, *args, **kwargs):
         self.add_callback(Marks())
@@ -63,7 +63,7 @@ def worker(job: dict[str, Any]) -> None:
             moves["all"] += store.rows if alive is None else 0
         return by_expert(probed, store, alive)
 
-    Trainer.train, verb._model, experts.by_expert = marked_train, marked_load, counted
+    Trainer.train, Session._model, experts.by_expert = marked_train, marked_load, counted
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
         run = Recipe(
             model="smollm2-135m", data={"train": job["text"]}, patches=[{job["patch"]: job["fields"]}],

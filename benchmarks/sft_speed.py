@@ -65,7 +65,7 @@ def ours(job: dict[str, Any]) -> None:
     """trimtab through its own verb's code; the marks are set around its loading of the model."""
     from transformers import Trainer, TrainerCallback
 
-    import trimtab.train as verb
+    from trimtab.session import Session
 
     clock = Clock()
 
@@ -73,7 +73,7 @@ def ours(job: dict[str, Any]) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             clock.mark()
 
-    train, load = Trainer.train, verb._model
+    train, load = Trainer.train, Session._model
 
     def marked_train(self, *args, **kwargs):
         self.add_callback(Marks())
@@ -85,7 +85,7 @@ def ours(job: dict[str, Any]) -> None:
         say("mark", "train")
         return model
 
-    Trainer.train, verb._model = marked_train, marked_load
+    Trainer.train, Session._model = marked_train, marked_load
     with tempfile.TemporaryDirectory() as folder:
         run = recipe(job, folder).train()
     speed = ROWS * LENGTH / clock.median

@@ -219,6 +219,9 @@ def test_widths_are_rounded_up_to_whole_experts():
         experts, block = Meft(r=r).layout()
         assert r <= experts * block < r + block
     assert Meft(r=100, experts=7).layout() == (7, 15)
+    said = Meft(r=100, experts=7).apply(MODELS["llama"](), PLACE).notes
+    assert said == ("meft: r 100 is rounded up to 105: 7 experts of 15 pairs",)
+    assert Meft(r=64).apply(MODELS["llama"](), PLACE).notes == ()
 
 
 def test_centroids_follow_the_keys():

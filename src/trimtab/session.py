@@ -82,6 +82,8 @@ class Session:
                 )
             if (head := self.objective.prepare(self.model)) is not None:
                 self.surgeries.append(head)
+            for note in (note for surgery in self.surgeries for note in surgery.notes):
+                self.say(note)
             way_back.enter_context(as_it_was(self.model))
             way_back.enter_context(_folder(self.output))
             job = Job(

@@ -76,6 +76,8 @@ class Meft(Patch):
     def apply(self, model: PreTrainedModel, place: Place) -> MeftSurgery:
         rows, block = self.layout()
         surgery = MeftSurgery(self, model)
+        if rows * block != self.r:
+            surgery.notes = (f"meft: r {self.r} is rounded up to {rows * block}: {rows} experts of {block} pairs",)
         ffns = anatomy.ffns(model)
         if any(hasattr(ffn.host, NAME) for ffn in ffns):
             raise BadInput("apply a second meft", "the model has one", "Give the first one a larger r")
