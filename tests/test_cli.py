@@ -19,6 +19,7 @@ from helpers_load import tiny_llama
 from helpers_run import make_world, tree, write_rows
 from test_rates import flat
 from trimtab import adapter
+from trimtab.memory.overhead import Overhead
 from trimtab.model.load import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -305,10 +306,16 @@ def test_a_classifier_does_not_talk(call, world, tmp_path):
 def test_doctor_and_version(call, monkeypatch, tmp_path):
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
     monkeypatch.setattr("trimtab.memory.measure.measure", lambda machine, folder: flat(machine=machine))
+    held = Overhead(process=400 * 2**20, measured=True)
+    monkeypatch.setattr("trimtab.calibrate.measure", lambda: held)
     assert call("version")[1].strip() == trimtab.__version__
     found = json.loads(call("doctor", "--json")[1])
     assert found["gflops"]["float32"] > 0 and found["machine"]["memory_bytes"] > 0
-    assert call("doctor")[0] == 0
+    assert found["process"]["process_bytes"] == held.process
+    monkeypatch.setattr("trimtab.calibrate.measure", lambda: Overhead())
+    assert call("doctor")[0] == 0, "both are kept"
+    code, out, _ = call("doctor", "--fresh")
+    assert code == 0 and "did not come to its end" in out
 
 
 def test_quiet_says_nothing_and_plain_lines_elsewhere(call, world, tmp_path):

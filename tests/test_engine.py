@@ -174,9 +174,9 @@ KILLED = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total
 # function of the engine's, and how often it is called before the process is killed, before or after its work
 INSTANTS = [
     (torch, "save", 1, True), (torch, "save", 4, False), (torch, "save", 5, True), (torch, "save", 12, False),
-    (adapter, "save_file", 1, False), (adapter, "save_file", 3, True), (adapter, "_write_json", 4, True),
-    (engine, "_sync", 2, True), (engine, "_sync", 2, False), (os, "replace", 4, False), (os, "replace", 4, True),
-    (engine, "_discard", 6, True), (engine, "_discard", 6, False), (engine.shutil, "rmtree", 9, True),
+    (adapter, "write_tensors", 1, False), (adapter, "write_tensors", 3, True), (adapter, "_write_json", 4, True),
+    (engine, "sync", 2, True), (engine, "sync", 2, False), (os, "replace", 4, False), (os, "replace", 4, True),
+    (engine, "discard", 6, True), (engine, "discard", 6, False), (engine.shutil, "rmtree", 9, True),
     (engine.shutil, "rmtree", 12, True),
 ]  # fmt: skip
 
@@ -253,7 +253,7 @@ def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("owner,name", [(adapter, "save_file"), (torch, "save"), (adapter, "_write_json")])
+@pytest.mark.parametrize("owner,name", [(adapter, "write_tensors"), (torch, "save"), (adapter, "_write_json")])
 def test_a_full_disk_in_a_checkpoint_leaves_the_earlier_one(owner, name, world, tmp_path, unkilled, monkeypatch):
     keys = tree(world, tmp_path / "run", PATCHES["paca reselect"], **KILLED)
     with monkeypatch.context() as patched, pytest.raises(BadInput, match="No space left"):
@@ -268,7 +268,7 @@ def test_a_full_disk_in_a_checkpoint_leaves_the_earlier_one(owner, name, world, 
 def test_a_full_disk_at_the_end(where, world, tmp_path, monkeypatch):
     keys = tree(world, tmp_path / "run", PATCHES["paca"], max_steps=2, save_strategy="steps", save_steps=2)
     with monkeypatch.context() as patched, pytest.raises(BadInput, match="No space left"):
-        patched.setattr(*((adapter, "save_file") if where == "save_adapter" else (train_verb, "write_json")), full)
+        patched.setattr(*((adapter, "write_tensors") if where == "save_adapter" else (train_verb, "write_json")), full)
         if where == "save_adapter":
             keys["training"]["save_strategy"] = "no"
         run(keys)

@@ -30,10 +30,11 @@ def doctor(fresh: bool = False) -> dict[str, Any]:
         from . import calibrate
 
         beside = calibrate.measure()
-        overhead.save(beside, _key("cpu"), cache_root())
+        if beside.measured:
+            overhead.save(beside, _key("cpu"), cache_root())
     found["process"] = {
         "process_bytes": beside.process, "fixed_bytes": beside.fixed, "share": round(beside.share, 4),
-        "pace": round(beside.pace, 4),
+        "pace": round(beside.pace, 4), "measured": beside.measured,
     }  # fmt: skip
     found["disk_free_bytes"] = shutil.disk_usage(".").free
     found["memory_free_bytes"] = ram().get("MemAvailable", 0)
@@ -106,6 +107,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _advice(found: dict[str, Any]) -> Iterator[str]:
+    if not found["process"]["measured"]:
+        yield "A small training did not come to its end here: what a process holds beside tensors is another machine's"
     if found["allocator_found"] == "none":
         yield "No mimalloc, jemalloc or tcmalloc was found: `pip install cmeel-mimalloc` makes training on a CPU faster"
     if found["gflops"]["bfloat16"] < found["gflops"]["float32"]:

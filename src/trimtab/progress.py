@@ -94,7 +94,8 @@ class Steps(TrainerCallback):
         for surgery in self.surgeries:
             surgery.before_step(state.global_step)
         if state.global_step == self.first + 1:  # the second step: optimiser state is there, warm-up is over
-            own = [t for surgery in self.surgeries for t in surgery.own_tensors().values()]
+            # naming a table's tensors would bring its rows up to date, and this step would no longer be like the others
+            own = [t for surgery in self.surgeries if not surgery.stores for t in surgery.own_tensors().values()]
             tables = [t for surgery in self.surgeries for store in surgery.stores for t in store.mapped()]
             inner = getattr(optimizer, "optimizer", optimizer)
             aside = [storage for ref in self.as_loaded if (storage := ref()) is not None]

@@ -1,0 +1,50 @@
+"""What a process holds beside its tensors: the line through two trainings, and the file it is kept in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trimtab import calibrate
+from trimtab.memory import overhead
+from trimtab.memory.overhead import Overhead
+
+MACHINE = {"cpu": "one", "cores": 2, "device": "cpu"}
+MIB = 2**20
+
+
+def test_the_line_through_two_trainings():
+    found = Overhead.through(400 * MIB, [(500 * MIB, 580 * MIB), (100 * MIB, 140 * MIB)], 0.9)
+    assert found.share == pytest.approx(0.1) and found.fixed == pytest.approx(30 * MIB) and found.measured
+    assert found.of(200 * MIB) == pytest.approx(50 * MIB) and found.of(-1) == found.fixed
+    odd = Overhead.through(0, [(100, 300), (200, 350)], 1.0)  # a small training that was disturbed
+    assert odd.share == 0 and odd.fixed == 200
+
+
+def test_what_was_measured_is_kept(tmp_path):
+    assert not overhead.load(MACHINE, tmp_path).measured
+    found = Overhead(7, 8, 0.25, 0.5, measured=True)
+    assert overhead.save(found, MACHINE, tmp_path) and overhead.load(MACHINE, tmp_path) == found
+    assert not overhead.load({**MACHINE, "cores": 4}, tmp_path).measured
+    (file,) = (tmp_path / "rates").iterdir()
+    kept = json.loads(file.read_text())
+    broken = ["{", "[]", json.dumps({**kept, "form": 0}), *(json.dumps(kept | bad) for bad in (
+        {"share": -1}, {"share": "a"}, {"pace": 0}, {"fixed": float("inf")}, {"odd": 1}))]  # fmt: skip
+    for text in broken:
+        file.write_text(text)
+        assert overhead.load(MACHINE, tmp_path) == Overhead(), text
+    assert not overhead.save(found, MACHINE, file)
+
+
+def test_a_training_to_measure_by(tmp_path, monkeypatch):
+    """As the doctor's, but for a shorter one."""
+    monkeypatch.setattr(calibrate, "STEPS", 4)
+    monkeypatch.setattr(calibrate, "TOKENS", 16)
+    found = calibrate.run(1, tmp_path / "new")
+    assert found["process"] > found["tensors"] > 0 and found["held"] > 0 and found["speed"] > 0
+
+
+def test_a_training_that_fails_measures_nothing(monkeypatch):
+    monkeypatch.setattr(calibrate, "SIZES", ("no number",))
+    assert calibrate.measure() == Overhead()
