@@ -229,13 +229,16 @@ def _speed(
 ) -> tuple[float | None, int]:
     """-> tokens per second (None: rates are not known), bytes read from the disk in a step; what to know in `notes`."""
     from .memory.roofline import read_again
-    from .memory.tracer import MAPPED, live
+    from .memory.tracer import MAPPED, ROWS, live
 
     mapped = kinds.get(MAPPED, 0)
     read = read_again(mapped, ram().get("MemAvailable", mapped + live(kinds)) - live(kinds), micro_batches)
     seconds = watch.seconds(micro_batches, min(2, micro_batches))
     if read:
         notes.append(f"the mapped base exceeds free memory: {gib(read)} are read from the disk in each step")
+    if kinds.get(ROWS):
+        notes.append("the speed of a run with a table in the slow tier is not predicted yet")
+        return None, read
     if seconds is None:
         notes.append("the speed is predicted once `trimtab doctor` has measured this machine")
         return None, read

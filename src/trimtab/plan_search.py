@@ -28,7 +28,7 @@ from .runs import write_text
 
 PRECISIONS = ("bf16", "fp32", "nf4", "int8")
 SMALL_CHUNK = 32  # positions; the loss's own choice is 128 or more
-MOST, MOST_CHUNKS = 44, 6  # combinations that are traced, and of these again with the small chunk
+MOST, MOST_CHUNKS = 40, 2  # combinations that are traced, and of these again with the small chunk
 ALIKE = 1.05  # speeds closer than this count as equal, and the more that is trained decides
 MICRO, TIMES, CHECKPOINTING = "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing"
 
@@ -93,7 +93,7 @@ class Found:
             yield (
                 f"{c.method:<{wide}} {c.micro_batch:>5} {_word(c.checkpointing):<4} {c.precision:<4} "
                 f"{c.chunk or '':>5} {gib(c.plan.fast_peak_bytes):>11} "
-                f"{c.plan.tokens_per_second or math.nan:>9,.0f} {c.plan.trained:>13,}  {_word(c.fits)}"
+                f"{_speed(c.plan):>9} {c.plan.trained:>13,}  {_word(c.fits)}"
             )
         yield from self.notes
 
@@ -235,6 +235,10 @@ def _rank(candidate: Candidate) -> tuple:
         return (1, made.fast_peak_bytes, made.slow_bytes)
     speed = round(math.log(made.tokens_per_second) / math.log(ALIKE)) if made.tokens_per_second else 0
     return (0, -speed, -made.trained, made.fast_peak_bytes)
+
+
+def _speed(made: Plan) -> str:
+    return f"{made.tokens_per_second:,.0f}" if made.tokens_per_second else "-"
 
 
 def _word(yes: bool) -> str:
