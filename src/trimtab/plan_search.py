@@ -28,7 +28,7 @@ from .runs import write_text
 
 PRECISIONS = ("bf16", "fp32", "nf4", "int8")
 SMALL_CHUNK = 32  # positions; the loss's own choice is 128 or more
-MOST, MOST_CHUNKS = 40, 2  # combinations that are traced, and of these again with the small chunk
+MOST, MOST_CHUNKS = 42, 2  # combinations that are traced, and of these again with the small chunk
 ALIKE = 1.05  # speeds closer than this count as equal, and the more that is trained decides
 MICRO, TIMES, CHECKPOINTING = "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing"
 
