@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 from .memory import allocator, overhead, rates
@@ -77,7 +78,7 @@ def _key(device: str) -> dict[str, Any]:
     import torch
 
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return rates.key(machine(), versions()["torch"], auto if device == "auto" else device)
+    return rates.key(machine(), version("torch"), auto if device == "auto" else device)
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:

@@ -10,13 +10,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from . import kept
+from .rates import path_of
 
 FORM = 2  # of the file
 MOST_SHARE = 0.5
@@ -47,37 +47,22 @@ class Overhead:
 
 def load(machine: dict[str, Any], folder: Path) -> Overhead:
     """What was measured on `machine` (rates.key) before, else the default."""
+    found = kept.read(_path(machine, folder), FORM, machine) or {}
+    found.pop("machine", None)
     try:
-        found = json.loads(_path(machine, folder).read_text(encoding="utf-8"))
-        if found.pop("form") != FORM or found.pop("machine") != machine:
-            return Overhead()
-        kept = Overhead(**found)
-        numbers = (kept.process, kept.fixed, kept.share, kept.pace)
-        return (
-            kept
-            if all(math.isfinite(n) and n >= 0 for n in numbers) and kept.share <= MOST_SHARE and kept.pace
-            else Overhead()
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        held = Overhead(**found)
+        numbers = (held.process, held.fixed, held.share, held.pace)
+        sound = all(math.isfinite(n) and n >= 0 for n in numbers) and held.share <= MOST_SHARE and held.pace
+    except TypeError:
         return Overhead()
+    return held if sound else Overhead()
 
 
 def save(overhead: Overhead, machine: dict[str, Any], folder: Path) -> bool:
-    """Whole or not at all; False where the cache cannot be written."""
-    path = _path(machine, folder)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"form": FORM, "machine": machine, **asdict(overhead)}, file, indent=1)
-        os.replace(partial, path)
-    except OSError:
-        return False
-    return True
+    """False where the cache cannot be written."""
+    return kept.write(_path(machine, folder), FORM, {"machine": machine, **asdict(overhead)})
 
 
 def _path(machine: dict[str, Any], folder: Path) -> Path:
-    from .rates import path_of
-
     rates = path_of(machine, folder)
     return rates.with_name(f"overhead-{rates.name}")

@@ -1,9 +1,8 @@
 """How fast this machine is: what `trimtab doctor` measured once (memory/measure.py), kept for plans to come.
 
 A handful of rates, each of one kind of work: products by type and shape, memory traffic by kind of operation,
-attention, the optimiser's update, the cost of starting an operation at all, disk and link. They are kept as JSON in the
-cache folder, one file for each processor, number of threads, torch and allocator: any of these changes them. A file
-that is damaged or of another form counts as not there. Imports no torch.
+attention, the optimiser's update, the cost of starting an operation at all, disk and link. They are kept (kept.py), one
+file for each processor, number of threads, torch and allocator: any of these changes them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from . import kept
 
 FORM = 2  # of the file; another number is measured again
 SMALLEST = 8  # of a product's dimensions: thinner ones take as long
@@ -141,32 +140,19 @@ def path_of(machine: dict[str, Any], folder: Path) -> Path:
 
 def load(machine: dict[str, Any], folder: Path) -> Rates | None:
     """What was measured on `machine` before; None where nothing was, or where the file cannot be used."""
+    found = kept.read(path_of(machine, folder), FORM, machine)
+    if found is None:
+        return None
     try:
-        found = json.loads(path_of(machine, folder).read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or found.pop("form", None) != FORM or found.get("machine") != machine:
-            return None
         rates = Rates(**found)
         return rates if _sound(rates) else None
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         return None
 
 
 def save(rates: Rates, folder: Path) -> bool:
-    """Whole or not at all; False where the cache cannot be written (the rates then serve this process only)."""
-    path = path_of(rates.machine, folder)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"form": FORM, **asdict(rates)}, file, indent=1)
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
-    except OSError:
-        return False
-    return True
+    """False where the cache cannot be written (the rates then serve this process only)."""
+    return kept.write(path_of(rates.machine, folder), FORM, asdict(rates))
 
 
 def _sound(rates: Rates) -> bool:

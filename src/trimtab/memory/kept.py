@@ -1,0 +1,41 @@
+"""What was measured of a machine, kept as JSON in the cache folder for plans to come.
+
+A file that is damaged, of another form or of another machine counts as not there; it is written whole or not at all.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path, form: int, machine: dict[str, Any]) -> dict[str, Any] | None:
+    """What `write` put there of `machine` in this `form`, with the key "machine"; None where that is not so."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or found.pop("form", None) != form or found.get("machine") != machine:
+        return None
+    return found
+
+
+def write(path: Path, form: int, content: dict[str, Any]) -> bool:
+    """`content` names its "machine". False where the cache cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"form": form, **content}, file, indent=1)
+            os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    except OSError:
+        return False
+    return True
