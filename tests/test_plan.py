@@ -12,12 +12,12 @@ import yaml
 from helpers_run import make_world, tree
 from test_laws import CASES
 from tiny import tiny_folder
-from trimtab.engine import prepared, training_arguments
+from trimtab.engine import arguments_class, prepared, training_arguments
 from trimtab.errors import BadInput, DoesNotFit, Untraceable
 from trimtab.memory import tracer
 from trimtab.memory.meter import LiveTensors
 from trimtab.model.quant import quantised_state
-from trimtab.plan import _arguments_class, plan
+from trimtab.plan import plan
 from trimtab.plan_fit import require_fit
 from trimtab.planned_step import PlannedStep
 from trimtab.recipe import Recipe
@@ -48,7 +48,7 @@ def recipe_of(folder: str, patch: dict, **more) -> Recipe:
 def measured(recipe: Recipe, padded: bool = True, counted: int = TOKENS) -> int:
     """Live bytes at the peak of the second step, by the meter, on real tensors."""
     objective = recipe.load_objective()
-    args = training_arguments(recipe, _arguments_class(objective), "out", True)
+    args = training_arguments(recipe, arguments_class(objective), "out", True)
     step = PlannedStep(recipe, args, None, real=True)  # its model, batch, loss and optimiser
     model = step.model
     held = [*step.base.values(), *quantised_state(model)]
@@ -157,7 +157,7 @@ def test_what_a_patch_writes_into_a_mapped_base_is_fast(folders):
 def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_path):
     folder = deeper(folders("llama", torch.bfloat16), tmp_path, 12)
     recipe = recipe_of(folder, {name: CASES[name]}, training={"activation_checkpointing": checkpointing})
-    args = training_arguments(recipe, _arguments_class(recipe.load_objective()), tmp_path, True)
+    args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
     whole = tracer.highest(PlannedStep(recipe, args, None).trace(ROWS, TOKENS))
     extended = plan(recipe)
     assert extended.live_peak_bytes == tracer.live(whole[1])
@@ -167,7 +167,7 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_pa
 def test_blocks_that_differ_are_traced_whole(folders, tmp_path):
     folder = deeper(folders("llama", torch.bfloat16), tmp_path, 6)
     recipe = recipe_of(folder, {"lora": {"r": 4, "targets": "layers.5.*q_proj"}})
-    args = training_arguments(recipe, _arguments_class(recipe.load_objective()), tmp_path, True)
+    args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
     step = PlannedStep(recipe, args, None)
     assert step.period() == 6
     assert plan(recipe).kinds["adapter"] == 2 * 4 * 64 * 4
@@ -177,7 +177,7 @@ def test_blocks_that_differ_are_traced_whole(folders, tmp_path):
 def test_kinds_of_blocks_that_take_turns(folders, depth, tmp_path):
     folder = deeper(folders("gemma2", torch.bfloat16), tmp_path, depth, layer_types=None, sliding_window=8)
     recipe = recipe_of(folder, {"paca": {"r": 4}})
-    args = training_arguments(recipe, _arguments_class(recipe.load_objective()), tmp_path, True)
+    args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
     step = PlannedStep(recipe, args, None)
     assert step.period() == 2
     assert plan(recipe).live_peak_bytes == tracer.live(tracer.highest(step.trace(ROWS, TOKENS))[1])

@@ -77,13 +77,8 @@ class _OurTrainer(ClipsRows):
 
     @contextlib.contextmanager
     def compute_loss_context_manager(self) -> Iterator[None]:
-        # Patches that multiply fp32 weights of their own beside a 16-bit base ask for autocast (full, DoRA); the others
-        # cast by themselves, and run without its bookkeeping.
-        wanted = any(getattr(s.patch, "autocast", False) for s in self.job.surgeries)
-        half = self.job.dtype if self.job.dtype in (torch.bfloat16, torch.float16) else None
-        dtype = half or torch.bfloat16
-        on = self.autocast_wanted or (wanted and half is not None)
-        with torch.autocast(self.args.device.type, dtype=dtype, enabled=True) if on else contextlib.nullcontext():
+        dtype = autocast_dtype(self.job.surgeries, self.job.dtype, self.autocast_wanted)
+        with contextlib.nullcontext() if dtype is None else torch.autocast(self.args.device.type, dtype=dtype):
             yield
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -321,6 +316,22 @@ def _compile(model: PreTrainedModel, swaps: Swaps) -> None:
     for block in anatomy.blocks(model)[1]:
         swaps.set_attribute(block, "_compiled_call_impl", None)
         block.compile()
+
+
+def autocast_dtype(surgeries: Sequence[Surgery], base: torch.dtype | None, asked: bool) -> torch.dtype | None:
+    """The type that autocast computes a step in; None: without it. `base`: the model's type before any patch.
+
+    Patches that multiply fp32 weights of their own beside a 16-bit base ask for autocast (full, DoRA); the others cast
+    by themselves, and run without its bookkeeping.
+    """
+    half = base if base in (torch.bfloat16, torch.float16) else None
+    wanted = half is not None and any(getattr(surgery.patch, "autocast", False) for surgery in surgeries)
+    return (half or torch.bfloat16) if asked or wanted else None
+
+
+def arguments_class(objective: Objective) -> type[TrainingArguments]:
+    """The library's own dataclass for the objective's trainer."""
+    return SFTConfig if objective.task == "causal-lm" else TrainingArguments
 
 
 def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:

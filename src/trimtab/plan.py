@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def slow_bytes(self) -> int:
-        return self.kinds.get("mapped weights", 0) + self.kinds.get("rows in the slow tier", 0)
+        return sum(self.kinds.get(kind, 0) for kind in SLOW)
 
     @property
     def live_peak_bytes(self) -> int:
@@ -148,7 +148,7 @@ def plan(
     """Trace the recipe's step. `rows`, `tokens`: the largest batch (default: the recipe's batch size and max_length).
     `counted`: how many tokens of a row count in the loss, at most (default: all).
 
-    `process`: anonymous bytes that the process holds beside the tensors (default: what this one holds now). `args`: the
+    `process`: anonymous bytes that the process holds beside the tensors (default: `process_bytes`). `args`: the
     training arguments where a trainer has them already (making them anew would take its accelerator from it). `rates`:
     of a machine (memory/rates.py; default: of this one, where `trimtab doctor` has measured them).
     BadInput for a recipe that cannot be run, and for what the planner does not cover.
@@ -156,8 +156,7 @@ def plan(
     import torch
 
     from .doctor import known_overhead, known_rates
-    from .engine import training_arguments
-    from .memory.meter import process_memory
+    from .engine import arguments_class, training_arguments
     from .memory.roofline import Stopwatch
     from .memory.tracer import highest
 
@@ -172,7 +171,7 @@ def plan(
             f"plan a run on {device}", "this machine has none", 'Say how much it has: budget: {fast: "24GiB"}'
         )
     budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder))
-    args = args or training_arguments(recipe, _arguments_class(objective), Path(recipe.output), device.type == "cpu")
+    args = args or training_arguments(recipe, arguments_class(objective), Path(recipe.output), device.type == "cpu")
     notes = []
     if tokens is None:
         tokens = recipe.training_values()["max_length"]
@@ -187,7 +186,7 @@ def plan(
     elif not beside.measured:
         notes.append("what a process holds beside tensors is another machine's: `trimtab doctor` measures this one's")
     if process is None:
-        process = beside.process or process_memory()["anon"]
+        process = process_bytes(beside)
     watch = Stopwatch(rates or known_rates(device.type))
     with torch.random.fork_rng(devices=[]):
         try:
@@ -206,6 +205,13 @@ def plan(
     )  # fmt: skip
 
 
+def process_bytes(beside: Overhead) -> int:
+    """What a run's process holds when it begins: as measured, else what this one holds now."""
+    from .memory.meter import process_memory
+
+    return beside.process or process_memory()["anon"]
+
+
 def _growth(kinds: dict[str, int]) -> int:
     """Bytes of the tensors that come with training: all of the fast tier but the weights and the adapter."""
     return sum(size for kind, size in kinds.items() if kind not in (*SLOW, "weights", "adapter"))
@@ -220,7 +226,7 @@ def _real_step(
     if not weights_at_hand(recipe.model):
         raise why
     step = PlannedStep(recipe, args, None, real=True)
-    watch.trained = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
+    watch.trained = step.trained
     return step.trace(rows, tokens, counted, watch.at(None))
 
 
@@ -253,10 +259,3 @@ def _covered(recipe: Recipe) -> None:
         raise BadInput(
             f"plan stepper {recipe.stepper}", "the planner follows back-propagation only", "Take budget: out"
         )
-
-
-def _arguments_class(objective: Any) -> Any:
-    from transformers import TrainingArguments
-    from trl import SFTConfig
-
-    return SFTConfig if objective.task == "causal-lm" else TrainingArguments

@@ -11,6 +11,8 @@ from .memory.budget import gib
 from .plan import Plan, plan
 from .recipe import Recipe
 
+MICRO, TIMES, CHECKPOINTING = "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing"
+
 
 def require_fit(made: Plan, recipe: Recipe) -> None:
     """DoesNotFit with the first change that would fit, if `made` does not."""
@@ -52,7 +54,7 @@ def _first_that_fits(recipe: Recipe, made: Plan, limit: int) -> tuple[str | None
     """-> the first change with which the fast tier holds at most `limit`, and how much; None: the least of all."""
     least = made.fast_peak_bytes
     for change, other in _alternatives(recipe):
-        rows = min(made.rows, other.training_values()["per_device_train_batch_size"])
+        rows = min(made.rows, other.training_values()[MICRO])
         tried = plan(other, rows=rows, tokens=made.tokens, counted=made.counted, process=made.process)
         if tried.fast_peak_bytes <= limit and (tried.budget.slow is None or tried.slow_bytes <= tried.budget.slow):
             return change, tried.fast_peak_bytes
@@ -63,23 +65,23 @@ def _first_that_fits(recipe: Recipe, made: Plan, limit: int) -> tuple[str | None
 def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """(how a user writes it, the changed recipe): what holds less, the least slowing first."""
     values = recipe.training_values()
-    micro, times = "per_device_train_batch_size", values.get("gradient_accumulation_steps", 1)
-    whole = values[micro]
+    whole, times = values[MICRO], values.get(TIMES, 1)
 
     def training(**changes: Any) -> tuple[str, Recipe]:
         said = " ".join(f"training.{key}={str(value).lower()}" for key, value in changes.items())
         return said, dataclasses.replace(recipe, training={**values, **changes})
 
     if recipe.engine.lean and recipe.engine.recompute != "ffn":
-        yield (
-            "engine.recompute=ffn",
-            dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, recompute="ffn")),
-        )
-    sizes = [whole // 2**k for k in range(1, whole.bit_length()) if whole % 2**k == 0]
-    for size in sizes:
-        yield training(**{micro: size, "gradient_accumulation_steps": times * (whole // size)})
-    if not values["activation_checkpointing"]:
-        yield training(activation_checkpointing=True)
-        for size in sizes:
-            changes = {micro: size, "gradient_accumulation_steps": times * (whole // size)}
-            yield training(activation_checkpointing=True, **changes)
+        engine = dataclasses.replace(recipe.engine, recompute="ffn")
+        yield "engine.recompute=ffn", dataclasses.replace(recipe, engine=engine)
+    smaller = [{MICRO: size, TIMES: times * (whole // size)} for size in halves(whole)]
+    for changes in smaller:
+        yield training(**changes)
+    if not values[CHECKPOINTING]:
+        for changes in ({}, *smaller):
+            yield training(**{CHECKPOINTING: True}, **changes)
+
+
+def halves(size: int) -> list[int]:
+    """The half, the quarter and so on of `size`, as far as they are whole."""
+    return [size // 2**k for k in range(1, size.bit_length()) if size % 2**k == 0]

@@ -22,7 +22,8 @@ from .errors import BadInput, DoesNotFit, TrimtabError
 from .memory.budget import gib
 from .memory.rates import Rates
 from .model.quiet import hushed
-from .plan import Plan, plan
+from .plan import Plan, plan, process_bytes
+from .plan_fit import CHECKPOINTING, MICRO, TIMES, halves
 from .recipe import Recipe
 from .runs import write_text
 
@@ -30,7 +31,6 @@ PRECISIONS = ("bf16", "fp32", "nf4", "int8")
 SMALL_CHUNK = 32  # positions; the loss's own choice is 128 or more
 MOST, MOST_CHUNKS = 42, 2  # combinations that are traced, and of these again with the small chunk
 ALIKE = 1.05  # speeds closer than this count as equal, and the more that is trained decides
-MICRO, TIMES, CHECKPOINTING = "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ def search(
     """
     import torch
 
-    from .doctor import measured_rates
-    from .memory.meter import process_memory
+    from .doctor import known_overhead, measured_rates
 
     device = recipe.load_place().device.type
     if rates is None and (device == "cpu" or torch.cuda.is_available()):  # a plan for another machine has no speed
         rates = measured_rates(device)
-    process = process_memory()["anon"] if process is None else process
+    if process is None:  # once for all: a process that plans many grows
+        process = process_bytes(known_overhead())
     wanted = list(_combinations(recipe))
     asked, left_out = wanted[:MOST], len(wanted) - MOST
     work = _Work(rates, tokens, process)
@@ -186,7 +186,7 @@ def _combinations(recipe: Recipe) -> Iterator[Candidate]:
     """The extremes first: the whole batch at once, the smallest micro-batch with checkpointing, then the others."""
     values = recipe.training_values()
     whole = values[MICRO] * values.get(TIMES, 1)
-    sizes = [whole // 2**k for k in range(whole.bit_length()) if whole % 2**k == 0]
+    sizes = [whole, *halves(whole)]
     sizes = sizes if len(sizes) <= 4 else [*sizes[:3], sizes[-1]]
     ways = (
         [values[CHECKPOINTING]] if {CHECKPOINTING, "gradient_checkpointing"} & recipe.training.keys() else [False, True]

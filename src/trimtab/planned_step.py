@@ -35,7 +35,7 @@ def peaks(
     whole = PlannedStep(recipe, args, None)
     depth, period = len(anatomy.blocks(whole.model)[1]), whole.period()
     watch = watch or Stopwatch(None)
-    watch.depth, watch.trained = depth, sum(p.numel() for p in whole.model.parameters() if p.requires_grad)
+    watch.depth, watch.trained = depth, whole.trained
     low = SHALLOW if period == 1 else period + depth % period
     shallow = (low, low + SHALLOW * period)
     if depth <= shallow[1]:
@@ -73,6 +73,11 @@ class PlannedStep:
         from .model import anatomy
 
         return list(anatomy.fresh_parameters(self.model).values())
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def period(self) -> int:
         """After how many blocks the kinds of blocks recur: 1 where all are equal, the depth where they never do."""
@@ -170,14 +175,12 @@ class PlannedStep:
         return cls(trained, **options)
 
     def _autocast(self) -> Any:
-        """As the engine's compute_loss_context_manager orders it."""
         import torch
 
-        half = self.dtype if self.dtype in (torch.bfloat16, torch.float16) else None
-        wanted = any(getattr(s.patch, "autocast", False) for s in self.surgeries) and half is not None
-        if self.args.bf16 or wanted:
-            return torch.autocast("cpu", dtype=half or torch.bfloat16)
-        return contextlib.nullcontext()
+        from .engine import autocast_dtype
+
+        dtype = autocast_dtype(self.surgeries, self.dtype, self.args.bf16)
+        return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
     def _checkpointing(self) -> None:
         if not self.args.activation_checkpointing:

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import set_seed
 
 from . import adapter
-from .engine import CausalTrainer, ClassifierTrainer, Job, as_it_was, prepared, training_arguments
+from .engine import CausalTrainer, ClassifierTrainer, Job, arguments_class, as_it_was, prepared, training_arguments
 from .engine import quiet as hush
 from .errors import BadInput
 from .memory.guard import Guard, hard_limit, ran_out
@@ -104,12 +104,14 @@ class Session:
     # --- loading -------------------------------------------------------------------------------------------------
 
     def _arguments(self) -> Any:
-        from transformers import TrainingArguments
-        from trl import SFTConfig
-
-        cls = SFTConfig if self.objective.task == "causal-lm" else TrainingArguments
+        cls = arguments_class(self.objective)
         args = training_arguments(self.recipe, cls, self.output, self.place.device.type == "cpu")
-        if cls is SFTConfig and args.completion_only_loss is None and args.max_length is None and args.packing:
+        if (
+            self.objective.task == "causal-lm"
+            and args.completion_only_loss is None
+            and args.max_length is None
+            and args.packing
+        ):
             raise BadInput("training: packing: true", "max_length is None", "Give max_length")
         return args
 
