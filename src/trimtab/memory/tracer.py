@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,9 @@ def _int8(_: int | None, x: Tensor, threshold: float = 0.0) -> tuple:
     )
 
 
-BOUNDS: dict[Any, Callable[..., Any]] = {aten.nonzero.default: _nonzero, aten._unique2.default: _unique}
+BOUNDS: dict[str, Callable[..., Any]] = {  # by name: bitsandbytes may not be there
+    "aten::nonzero": _nonzero, "aten::_unique2": _unique, "bitsandbytes::int8_vectorwise_quant": _int8,
+}  # fmt: skip
 
 
 class Trace(LiveTensors):
@@ -80,10 +82,8 @@ class Trace(LiveTensors):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, asked = kwargs or {}, func
-        if self.fake and func in BOUNDS:
-            func = functools.partial(BOUNDS[func], self.counted)
-        elif self.fake and func.namespace == "bitsandbytes" and func._opname == "int8_vectorwise_quant":
-            func = functools.partial(_int8, self.counted)
+        if self.fake and (bound := BOUNDS.get(func.name())):
+            func = functools.partial(bound, self.counted)
         elif MAPPED in self.held and func._schema.is_mutable:
             self._written(func._schema, args)
         try:
@@ -161,7 +161,7 @@ class Trace(LiveTensors):
 def metered(
     trainer: Any,
     model: Any,
-    own: Iterable[Tensor],
+    own: Sequence[Tensor],
     optimizer: Any,
     tables: Iterable[Tensor] = (),
     aside: Iterable[torch.UntypedStorage] = (),
@@ -188,9 +188,6 @@ def metered(
         trace.watch([whole], MAPPED if is_mapped(whole, maps) else WEIGHTS)
     trace.watch(quantised_state(model), WEIGHTS)
     trace.watch([t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)], OPTIMISER)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    handles = [p.register_post_accumulate_grad_hook(lambda p: trace.relabel(p.grad, GRADIENTS)) for p in trained]
-    handles += _mark_phases(model, trace)
     loss = trainer.compute_loss
 
     def marked(*args: Any, **kwargs: Any) -> Any:
@@ -201,12 +198,10 @@ def metered(
 
     trainer.compute_loss = marked
     try:
-        with trace:
+        with _told(trace, model), trace:
             yield trace
     finally:
         del trainer.compute_loss
-        for handle in handles:
-            handle.remove()
 
 
 def empty_like_meta(model: nn.Module, device: torch.device) -> None:
@@ -267,10 +262,8 @@ def trace_steps(step: Step, fake: bool = True) -> Peaks:
         trace.watch(quantised_state(model), WEIGHTS)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = step.optimizer(trained)
-        handles = [p.register_post_accumulate_grad_hook(lambda p: trace.relabel(p.grad, GRADIENTS)) for p in trained]
-        handles += _mark_phases(model, trace)
         try:
-            with trace:
+            with _told(trace, model), trace:
                 for _ in range(2):
                     trace.forget_peaks()
                     _train(step, trace, optimizer, trained)
@@ -287,9 +280,6 @@ def trace_steps(step: Step, fake: bool = True) -> Peaks:
                 f"the planner cannot follow it ({type(error).__name__}: {_operation(error)})",
                 "Take budget: out; run.json will say what was held",
             ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
     return trace.peaks
 
 
@@ -311,8 +301,12 @@ def _train(step: Step, trace: Trace, optimizer: torch.optim.Optimizer, trained: 
     optimizer.zero_grad(set_to_none=True)
 
 
-def _mark_phases(model: Any, trace: Trace) -> list[Any]:
-    """Hooks that tell the trace which part of the stack is at work. They keep no tensor and change no graph."""
+@contextlib.contextmanager
+def _told(trace: Trace, model: Any) -> Iterator[None]:
+    """Within it, hooks tell the trace what is a gradient, and which part of the stack is at work.
+
+    They keep no tensor and change no graph.
+    """
     stack = anatomy.blocks(model)[1]
     last = len(stack) - 1
 
@@ -330,11 +324,16 @@ def _mark_phases(model: Any, trace: Trace) -> list[Any]:
             where = "last block" if index == last else "first block" if index == 0 else "blocks between"
             hidden.register_hook(lambda grad: trace.enter(f"backward of the {where}"))
 
-    handles = []
+    trained = (p for p in model.parameters() if p.requires_grad)
+    handles = [p.register_post_accumulate_grad_hook(lambda p: trace.relabel(p.grad, GRADIENTS)) for p in trained]
     for index, block in enumerate(stack):
         handles.append(block.register_forward_pre_hook(functools.partial(before, index=index)))
         handles.append(block.register_forward_hook(functools.partial(after, index=index)))
-    return handles
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def extend(shallow: Peaks, deep: Peaks, depths: tuple[int, int], depth: int) -> Peaks:
