@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from .errors import BadInput
+from .report_figures import number
 from .report_page import page
 from .runs import write_text
 
@@ -68,8 +69,8 @@ def read(folder: Path) -> Run:
     if not (folder / "run.json").is_file():
         run.notes.append("There is no run.json: the run did not come to its end.")
     run.recipe = _object(run, folder / "recipe.yaml")
-    run.metrics = _thin([row for row in _lines(run, folder / "metrics.jsonl") if _number(row.get("step")) is not None])
-    run.memory = _thin([row for row in _lines(run, folder / "memory.jsonl") if _number(row.get("anon")) is not None])
+    run.metrics = _thin([row for row in _lines(run, folder / "metrics.jsonl") if number(row.get("step")) is not None])
+    run.memory = _thin([row for row in _lines(run, folder / "memory.jsonl") if number(row.get("anon")) is not None])
     run.before, run.after = _object(run, folder / "eval_base.json"), _object(run, folder / "eval.json")
     return run
 
@@ -118,10 +119,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _thin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

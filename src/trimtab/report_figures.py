@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from .plan import SLOW, WHY
+
 GIB = 2**30
-# in the order in which they are stacked; names as in a plan
-KINDS = ("process", "weights", "adapter", "gradients", "optimiser", "activations", "logits", "temporaries",
-         "mapped weights")  # fmt: skip
+KINDS = ("process", *WHY, *SLOW)  # as a plan names and orders them
 REST = "the step"
 COLOURS = {  # told apart also by those who see few colours; readable on white and on near-black
     "process": "#8c96a3", "weights": "#4477aa", "adapter": "#228833", "gradients": "#ccbb44", "optimiser": "#aa3377",
