@@ -101,6 +101,19 @@ def test_every_patch_has_a_case():
 
 
 @patches
+def test_generation_and_the_cache(name):
+    model, _ = trained(name, "llama", steps=4)
+    prompt = tiny_batch(model)["input_ids"][:1]
+    slow, fast = (
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, use_cache=cache
+        )
+        for cache in (False, True)
+    )
+    assert torch.equal(slow, fast)
+
+
+@patches
 @families
 def test_apply_changes_nothing_and_revert_leaves_nothing(name, family):
     model = MODELS[family]()

@@ -264,20 +264,6 @@ def test_a_dead_expert_is_revived_where_a_token_is_served_worst():
     assert made.route(h)[0].unique().numel() > probed.unique().numel()
 
 
-def test_generation_and_the_cache():
-    model = MODELS["llama"]()
-    surgery = Meft(r=64).apply(model, PLACE)
-    train(model, surgery, 4)
-    prompt = tiny_batch(model)["input_ids"][:1]
-    slow, fast = (
-        model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, use_cache=cache
-        )
-        for cache in (False, True)
-    )
-    assert torch.equal(slow, fast)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_store_survives_casts_and_moves(dtype):
     model = MODELS["llama"]()

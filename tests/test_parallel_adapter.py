@@ -152,20 +152,6 @@ def test_start_names_and_places(family):
     assert not any(torch.equal(own[name], other[name]) for name in own if name.endswith("keys"))
 
 
-def test_generation_and_the_cache():
-    model = MODELS["llama"]()
-    surgery = ParallelAdapter(r=16).apply(model, PLACE)
-    train(model, surgery, 4)
-    prompt = tiny_batch(model)["input_ids"][:1]
-    slow, fast = (
-        model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, use_cache=cache
-        )
-        for cache in (False, True)
-    )
-    assert torch.equal(slow, fast)
-
-
 def test_misfits_are_refused():
     model = MODELS["llama"]()
     with pytest.raises(BadInput):
