@@ -72,6 +72,14 @@ def child(command: list[str], malloc: str = "auto", timeout: float = 900) -> dic
     return {**result, **{f"{kind}_peak": value for kind, value in peak.items()}}
 
 
+def trimtab(*words: str, timeout: float = 600) -> tuple[int, str, str]:
+    """A command of ours in a fresh process; -> exit code, output, messages."""
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab.cli", *words], capture_output=True, text=True, timeout=timeout
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
 def say(word: str, content: Any) -> None:
     """A child's line to its parent: a mark by name, or the result."""
     print(f"@{word} {json.dumps(content)}", flush=True)
@@ -90,6 +98,38 @@ class Clock:
     def median(self) -> float:
         steps = [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
         return statistics.median(steps[self.warm - 1 :])
+
+
+def ticks(clock: Clock) -> Any:
+    """A callback that marks `clock` at the end of each step."""
+    from transformers import TrainerCallback
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock.mark()
+
+    return Ticks()
+
+
+def follow(clock: Clock) -> None:
+    """From now on trimtab's own verb says "load" and "train" around its loading of a model, and marks `clock`."""
+    from transformers import Trainer
+
+    from trimtab.session import Session
+
+    train, load = Trainer.train, Session._model
+
+    def marked_train(self, *args, **kwargs):
+        self.add_callback(ticks(clock))
+        return train(self, *args, **kwargs)
+
+    def marked_load(*args, **kwargs):
+        say("mark", "load")
+        model = load(*args, **kwargs)
+        say("mark", "train")
+        return model
+
+    Trainer.train, Session._model = marked_train, marked_load
 
 
 def spread(values: list[float]) -> str:

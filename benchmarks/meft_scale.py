@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Clock, alternate, child, say, spread, write_result  # noqa: E402
+from common import Clock, alternate, child, follow, say, spread, write_result  # noqa: E402
 from sft_speed import city_text, training  # noqa: E402
 
 LAYERS, WIDTH, GIB = 30, 576, 2**30
@@ -30,30 +30,13 @@ TARGETS = {
 
 
 def worker(job: dict[str, Any]) -> None:
-    """trimtab through its own verb's code; the marks are set around its loading of the model."""
-    from transformers import Trainer, TrainerCallback
-
+    """trimtab through its own verb's code, counting the experts that its passes bring up."""
     from trimtab import Recipe
     from trimtab.model import experts
-    from trimtab.session import Session
 
     clock, moves = Clock(warm=1), {"probed": 0, "fired": 0, "all": 0}
-
-    class Marks(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            clock.mark()
-
-    train, load, by_expert = Trainer.train, Session._model, experts.by_expert
-
-    def marked_train(self, *args, **kwargs):
-        self.add_callback(Marks())
-        return train(self, *args, **kwargs)
-
-    def marked_load(*args, **kwargs):
-        say("mark", "load")
-        model = load(*args, **kwargs)
-        say("mark", "train")
-        return model
+    follow(clock)
+    by_expert = experts.by_expert
 
     def counted(probed, store, alive=None):
         """Once a forward pass for all that is probed; once in each pass for the experts with a pair that fired."""
@@ -63,7 +46,7 @@ def worker(job: dict[str, Any]) -> None:
             moves["all"] += store.rows if alive is None else 0
         return by_expert(probed, store, alive)
 
-    Trainer.train, Session._model, experts.by_expert = marked_train, marked_load, counted
+    experts.by_expert = counted
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
         run = Recipe(
             model="smollm2-135m", data={"train": job["text"]}, patches=[{job["patch"]: job["fields"]}],

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import write_result  # noqa: E402
+from common import trimtab, write_result  # noqa: E402
 from plan_accuracy import (  # noqa: E402  # noqa: E402
     ADAPTER,
     AGAIN,
@@ -46,11 +45,6 @@ CASES = [
     case(ENCODER, FULL, 16, 128), case(ENCODER, ADAPTER, 8, 128),
 ]  # fmt: skip
 QUICK = (0, 10, 16)
-
-
-def trimtab(*words: str) -> tuple[int, str, str]:
-    done = subprocess.run([sys.executable, "-m", "trimtab.cli", *words], capture_output=True, text=True, timeout=600)
-    return done.returncode, done.stdout, done.stderr
 
 
 def measure(args: argparse.Namespace) -> None:

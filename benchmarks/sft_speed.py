@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, Clock, alternate, child, ratios, say, spread, write_result  # noqa: E402
+from common import RESULTS, Clock, alternate, child, follow, ratios, say, spread, ticks, write_result  # noqa: E402
 
 ROWS, LENGTH = 4, 256
 GIB = 2**30
@@ -62,30 +62,9 @@ def training(steps: int, rate: float, seed: int) -> dict[str, Any]:
 
 
 def ours(job: dict[str, Any]) -> None:
-    """trimtab through its own verb's code; the marks are set around its loading of the model."""
-    from transformers import Trainer, TrainerCallback
-
-    from trimtab.session import Session
-
+    """trimtab through its own verb's code."""
     clock = Clock()
-
-    class Marks(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            clock.mark()
-
-    train, load = Trainer.train, Session._model
-
-    def marked_train(self, *args, **kwargs):
-        self.add_callback(Marks())
-        return train(self, *args, **kwargs)
-
-    def marked_load(*args, **kwargs):
-        say("mark", "load")
-        model = load(*args, **kwargs)
-        say("mark", "train")
-        return model
-
-    Trainer.train, Session._model = marked_train, marked_load
+    follow(clock)
     with tempfile.TemporaryDirectory() as folder:
         run = recipe(job, folder).train()
     speed = ROWS * LENGTH / clock.median
@@ -118,17 +97,12 @@ def peer(job: dict[str, Any]) -> None:
     """TRL + PEFT as their documentation uses them."""
     from datasets import load_dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     from trimtab.model.load import cached_folder
 
     clock = Clock()
-
-    class Marks(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            clock.mark()
-
     folder = cached_folder("smollm2-135m")
     dataset = load_dataset("json", data_files=job["text"], split="train")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -141,7 +115,7 @@ def peer(job: dict[str, Any]) -> None:
         args = SFTConfig(out, use_cpu=True, disable_tqdm=True, **fields)
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         trainer = SFTTrainer(
-            model, args, train_dataset=dataset, processing_class=tokenizer, peft_config=config, callbacks=[Marks()]
+            model, args, train_dataset=dataset, processing_class=tokenizer, peft_config=config, callbacks=[ticks(clock)]
         )
         trainer.train()
     say("result", {"tokens_per_second": ROWS * LENGTH / clock.median})

@@ -2,6 +2,7 @@
 
     README.md           the table of methods; the demo's output, from docs/demo.txt
     docs/index.md       the table of methods, with links
+    docs/which-method.md  what a search found, from benchmarks/results/plan_time.json
     docs/recipe.md      the keys of a recipe, from the dataclasses
     docs/methods/*.md   the fields of each patch
     docs/results.md     all of it, from benchmarks/results/*.json (benchmarks/README.md says how these look)
@@ -38,6 +39,7 @@ def build(root: Path = ROOT) -> dict[Path, str]:
             "demo": demo(root),
             "figures": headline(root),
         },
+        root / "docs/which-method.md": {"search": search(root)},
         root / "docs/index.md": {"methods": method_table("methods/")},
         root / "docs/recipe.md": {"keys": recipe_keys()},
         **{
@@ -103,6 +105,26 @@ def headline(root: Path) -> str | None:
     ]
     peer = "against TRL + PEFT LoRA r 8 (SmolLM2-135M, bf16, 4 x 256 tokens, CPU, same malloc)"
     return table([peer, "tokens/s", "growth of memory"], rows)
+
+
+def search(root: Path) -> str | None:
+    """The ends of a search: the whole batch at once and the smallest micro-batch, on a bf16 base and an nf4 one."""
+    path = root / "benchmarks/results/plan_time.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))["candidates"]
+    sizes = {row["micro_batch"] for row in found}
+    ends = ((max(sizes), False), (min(sizes), True))
+    rows = [
+        [row["method"], str(row["micro_batch"]), "yes" if row["activation_checkpointing"] else "no", row["precision"],
+         f"{row['fast_peak_bytes'] / 2**30:.2f} GiB", f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"]
+         else "-", f"{row['trained']:,}", "yes" if row["fits"] else "no"]
+        for row in found
+        if row["precision"] in ("bf16", "nf4") and row["chunk"] is None
+        and (row["micro_batch"], row["activation_checkpointing"]) in ends
+    ]  # fmt: skip
+    head = ["method", "micro-batch", "checkpointing", "base", "fast peak", "tokens/s", "trained", "fits 1 GiB"]
+    return table(head, rows)
 
 
 def fields_table(cls: type) -> str:
