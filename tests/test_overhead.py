@@ -14,23 +14,37 @@ MACHINE = {"cpu": "one", "cores": 2, "device": "cpu"}
 MIB = 2**20
 
 
-def test_the_line_through_two_trainings():
-    found = Overhead.through(400 * MIB, [(500 * MIB, 580 * MIB), (100 * MIB, 140 * MIB)], 0.9)
-    assert found.share == pytest.approx(0.1) and found.fixed == pytest.approx(30 * MIB) and found.measured
-    assert found.of(200 * MIB) == pytest.approx(50 * MIB) and found.of(-1) == found.fixed
-    odd = Overhead.through(0, [(100, 300), (200, 350)], 1.0)  # a small training that was disturbed
-    assert odd.share == 0 and odd.fixed == 200
+def test_the_line_through_trainings():
+    line = [(growth * MIB, round((30 + 1.1 * growth) * MIB)) for growth in (500, 100, 60)]
+    found = Overhead.through(400 * MIB, line, [(200 * MIB, 280 * MIB), (200 * MIB, 290 * MIB)], 0.9)
+    assert found.share == pytest.approx(0.1) and found.fixed == pytest.approx(30 * MIB, rel=1e-4) and found.measured
+    assert found.cast == pytest.approx(0.175, rel=1e-3)
+    assert found.of(200 * MIB) == pytest.approx(50 * MIB, rel=1e-4) and found.of(-1) == found.fixed
+    assert found.of(200 * MIB, cast=True) == pytest.approx(85 * MIB, rel=1e-3)
+    odd = Overhead.through(0, [(100, 300), (200, 350)], [(100, 200)], 1.0)  # a small training that was disturbed
+    assert odd.share == 0 and 150 < odd.fixed < 200 and odd.cast == 0
+
+
+def test_no_line_fits_better():
+    points = [(100 * MIB, 130 * MIB), (100 * MIB, 150 * MIB), (1000 * MIB, 1140 * MIB)]
+    found = Overhead.through(0, points, [(100 * MIB, 200 * MIB)], 1.0)
+
+    def error(share: float, fixed: float) -> float:
+        return sum(((1 + share) * growth + fixed - held) ** 2 / held for growth, held in points)
+
+    least = error(found.share, found.fixed)
+    assert all(error(found.share + s, found.fixed + f) > least for s, f in ((0.01, 0), (-0.01, 0), (0, MIB), (0, -MIB)))
 
 
 def test_what_was_measured_is_kept(tmp_path):
     assert not overhead.load(MACHINE, tmp_path).measured
-    found = Overhead(7, 8, 0.25, 0.5, measured=True)
+    found = Overhead(7, 8, 0.25, 0.125, 0.5, measured=True)
     assert overhead.save(found, MACHINE, tmp_path) and overhead.load(MACHINE, tmp_path) == found
     assert not overhead.load({**MACHINE, "cores": 4}, tmp_path).measured
     (file,) = (tmp_path / "rates").iterdir()
     kept = json.loads(file.read_text())
     broken = ["{", "[]", json.dumps({**kept, "form": 0}), *(json.dumps(kept | bad) for bad in (
-        {"share": -1}, {"share": "a"}, {"pace": 0}, {"fixed": float("inf")}, {"odd": 1}))]  # fmt: skip
+        {"share": -1}, {"share": "a"}, {"cast": 2}, {"pace": 0}, {"fixed": float("inf")}, {"odd": 1}))]  # fmt: skip
     for text in broken:
         file.write_text(text)
         assert overhead.load(MACHINE, tmp_path) == Overhead(), text
@@ -41,10 +55,10 @@ def test_a_training_to_measure_by(tmp_path, monkeypatch):
     """As the doctor's, but for a shorter one."""
     monkeypatch.setattr(calibrate, "STEPS", 4)
     monkeypatch.setattr(calibrate, "TOKENS", 16)
-    found = calibrate.run(1, tmp_path / "new")
+    found = calibrate.run(calibrate.Training("full", 1), tmp_path / "new")
     assert found["process"] > found["tensors"] > 0 and found["held"] > 0 and found["speed"] > 0
 
 
 def test_a_training_that_fails_measures_nothing(monkeypatch):
-    monkeypatch.setattr(calibrate, "SIZES", ("no number",))
+    monkeypatch.setattr(calibrate, "ALL", (calibrate.Training("nothing", 1),))
     assert calibrate.measure() == Overhead()

@@ -8,38 +8,61 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .memory.overhead import Overhead
 
 TOKENS, STEPS = 256, 7
-SIZES = (1, 10, 10)  # rows of a batch, in each run; the speed is the better of the large ones
+
+
+@dataclass(frozen=True)
+class Training:
+    """One of those that are measured, by what trains: a patch, rows of a batch, activations kept or recomputed."""
+
+    patch: str
+    rows: int
+    checkpointing: bool = False
+
+    @property
+    def cast(self) -> bool:
+        return self.patch == "full"  # fp32 copies of a bf16 base: under autocast
+
+
+SMALL = (Training("lora", 1), Training("lora", 4, True), Training("paca", 4))
+ALL = (*SMALL, Training("lora", 10), *SMALL, Training("full", 4))  # the small ones scatter by a third
+PACED = 4  # rows from which a training says how fast steps are
 
 
 def measure() -> Overhead:
-    """Some thirty seconds, in three processes one after the other; where one fails, what is not measured."""
+    """Less than two minutes, in processes one after the other; where one fails, what is not measured."""
     environment = {**os.environ, "TRIMTAB_ALLOCATOR": "none", "HF_HUB_OFFLINE": "1"}
     found: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, rows in enumerate(SIZES):
-            command = [sys.executable, "-m", __name__, str(rows), f"{folder}/{number}"]
+        for number, training in enumerate(ALL):
+            command = [sys.executable, "-m", __name__, json.dumps(asdict(training)), f"{folder}/{number}"]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
                 return Overhead()
             found.append(json.loads(done.stdout.splitlines()[-1]))
-    process = round(max(run["process"] for run in found))
-    small, *large = found
-    paces = [run["speed"] / run["expected"] for run in large if run["expected"]]
-    pace = max(paces, default=Overhead.pace)  # whatever else runs here only slows
-    points = [(round(run["tensors"]), round(run["held"])) for run in (small, max(large, key=lambda run: run["held"]))]
-    return Overhead.through(process, points, pace)
+    points: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+    for training, run_ in zip(ALL, found, strict=True):
+        points[training.cast].append((round(run_["tensors"]), round(run_["held"])))
+    paces = [
+        run_["speed"] / run_["expected"]
+        for training, run_ in zip(ALL, found, strict=True)
+        if training.rows >= PACED and run_["expected"]
+    ]
+    pace = statistics.median(paces) if paces else Overhead.pace
+    return Overhead.through(round(max(run_["process"] for run_ in found)), points[False], points[True], pace)
 
 
-def run(rows: int, folder: Path) -> dict[str, float]:
+def run(training: Training, folder: Path) -> dict[str, float]:
     """One training; -> bytes: `process` when it begins, growth of its `tensors`, growth that was `held`; and its
     tokens/s (`speed`) beside what the rates of single operations let expect."""
     from .recipe import Recipe
@@ -49,10 +72,10 @@ def run(rows: int, folder: Path) -> dict[str, float]:
     made = Recipe(
         model=str(folder / "model"),
         data={"train": str(folder / "text.jsonl")},
-        patches=[{"lora": {"r": 8}}],
+        patches=[{training.patch: {} if training.cast else {"r": 8}}],
         training={
-            "max_steps": STEPS, "per_device_train_batch_size": rows, "max_length": TOKENS, "packing": True,
-            "packing_strategy": "wrapped", "save_strategy": "no",
+            "max_steps": STEPS, "per_device_train_batch_size": training.rows, "max_length": TOKENS, "packing": True,
+            "packing_strategy": "wrapped", "save_strategy": "no", "activation_checkpointing": training.checkpointing,
         },
         output=str(folder / "run"),
     ).train()  # fmt: skip
@@ -79,8 +102,10 @@ def _make(folder: Path) -> None:
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder / "model")
     row: dict[str, Any] = {"text": "tree lake hill " * (TOKENS // 3)}
-    (folder / "text.jsonl").write_text((json.dumps(row) + "\n") * SIZES[-1] * (STEPS + 2), encoding="utf-8")
+    (folder / "text.jsonl").write_text(
+        (json.dumps(row) + "\n") * max(t.rows for t in ALL) * (STEPS + 2), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(int(sys.argv[1]), Path(sys.argv[2]))))
+    print(json.dumps(run(Training(**json.loads(sys.argv[1])), Path(sys.argv[2]))))

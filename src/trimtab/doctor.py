@@ -35,7 +35,7 @@ def doctor(fresh: bool = False) -> dict[str, Any]:
             overhead.save(beside, _key("cpu"), cache_root())
     found["process"] = {
         "process_bytes": beside.process, "fixed_bytes": beside.fixed, "share": round(beside.share, 4),
-        "pace": round(beside.pace, 4), "measured": beside.measured,
+        "cast": round(beside.cast, 4), "pace": round(beside.pace, 4), "measured": beside.measured,
     }  # fmt: skip
     found["disk_free_bytes"] = shutil.disk_usage(".").free
     found["memory_free_bytes"] = ram().get("MemAvailable", 0)
@@ -99,6 +99,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"operation   {found['seconds_per_operation'] * 1e6:.1f} us to start one"
     beside = found["process"]
     more = f"{gib(beside['fixed_bytes'])} and {beside['share']:.0%} of its tensors' growth"
+    more += f" ({beside['share'] + beside['cast']:.0%} under autocast)"
     yield f"pace        a step reaches {beside['pace']:.0%} of what its operations reach one by one"
     yield f"process     a run begins with {gib(beside['process_bytes'])} and holds {more} beside its tensors"
     yield f"allocator   {facts['allocator']} now, {found['allocator_found']} for training"

@@ -200,8 +200,8 @@ def plan(
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
     return Plan(
-        kinds, phase, process, beside.of(_growth(kinds)), budget, machine, rows, tokens, counted, speed, watch.trained,
-        beside.pace, read, notes,
+        kinds, phase, process, beside.of(_growth(kinds), watch.cast), budget, machine, rows, tokens, counted, speed,
+        watch.trained, beside.pace, read, notes,
     )  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def _real_step(
     if not weights_at_hand(recipe.model):
         raise why
     step = PlannedStep(recipe, args, None, real=True)
-    watch.trained = step.trained
+    watch.trained, watch.cast = step.trained, step.autocast is not None
     return step.trace(rows, tokens, counted, watch.at(None))
 
 

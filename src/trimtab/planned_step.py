@@ -35,7 +35,7 @@ def peaks(
     whole = PlannedStep(recipe, args, None)
     depth, period = len(anatomy.blocks(whole.model)[1]), whole.period()
     watch = watch or Stopwatch(None)
-    watch.depth, watch.trained = depth, whole.trained
+    watch.depth, watch.trained, watch.cast = depth, whole.trained, whole.autocast is not None
     low = SHALLOW if period == 1 else period + depth % period
     shallow = (low, low + SHALLOW * period)
     if depth <= shallow[1]:
@@ -76,8 +76,10 @@ class PlannedStep:
 
     @property
     def trained(self) -> int:
-        """How many numbers are trained."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        """How many numbers are trained, those of rows in the slow tier among them."""
+        from .stores import row_numbers
+
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad) + row_numbers(self.surgeries)
 
     def period(self) -> int:
         """After how many blocks the kinds of blocks recur: 1 where all are equal, the depth where they never do."""
@@ -159,7 +161,10 @@ class PlannedStep:
         return functools.partial(self.batch, self.args.per_device_eval_batch_size, tokens)
 
     def loss(self, batch: dict[str, Any]) -> Any:
-        with self._autocast():
+        import torch
+
+        dtype = self.autocast
+        with contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype):
             return self.model(objective_batch=batch)[0]
 
     def optimizer(self, trained: list[Any]) -> Any:
@@ -174,13 +179,12 @@ class PlannedStep:
             )
         return cls(trained, **options)
 
-    def _autocast(self) -> Any:
-        import torch
-
+    @property
+    def autocast(self) -> Any:
+        """The type that autocast computes the step in, or None."""
         from .engine import autocast_dtype
 
-        dtype = autocast_dtype(self.surgeries, self.dtype, self.args.bf16)
-        return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+        return autocast_dtype(self.surgeries, self.dtype, self.args.bf16)
 
     def _checkpointing(self) -> None:
         if not self.args.activation_checkpointing:

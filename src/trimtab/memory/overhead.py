@@ -3,9 +3,10 @@
     process   the interpreter, the libraries and the data, when training begins
     fixed     threads, generated code and the like, which come with the first steps
     share     of the tensors' growth: gaps between them, and freed memory that the malloc has not given back
+    cast      the same, which comes on top under autocast: its copies of weights live between the activations
     pace      what whole steps reach of the speed that their operations, measured one by one, would give
 
-`fixed` and `share` are the line through two small trainings of unlike size (calibrate.py). Imports no torch.
+`fixed` and `share` are the line through small trainings of unlike size and kind (calibrate.py). Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from . import kept
 from .rates import path_of
 
-FORM = 2  # of the file
+FORM = 3  # of the file
 MOST_SHARE = 0.5
 
 
@@ -29,20 +30,35 @@ class Overhead:
     process: int = 0  # 0: not known
     fixed: int = 36 * 2**20
     share: float = 0.08
+    cast: float = 0.07
     pace: float = 0.85
     measured: bool = False
 
-    def of(self, growth: int) -> int:
-        """What comes on top of tensors that grow by `growth` bytes."""
-        return self.fixed + round(self.share * max(0, growth))
+    def of(self, growth: int, cast: bool = False) -> int:
+        """What comes on top of tensors that grow by `growth` bytes; `cast`: under autocast."""
+        return self.fixed + round((self.share + cast * self.cast) * max(0, growth))
 
     @classmethod
-    def through(cls, process: int, points: list[tuple[int, int]], pace: float) -> Overhead:
-        """`points`: (tensors' growth, the process's growth) of a small training and a large one."""
-        (low, at_low), (high, at_high) = sorted(points)
-        share = (at_high - at_low) / (high - low) - 1
-        share = min(max(share, 0.0), MOST_SHARE)
-        return cls(process, max(0, round(at_low - (1 + share) * low)), share, pace, measured=True)
+    def through(
+        cls, process: int, points: list[tuple[int, int]], under_cast: list[tuple[int, int]], pace: float
+    ) -> Overhead:
+        """`points`: (tensors' growth, the process's growth) of trainings; `under_cast`: of some under autocast.
+
+        The line has the least sum of squared errors, each over what was held: between absolute errors, by which the
+        largest training would decide alone, and relative ones, by which the smallest would, and they scatter most.
+        """
+        weight = [1 / held for _, held in points]
+        mean = [sum(w * p[i] for w, p in zip(weight, points, strict=True)) / sum(weight) for i in (0, 1)]
+        both = sum(w * (g - mean[0]) * (h - mean[1]) for w, (g, h) in zip(weight, points, strict=True))
+        square = sum(w * (g - mean[0]) ** 2 for w, (g, _) in zip(weight, points, strict=True))
+        share = _share(both / square - 1)
+        fixed = max(0, round(mean[1] - (1 + share) * mean[0]))
+        more = [(held - fixed) / growth - 1 - share for growth, held in under_cast]
+        return cls(process, fixed, share, _share(sum(more) / len(more)), pace, measured=True)
+
+
+def _share(found: float) -> float:
+    return min(max(found, 0.0), MOST_SHARE)
 
 
 def load(machine: dict[str, Any], folder: Path) -> Overhead:
@@ -51,8 +67,10 @@ def load(machine: dict[str, Any], folder: Path) -> Overhead:
     found.pop("machine", None)
     try:
         held = Overhead(**found)
-        numbers = (held.process, held.fixed, held.share, held.pace)
-        sound = all(math.isfinite(n) and n >= 0 for n in numbers) and held.share <= MOST_SHARE and held.pace
+        numbers = (held.process, held.fixed, held.share, held.cast, held.pace)
+        sound = (
+            all(math.isfinite(n) and n >= 0 for n in numbers) and max(held.share, held.cast) <= MOST_SHARE and held.pace
+        )
     except TypeError:
         return Overhead()
     return held if sound else Overhead()

@@ -64,11 +64,12 @@ class Clock:
 class Stopwatch:
     """The seconds of a whole step, from clocks at one depth or two. `rates` None: it measures no time.
 
-    The planner sets `depth` and `trained`, the numbers that are trained in the model at its whole depth.
+    The planner sets `depth`, `trained` (the numbers that are trained in the model at its whole depth) and `cast`: under
+    autocast.
     """
 
     def __init__(self, rates: Rates | None):
-        self.rates, self.depth, self.trained = rates, 0, 0
+        self.rates, self.depth, self.trained, self.cast = rates, 0, 0, False
         self.clocks: dict[int | None, Clock] = {}
 
     def at(self, blocks: int | None) -> Clock | None:
