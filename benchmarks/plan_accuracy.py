@@ -178,8 +178,8 @@ NOTES = [
     "speed: tokens/s from the rates that `trimtab doctor` measured on this machine once.",
     "Process, what is left: a small run scatters (the same one held 152 to 175 MiB), and under autocast a checkpointed "
     "run leaves fewer gaps than one share for all supposes.",
-    "Speed, what is left: the rates are measured once, and this machine's speed drifts by a third within hours; most of "
-    "the large misses are fp32 runs, which went faster than planned.",
+    "Speed, what is left: the rates are measured once, and this machine's speed drifts by a third within hours; most "
+    "of the large misses are fp32 runs, which went faster than planned.",
 ]
 
 
