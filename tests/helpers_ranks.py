@@ -22,7 +22,7 @@ from trimtab.methods.meft import Meft
 STEPS, MICRO, ROWS = 5, 2, 4  # steps, micro-batches of a step, rows of a micro-batch over all processes
 FIELDS = {
     "gate": {"slow": "disk", "fields": {}},
-    "centroid": {"slow": "ram", "fields": {"router": "centroid", "balance": 0.02, "revive": 2, "moments": "bf16"}},
+    "centroid": {"slow": "ram", "fields": {"router": "centroid", "balance": 0.02, "revive": 2}},
     "two hosts": {"slow": "disk", "fields": {}, "hosts": 2},
 }
 REFUSED = {"cache": {"cache": 1.0}, "exact": {"adam": "exact"}}
@@ -40,10 +40,10 @@ def loop(name: str, folder: Path) -> dict[str, Any]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-6, weight_decay=0.01)
     random, losses = torch.Generator().manual_seed(7), []
+    ids_MRT = torch.randint(3, 128, (MICRO, ROWS, 10), generator=random)
     for step in range(STEPS):
         for micro in range(MICRO):
-            ids = torch.randint(3, 128, (ROWS, 10), generator=random)
-            mine = ids[rank * ROWS // size : (rank + 1) * ROWS // size]
+            mine = ids_MRT[micro, rank * ROWS // size : (rank + 1) * ROWS // size]
             last = micro == MICRO - 1
             with contextlib.nullcontext() if last or size == 1 else parallel.no_sync():
                 loss = parallel(input_ids=mine, labels=mine).loss / MICRO

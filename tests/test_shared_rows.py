@@ -31,7 +31,9 @@ TRAINING = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accum
 def pair(tmp_path_factory) -> Path:
     """A folder in which two processes have trained: `two`, `again` (resumed after two steps), and FIELDS's loops."""
     folder = tmp_path_factory.mktemp("pair")
-    world = make_world(folder / "world") if (folder / "world").mkdir() is None else folder
+    world = folder / "world"
+    world.mkdir()
+    make_world(world)
     even = str(write_rows(folder / "even.jsonl", rows(16)))
 
     def recipe(name: str, batch: int, **changes) -> dict:
@@ -109,8 +111,8 @@ def test_plain_loops(name, pair, tmp_path):
     assert [sum(both) / 2 for both in zip(first["losses"], second["losses"], strict=True)] == pytest.approx(
         alone["losses"], abs=1e-5
     )
-    moved = [len(alone["left"][f"{layer}.dirty"]) for layer in range(2)]
-    assert all(moved) and alone["losses"][-1] < 0.95 * alone["losses"][0]
+    assert alone["losses"][-1] < 0.95 * alone["losses"][0]
+    assert all(len(alone["left"][f"{layer}.dirty"]) for layer in range(2))
     for one in (first, second):
         assert one["mapped"] and one["freed"] and one["files"] == [], "no name, and gone with the way back"
         apart = 0 if "hosts" in FIELDS[name] else sum(alone["left"][f"model.layers.0.mlp.{kind}"].numel() * 4
