@@ -152,8 +152,10 @@ class SharedStore(TieredStore):
         self._exchanged = False
         self._union: list[int] = []  # rows that some process touched, between exchange and step
         super().__init__(*args, **fields)
-        extra = self._apart.view(torch.float32).view(ranks.here - 1, self.rows, *self.shape) if self.trained else []
-        self._regions: list[Tensor] = [self._views[GRADS], *extra] if self.trained else []
+        self._regions: list[Tensor] = []  # gradients of each process of the host
+        if self.trained:
+            apart = self._apart.view(torch.float32).view(ranks.here - 1, self.rows, *self.shape)
+            self._regions = [self._views[GRADS], *apart]
 
     def _file_table(self, folder: str | None) -> Tensor:
         self._file, table = self._map(folder or tempfile.gettempdir())

@@ -225,7 +225,7 @@ class TieredStore:
         return sum(float(norm) ** 2 for norm in norms)
 
     def stepped(self) -> list[int]:
-        """The optimiser has used the pending gradients: they are gone, and their rows, which it returns, are changed."""
+        """The optimiser has used the pending gradients: they are gone. -> their rows, which are changed."""
         rows = self.pending()
         self.changed(rows)
         self.forget()
