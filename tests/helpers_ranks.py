@@ -25,7 +25,7 @@ FIELDS = {
     "centroid": {"slow": "ram", "fields": {"router": "centroid", "balance": 0.02, "revive": 2}},
     "two hosts": {"slow": "disk", "fields": {}, "hosts": 2},
 }
-REFUSED = {"cache": {"cache": 1.0}, "exact": {"adam": "exact"}}
+REFUSED = {"cache": {"cache": 1.0}, "exact": {"adam": "exact"}, "folder": {}}
 
 
 def loop(name: str, folder: Path) -> dict[str, Any]:
@@ -71,7 +71,8 @@ def refusals() -> dict[str, str]:
     said = {}
     for name, fields in REFUSED.items():
         try:
-            Meft(r=64, **fields).apply(MODELS["llama"](), Place(fast="cpu"))
+            folder = None if fields else "/no/such/folder"
+            Meft(r=64, **fields).apply(MODELS["llama"](), Place(fast="cpu", folder=folder))
         except BadInput as error:
             said[name] = str(error)
     return said
@@ -81,13 +82,13 @@ def in_a_rank(jobs: list[dict[str, Any]], folder: Path) -> None:
     for keys in jobs:
         Recipe.from_dict(keys).train()
     rank = dist.get_rank()
+    (folder / f"refused-{rank}.json").write_text(json.dumps(refusals()))
     (folder / "rows").mkdir(exist_ok=True)
     dist.barrier()
     for name, case in FIELDS.items():
         if case.get("hosts"):  # each process takes itself for a host's only one
             os.environ.update(LOCAL_WORLD_SIZE="1", LOCAL_RANK="0")
         torch.save(loop(name, folder / "rows"), folder / f"{name}-{rank}.pt")
-    (folder / f"refused-{rank}.json").write_text(json.dumps(refusals()))
     dist.destroy_process_group()
 
 

@@ -111,7 +111,7 @@ class Ranks:
             return mmap.mmap(descriptor, size)
         except OSError as error:
             raise BadInput(
-                f"{size / 2**30:.2f} GiB for {what} in {folder}, for {self.here} processes",
+                f"{size / 2**30:.2f} GiB for {what} in {folder}, shared by several processes",
                 error.strerror or str(error),
                 "Name a folder with room that all processes of a host see (place: folder, slow: disk)",
             ) from None
