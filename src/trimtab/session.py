@@ -74,11 +74,11 @@ class Session:
             self.as_loaded = [weakref.ref(t.untyped_storage()) for t in held]  # a patch may keep some of it aside
             for patch in self.patches:
                 self.surgeries.append(patch.apply(self.model, self.place))
-            if self.args.world_size > 1 and any(surgery.stores for surgery in self.surgeries):
+            if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
                 raise BadInput(
-                    f"train {', '.join(map(str, self.recipe.patches))} with several processes",
-                    "a table in the slow tier belongs to one process yet",
-                    "Start one process",
+                    f"train {', '.join(map(str, self.recipe.patches))} with {sharder}",
+                    "it cuts up the parameters beside a table in the slow tier, which cannot be stepped then",
+                    "Start plain data parallelism, with torchrun or accelerate launch",
                 )
             if (head := self.objective.prepare(self.model)) is not None:
                 self.surgeries.append(head)
@@ -219,6 +219,14 @@ class Session:
         if not why and done < wanted:
             why = "interrupt" if interrupt.asked else self.guard.why
         return Ended(done, wanted, why, loss)
+
+
+def sharded_by(args: Any) -> str:
+    """ "FSDP" or "DeepSpeed" where the arguments or the launcher ask for one of them, else ""."""
+    for name, asked in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
+        if asked or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true", "yes"):
+            return name
+    return ""
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What the engine does for tables in the slow tier (`Surgery.stores`), whichever method keeps them.
 
 Their rows' gradients are no parameters' gradients: they count in the global norm, and clipping reaches them. The rows
-step in `Surgery.after_step`, with the optimiser's own rates of that step.
+step when the optimiser does, at its own rates of that step, in any loop.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .contracts import Surgery
+from .memory.shared_rows import grad_norm_squared, summed
 from .memory.store import TieredStore
 
 
@@ -25,14 +26,19 @@ def row_numbers(surgeries: Iterable[Surgery]) -> int:
 
 
 def traffic(surgeries: Iterable[Surgery], steps: int) -> dict[str, Any]:
-    """Per optimiser step, over all tables: bytes moved each way and the share of rows found in the fast tier."""
+    """Per optimiser step, over all tables: bytes moved each way and the share of rows found in the fast tier.
+
+    Of all processes together, where several share the tables (each must call this).
+    """
     tables = stores_of(surgeries)
     if not tables:
         return {}
-    hits, misses = (sum(getattr(store.traffic, kind) for store in tables) for kind in ("hits", "misses"))
+    kinds = ("hits", "misses", "up", "down")
+    moved = summed(tables, [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds])
+    hits, misses, up, down = map(int, moved)
     return {
-        "store_up_bytes_per_step": sum(store.traffic.up for store in tables) // max(steps, 1),
-        "store_down_bytes_per_step": sum(store.traffic.down for store in tables) // max(steps, 1),
+        "store_up_bytes_per_step": up // max(steps, 1),
+        "store_down_bytes_per_step": down // max(steps, 1),
         "store_hit_rate": round(hits / max(hits + misses, 1), 4),
         "store_slow_bytes": sum(store.nbytes["slow"] for store in tables),
     }
@@ -61,7 +67,7 @@ class ClipsRows:
         self.accelerator.unscale_gradients()
         trained = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).double().cpu()
-        norm = (norm.square() + sum(store.grad_norm_squared() for store in self._tables())).sqrt()
+        norm = (norm.square() + grad_norm_squared(self._tables())).sqrt()
         factor = min(1.0, limit / (float(norm) + 1e-6))
         if factor < 1.0:
             for parameter in trained:

@@ -61,6 +61,11 @@ class RowAdam:
     def __init__(self, store: TieredStore, mode: str = "lazy"):
         if mode not in MODES:
             raise BadInput(f'row Adam "{mode}"', "there is no such mode", f"Say one of {', '.join(MODES)}")
+        if mode == "exact" and store.ranks is not None:
+            raise BadInput(
+                "adam: exact with several processes", "each would make up a row's missed steps when it reads the row",
+                "Say adam: lazy, or start one process",
+            )  # fmt: skip
         self.store, self.mode = store, mode
         self.steps = 0
         self.last = torch.zeros(store.rows, dtype=torch.int32)  # the step that each row has come to
@@ -71,8 +76,8 @@ class RowAdam:
             store.catch_up = self.catch_up
 
     @torch.no_grad()
-    def step(self, rates: Rates) -> None:
-        """One optimiser step with the pending gradients."""
+    def step(self, rates: Rates) -> list[int]:
+        """One optimiser step with the pending gradients; -> the rows that moved, other processes' too."""
         store, rows = self.store, self.store.pending()
         if self.mode == "exact":
             self.catch_up(rows)
@@ -80,9 +85,10 @@ class RowAdam:
         self.steps += 1
         for device in {store.part(VALUES, row).device for row in rows}:
             self._step([row for row in rows if store.part(VALUES, row).device == device], rates)
+        rows = store.stepped()
         chosen = torch.tensor(rows, dtype=torch.int64)
         self.last[chosen], self.moved[chosen] = self.steps, True
-        store.stepped()
+        return rows
 
     def _step(self, rows: list[int], rates: Rates) -> None:
         values, grads, ms, vs = ([self.store.part(kind, row) for row in rows] for kind in (VALUES, GRADS, M, V))

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import BadInput
+from .shared_rows import settle
 from .store import GRADS, TieredStore
 
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -120,7 +121,7 @@ def load_rows(store: TieredStore, folder: Path) -> None:
                     if values.get_shape() != [len(rows), *store.shape] or values.get_dtype() != CODES[part.dtype]:
                         raise SafetensorError(f"{kind} is of another shape or precision")
                     many = max(1, PIECE // part.nbytes)
-                    for at in range(0, len(rows), many):
+                    for at in range(0, len(rows) if store.writes else 0, many):
                         into[rows[at : at + many]] = values[at : at + many]
                 state = {k.removeprefix("state."): file.get_tensor(k) for k in file.keys() if k.startswith("state.")}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
@@ -129,6 +130,7 @@ def load_rows(store: TieredStore, folder: Path) -> None:
     if store.optimiser is not None:
         store.optimiser.load_state(state)
     store.clean(_identity(deltas[-1]))
+    settle([store])
 
 
 def _deltas(folder: Path) -> list[Path]:

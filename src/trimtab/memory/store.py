@@ -58,6 +58,8 @@ class TieredStore:
     fast tier. `moments`: the precision of Adam's state; None for a table that is only read.
     """
 
+    ranks: Any = None  # the processes that train it together, if there are several (shared_rows.py)
+
     def __init__(
         self,
         name: str,
@@ -136,6 +138,11 @@ class TieredStore:
     @property
     def trained(self) -> bool:
         return GRADS in self.parts
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is this process that fills the table."""
+        return self.ranks is None or self.ranks.local == 0
 
     @property
     def numel(self) -> int:
@@ -217,9 +224,15 @@ class TieredStore:
         norms = [torch.linalg.vector_norm(self.part(GRADS, row)) for row in self._pending]
         return sum(float(norm) ** 2 for norm in norms)
 
-    def stepped(self) -> None:
-        """The optimiser has used the pending gradients: they are gone, and their rows are changed."""
-        self.changed(self._pending)
+    def stepped(self) -> list[int]:
+        """The optimiser has used the pending gradients: they are gone. -> their rows, which are changed."""
+        rows = self.pending()
+        self.changed(rows)
+        self.forget()
+        return rows
+
+    def forget(self) -> None:
+        """Let the pending gradients go unused."""
         self._pending = {}
         self.grad_scale = 1.0
 

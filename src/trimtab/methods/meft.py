@@ -40,11 +40,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from ..contracts import ModulePatch, Patch, Place, Surgery, freeze_base
+from ..contracts import Patch, Place, Surgery, freeze_base
 from ..errors import BadInput, nearest
-from ..memory.row_adam import MODES, Rates, RowAdam
+from ..memory.row_adam import MODES, RowAdam
+from ..memory.shared_rows import settle, tables
 from ..memory.store import VALUES, TieredStore
 from ..model import anatomy, experts
+from ..model.row_steps import RowPatch, step_with_optimisers
 from ..model.surgery import Swaps
 
 NAME = "trimtab_meft"
@@ -83,11 +85,12 @@ class Meft(Patch):
             raise BadInput("apply a second meft", "the model has one", "Give the first one a larger r")
         freeze_base(model, surgery.swaps)
         try:
+            table = tables(planned=any(p.is_meta for p in model.parameters()))
             for index, ffn in enumerate(ffns):
                 of = next(ffn.host.parameters()).device
                 device = place.device if of.type == "meta" else of
                 slow = place.slow if place.slow != "auto" else "ram" if device.type == "cuda" else "disk"
-                store = TieredStore(
+                store = table(
                     ffn.name, rows, (block, 2 * ffn.width), folder=place.folder, device=device,
                     slow=slow, planned=of.type == "meta", cache_bytes=int(self.cache * 2**30) // len(ffns),
                     moments=torch.bfloat16 if self.moments == "bf16" else torch.float32,
@@ -98,6 +101,8 @@ class Meft(Patch):
                 surgery.swaps.hook(ffn.beside(adapter))
                 surgery.adapters[ffn.name] = adapter
                 surgery.adams[ffn.name] = RowAdam(store, self.adam)
+            step_with_optimisers(surgery.swaps)
+            settle(surgery.stores)
         except BaseException:
             surgery.revert()
             raise
@@ -147,15 +152,10 @@ class MeftSurgery(Surgery):
         super().load_tensors(tensors)
         for store in self.stores:
             store.changed(range(store.rows))
-
-    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        for name, adapter in self.adapters.items():
-            rows = adapter.store.pending()
-            self.adams[name].step(Rates.of(optimizer, adapter.trained))
-            adapter.tend(step, rows)
+        settle(self.stores)
 
 
-class Adapter(ModulePatch):
+class Adapter(RowPatch):
     """s * ReLU(g h W_A[S]) W_B[S], added to y; the pairs are rows of `store`, no parameters of the module."""
 
     def __init__(self, patch: Meft, store: TieredStore, seed: int):
@@ -165,11 +165,8 @@ class Adapter(ModulePatch):
         self.kept = min(patch.k, self.probes * store.shape[0])
         device = torch.device("meta") if store.planned else store.device
         router_ND = torch.empty(store.rows, self.width, device=device)
-        random = torch.Generator().manual_seed(seed)
-        for row in range(store.rows) if not store.planned else ():  # one expert at a time: r may exceed fast memory
-            keys_BD = torch.empty(store.shape[0], self.width).normal_(0, 0.02, generator=random)
-            store.part(VALUES, row)[:, : self.width].copy_(keys_BD)
-            router_ND[row].copy_(_centroid(keys_BD))
+        if not store.planned:
+            experts.draw(store, router_ND, seed)
         if patch.router == "gate":
             self.router = nn.Parameter(router_ND)
         else:
@@ -179,7 +176,7 @@ class Adapter(ModulePatch):
         self.load = torch.zeros(store.rows) if patch.balance or patch.revive else None  # tokens per expert, this window
         probed_at = torch.zeros(store.rows, dtype=torch.int64, device=device) if patch.revive else None
         self.register_buffer("probed_at", probed_at)  # the step in which each expert was last probed
-        self.lonely_XD: Tensor | None = None  # the tokens that the router served worst
+        self.lonely: Tensor | None = None  # (X, 1 + D): the tokens that the router served worst, how well and which
 
     @property
     def trained(self) -> nn.Parameter:
@@ -200,8 +197,8 @@ class Adapter(ModulePatch):
         probed_TP = biased_TN.topk(self.probes, sorted=False).indices
         if self.load is not None and self.training and not self.store.planned:
             self.load += torch.bincount(probed_TP.flatten(), minlength=self.store.rows).cpu()
-            worst = logits_TN.amax(1).topk(min(REVIVED, len(h_TD)), largest=False).indices
-            self.lonely_XD = h_TD[worst].float()
+            served_X, worst_X = logits_TN.amax(1).topk(min(REVIVED, len(h_TD)), largest=False)
+            self.lonely = torch.cat([served_X.unsqueeze(1), h_TD[worst_X]], 1).float()
         if self.patch.router != "gate":
             return probed_TP, None
         return probed_TP, logits_TN.gather(1, probed_TP).softmax(-1).mul_(self.probes)
@@ -211,34 +208,29 @@ class Adapter(ModulePatch):
         """After an optimiser step that moved `rows`: the router's centroids, the experts' balance, the dead."""
         if self.patch.router == "centroid":
             for row in rows:
-                self.router[row].copy_(_centroid(self.store.part(VALUES, row)[:, : self.width]))
-        if self.load is None:
+                self.router[row].copy_(experts.centroid(self.store.part(VALUES, row)[:, : self.width]))
+        if self.load is None or self.lonely is None:
             return
+        if self.store.ranks is not None:
+            self.load = self.store.ranks.total(self.load)
+            self.lonely = self.store.ranks.lowest(self.lonely, REVIVED).to(self.lonely.device)
         if self.bias is not None:
             self.bias += self.patch.balance * (self.load.mean() - self.load).sign().to(self.bias)
-        if self.probed_at is not None and self.lonely_XD is not None:
+        if self.probed_at is not None:
             self.probed_at[self.load.to(self.probed_at.device) > 0] = step
             dead = (step - self.probed_at >= self.patch.revive).nonzero().flatten().tolist()
-            for row, token_D in zip(dead, self.lonely_XD, strict=False):
+            for row, token_D in zip(dead, self.lonely[:, 1:], strict=False):
                 self._revive(row, token_D, step)
         self.load.zero_()
 
     def _revive(self, row: int, token_D: Tensor, step: int) -> None:
         """A dead expert is drawn anew around a token that was served badly; its values are zero, as at the start."""
-        random = torch.Generator().manual_seed(self.patch.seed * 1_000_003 + step * self.store.rows + row)
-        record = self.store.part(VALUES, row)
-        direction_D = nn.functional.normalize(token_D, dim=0).to(record.device)
-        noise_BD = torch.empty(record.shape[0], self.width).normal_(0, 0.02, generator=random).to(record.device)
-        record[:, : self.width].copy_(noise_BD + 0.02 * direction_D)
-        record[:, self.width :].zero_()
+        direction_D = nn.functional.normalize(token_D, dim=0)
+        seed = self.patch.seed * 1_000_003 + step * self.store.rows + row
+        experts.draw_row(self.store, row, torch.Generator().manual_seed(seed), direction_D)
         self.router[row].copy_(direction_D * self.router.norm(dim=1).mean())
         self.probed_at[row] = step
         self.store.changed([row])
-
-
-def _centroid(keys_BD: Tensor) -> Tensor:
-    """The mean key, at length 1: a layer-normed h then has scores of about its own root mean square."""
-    return nn.functional.normalize(keys_BD.mean(0), dim=0)
 
 
 def _exact(h: Tensor) -> Any:
@@ -282,6 +274,7 @@ class _Beside(torch.autograd.Function):
     def backwards(ctx: Any, grad: Tensor):
         h_in, probed_TP, gate_TP, *top = ctx.saved_tensors
         adapter: Adapter = ctx.adapter
+        adapter.begin_backward()
         h_TD = h_in.to(torch.promote_types(h_in.dtype, torch.float32))
         grad_TD = grad.reshape(h_in.shape).to(h_TD.dtype)
         if adapter.patch.scale != 1.0:

@@ -1,9 +1,9 @@
 """Key-value experts: small two-layer ReLU networks whose weights are rows of a store, each at work on its own tokens.
 
-A row holds `block` records [key | value] of 2 D numbers. Tokens are sorted by expert, and each expert in work costs a
-few small dense products on its own tokens, read where its row lies. The functions go by the steps of a pass: which
-experts (`by_expert`), what their keys say (`fire`), what their values add (`out`), and the way back (`back`); the same
-for all tokens on all pairs that any token chose (`chosen_pairs`, `fire_all`, `back_all`).
+A row holds `block` records [key | value] of 2 D numbers, drawn by `draw`. Tokens are sorted by expert, and each expert
+in work costs a few small dense products on its own tokens, read where its row lies. The functions go by the steps of a
+pass: which experts (`by_expert`), what their keys say (`fire`), what their values add (`out`), and the way back
+(`back`); the same for all tokens on all pairs that any token chose (`chosen_pairs`, `fire_all`, `back_all`).
 
 T tokens, D hidden size, N experts, B pairs of an expert, P probes, C = P * B candidates, K kept of C, X = T * P pairs
 of a token and a probed expert.
@@ -17,8 +17,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from ..memory.store import TieredStore
+from ..memory.store import VALUES, TieredStore
+
+DEVIATION = 0.02  # of the keys that are drawn
 
 
 class Groups(NamedTuple):
@@ -28,6 +31,31 @@ class Groups(NamedTuple):
     experts: list[int]
     tokens: list[Tensor]
     places: list[slice]
+
+
+def draw(store: TieredStore, router_ND: Tensor, seed: int) -> None:
+    """Random keys and no values; the keys' centroids into `router_ND`. One expert at a time: all may be too large."""
+    random = torch.Generator().manual_seed(seed)
+    for row in range(store.rows):
+        router_ND[row].copy_(centroid(draw_row(store, row, random)))
+
+
+def draw_row(store: TieredStore, row: int, random: torch.Generator, around_D: Tensor | None = None) -> Tensor:
+    """One expert, its keys around a direction if one is given; -> the keys (B, D). One process of several writes it."""
+    block, width = store.shape[0], store.shape[1] // 2
+    keys_BD = torch.empty(block, width).normal_(0, DEVIATION, generator=random)
+    if around_D is not None:
+        keys_BD += DEVIATION * around_D.to(keys_BD)
+    if store.writes:
+        record = store.part(VALUES, row)
+        record[:, :width].copy_(keys_BD)
+        record[:, width:].zero_()
+    return keys_BD
+
+
+def centroid(keys_BD: Tensor) -> Tensor:
+    """The mean key, at length 1: a layer-normed h then has scores of about its own root mean square."""
+    return normalize(keys_BD.mean(0), dim=0)
 
 
 def by_expert(probed_TP: Tensor, store: TieredStore, alive_TP: Tensor | None = None) -> Groups:

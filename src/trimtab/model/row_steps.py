@@ -1,0 +1,69 @@
+"""Rows of tables step when an optimiser does, in whichever loop: the engine's, a library's or a stranger's.
+
+A patch whose numbers are rows of a table has one ordinary parameter beside each table (a router, or one of size 0).
+Whichever optimiser steps that parameter steps the rows with it, at its own rates: PyTorch calls `stepped` after each
+step of any optimiser. Gradients of rows go as the parameter's gradient goes: `zero_grad` takes both away.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..memory.row_adam import Rates
+from ..memory.shared_rows import exchange, settle
+from ..memory.store import TieredStore
+from .surgery import ModulePatch, Swaps
+
+
+class RowPatch(ModulePatch):
+    """A patch's module whose numbers are rows of `store`, which has its optimiser (RowAdam)."""
+
+    store: TieredStore
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """The parameter that stands for the rows in an optimiser."""
+        raise NotImplementedError
+
+    def tend(self, step: int, rows: list[int]) -> None:
+        """After step `step`, which moved `rows`."""
+
+    def begin_backward(self) -> None:
+        """Call before gradients are accumulated."""
+        if self.trained.requires_grad and self.trained.grad is None:  # zeroed, perhaps without a step
+            self.store.forget()
+
+
+def step_with_optimisers(swaps: Swaps) -> None:
+    """From here to the way back, the rows of the model's tables step with its parameters.
+
+    What PyTorch calls does not hold the model: one that is let go of without a way back costs nothing.
+    """
+    there = weakref.ref(swaps.model)
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (model := there()) is not None:
+            stepped(model, optimizer)
+
+    swaps.hook(register_optimizer_step_post_hook(after))
+
+
+@torch.no_grad()
+def stepped(model: nn.Module, optimizer: Optimizer) -> None:
+    """`optimizer` has made a step: the rows that stand behind its parameters make theirs."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    patches = [m for m in model.modules() if isinstance(m, RowPatch) and id(m.trained) in held]
+    patches = [patch for patch in patches if not patch.store.planned]
+    stores = [patch.store for patch in patches]
+    exchange(stores)
+    moved = [patch.store.optimiser.step(Rates.of(optimizer, patch.trained)) for patch in patches]
+    settle(stores)
+    for patch, rows in zip(patches, moved, strict=True):
+        patch.tend(patch.store.optimiser.steps - 1, rows)
+    settle(stores)  # tending may have written rows

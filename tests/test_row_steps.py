@@ -1,0 +1,97 @@
+"""Rows of tables step with their parameter in loops that know nothing of them: as the same numbers do as parameters."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks
+
+from conftest import MODELS, tiny_batch
+from test_laws import PLACE
+from trimtab.methods.meft import Meft
+from trimtab.methods.parallel_adapter import ParallelAdapter
+
+ADAM = {"lr": 1e-2, "eps": 1e-6, "weight_decay": 0.01}
+
+
+def twins():
+    """The same numbers as parameters and as rows: one expert, all pairs, so that nothing is left out."""
+    dense, sparse = MODELS["llama"](), MODELS["llama"]()
+    theirs = ParallelAdapter(r=16).apply(dense, PLACE)
+    ours = Meft(r=16, experts=1, probes=1, k=16).apply(sparse, PLACE)
+    own = ours.own_tensors()
+    with torch.no_grad():
+        for name, tensor in theirs.own_tensors().items():
+            own[name].copy_(tensor.view(1, 16, 64))
+    return (dense, theirs), (sparse, ours)
+
+
+def plain(model, surgery) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAM)
+    for step in range(6):
+        for micro in range(2):
+            model(**tiny_batch(model, seed=10 * step + micro)).loss.backward()
+        if step == 2:
+            optimizer.zero_grad()  # gradients that no step uses
+            continue
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def stock(model, surgery) -> None:
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    ids = torch.randint(3, 128, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    arguments = TrainingArguments(
+        output_dir="unused", max_steps=5, learning_rate=1e-2, adam_epsilon=1e-6, weight_decay=0.01, max_grad_norm=0,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids})).train()
+
+
+@pytest.mark.parametrize("loop", [plain, stock])
+@pytest.mark.filterwarnings("ignore")
+def test_rows_train_in_a_strangers_loop(loop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = None
+    for model, surgery in twins():
+        start = {name: tensor.detach().clone() for name, tensor in surgery.own_tensors().items()}
+        loop(model, surgery)
+        after = {name: tensor.detach().clone() for name, tensor in surgery.own_tensors().items()}
+        if before is not None:
+            for name, tensor in before.items():
+                assert torch.allclose(after[name], tensor.view(1, 16, 64), atol=1e-5), name
+                assert (after[name] - start[name]).abs().max() > 0.01
+        before = after
+
+
+def test_only_the_optimiser_that_has_their_parameter_steps_rows():
+    model = MODELS["llama"]()
+    surgery = Meft(r=64).apply(model, PLACE)
+    model(**tiny_batch(model)).loss.backward()
+    routers = [adapter.router for adapter in surgery.adapters.values()]
+    other = torch.nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    torch.optim.SGD([other], lr=0.1).step()
+    torch.optim.SGD(routers[1:], lr=0.1).step()
+    assert [(store.optimiser.steps, bool(store.pending())) for store in surgery.stores] == [(0, True), (1, False)]
+
+
+def test_the_way_back_takes_the_hook_away_and_no_hook_holds_a_model():
+    hooks = len(_global_optimizer_post_hooks)
+    model = MODELS["llama"]()
+    surgery = Meft(r=64).apply(model, PLACE)
+    assert len(_global_optimizer_post_hooks) == hooks + 1
+    surgery.revert()
+    assert len(_global_optimizer_post_hooks) == hooks
+    surgery = Meft(r=64).apply(model, PLACE)
+    gone = weakref.ref(model)
+    del model, surgery
+    gc.collect()
+    assert gone() is None
+    plain(MODELS["llama"](), None)

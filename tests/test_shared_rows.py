@@ -1,0 +1,142 @@
+"""Tables that two processes train together: they do what one does on twice the batch, in the engine and without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trimtab
+from helpers_ranks import FIELDS, REFUSED, loop
+from helpers_run import make_world, metrics, rows, tree, write_rows
+from trimtab import session
+from trimtab.errors import BadInput
+from trimtab.memory.row_files import load_rows
+from trimtab.memory.store import VALUES, M
+from trimtab.methods.meft import Meft
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+MEFT = {"meft": {"r": 64, "k": 16}}
+TRAINING = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, logging_steps=1,
+                max_grad_norm=0.1, lr_scheduler_type="constant", adam_epsilon=1e-4)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    """A folder in which two processes have trained: `two`, `again` (resumed after two steps), and FIELDS's loops."""
+    folder = tmp_path_factory.mktemp("pair")
+    world = folder / "world"
+    world.mkdir()
+    make_world(world)
+    even = str(write_rows(folder / "even.jsonl", rows(16)))
+
+    def recipe(name: str, batch: int, **changes) -> dict:
+        made = tree(world, folder / name, MEFT, **{**TRAINING, "per_device_train_batch_size": batch, **changes})
+        made["data"]["train"] = even
+        return made
+
+    half = recipe("again", 2, max_steps=2)
+    jobs = [recipe("two", 2), half, {**recipe("again", 2), "resume": True}]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    tests = str(Path(__file__).parent)
+    paths = os.pathsep.join([str(Path(trimtab.__file__).parents[1]), tests])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               f"{tests}/helpers_ranks.py", str(folder / "jobs.json"), str(folder)]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trimtab.Recipe.from_dict(recipe("one", 4)).train()
+    return folder
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """The adapter that a run left and, by layer, what its last checkpoint holds of the table and its Adam."""
+    found = load_file(run / "adapter" / "adapter_model.safetensors")
+    for folder in sorted((run / "checkpoint-4" / "rows").rglob("*.safetensors")):
+        found |= {f"{folder.relative_to(run)}: {key}": tensor for key, tensor in load_file(folder).items()}
+    return found
+
+
+def near(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        assert torch.allclose(tensor.double(), two[key].double(), atol=1e-5), key
+
+
+def test_two_processes_train_rows_as_one_does_on_twice_the_batch(pair):
+    near(tensors(pair / "one"), tensors(pair / "two"))
+    for (_, a, *_, m), (_, b, *_, n) in zip(metrics(pair / "one"), metrics(pair / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5) and m == n
+    logs = [json.loads(line) for line in (pair / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["grad_norm"] > 0.1 for row in logs if "grad_norm" in row), "each step is clipped"
+    one, two = (json.loads((pair / name / "run.json").read_text()) for name in ("one", "two"))
+    assert two["processes"] == 2 and two["measured"]["store_down_bytes_per_step"] > 0
+    assert two["measured"]["store_slow_bytes"] == one["measured"]["store_slow_bytes"] * 5 / 4, "a second region"
+
+
+def test_a_checkpoint_of_two_processes_is_gone_on_with(pair):
+    first, second = tensors(pair / "two"), tensors(pair / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_checkpoint_of_two_processes_is_one_of_one(pair):
+    """One process reads it: every row that either of the two has moved is there."""
+    from conftest import MODELS
+
+    surgery = Meft(**MEFT["meft"]).apply(MODELS["llama"](), trimtab.Place(fast="cpu"))
+    left = load_file(pair / "two" / "adapter" / "adapter_model.safetensors")
+    for store in surgery.stores:
+        load_rows(store, pair / "two" / "checkpoint-4" / "rows" / store.name)
+        table = torch.cat([left[f"base_model.model.{store.name}.{kind}"] for kind in ("keys", "values")], -1)
+        assert torch.equal(store.whole(VALUES), table) and store.optimiser.steps == 4
+        with_momentum = store.whole(M).flatten(1).any(1)
+        assert with_momentum.any() and not (with_momentum & ~store.optimiser.moved).any()
+    surgery.revert()
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_plain_loops(name, pair, tmp_path):
+    alone = loop(name, tmp_path)
+    first, second = (torch.load(pair / f"{name}-{rank}.pt") for rank in range(2))
+    near(alone["left"], first["left"])
+    assert all(torch.equal(tensor, second["left"][key]) for key, tensor in first["left"].items()), "one table for both"
+    assert [sum(both) / 2 for both in zip(first["losses"], second["losses"], strict=True)] == pytest.approx(
+        alone["losses"], abs=1e-5
+    )
+    assert alone["losses"][-1] < 0.95 * alone["losses"][0]
+    assert all(len(alone["left"][f"{layer}.dirty"]) for layer in range(2))
+    for one in (first, second):
+        assert one["mapped"] and one["freed"] and one["files"] == [], "no name, and gone with the way back"
+        apart = 0 if "hosts" in FIELDS[name] else sum(alone["left"][f"model.layers.0.mlp.{kind}"].numel() * 4
+                                                      for kind in ("keys", "values"))  # fmt: skip
+        assert sum(one["bytes"].values()) == sum(alone["bytes"].values()) + apart
+
+
+def test_what_several_processes_cannot_do_is_refused_in_all(pair):
+    for rank in range(2):
+        said = json.loads((pair / f"refused-{rank}.json").read_text())
+        assert said.keys() == REFUSED.keys() and all("several processes" in text for text in said.values())
+
+
+@pytest.mark.parametrize("sharder", ["FSDP", "DeepSpeed"])
+def test_sharded_parameters_are_refused(sharder, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "sharded_by", lambda args: sharder)
+    with pytest.raises(BadInput, match=sharder):
+        trimtab.Recipe.from_dict(tree(pair / "world", tmp_path / "run", MEFT, max_steps=1)).train()
+
+
+def test_who_shards_is_found(monkeypatch):
+    from types import SimpleNamespace
+
+    assert session.sharded_by(SimpleNamespace(fsdp=None, deepspeed=None)) == ""
+    assert session.sharded_by(SimpleNamespace(fsdp=True, deepspeed=None)) == "FSDP"
+    assert session.sharded_by(SimpleNamespace(fsdp=None, deepspeed={"zero_optimization": {}})) == "DeepSpeed"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert session.sharded_by(SimpleNamespace(fsdp=None, deepspeed=None)) == "DeepSpeed"
