@@ -95,3 +95,21 @@ def test_the_way_back_takes_the_hook_away_and_no_hook_holds_a_model():
     gc.collect()
     assert gone() is None
     plain(MODELS["llama"](), None)
+
+
+def test_a_module_that_is_used_twice_in_one_pass():
+    """The rows' gradient is the sum over both uses."""
+    grads = []
+    for model, surgery in twins():
+        own = surgery.own_tensors()
+        for name, tensor in own.items():
+            with torch.no_grad():
+                tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))) / 8)
+        mlp = model.model.layers[0].mlp
+        x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        mlp(mlp(x)).square().sum().backward()
+        store = surgery.stores[0] if surgery.stores else None
+        mine = [t.grad for name, t in own.items() if "layers.0" in name]
+        grads.append(torch.stack(mine) if store is None else store.part("grads", 0).view(16, 2, 64).transpose(0, 1))
+    assert grads[0].abs().max() > 0.1
+    assert torch.allclose(grads[1], grads[0], atol=1e-5, rtol=1e-4)

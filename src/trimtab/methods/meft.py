@@ -183,6 +183,7 @@ class Adapter(RowPatch):
         return self.router if self.patch.router == "gate" else self.anchor
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        self.begin()
         with _exact(h):
             return _Beside.apply(h, y, self.trained, self)
 
@@ -274,7 +275,6 @@ class _Beside(torch.autograd.Function):
     def backwards(ctx: Any, grad: Tensor):
         h_in, probed_TP, gate_TP, *top = ctx.saved_tensors
         adapter: Adapter = ctx.adapter
-        adapter.begin_backward()
         h_TD = h_in.to(torch.promote_types(h_in.dtype, torch.float32))
         grad_TD = grad.reshape(h_in.shape).to(h_TD.dtype)
         if adapter.patch.scale != 1.0:

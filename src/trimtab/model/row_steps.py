@@ -34,9 +34,10 @@ class RowPatch(ModulePatch):
     def tend(self, step: int, rows: list[int]) -> None:
         """After step `step`, which moved `rows`."""
 
-    def begin_backward(self) -> None:
-        """Call before gradients are accumulated."""
-        if self.trained.requires_grad and self.trained.grad is None:  # zeroed, perhaps without a step
+    def begin(self) -> None:
+        """Call at the start of a pass forward (of one back, a module that is used twice would begin twice)."""
+        zeroed = self.trained.requires_grad and self.trained.grad is None  # perhaps without a step
+        if zeroed and torch.is_grad_enabled():
             self.store.forget()
 
 
