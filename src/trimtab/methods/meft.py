@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,15 +43,17 @@ from transformers import PreTrainedModel
 
 from ..contracts import ModulePatch, Patch, Place, Surgery, freeze_base
 from ..errors import BadInput, nearest
+from ..memory.mapped import slow_kind
 from ..memory.row_adam import MODES, Rates, RowAdam
 from ..memory.store import VALUES, TieredStore
 from ..model import anatomy, experts
 from ..model.surgery import Swaps
 
 NAME = "trimtab_meft"
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 REVIVED = 8  # dead experts of a layer that one step revives, at most
 CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
-           "moments": ("fp32", "bf16")}  # fmt: skip
+           "moments": tuple(MOMENTS)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Meft(Patch):
     balance: float = 0.0  # how far an expert's bias moves a step towards an equal load; 0: not at all (the paper)
     revive: int = 0  # steps after which an expert that no token probed is drawn anew; 0: never (the paper)
     adam: str = "lazy"  # rows without a gradient: left alone ("lazy"), or moved as dense Adam would ("exact")
-    moments: str = "fp32"  # Adam's state: "fp32" or "bf16"
+    moments: str = "fp32"  # Adam's state: "fp32", "bf16" or "int8" (by blocks of 256, as bitsandbytes keeps it)
     cache: float = 0.0  # GiB of the fast tier for hot experts, over all layers
     seed: int = 0  # of the keys
 
@@ -86,11 +89,11 @@ class Meft(Patch):
             for index, ffn in enumerate(ffns):
                 of = next(ffn.host.parameters()).device
                 device = place.device if of.type == "meta" else of
-                slow = place.slow if place.slow != "auto" else "ram" if device.type == "cuda" else "disk"
                 store = TieredStore(
                     ffn.name, rows, (block, 2 * ffn.width), folder=place.folder, device=device,
-                    slow=slow, planned=of.type == "meta", cache_bytes=int(self.cache * 2**30) // len(ffns),
-                    moments=torch.bfloat16 if self.moments == "bf16" else torch.float32,
+                    slow=slow_kind(place.slow, device), planned=of.type == "meta",
+                    cache_bytes=int(self.cache * 2**30) // len(ffns), moments=MOMENTS[self.moments],
+                    more=len(ffns) - index - 1,
                 )  # fmt: skip
                 surgery.stores.append(store)
                 adapter = Adapter(self, store, self.seed * 1_000_003 + index)
@@ -145,8 +148,9 @@ class MeftSurgery(Surgery):
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         super().load_tensors(tensors)
-        for store in self.stores:
-            store.changed(range(store.rows))
+        for name, adapter in self.adapters.items():
+            if not adapter.store.holds(tensors[f"{name}.keys"]):
+                adapter.store.changed(range(adapter.store.rows))
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         for name, adapter in self.adapters.items():
@@ -165,9 +169,8 @@ class Adapter(ModulePatch):
         self.kept = min(patch.k, self.probes * store.shape[0])
         device = torch.device("meta") if store.planned else store.device
         router_ND = torch.empty(store.rows, self.width, device=device)
-        random = torch.Generator().manual_seed(seed)
-        for row in range(store.rows) if not store.planned else ():  # one expert at a time: r may exceed fast memory
-            keys_BD = torch.empty(store.shape[0], self.width).normal_(0, 0.02, generator=random)
+        self.seed, store.draw = seed, self.draw
+        for row, keys_BD in self._drawn() if not store.planned else ():
             store.part(VALUES, row)[:, : self.width].copy_(keys_BD)
             router_ND[row].copy_(_centroid(keys_BD))
         if patch.router == "gate":
@@ -180,6 +183,17 @@ class Adapter(ModulePatch):
         probed_at = torch.zeros(store.rows, dtype=torch.int64, device=device) if patch.revive else None
         self.register_buffer("probed_at", probed_at)  # the step in which each expert was last probed
         self.lonely_XD: Tensor | None = None  # the tokens that the router served worst
+
+    def _drawn(self) -> Iterator[tuple[int, Tensor]]:
+        """Each expert's first keys, one expert at a time: r may exceed fast memory."""
+        random = torch.Generator().manual_seed(self.seed)
+        for row in range(self.store.rows):
+            yield row, torch.empty(self.store.shape[0], self.width).normal_(0, 0.02, generator=random)
+
+    def draw(self, rows: Container[int]) -> None:
+        for row, keys_BD in self._drawn():
+            if row in rows:
+                self.store.part(VALUES, row)[:, : self.width].copy_(keys_BD)
 
     @property
     def trained(self) -> nn.Parameter:
