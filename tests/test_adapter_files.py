@@ -19,6 +19,7 @@ from trimtab import adapter_weights
 from trimtab.adapter import CONFIG, OURS, Base, load_adapter, save_adapter
 from trimtab.adapter_weights import CHECKSUMS, INDEX, WEIGHTS, read_weights
 from trimtab.errors import BadInput
+from trimtab.memory import row_files
 from trimtab.memory.meter import Meter
 from trimtab.model.load import base_hash
 
@@ -337,8 +338,9 @@ def test_a_missing_shard(sharded):
     refused(sharded, path.name)
 
 
-def test_a_tall_adapter_is_written_and_read_in_pieces(tmp_path):
+def test_a_tall_adapter_is_written_and_read_in_pieces(tmp_path, monkeypatch):
     """The process's anonymous memory hardly grows, however large the tables are."""
+    monkeypatch.setattr(row_files, "PIECE", 2**20)
     model = MODELS["llama"]()
     base = Base("llama", base_hash(model))
     surgery = make("meft", r=2**17).apply(model, PLACE)
@@ -347,7 +349,7 @@ def test_a_tall_adapter_is_written_and_read_in_pieces(tmp_path):
     surgery.revert()
     (surgery,), loading = grown(lambda: load_adapter(model, folder, PLACE))
     surgery.revert()
-    assert size > 2**27 and max(saving, loading) < size / 3
+    assert size > 2**27 and max(saving, loading) < size / 8, "one tensor is a quarter"
 
 
 def grown(work) -> tuple:

@@ -236,7 +236,7 @@ def test_killed_while_writing_a_checkpoint(instant, world, tmp_path, unkilled, m
     finish(keys, unkilled)
 
 
-MEFT = {"meft": {"r": 64, "experts": 16, "probes": 2, "k": 4, "moments": "int8"}}
+MEFT = {"meft": {"r": 256, "experts": 128, "probes": 1, "k": 2, "moments": "int8"}}  # few rows change in a step
 # 2 tables, a delta each in each of 4 checkpoints, from the second on with links to the deltas before
 TABLE_INSTANTS = [
     (row_files, "write_tensors", 2, False), (row_files, "write_tensors", 5, True), (row_files, "_link", 3, False),

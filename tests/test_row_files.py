@@ -165,7 +165,7 @@ def rewritten(path, change) -> None:
     lambda t: t.update(rows=torch.tensor([1.0, 2.0])), lambda t: t.update(rows=torch.tensor([[1, 2]])),
     lambda t: t.update(values=torch.zeros(2, 3, 11)), lambda t: t.update(values=torch.zeros(2, 3, 10).double()),
     lambda t: t.pop("m"), lambda t: t.pop("rows"), lambda t: t.pop("state.last"), lambda t: t.pop(SUMS + "v"),
-    lambda t: t.update({SUMS + "v": torch.zeros(2, 3, dtype=torch.uint8)}),
+    lambda t: t.update({SUMS + "v": torch.zeros(3, 4, dtype=torch.uint8)}),
     lambda t: t.update({"state.last": torch.zeros(3, dtype=torch.int32)}),
     lambda t: t.update({"state.history": torch.zeros(1, 5)}), lambda t: t.update({"state.more": torch.zeros(1)}),
 ])  # fmt: skip

@@ -261,7 +261,7 @@ def test_moments_in_fewer_bits_are_near_those_in_fp32(bits, off, mode):
         ends.append(made.whole().clone())
     moved = (ends[0] - start).norm()
     assert 0 < (ends[0] - ends[1]).norm() < off * moved
-    assert (ends[0] - ends[1]).abs().max() < 0.1 * (ends[0] - start).abs().max(), "no number runs away"
+    assert (ends[0] - ends[1]).abs().max() < 0.2 * (ends[0] - start).abs().max(), "no number runs away"
 
 
 def test_moments_in_8_bits_are_codes_with_a_scale_for_each_block():
