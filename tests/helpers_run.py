@@ -65,7 +65,20 @@ def left(output: Path) -> dict[str, Any]:
         found |= {f"optimizer/{i}/{key}": t for i, slots in state.items() for key, t in slots.items()}
         states = torch.load(last / "rng_state.pth", weights_only=False)
         found["rng"] = states["cpu"]
+        for table in (last / "rows").glob("*"):
+            found |= {f"{table.name}/{key}": tensor for key, tensor in table_of(table).items()}
     found["metrics"] = metrics(output)
+    return found
+
+
+def table_of(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint of a table, its deltas laid over each other: each row's parts, and the optimiser's state."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.iterdir(), key=lambda p: int(p.stem)):
+        held = load_file(path)
+        found |= {key: tensor for key, tensor in held.items() if key.startswith("state.")}
+        for at, row in enumerate(held["rows"].tolist()):
+            found |= {f"{kind}/{row}": held[kind][at] for kind in ("values", "m", "v")}
     return found
 
 

@@ -15,8 +15,12 @@ from safetensors.torch import load_file, save_file
 import trimtab
 from conftest import MODELS, logits, tiny_batch
 from test_laws import CASES, make, snapshot, train
-from trimtab.adapter import CONFIG, OURS, WEIGHTS, Base, load_adapter, save_adapter
+from trimtab import adapter_weights
+from trimtab.adapter import CONFIG, OURS, Base, load_adapter, save_adapter
+from trimtab.adapter_weights import CHECKSUMS, INDEX, WEIGHTS, read_weights
 from trimtab.errors import BadInput
+from trimtab.memory import row_files
+from trimtab.memory.meter import Meter
 from trimtab.model.load import base_hash
 
 PLACE = trimtab.Place(fast="cpu")
@@ -48,6 +52,12 @@ def refused(folder: Path, *words: str) -> None:
         load_adapter(model, folder, PLACE)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert snapshot(model) == before and torch.equal(logits(model, batch), outputs)
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """As a stranger would: without checksums."""
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
+    (folder / CHECKSUMS).unlink()
 
 
 def edit(path: Path, change) -> None:
@@ -101,11 +111,12 @@ def test_hostile_headers(header, good, tmp_path):
 def test_wrong_shapes_and_names(good, tmp_path):
     for index, change in enumerate([
         lambda t: {k: v[:1] for k, v in t.items()}, lambda t: dict(list(t.items())[:-1]), lambda t: {},
-        lambda t: {**t, "more": torch.zeros(1)}, lambda t: {k: v[None] for k, v in t.items()},
+        lambda t: {**t, "more": torch.zeros(1)}, lambda t: {**t, "none": torch.tensor(0.0)},
+        lambda t: {k: v[None] for k, v in t.items()},
     ]):  # fmt: skip
         for name in CASES:
             folder = copied(good[name], tmp_path / f"{index}-{name}")
-            save_file({k: v.contiguous() for k, v in change(load_file(folder / WEIGHTS)).items()}, folder / WEIGHTS)
+            rewrite(folder, change(load_file(folder / WEIGHTS)))
             refused(folder)
 
 
@@ -116,7 +127,7 @@ def test_numbers_that_are_none(name, value, good, tmp_path):
     tensors = load_file(folder / WEIGHTS)
     key = next(k for k, t in tensors.items() if t.is_floating_point() and t.numel())
     tensors[key].view(-1)[0] = value
-    save_file(tensors, folder / WEIGHTS)
+    rewrite(folder, tensors)
     refused(folder, "NaN or infinity")
 
 
@@ -129,7 +140,7 @@ def test_columns_that_are_not_there(columns, good, tmp_path):
     tensors = load_file(folder / WEIGHTS)
     key = next(k for k in tensors if k.endswith(".indices"))
     tensors[key] = torch.tensor(columns)
-    save_file(tensors, folder / WEIGHTS)
+    rewrite(folder, tensors)
     refused(folder)
 
 
@@ -143,8 +154,8 @@ def test_held_columns_that_are_not_there(tmp_path):
         copy = copied(folder, tmp_path / str(index))
         tensors = load_file(copy / WEIGHTS)
         key = next(k for k in tensors if k.endswith(suffix))
-        tensors[key] = change(tensors[key]).contiguous()
-        save_file(tensors, copy / WEIGHTS)
+        tensors[key] = change(tensors[key])
+        rewrite(copy, tensors)
         refused(copy)
 
 
@@ -228,6 +239,125 @@ def test_missing_files(good, tmp_path):
     refused(folder, OURS)
     (folder / OURS).mkdir()
     refused(folder, OURS)
+
+
+# --- checksums, shards, pieces ---------------------------------------------------------------------------------------
+
+
+def flip(path: Path, key: str, at: int) -> None:
+    """One bit of a tensor in a file, `at` bytes from the tensor's begin."""
+    whole = bytearray(path.read_bytes())
+    size = struct.unpack("<Q", whole[:8])[0]
+    whole[8 + size + json.loads(whole[8 : 8 + size])[key]["data_offsets"][0] + at] ^= 1
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_flipped_bit_is_told(name, good, tmp_path):
+    folder = copied(good[name], tmp_path)
+    key, tensor = max(load_file(folder / WEIGHTS).items(), key=lambda item: item[1].numel())
+    flip(folder / WEIGHTS, key, tensor.nbytes - 1)
+    refused(folder, WEIGHTS, key, "not what was written")
+
+
+@pytest.mark.parametrize("kind", ["keys", "values"])
+def test_of_a_table_the_damaged_rows_are_named(kind, good, tmp_path):
+    folder = copied(good["meft"], tmp_path)
+    key = next(k for k in load_file(folder / WEIGHTS) if k.endswith(kind))
+    rows = load_file(folder / WEIGHTS)[key]
+    for row in (2, 5):
+        flip(folder / WEIGHTS, key, row * rows[0].nbytes + 9)
+    refused(folder, WEIGHTS, f"{key} in", "in rows 2, 5.")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"crc32": 5}', b'{"crc32": {"a": 5}}', b'{"crc32": {}}',
+                                     b'{"crc32": {"a": "zz"}}', b"[" * 100_000, b"\xff"])  # fmt: skip
+def test_damaged_checksums(content, good, tmp_path):
+    folder = copied(good["paca"], tmp_path)
+    (folder / CHECKSUMS).write_bytes(content)
+    refused(folder, CHECKSUMS)
+
+
+def test_checksums_of_other_parts(good, tmp_path):
+    folder = copied(good["meft"], tmp_path)
+    edit(folder / CHECKSUMS, lambda found: found["crc32"].update({k: v + "0" * 56 for k, v in found["crc32"].items()}))
+    refused(folder, WEIGHTS)
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(adapter_weights, "SHARD", 20_000)  # bytes
+    return saved(tmp_path, "meft")
+
+
+def test_large_adapters_are_sharded_as_transformers_shards_models(sharded, good):
+    index = json.loads((sharded / INDEX).read_text())
+    files = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert not (sharded / WEIGHTS).exists() and len(files) > 1 and files == sorted(set(index["weight_map"].values()))
+    assert files[0] == f"adapter_model-00001-of-{len(files):05d}.safetensors"
+    whole = load_file(good["meft"] / WEIGHTS)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    assert all(key in load_file(sharded / file) for key, file in index["weight_map"].items())
+    parts = read_weights(sharded)
+    assert parts.keys() == whole.keys() and all(torch.equal(parts[key], whole[key]) for key in whole)
+    one, two = (MODELS["llama"]() for _ in range(2))
+    load_adapter(one, sharded, PLACE), load_adapter(two, good["meft"], PLACE)
+    batch = tiny_batch(one)
+    assert torch.equal(logits(one, batch), logits(two, batch))
+
+
+def test_transformers_own_reader_reads_the_shards(sharded):
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    files, found = get_checkpoint_shard_files(str(sharded), str(sharded / INDEX))
+    tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    assert set(found["all_checkpoint_keys"]) == tensors.keys() == read_weights(sharded).keys()
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.update({next(iter(m)): "../x.safetensors"}), lambda m: m.update({next(iter(m)): "/etc/passwd"}),
+    lambda m: m.update({next(iter(m)): 5}), lambda m: m.update(more=next(iter(m.values()))), lambda m: m.clear(),
+    lambda m: m.pop(next(iter(m))), lambda m: m.update({next(iter(m)): "gone.safetensors"}),
+    lambda m: m.update({next(iter(m)): "."}),
+])  # fmt: skip
+def test_hostile_indexes(change, sharded, tmp_path):
+    shutil.copy(next(sharded.glob("*00001*")), tmp_path / "x.safetensors")
+    edit(sharded / INDEX, lambda found: change(found["weight_map"]))
+    refused(sharded)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": {}}}', "[" * 100_000])
+def test_damaged_indexes(content, sharded):
+    (sharded / INDEX).write_text(content)
+    refused(sharded)
+
+
+def test_a_missing_shard(sharded):
+    path = next(sharded.glob("*00002*"))
+    path.unlink()
+    refused(sharded, path.name)
+
+
+def test_a_tall_adapter_is_written_and_read_in_pieces(tmp_path, monkeypatch):
+    """The process's anonymous memory hardly grows, however large the tables are."""
+    monkeypatch.setattr(row_files, "PIECE", 2**20)
+    model = MODELS["llama"]()
+    base = Base("llama", base_hash(model))
+    surgery = make("meft", r=2**17).apply(model, PLACE)
+    size = sum(tensor.nbytes for tensor in surgery.own_tensors().values())
+    folder, saving = grown(lambda: save_adapter(tmp_path / "adapter", [surgery], base))
+    surgery.revert()
+    (surgery,), loading = grown(lambda: load_adapter(model, folder, PLACE))
+    surgery.revert()
+    assert size > 2**27 and max(saving, loading) < size / 8, "one tensor is a quarter"
+
+
+def grown(work) -> tuple:
+    """-> what `work` gives, and the bytes by which the process grew on the way."""
+    meter = Meter(seconds=0.001).start()
+    found = work()
+    meter.stop()
+    return found, meter.peak["anon"] - meter.baseline["anon"]
 
 
 def test_nothing_of_the_machine_is_written(good):

@@ -23,9 +23,11 @@ import trimtab
 from conftest import MODELS, logits, tiny_batch
 from helpers_run import films, forked, left, make_world, metrics, rows, same, tree, write_rows
 from test_laws import snapshot, values
-from trimtab import adapter, engine, progress, session
+from trimtab import adapter, adapter_weights, engine, progress, session
 from trimtab import train as train_verb
-from trimtab.errors import BadInput, Interrupted
+from trimtab.adapter_weights import WEIGHTS
+from trimtab.errors import BadInput, DoesNotFit, Interrupted
+from trimtab.memory import mapped, row_files
 from trimtab.model.load import load_model
 
 STEPS = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
@@ -38,6 +40,7 @@ PATCHES = {
     "lora dropout": {"lora": {"r": 4, "dropout": 0.2}},
     "parallel_adapter": {"parallel_adapter": {"r": 16}},
     "meft": {"meft": {"r": 64, "k": 16}},
+    "meft int8": {"meft": {"r": 64, "k": 16, "moments": "int8"}},
     "meft exact": {"meft": {"r": 64, "k": 16, "adam": "exact", "router": "centroid", "balance": 0.01, "revive": 4}},
     "full": {"full": {}},
 }
@@ -174,7 +177,8 @@ KILLED = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total
 # function of the engine's, and how often it is called before the process is killed, before or after its work
 INSTANTS = [
     (torch, "save", 1, True), (torch, "save", 4, False), (torch, "save", 5, True), (torch, "save", 12, False),
-    (adapter, "write_tensors", 1, False), (adapter, "write_tensors", 3, True), (adapter, "_write_json", 4, True),
+    (adapter_weights, "write_tensors", 1, False), (adapter_weights, "write_tensors", 3, True),
+    (adapter, "_write_json", 4, True),
     (engine, "sync", 2, True), (engine, "sync", 2, False), (os, "replace", 4, False), (os, "replace", 4, True),
     (engine, "discard", 6, True), (engine, "discard", 6, False), (engine.shutil, "rmtree", 9, True),
     (engine.shutil, "rmtree", 12, True),
@@ -212,7 +216,7 @@ def finish(keys: dict, unkilled) -> None:
     """Start again as a user would, and compare with the run that nothing happened to."""
     output = Path(keys["output"])
     for found in engine.checkpoints(output):
-        assert {p.name for p in found.iterdir()} >= {"optimizer.pt", "scheduler.pt", "rng_state.pth", adapter.WEIGHTS}
+        assert {p.name for p in found.iterdir()} >= {"optimizer.pt", "scheduler.pt", "rng_state.pth", WEIGHTS}
     run(keys, **({"resume": True} if engine.checkpoints(output) else {"overwrite": True}))
     same(left(output), unkilled)
     assert not list(output.glob(".*")), "leftovers"
@@ -230,6 +234,34 @@ def test_killed_while_writing_a_checkpoint(instant, world, tmp_path, unkilled, m
 
     assert forked(child) == -signal.SIGKILL
     finish(keys, unkilled)
+
+
+MEFT = {"meft": {"r": 256, "experts": 128, "probes": 1, "k": 2, "moments": "int8"}}  # few rows change in a step
+# 2 tables, a delta each in each of 4 checkpoints, from the second on with links to the deltas before
+TABLE_INSTANTS = [
+    (row_files, "write_tensors", 2, False), (row_files, "write_tensors", 5, True), (row_files, "_link", 3, False),
+    (torch, "save", 6, True), (engine, "sync", 3, True), (os, "replace", 6, False), (engine, "discard", 7, True),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unkilled_tables(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("unkilled") / "run"
+    run(tree(world, output, MEFT, **KILLED))
+    return left(output)
+
+
+@pytest.mark.parametrize("instant", TABLE_INSTANTS, ids=lambda i: f"{i[1]}-{i[2]}-{'before' if i[3] else 'after'}")
+def test_killed_while_writing_tables(instant, world, tmp_path, unkilled_tables, monkeypatch):
+    owner, name, nth, before = instant
+    keys = tree(world, tmp_path / "run", MEFT, **KILLED)
+
+    def child():
+        monkeypatch.setattr(owner, name, dying(owner, name, nth, before))
+        run(keys)
+
+    assert forked(child) == -signal.SIGKILL
+    finish(keys, unkilled_tables)
 
 
 def test_killed_at_any_time(world, tmp_path, unkilled):
@@ -253,7 +285,7 @@ def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("owner,name", [(adapter, "write_tensors"), (torch, "save"), (adapter, "_write_json")])
+@pytest.mark.parametrize("owner,name", [(adapter_weights, "write_tensors"), (torch, "save"), (adapter, "_write_json")])
 def test_a_full_disk_in_a_checkpoint_leaves_the_earlier_one(owner, name, world, tmp_path, unkilled, monkeypatch):
     keys = tree(world, tmp_path / "run", PATCHES["paca reselect"], **KILLED)
     with monkeypatch.context() as patched, pytest.raises(BadInput, match="No space left"):
@@ -268,7 +300,8 @@ def test_a_full_disk_in_a_checkpoint_leaves_the_earlier_one(owner, name, world, 
 def test_a_full_disk_at_the_end(where, world, tmp_path, monkeypatch):
     keys = tree(world, tmp_path / "run", PATCHES["paca"], max_steps=2, save_strategy="steps", save_steps=2)
     with monkeypatch.context() as patched, pytest.raises(BadInput, match="No space left"):
-        patched.setattr(*((adapter, "write_tensors") if where == "save_adapter" else (train_verb, "write_json")), full)
+        writer = (adapter_weights, "write_tensors") if where == "save_adapter" else (train_verb, "write_json")
+        patched.setattr(*writer, full)
         if where == "save_adapter":
             keys["training"]["save_strategy"] = "no"
         run(keys)
@@ -287,6 +320,54 @@ def test_files_that_cannot_grow(limit, world, tmp_path):
 
     assert forked(child) == 2
     assert not engine.checkpoints(tmp_path / "run") and not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_checkpoint_of_tables_that_does_not_fit_leaves_the_earlier_one(world, tmp_path, unkilled_tables):
+    """The kernel's own refusal, in the middle of a table's file."""
+    keys = tree(world, tmp_path / "run", MEFT, **KILLED)
+
+    def child():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with at_step(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))):
+            run(keys)
+
+    assert forked(child) == 2
+    assert [p.name for p in engine.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    finish(keys, unkilled_tables)
+
+
+def test_tables_that_the_disk_cannot_hold_are_refused_before_anything_is_made(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(mapped, "free_bytes", lambda folder: 10_000)
+    keys = tree(world, tmp_path / "deep" / "run", MEFT, max_steps=1)
+    with monkeypatch.context() as patched, pytest.raises(DoesNotFit, match="0.0 MiB are free there") as error:
+        patched.setattr(mapped, "map_file", lambda *args: pytest.fail("a table was made"))
+        run(keys)
+    assert error.value.exit_code == 3 and not (tmp_path / "deep").exists()
+
+
+def test_a_damaged_table_is_told_when_the_run_goes_on(world, tmp_path):
+    keys = tree(world, tmp_path / "run", MEFT, **KILLED)
+    with at_step(4, interrupt), pytest.raises(Interrupted):
+        run(keys)
+    path = next((tmp_path / "run" / "checkpoint-4" / "rows").glob("*/1.safetensors"))
+    whole = bytearray(path.read_bytes())
+    whole[-1000] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(BadInput, match="not what was written") as error:
+        run(keys, resume=True)
+    assert str(path) in str(error.value)
+
+
+def test_a_run_is_not_resumed_on_another_base(world, tmp_path):
+    from helpers_load import tiny_llama
+
+    keys = tree(world, tmp_path / "run", PATCHES["paca"], max_steps=4, save_strategy="steps", save_steps=2)
+    keys["model"] = str(tiny_llama(tmp_path / "llama", dtype=torch.float32))
+    with at_step(2, interrupt), pytest.raises(Interrupted):
+        run(keys)
+    tiny_llama(tmp_path / "llama", seed=1, dtype=torch.float32)
+    with pytest.raises(BadInput, match="this model is another one"):
+        run(keys, resume=True)
 
 
 # --- what the trainers promise ---------------------------------------------------------------------------------------
@@ -308,15 +389,17 @@ def test_evaluation_on_the_way_is_a_mean_over_tokens(world, tmp_path):
     assert verb["loss"] == pytest.approx(found["eval_loss"], abs=1e-5)
 
 
-def test_the_best_checkpoint_is_kept_and_loaded(world, tmp_path):
-    keys = tree(world, tmp_path / "run", PATCHES["paca reselect"], max_steps=8, eval_strategy="steps", eval_steps=2,
+@pytest.mark.parametrize("name", ["paca reselect", "meft"])
+def test_the_best_checkpoint_is_kept_and_loaded(name, world, tmp_path):
+    keys = tree(world, tmp_path / "run", PATCHES[name], max_steps=8, eval_strategy="steps", eval_steps=2,
                 save_strategy="steps", save_steps=2, save_total_limit=1, load_best_model_at_end=True,
                 metric_for_best_model="eval_loss", greater_is_better=True)  # fmt: skip
     keys["data"]["test"] = keys["data"]["train"]  # the worst is the first
     run(keys)
     assert [p.name for p in engine.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
-    best = adapter.read_tensors(tmp_path / "run" / "checkpoint-2")
-    same(best, adapter.read_tensors(tmp_path / "run" / "adapter"))
+    model, _ = load_model(str(keys["model"]))
+    (best,) = adapter.load_adapter(model, tmp_path / "run" / "checkpoint-2")
+    same({k: t.detach() for k, t in best.own_tensors().items()}, adapter.read_tensors(tmp_path / "run" / "adapter"))
 
 
 @pytest.mark.parametrize("name", ["paca", "paca live", "lora dropout", "parallel_adapter"])

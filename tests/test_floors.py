@@ -19,7 +19,7 @@ FLOORS = (  # from the ground up; a module belongs to the first line that fits
     r"(memory|model)(\..+)?|data\w*|demo",
     r"contracts",
     r"methods(\..+)?",
-    r"recipe|adapter|rehearsal|integrations(\..+)?",
+    r"recipe|adapter(_weights)?|rehearsal|integrations(\..+)?",
     r"engine|progress|runs|planned_step|session|stores",
     r"doctor|plan(_search|_fit)?|calibrate|train|evaluate|generate|export|report\w*",
     r"cli|__main__",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -286,6 +287,24 @@ def test_the_verb(tmp_path, call):
         assert code == 3 and "1.0 MiB of the fast tier" in err and not (tmp_path / "out").exists()
         assert verb == "train" or json.loads(out)["fits"] is False
     assert call("plan", path, "budget.fast=6 potatoes")[0] == 2
+
+
+def test_tables_need_room_on_their_disk(folders, tmp_path, monkeypatch, call):
+    recipe = recipe_of(folders("llama", torch.bfloat16), {"meft": {"r": 1024}})
+    made = plan(recipe, process=0)
+    assert made.fits and made.disk > 2**20 and made.table_bytes == 2 * 1024 * 2 * 64 * 16
+    for free, fits in ((made.table_bytes, True), (made.table_bytes - 1, False)):
+        tight = dataclasses.replace(made, disk=free)
+        assert tight.fits == fits and "4.0 MiB of tables, 4.0 MiB free on their disk" in list(tight.lines())[-1]
+    with pytest.raises(DoesNotFit, match="4.0 MiB of tables in runs/run: 4.0 MiB are free on that disk"):
+        require_fit(tight, recipe)
+    in_ram = recipe_of(folders("llama", torch.bfloat16), {"meft": {"r": 1024}}, place={"slow": "ram"})
+    assert plan(in_ram, process=0).disk is None
+    monkeypatch.setattr("trimtab.plan.free_bytes", lambda folder: 1000)
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"model": recipe.model.name, "patches": recipe.patches, "data": "none.jsonl"}))
+    code, out, err = call("plan", path, "place.slow=disk", "training.max_length=32")
+    assert code == 3 and "does not fit" in out and "are free on that disk" in err
 
 
 def test_a_run_within_its_budget_says_what_was_predicted(tmp_path):

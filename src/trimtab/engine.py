@@ -88,10 +88,10 @@ class _OurTrainer(ClipsRows):
             adapter.write_adapter(folder, self.job.surgeries, self.job.base, (before,))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        adapter.load_into(self.job.surgeries, resume_from_checkpoint)
+        adapter.load_into(self.job.surgeries, resume_from_checkpoint, self.job.base)
 
     def _load_best_model(self) -> None:
-        adapter.load_into(self.job.surgeries, str(self.state.best_model_checkpoint))
+        adapter.load_into(self.job.surgeries, str(self.state.best_model_checkpoint), self.job.base)
 
     def tokens(self) -> int:
         """Tokens trained on so far, over all processes (each must call this)."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput, Untraceable
-from .memory.budget import Budget, fast_bytes, gib, ram, slow_bytes
+from .memory.budget import Budget, fast_bytes, free_bytes, gib, ram, slow_bytes
+from .memory.mapped import slow_kind
 from .memory.overhead import Overhead
 from .model.quiet import hushed
 from .planned_step import PlannedStep, peaks
@@ -29,9 +30,10 @@ WHY = {
     "logits": "one chunk of the head's output, and its gradient",
     "temporaries": "what the pass back makes and drops",
 }
+TABLES = "rows in the slow tier"
 SLOW = {
     "mapped weights": "the base at its file's precision, mapped from the file",
-    "rows in the slow tier": "an adapter's table, with its gradients and Adam's state",
+    TABLES: "an adapter's table, with its gradients and Adam's state",
 }
 
 CUDA = [
@@ -59,6 +61,7 @@ class Plan:
     pace: float = 1.0  # what of its operations' speed a step reaches (memory/overhead.py)
     disk_bytes_per_step: int = 0  # of the mapped base, read again since memory cannot keep them
     notes: list[str] = field(default_factory=list)
+    disk: int | None = None  # free on the disk that tables go to; None where they are in RAM, or made already
 
     @property
     def slow_bytes(self) -> int:
@@ -79,7 +82,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.fast_peak_bytes <= self.fast and (self.budget.slow is None or self.slow_bytes <= self.budget.slow)
+        slow = self.budget.slow is None or self.slow_bytes <= self.budget.slow
+        return self.fast_peak_bytes <= self.fast and slow and (self.disk is None or self.table_bytes <= self.disk)
+
+    @property
+    def table_bytes(self) -> int:
+        return self.kinds.get(TABLES, 0)
 
     @property
     def fast(self) -> int:
@@ -118,6 +126,7 @@ class Plan:
         return {
             **{key: value for key, value in self.predicted().items() if key != "bytes"}, "fits": self.fits,
             "budget": dataclasses.asdict(self.budget), "items": self.items, "notes": self.notes,
+            "disk_free_bytes": self.disk,
         }  # fmt: skip
 
     def lines(self) -> Iterator[str]:
@@ -131,7 +140,12 @@ class Plan:
         yield f"{'trained':<15} {'':<5} {self.trained:>12,}  numbers"
         yield from self.notes
         fast = "this machine's memory" if self.budget.fast is None else "the budget"
-        yield f"{'fits' if self.fits else 'does not fit'}: {gib(self.fast_peak_bytes)} of {gib(self.fast)}, {fast}"
+        said = f"{gib(self.fast_peak_bytes)} of {gib(self.fast)}, {fast}"
+        if self.budget.slow is not None:
+            said += f"; {gib(self.slow_bytes)} of {gib(self.budget.slow)}, the slow tier's"
+        if self.disk is not None and self.table_bytes:
+            said += f"; {gib(self.table_bytes)} of tables, {gib(self.disk)} free on their disk"
+        yield f"{'fits' if self.fits else 'does not fit'}: {said}"
 
 
 @hushed()
@@ -170,7 +184,7 @@ def plan(
         raise BadInput(
             f"plan a run on {device}", "this machine has none", 'Say how much it has: budget: {fast: "24GiB"}'
         )
-    budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder))
+    budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder or recipe.output))
     args = args or training_arguments(recipe, arguments_class(objective), Path(recipe.output), device.type == "cpu")
     notes = []
     if tokens is None:
@@ -199,9 +213,12 @@ def plan(
     speed, read = _speed(watch, beside.pace, kinds, args.gradient_accumulation_steps, rows * tokens, notes)
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
+    disk = None
+    if slow_kind(place.slow, device) == "disk":
+        disk = free_bytes(recipe.place.folder or recipe.output)
     return Plan(
         kinds, phase, process, beside.of(_growth(kinds), watch.cast), budget, machine, rows, tokens, counted, speed,
-        watch.trained, beside.pace, read, notes,
+        watch.trained, beside.pace, read, notes, disk,
     )  # fmt: skip
 
 

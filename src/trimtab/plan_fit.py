@@ -18,6 +18,12 @@ def require_fit(made: Plan, recipe: Recipe) -> None:
     """DoesNotFit with the first change that would fit, if `made` does not."""
     if made.fits:
         return
+    if made.disk is not None and made.table_bytes > made.disk:
+        raise DoesNotFit(
+            f"{gib(made.table_bytes)} of tables in {recipe.place.folder or recipe.output}",
+            f"{gib(made.disk)} are free on that disk",
+            "Name a folder with room (place: folder), make room, or take a smaller table",
+        )
     what, need = ("fast", made.fast_peak_bytes) if made.fast_peak_bytes > made.fast else ("slow", made.slow_bytes)
     if what == "slow":
         said = "Allow more in the slow tier, or take a smaller model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -9,10 +10,14 @@ import shutil
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
+from .memory.budget import nearest_folder
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .contracts import Place
 
 PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html",
          "eval.json")  # fmt: skip
@@ -142,6 +147,12 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def place_of(recipe: Recipe) -> Place:
+    """The recipe's place; files of the slow tier are on the run's own disk where no folder is named."""
+    place = recipe.load_place()
+    return place if place.folder else dataclasses.replace(place, folder=str(nearest_folder(recipe.output)))
+
+
 def load_run(
     recipe: Recipe, adapter_folder: str | Path | None = None, base_only: bool = False
 ) -> tuple[Any, Any, list, Any]:
@@ -162,7 +173,7 @@ def load_run(
     if adapter_folder and not folder.is_dir():
         raise BadInput(f"adapter {folder}", "there is no such folder", "Name the adapter/ folder of a run")
     meta = read_meta(folder)["base"] if folder.is_dir() else Base(recipe.model.name, "", recipe.load_objective().task)
-    place = recipe.load_place()
+    place = place_of(recipe)
     labels = len(meta.labels) or (1 if meta.task == "classification" else None)
     model, tokenizer = load_model(recipe.model, task=meta.task, labels=labels, device=place.device)
     if meta.labels:

@@ -7,7 +7,6 @@ told to, and leaves the model as it was. What a run is allowed to hold and what 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import weakref
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from .memory.guard import Guard, hard_limit, ran_out
 from .memory.meter import Meter
 from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
 from .recipe import Recipe
+from .runs import place_of
 
 Say = Callable[[str], None]
 
@@ -46,10 +46,7 @@ class Session:
         self.recipe, self.output, self.say, self.quiet = recipe, output, say, quiet
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.objective, self.stepper = recipe.load_objective(), recipe.load_stepper()
-        self.patches, self.place = recipe.load_patches(), recipe.load_place()
-        if self.place.folder is None:  # files of the slow tier: on the run's own disk
-            there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
-            self.place = dataclasses.replace(self.place, folder=str(there))
+        self.patches, self.place = recipe.load_patches(), place_of(recipe)
         self.args = self._arguments()
         self._read()
         set_seed(self.args.seed)

@@ -113,7 +113,7 @@ def _planned(session: Session) -> Plan | None:
             raise
         return None
     held = made.start_bytes - made.process
-    made = dataclasses.replace(made, process=max(0, session.meter.rebase() - held))
+    made = dataclasses.replace(made, process=max(0, session.meter.rebase() - held), disk=None)  # tables are made by now
     if recipe.budget:
         require_fit(made, recipe)
         session.say(f"planned: {made.fast_peak_bytes / GIB:.2f} GiB of the fast tier at the peak")

@@ -126,7 +126,18 @@ def slow_bytes(device: Any = None, folder: str | None = None) -> int:
     """What the slow tier has: RAM under a GPU, the disk under RAM."""
     if device is not None and device.type == "cuda":
         return fast_bytes() or 0
-    return shutil.disk_usage(folder if folder and Path(folder).is_dir() else ".").total
+    return shutil.disk_usage(nearest_folder(folder or ".")).total
+
+
+def free_bytes(folder: str | Path) -> int:
+    """What is free on the disk of `folder`, which need not be there yet."""
+    return shutil.disk_usage(nearest_folder(folder)).free
+
+
+def nearest_folder(folder: str | Path) -> Path:
+    """`folder`, or the nearest one above it that is there."""
+    at = Path(folder).absolute()
+    return next(place for place in (at, *at.parents) if place.is_dir())
 
 
 def ram() -> dict[str, int]:

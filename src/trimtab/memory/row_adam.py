@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from . import moments
 from .store import GRADS, VALUES, M, TieredStore, V
 
 MODES = ("lazy", "exact")
@@ -91,24 +92,23 @@ class RowAdam:
         return rows
 
     def _step(self, rows: list[int], rates: Rates) -> None:
-        values, grads, ms, vs = ([self.store.part(kind, row) for row in rows] for kind in (VALUES, GRADS, M, V))
-        short = ms[0].dtype != values[0].dtype  # moments in fewer bits are widened for the step
-        wide = (lambda t: t.to(values[0].dtype)) if short else (lambda t: t)
+        store = self.store
         fused = torch._fused_adamw_ if rates.decoupled else torch._fused_adam_
-        scale = None if self.store.grad_scale == 1.0 else torch.tensor(1.0 / self.store.grad_scale)
+        scale = None if store.grad_scale == 1.0 else torch.tensor(1.0 / store.grad_scale)
         step = torch.tensor(float(self.steps))
-        size = 1 if short else len(rows)
+        size = 1 if moments.narrow(store) else len(rows)  # copies of moments: of one row at a time
         for at in range(0, len(rows), size):
-            part = slice(at, at + size)
-            m, v = [wide(t) for t in ms[part]], [wide(t) for t in vs[part]]
+            part = rows[at : at + size]
+            m, v = ([moments.read(store, kind, row) for row in part] for kind in (M, V))
             fused(
-                values[part], grads[part], m, v, [], [step] * len(m), lr=rates.lr, beta1=rates.betas[0],
-                beta2=rates.betas[1], weight_decay=rates.weight_decay, eps=rates.eps, amsgrad=False, maximize=False,
-                grad_scale=scale, found_inf=None,
+                [store.part(VALUES, row) for row in part], [store.part(GRADS, row) for row in part], m, v, [],
+                [step] * len(part), lr=rates.lr, beta1=rates.betas[0], beta2=rates.betas[1],
+                weight_decay=rates.weight_decay, eps=rates.eps, amsgrad=False, maximize=False, grad_scale=scale,
+                found_inf=None,
             )  # fmt: skip
-            if short:
-                ms[at].copy_(m[0])
-                vs[at].copy_(v[0])
+            for row, *both in zip(part, m, v, strict=True):
+                for kind, moment in zip((M, V), both, strict=True):
+                    moments.write(store, kind, row, moment)
 
     @torch.no_grad()
     def catch_up(self, rows: Sequence[int] | None = None) -> None:
@@ -129,6 +129,17 @@ class RowAdam:
         history = torch.tensor(kept, dtype=torch.float64).view(-1, 6)
         return {"steps": torch.tensor([self.steps]), "last": self.last, "moved": self.moved, "history": history}
 
+    def fits(self, state: dict[str, Tensor]) -> bool:
+        """Whether `load_state` can take it."""
+        mine = self.state()
+        if mine.keys() != state.keys():
+            return False
+        pairs = [(state[name], own, name == "history") for name, own in mine.items()]  # as long as there were steps
+        return all(
+            a.dtype == b.dtype and a.dim() == b.dim() and a.shape[1:] == b.shape[1:] and (free or len(a) == len(b))
+            for a, b, free in pairs
+        )
+
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.steps = int(state["steps"])
         self.last.copy_(state["last"])
@@ -141,8 +152,7 @@ class RowAdam:
         if not self.moved[row] and not any(not r.decoupled and r.weight_decay for r in missed):
             value.mul_(math.prod(1 - r.lr * r.weight_decay for r in missed))
             return
-        held_m, held_v = self.store.part(M, row), self.store.part(V, row)
-        m, v = held_m.to(value.dtype), held_v.to(value.dtype)
+        m, v = (moments.read(self.store, kind, row) for kind in (M, V))
         self.moved[row] = True
         share = 1.0
         for at, r in enumerate(missed):
@@ -163,5 +173,5 @@ class RowAdam:
                 v.mul_(b2).addcmul_(value, value, value=(1 - b2) * r.weight_decay**2)
             depth = v.sqrt().div_(math.sqrt(1 - b2**t)).add_(r.eps)
             value.addcdiv_(m, depth, value=-r.lr / (1 - b1**t))
-        held_m.copy_(m)
-        held_v.copy_(v)
+        moments.write(self.store, M, row, m)
+        moments.write(self.store, V, row, v)

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import BadInput
+from .mapped import require_room
 from .store import GRADS, TieredStore
 
 MEMORY = "/dev/shm"  # a file system in RAM
@@ -157,7 +158,11 @@ class SharedStore(TieredStore):
             apart = self._apart.view(torch.float32).view(ranks.here - 1, self.rows, *self.shape)
             self._regions = [self._views[GRADS], *apart]
 
-    def _file_table(self, folder: str | None) -> Tensor:
+    def _file_table(self, folder: str | None, more: int) -> Tensor:
+        if more:
+            require_room(
+                (self.rows * self.extent + self._apart_bytes) * (1 + more), folder, f"{1 + more} shared tables"
+            )
         self._file, table = self._map(folder or tempfile.gettempdir())
         return table
 
@@ -205,7 +210,7 @@ class SharedStore(TieredStore):
         super().drop()
         self._regions, self._apart = [], torch.empty(0, dtype=torch.uint8)
 
-    def touched(self) -> Tensor:
+    def flags(self) -> Tensor:
         """Which rows this process has a gradient for, (rows,)."""
         flags = torch.zeros(self.rows, dtype=torch.uint8)
         flags[self.pending()] = 1
@@ -253,7 +258,7 @@ def exchange(stores: Sequence[TieredStore]) -> None:
     """Make each row's gradient the mean over all processes, in its owner; what was exchanged before is left alone."""
     waiting = [store for store in stores if isinstance(store, SharedStore) and not store._exchanged]
     if waiting:
-        touched = waiting[0].ranks.every(torch.cat([store.touched() for store in waiting])).bool()
+        touched = waiting[0].ranks.every(torch.cat([store.flags() for store in waiting])).bool()
         for store, touched_SN in zip(waiting, touched.split([store.rows for store in waiting], 1), strict=True):
             store.collect(touched_SN)
 

@@ -1,8 +1,8 @@
 """TieredStore: a table of rows in the slow tier, of which the rows at work are brought into the fast one.
 
-A row is one *extent*: its numbers and, where it is trained, Adam's two moments and the gradient, one after the other
-and each on pages of its own, so that reading the numbers reads nothing else. The slow tier is host RAM or a file that
-is mapped (an unlinked one: it is this process's private copy, and a killed run leaves nothing behind).
+A row is one *extent* (extent.py): its numbers and, where it is trained, Adam's two moments and the gradient. The slow
+tier is host RAM or a file that is mapped (an unlinked one: it is this process's private copy, and a killed run leaves
+nothing behind).
 
 Where the model computes on the CPU, a row of a mapped file needs no copy at all: `fetch` gives views of the mapping, a
 miss is a page that the kernel reads, and no anonymous memory grows. Before an accelerator, `fetch` gathers the rows
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
-
-PAGE = 4096
-VALUES, M, V, GRADS = "values", "m", "v", "grads"  # the parts of an extent
+from .extent import GRADS, PAGE, VALUES, layout
+from .extent import M as M
+from .extent import V as V
+from .mapped import map_file, require_room
 
 
 @dataclass
@@ -42,20 +40,12 @@ class Traffic:
     down: int = 0  # bytes, fast to slow
 
 
-@dataclass(frozen=True)
-class Part:
-    """Where in an extent one kind of number lies."""
-
-    offset: int  # bytes
-    nbytes: int
-    dtype: torch.dtype
-
-
 class TieredStore:
     """`rows` rows of `shape` numbers each.
 
     `slow`: "ram" or "disk"; `planned`: shapes only, for the planner. `folder`: where the file is made. `device`: the
-    fast tier. `moments`: the precision of Adam's state; None for a table that is only read.
+    fast tier. `moments`: the precision of Adam's state (extent.py); None for a table that is only read. `more`: how
+    many such tables will follow: the disk must have room for all of them before the first is made.
     """
 
     ranks: Any = None  # the processes that train it together, if there are several (shared_rows.py)
@@ -73,17 +63,11 @@ class TieredStore:
         moments: torch.dtype | None = torch.float32,
         cache_bytes: int = 0,
         planned: bool = False,
+        more: int = 0,
     ):
         self.name, self.rows, self.shape, self.slow, self.planned = name, rows, shape, slow, planned
         self.device = device or torch.device("cpu")
-        kinds = {VALUES: dtype} | ({M: moments, V: moments, GRADS: torch.float32} if moments else {})
-        self.parts: dict[str, Part] = {}
-        end = 0
-        for kind, of in kinds.items():
-            nbytes = math.prod(shape) * of.itemsize
-            self.parts[kind] = Part(end, nbytes, of)
-            end = _round(end + nbytes, 64 if nbytes < PAGE else PAGE)
-        self.extent = end if end < PAGE else _round(end, PAGE)
+        self.parts, self.extent = layout(shape, dtype, moments)
         self.traffic = Traffic()
         self.grad_scale = 1.0  # what the pending gradients are multiplied by in the step (clipping)
         self.catch_up: Any = None  # called with the rows about to be read, where the optimiser has steps to make up
@@ -92,11 +76,13 @@ class TieredStore:
         self._file: mmap.mmap | None = None
         self._pending: dict[int, None] = {}  # rows with a gradient, in the order of their first one
         self._dirty: set[int] = set()  # rows changed since the last checkpoint
+        self.touched: set[int] = set()  # rows changed since they were drawn
+        self.draw: Any = None  # called with rows that are zeros again, to make them as they were at the start
         if planned:
             self._table = torch.empty(0, dtype=torch.uint8)
             self._views: dict[str, Tensor] = {}
         else:
-            self._table = self._file_table(folder) if slow == "disk" else self._ram_table()
+            self._table = self._file_table(folder, more) if slow == "disk" else self._ram_table()
             self._views = {kind: self._view(self._table, kind) for kind in self.parts}
         self.slots = min(rows, cache_bytes // self.extent)
         self._cache = torch.zeros(0 if planned else self.slots, self.extent, dtype=torch.uint8, device=self.device)
@@ -110,25 +96,17 @@ class TieredStore:
         pinned = self.device.type == "cuda"
         return torch.zeros(self.rows, self.extent, dtype=torch.uint8, pin_memory=pinned)
 
-    def _file_table(self, folder: str | None) -> Tensor:
-        """The file's space is reserved now: a disk that is too small refuses here, and not in the middle of a run."""
-        size, where = self.rows * self.extent, folder or tempfile.gettempdir()
-        try:
-            with tempfile.TemporaryFile(dir=where) as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-                self._file = mmap.mmap(file.fileno(), size)
-        except OSError as error:
-            raise BadInput(
-                f"{size / 2**30:.2f} GiB for {self.name} in {where}",
-                error.strerror or str(error),
-                "Name a folder with room on a file system that maps files (place: folder), or say place: slow: ram",
-            ) from None
+    def _file_table(self, folder: str | None, more: int) -> Tensor:
+        size = self.rows * self.extent
+        if more:
+            require_room(size * (1 + more), folder, f"{1 + more} tables of {self.rows} rows")
+        self._file = map_file(size, folder, self.name)
         return torch.frombuffer(self._file, dtype=torch.uint8).view(self.rows, self.extent)
 
     def _view(self, table: Tensor, kind: str) -> Tensor:
-        """(rows of `table`, *shape), without a copy."""
+        """(rows of `table`, *shape of the part), without a copy."""
         part = self.parts[kind]
-        return table[:, part.offset : part.offset + part.nbytes].view(part.dtype).unflatten(1, self.shape)
+        return table[:, part.offset : part.offset + part.nbytes].view(part.dtype).unflatten(1, part.shape)
 
     @property
     def in_place(self) -> bool:
@@ -240,6 +218,7 @@ class TieredStore:
         """Say that rows were written to through `part`."""
         for row in rows:
             self._dirty.add(row)
+            self.touched.add(row)
             self._mark(row)
 
     def _mark(self, row: int) -> None:
@@ -286,7 +265,8 @@ class TieredStore:
         """(rows, *shape): a part of the whole table where it lies. The slots are flushed first."""
         self.flush()
         if self.planned:
-            return torch.empty(self.rows, *self.shape, dtype=self.parts[kind].dtype, device="meta")
+            part = self.parts[kind]
+            return torch.empty(self.rows, *part.shape, dtype=part.dtype, device="meta")
         return self._views[kind]
 
     def dirty_rows(self) -> list[int]:
@@ -317,7 +297,3 @@ def runs(rows: Iterable[int]) -> Iterator[tuple[int, int]]:
         first, last = row, row + 1
     if first is not None and last is not None:
         yield first, last
-
-
-def _round(size: int, to: int) -> int:
-    return -(-size // to) * to

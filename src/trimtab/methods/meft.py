@@ -31,6 +31,7 @@ What differs from the paper, and why:
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -42,6 +43,7 @@ from transformers import PreTrainedModel
 
 from ..contracts import Patch, Place, Surgery, freeze_base
 from ..errors import BadInput, nearest
+from ..memory.mapped import slow_kind
 from ..memory.row_adam import MODES, RowAdam
 from ..memory.shared_rows import settle, tables
 from ..memory.store import VALUES, TieredStore
@@ -50,9 +52,10 @@ from ..model.row_steps import RowPatch, step_with_optimisers
 from ..model.surgery import Swaps
 
 NAME = "trimtab_meft"
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 REVIVED = 8  # dead experts of a layer that one step revives, at most
 CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
-           "moments": ("fp32", "bf16")}  # fmt: skip
+           "moments": tuple(MOMENTS)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Meft(Patch):
     balance: float = 0.0  # how far an expert's bias moves a step towards an equal load; 0: not at all (the paper)
     revive: int = 0  # steps after which an expert that no token probed is drawn anew; 0: never (the paper)
     adam: str = "lazy"  # rows without a gradient: left alone ("lazy"), or moved as dense Adam would ("exact")
-    moments: str = "fp32"  # Adam's state: "fp32" or "bf16"
+    moments: str = "fp32"  # Adam's state: "fp32", "bf16" or "int8" (by blocks of 256, as bitsandbytes keeps it)
     cache: float = 0.0  # GiB of the fast tier for hot experts, over all layers
     seed: int = 0  # of the keys
 
@@ -89,11 +92,11 @@ class Meft(Patch):
             for index, ffn in enumerate(ffns):
                 of = next(ffn.host.parameters()).device
                 device = place.device if of.type == "meta" else of
-                slow = place.slow if place.slow != "auto" else "ram" if device.type == "cuda" else "disk"
                 store = table(
                     ffn.name, rows, (block, 2 * ffn.width), folder=place.folder, device=device,
-                    slow=slow, planned=of.type == "meta", cache_bytes=int(self.cache * 2**30) // len(ffns),
-                    moments=torch.bfloat16 if self.moments == "bf16" else torch.float32,
+                    slow=slow_kind(place.slow, device), planned=of.type == "meta",
+                    cache_bytes=int(self.cache * 2**30) // len(ffns), moments=MOMENTS[self.moments],
+                    more=len(ffns) - index - 1,
                 )  # fmt: skip
                 surgery.stores.append(store)
                 adapter = Adapter(self, store, self.seed * 1_000_003 + index)
@@ -150,8 +153,9 @@ class MeftSurgery(Surgery):
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         super().load_tensors(tensors)
-        for store in self.stores:
-            store.changed(range(store.rows))
+        for name, adapter in self.adapters.items():
+            if not adapter.store.holds(tensors[f"{name}.keys"]):
+                adapter.store.changed(range(adapter.store.rows))
         settle(self.stores)
 
 
@@ -165,8 +169,9 @@ class Adapter(RowPatch):
         self.kept = min(patch.k, self.probes * store.shape[0])
         device = torch.device("meta") if store.planned else store.device
         router_ND = torch.empty(store.rows, self.width, device=device)
+        store.draw = functools.partial(experts.draw, store, seed)
         if not store.planned:
-            experts.draw(store, router_ND, seed)
+            experts.draw(store, seed, router_ND=router_ND)
         if patch.router == "gate":
             self.router = nn.Parameter(router_ND)
         else:
@@ -228,7 +233,8 @@ class Adapter(RowPatch):
         """A dead expert is drawn anew around a token that was served badly; its values are zero, as at the start."""
         direction_D = nn.functional.normalize(token_D, dim=0)
         seed = self.patch.seed * 1_000_003 + step * self.store.rows + row
-        experts.draw_row(self.store, row, torch.Generator().manual_seed(seed), direction_D)
+        keys_BD = experts.draw_keys(self.store, torch.Generator().manual_seed(seed), direction_D)
+        experts.write_row(self.store, row, keys_BD)
         self.router[row].copy_(direction_D * self.router.norm(dim=1).mean())
         self.probed_at[row] = step
         self.store.changed([row])

@@ -11,7 +11,7 @@ of a token and a probed expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -33,24 +33,34 @@ class Groups(NamedTuple):
     places: list[slice]
 
 
-def draw(store: TieredStore, router_ND: Tensor, seed: int) -> None:
-    """Random keys and no values; the keys' centroids into `router_ND`. One expert at a time: all may be too large."""
+def draw(store: TieredStore, seed: int, only: Container[int] | None = None, router_ND: Tensor | None = None) -> None:
+    """Random keys and no values for all rows (or `only` some); the keys' centroids into `router_ND`.
+
+    One expert at a time: all may be too large.
+    """
     random = torch.Generator().manual_seed(seed)
     for row in range(store.rows):
-        router_ND[row].copy_(centroid(draw_row(store, row, random)))
+        keys_BD = draw_keys(store, random)
+        if only is None or row in only:
+            write_row(store, row, keys_BD)
+        if router_ND is not None:
+            router_ND[row].copy_(centroid(keys_BD))
 
 
-def draw_row(store: TieredStore, row: int, random: torch.Generator, around_D: Tensor | None = None) -> Tensor:
-    """One expert, its keys around a direction if one is given; -> the keys (B, D). One process of several writes it."""
-    block, width = store.shape[0], store.shape[1] // 2
-    keys_BD = torch.empty(block, width).normal_(0, DEVIATION, generator=random)
+def draw_keys(store: TieredStore, random: torch.Generator, around_D: Tensor | None = None) -> Tensor:
+    """One expert's keys (B, D), around a direction if one is given."""
+    keys_BD = torch.empty(store.shape[0], store.shape[1] // 2).normal_(0, DEVIATION, generator=random)
     if around_D is not None:
         keys_BD += DEVIATION * around_D.to(keys_BD)
+    return keys_BD
+
+
+def write_row(store: TieredStore, row: int, keys_BD: Tensor) -> None:
+    """An expert with these keys and no values. One process of several writes it."""
     if store.writes:
-        record = store.part(VALUES, row)
+        record, width = store.part(VALUES, row), keys_BD.shape[1]
         record[:, :width].copy_(keys_BD)
         record[:, width:].zero_()
-    return keys_BD
 
 
 def centroid(keys_BD: Tensor) -> Tensor:

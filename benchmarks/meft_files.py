@@ -1,0 +1,110 @@
+"""What saving and loading a tall MEFT adapter take of a process's memory, whatever the adapter's size.
+
+SmolLM2-135M, bf16, tables in files; r = 4,096 to 16,384 pairs a layer (the widest: 2.1 GiB of numbers). Each size is
+saved in one fresh process and loaded in another; anonymous memory is read from outside, and its growth counts from
+where the model (to save: with its tables) is there. Needs 11 GiB of disk, which is given back.
+
+    python benchmarks/meft_files.py [--quick] [--folder FOLDER] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import child, say, write_result  # noqa: E402
+
+MIB, GIB = 2**20, 2**30
+WIDTHS = (4096, 8192, 16384)
+TARGETS = {"save_peak_mib": ["<=", 256], "load_peak_mib": ["<=", 256], "widest_adapter_gib": [">=", 2]}
+
+
+def worker(job: dict[str, Any]) -> None:
+    """Save an adapter whose every row has been trained a little, or load it; through trimtab's own functions."""
+    from trimtab import Place
+    from trimtab.adapter import Base, load_adapter, save_adapter
+    from trimtab.memory.store import VALUES
+    from trimtab.methods.meft import Meft
+    from trimtab.model.load import base_hash, load_model
+
+    model, _ = load_model("smollm2-135m")
+    folder, place = Path(job["folder"]) / "adapter", Place(fast="cpu", slow="disk", folder=job["folder"])
+    base = Base("smollm2-135m", base_hash(model))
+    if job["do"] == "save":
+        surgery = Meft(r=job["r"]).apply(model, place)
+        for store in surgery.stores:  # the values are zeros at the start
+            for row in range(store.rows):
+                store.part(VALUES, row).add_(row / store.rows)
+            store.changed(range(store.rows))
+    say("mark", "ready")
+    began = time.perf_counter()
+    if job["do"] == "save":
+        save_adapter(folder, [surgery], base)
+    else:
+        (surgery,) = load_adapter(model, folder, place)
+    seconds = time.perf_counter() - began
+    print_of = [float(store.whole()[row].double().sum()) for store in surgery.stores for row in (0, store.rows - 1)]
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    files = len(list(folder.glob("*.safetensors")))
+    say("result", {"seconds": seconds, "size": size, "files": files, "print": print_of})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="the narrowest only; nothing is written without --json")
+    parser.add_argument("--folder", help="where the tables and adapters are written (default: the temporary folder)")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    if args.worker:
+        worker(json.loads(args.worker))
+        return
+    rows: list[dict[str, Any]] = []
+    held: dict[str, list[float]] = {"save": [], "load": []}
+    for r in WIDTHS[:1] if args.quick else WIDTHS:
+        found = {}
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            for do in held:
+                found[do] = child([__file__, "--worker", json.dumps({"do": do, "r": r, "folder": folder})])
+                held[do].append(found[do]["anon_growth_since_ready"] / MIB)
+        if found["save"]["print"] != found["load"]["print"]:
+            raise SystemExit(f"r {r}: what was loaded is not what was saved")
+        rows.append({
+            "pairs a layer": r, "adapter, GiB": found["save"]["size"] / GIB, "files": found["save"]["files"],
+            **{f"{do}: growth, MiB": held[do][-1] for do in held},
+            **{f"{do}: process, MiB": found[do]["anon_peak"] / MIB for do in held},
+            **{f"{do}: s": found[do]["seconds"] for do in held},
+        })  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    summary = {
+        "save_peak_mib": max(held["save"]), "load_peak_mib": max(held["load"]),
+        "widest_adapter_gib": rows[-1]["adapter, GiB"],
+    }  # fmt: skip
+    print(summary)
+    if args.quick and not args.json:
+        return
+    write_result(
+        "meft_files", args.json, title="Saving and loading a tall adapter", claim=CLAIM, summary=summary,
+        targets=TARGETS, rows=rows, notes=NOTES,
+    )  # fmt: skip
+
+
+CLAIM = (
+    "Saving and loading a MEFT adapter takes no more than 256 MiB of anonymous memory above the model, whatever the "
+    "adapter's size (SmolLM2-135M, tables in files)."
+)
+NOTES = [
+    "Growth of anonymous memory, read from outside, from where the model is there; to save: with its tables drawn.",
+    "Loading makes the tables, draws them, and copies the file's rows into them, checksums compared on the way.",
+    "Other work ran on the machine: memory does not depend on it, the seconds do and are no claim.",
+]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Files of the slow tier: room for them, and one that is mapped and has no name.
+
+What a file will need is asked of the disk before any is made, and its space is reserved when it is made: a disk that is
+too small refuses before the start, and not in the middle of a run, where the kernel could only kill the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, DoesNotFit
+from .budget import free_bytes, gib
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # by the file system, of posix_fallocate
+ZEROS = 2**24  # bytes that are written at a time
+
+
+def slow_kind(slow: str, device: Any) -> str:
+    """What the slow tier under `device` is where `place: slow:` says `slow`: "ram" or "disk"."""
+    return slow if slow != "auto" else "ram" if device.type == "cuda" else "disk"
+
+
+def require_room(size: int, folder: str | Path | None, what: str) -> None:
+    """DoesNotFit if the disk of `folder` (None: of temporary files) cannot hold `size` bytes more for `what`."""
+    where = folder or tempfile.gettempdir()
+    if (free := free_bytes(where)) < size:
+        raise _too_small(size, where, what, f"{gib(free)} are free there")
+
+
+def map_file(size: int, folder: str | None, what: str) -> mmap.mmap:
+    """`size` bytes of zeros in a file without a name: it goes with the process, however that ends."""
+    where = folder or tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryFile(dir=where, buffering=0) as file:
+            _reserve(file, size)
+            return mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        why = error.strerror or str(error)
+        if error.errno in FULL:
+            raise _too_small(size, where, what, why.lower()) from None
+        if error.errno == errno.ENODEV:
+            why = "its file system does not map files"
+        raise BadInput(
+            f"{gib(size)} for {what} in {where}", why,
+            "Name another folder on a local disk (place: folder), or say place: slow: ram",
+        ) from None  # fmt: skip
+
+
+def _reserve(file: Any, size: int) -> None:
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    except AttributeError:  # a system that does not have it
+        pass
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    left = size  # bytes that are written are reserved on any file system
+    while left:
+        left -= file.write(bytes(min(left, ZEROS)))
+
+
+def _too_small(size: int, folder: str | Path, what: str, why: str) -> DoesNotFit:
+    return DoesNotFit(
+        f"{gib(size)} for {what} in {folder}", why,
+        "Name a folder with room (place: folder), make room, or take a smaller table",
+    )  # fmt: skip
