@@ -157,6 +157,8 @@ def load_rows(store: TieredStore, folder: Path) -> None:
     store.touched = named
     store.clean(_identity(deltas[-1]))
     settle([store])
+    if store.filled is not None:
+        store.filled()
 
 
 def _open(store: TieredStore, path: Path) -> dict[str, Tensor]:

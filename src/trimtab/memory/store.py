@@ -78,6 +78,7 @@ class TieredStore:
         self._dirty: set[int] = set()  # rows changed since the last checkpoint
         self.touched: set[int] = set()  # rows changed since they were drawn
         self.draw: Any = None  # called with rows that are zeros again, to make them as they were at the start
+        self.filled: Any = None  # called when a file has been read into the table
         if planned:
             self._table = torch.empty(0, dtype=torch.uint8)
             self._views: dict[str, Tensor] = {}

@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,14 +47,14 @@ from ..errors import BadInput, nearest
 from ..memory.mapped import slow_kind
 from ..memory.row_adam import MODES, RowAdam
 from ..memory.shared_rows import settle, tables
-from ..memory.store import VALUES, TieredStore
+from ..memory.store import TieredStore
 from ..model import anatomy, experts
+from ..model.expert_router import Router
 from ..model.row_steps import RowPatch, step_with_optimisers
 from ..model.surgery import Swaps
 
 NAME = "trimtab_meft"
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-REVIVED = 8  # dead experts of a layer that one step revives, at most
 CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
            "moments": tuple(MOMENTS)}  # fmt: skip
 
@@ -92,18 +93,21 @@ class Meft(Patch):
             for index, ffn in enumerate(ffns):
                 of = next(ffn.host.parameters()).device
                 device = place.device if of.type == "meta" else of
-                store = table(
-                    ffn.name, rows, (block, 2 * ffn.width), folder=place.folder, device=device,
-                    slow=slow_kind(place.slow, device), planned=of.type == "meta",
-                    cache_bytes=int(self.cache * 2**30) // len(ffns), moments=MOMENTS[self.moments],
-                    more=len(ffns) - index - 1,
+                made = functools.partial(
+                    table, folder=place.folder, device=device, slow=slow_kind(place.slow, device),
+                    planned=of.type == "meta",
+                )  # fmt: skip
+                store = made(
+                    ffn.name, rows, (block, 2 * ffn.width), cache_bytes=int(self.cache * 2**30) // len(ffns),
+                    moments=MOMENTS[self.moments], more=len(ffns) - index - 1,
                 )  # fmt: skip
                 surgery.stores.append(store)
-                adapter = Adapter(self, store, self.seed * 1_000_003 + index)
+                routers = made(f"{ffn.name}.router", rows, (ffn.width,)) if self.router == "gate" else None
+                surgery.stores += [routers] if routers is not None else []
+                adapter = Adapter(self, store, routers, self.seed * 1_000_003 + index)
                 surgery.swaps.set_attribute(ffn.host, NAME, adapter)
                 surgery.swaps.hook(ffn.beside(adapter))
                 surgery.adapters[ffn.name] = adapter
-                surgery.adams[ffn.name] = RowAdam(store, self.adam)
             step_with_optimisers(surgery.swaps)
             settle(surgery.stores)
         except BaseException:
@@ -133,7 +137,6 @@ class MeftSurgery(Surgery):
         self.patch = patch
         self.swaps = Swaps(model)
         self.adapters: dict[str, Adapter] = {}
-        self.adams: dict[str, RowAdam] = {}
         self.stores = []
 
     def revert(self) -> None:
@@ -142,50 +145,49 @@ class MeftSurgery(Surgery):
             store.drop()
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """`keys` and `values` are views of the store, (experts, block, hidden)."""
+        """`keys`, `values` (experts, block, hidden) and a trained `router` (experts, hidden) are views of tables."""
         own: dict[str, Tensor] = {}
         for name, adapter in self.adapters.items():
-            self.adams[name].catch_up()
+            for store in adapter.stores:
+                store.optimiser.catch_up()
             table, width = adapter.store.whole(), adapter.width
             own |= {f"{name}.keys": table[..., :width], f"{name}.values": table[..., width:]}
-            own |= {f"{name}.{key}": t for key, t in adapter.state_dict(keep_vars=True).items()}
+            if adapter.which.table is not None:
+                own[f"{name}.router"] = adapter.which.table.whole()
+            own |= {f"{name}.{key}": t for key, t in adapter.which.state_dict(keep_vars=True).items()}
         return own
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         super().load_tensors(tensors)
         for name, adapter in self.adapters.items():
-            if not adapter.store.holds(tensors[f"{name}.keys"]):
-                adapter.store.changed(range(adapter.store.rows))
+            for store, key in zip(adapter.stores, ("keys", "router"), strict=False):
+                if not store.holds(tensors[f"{name}.{key}"]):
+                    store.changed(range(store.rows))
         settle(self.stores)
+        for adapter in self.adapters.values():
+            adapter.which.refresh()
 
 
 class Adapter(RowPatch):
     """s * ReLU(g h W_A[S]) W_B[S], added to y; the pairs are rows of `store`, no parameters of the module."""
 
-    def __init__(self, patch: Meft, store: TieredStore, seed: int):
+    def __init__(self, patch: Meft, store: TieredStore, routers: TieredStore | None, seed: int):
         super().__init__()
         self.patch, self.store, self.width = patch, store, store.shape[1] // 2
-        self.probes = min(patch.probes, store.rows)
+        self.which = Router(
+            store, routers, probes=patch.probes, gate=patch.router == "gate", centroids=patch.router == "centroid",
+            balance=patch.balance, revive=patch.revive, seed=patch.seed,
+        )  # fmt: skip
+        self.stores = self.which.stores
+        for table in self.stores:
+            RowAdam(table, patch.adam)
+        self.which.draw(seed)
+        self.probes = self.which.probes
         self.kept = min(patch.k, self.probes * store.shape[0])
-        device = torch.device("meta") if store.planned else store.device
-        router_ND = torch.empty(store.rows, self.width, device=device)
-        store.draw = functools.partial(experts.draw, store, seed)
-        if not store.planned:
-            experts.draw(store, seed, router_ND=router_ND)
-        if patch.router == "gate":
-            self.router = nn.Parameter(router_ND)
-        else:
-            self.register_buffer("router", router_ND)
-            self.anchor = nn.Parameter(torch.zeros(0, device=device))  # an optimiser needs something to step
-        self.register_buffer("bias", torch.zeros(store.rows, device=device) if patch.balance else None)
-        self.load = torch.zeros(store.rows) if patch.balance or patch.revive else None  # tokens per expert, this window
-        probed_at = torch.zeros(store.rows, dtype=torch.int64, device=device) if patch.revive else None
-        self.register_buffer("probed_at", probed_at)  # the step in which each expert was last probed
-        self.lonely: Tensor | None = None  # (X, 1 + D): the tokens that the router served worst, how well and which
+        self.trained = nn.Parameter(torch.zeros(0, device=self.which.router.device))  # stands for the rows
 
-    @property
-    def trained(self) -> nn.Parameter:
-        return self.router if self.patch.router == "gate" else self.anchor
+    def tend(self, step: int, moved: Sequence[list[int]]) -> None:
+        self.which.tend(step, moved)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         self.begin()
@@ -195,49 +197,6 @@ class Adapter(RowPatch):
     def extra_repr(self) -> str:
         rows, block = self.store.rows, self.store.shape[0]
         return f"{self.width} -> {rows} experts x {block} pairs -> {self.width}, {self.probes} probed, {self.kept} kept"
-
-    def route(self, h_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """-> the experts probed, (T, P), and their gates (T, P) or None."""
-        logits_TN = h_TD @ self.router.detach().to(h_TD.dtype).T
-        biased_TN = logits_TN if self.bias is None else logits_TN + self.bias.to(h_TD.dtype)
-        probed_TP = biased_TN.topk(self.probes, sorted=False).indices
-        if self.load is not None and self.training and not self.store.planned:
-            self.load += torch.bincount(probed_TP.flatten(), minlength=self.store.rows).cpu()
-            served_X, worst_X = logits_TN.amax(1).topk(min(REVIVED, len(h_TD)), largest=False)
-            self.lonely = torch.cat([served_X.unsqueeze(1), h_TD[worst_X]], 1).float()
-        if self.patch.router != "gate":
-            return probed_TP, None
-        return probed_TP, logits_TN.gather(1, probed_TP).softmax(-1).mul_(self.probes)
-
-    @torch.no_grad()
-    def tend(self, step: int, rows: list[int]) -> None:
-        """After an optimiser step that moved `rows`: the router's centroids, the experts' balance, the dead."""
-        if self.patch.router == "centroid":
-            for row in rows:
-                self.router[row].copy_(experts.centroid(self.store.part(VALUES, row)[:, : self.width]))
-        if self.load is None or self.lonely is None:
-            return
-        if self.store.ranks is not None:
-            self.load = self.store.ranks.total(self.load)
-            self.lonely = self.store.ranks.lowest(self.lonely, REVIVED).to(self.lonely.device)
-        if self.bias is not None:
-            self.bias += self.patch.balance * (self.load.mean() - self.load).sign().to(self.bias)
-        if self.probed_at is not None:
-            self.probed_at[self.load.to(self.probed_at.device) > 0] = step
-            dead = (step - self.probed_at >= self.patch.revive).nonzero().flatten().tolist()
-            for row, token_D in zip(dead, self.lonely[:, 1:], strict=False):
-                self._revive(row, token_D, step)
-        self.load.zero_()
-
-    def _revive(self, row: int, token_D: Tensor, step: int) -> None:
-        """A dead expert is drawn anew around a token that was served badly; its values are zero, as at the start."""
-        direction_D = nn.functional.normalize(token_D, dim=0)
-        seed = self.patch.seed * 1_000_003 + step * self.store.rows + row
-        keys_BD = experts.draw_keys(self.store, torch.Generator().manual_seed(seed), direction_D)
-        experts.write_row(self.store, row, keys_BD)
-        self.router[row].copy_(direction_D * self.router.norm(dim=1).mean())
-        self.probed_at[row] = step
-        self.store.changed([row])
 
 
 def _exact(h: Tensor) -> Any:
@@ -252,7 +211,7 @@ class _Beside(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, y: Tensor, trained: Tensor, adapter: Adapter):
         h_in = h.reshape(-1, adapter.width)
         h_TD = h_in.to(torch.promote_types(h.dtype, torch.float32))
-        probed_TP, gate_TP = adapter.route(h_TD)
+        probed_TP, gate_TP = adapter.which.route(h_TD)
         groups = experts.by_expert(probed_TP, adapter.store)
         rows = adapter.store.fetch(groups.experts)
         fired_TC, top = experts.fire(h_TD, probed_TP, gate_TP, groups, rows, adapter.kept)
@@ -286,7 +245,6 @@ class _Beside(torch.autograd.Function):
         if adapter.patch.scale != 1.0:
             grad_TD = grad_TD * adapter.patch.scale
         grad_h = torch.zeros_like(h_TD) if ctx.needs_input_grad[0] else None
-        grad_trained = torch.zeros_like(adapter.trained)
         if adapter.patch.semantics == "union":
             experts.back_all(h_TD, grad_TD, grad_h, top[0], adapter.store)
         else:
@@ -294,11 +252,8 @@ class _Beside(torch.autograd.Function):
             alive_TP = experts.alive(fired_TC, adapter.probes)
             groups = experts.by_expert(probed_TP.long(), adapter.store, alive_TP)
             grad_fired_TC = experts.back(h_TD, grad_TD, grad_h, fired_TC, gate_TP, groups, adapter.store)
-            if gate_TP is not None:  # into the router: d logit = g dg - share * (sum of g dg)
-                grad_TP = grad_fired_TC.mul_(fired_TC).unflatten(1, (adapter.probes, -1)).sum(-1)  # g dg
-                grad_TP -= gate_TP * grad_TP.sum(1, keepdim=True).div_(adapter.probes)
-                logits_TN = h_TD.new_zeros(len(h_TD), adapter.store.rows).scatter_(1, probed_TP.long(), grad_TP)
-                grad_trained = (logits_TN.T @ h_TD).to(adapter.trained.dtype)
-                if grad_h is not None:
-                    grad_h.addmm_(logits_TN, adapter.router.detach().to(h_TD.dtype))
-        return None if grad_h is None else grad_h.to(h_in.dtype).view(ctx.shape), grad, grad_trained, None
+            if gate_TP is not None:
+                grad_TP = grad_fired_TC.mul_(fired_TC).unflatten(1, (adapter.probes, -1)).sum(-1)
+                adapter.which.back(h_TD, grad_h, probed_TP.long(), gate_TP, grad_TP)
+        grad_h = None if grad_h is None else grad_h.to(h_in.dtype).view(ctx.shape)
+        return grad_h, grad, torch.zeros_like(adapter.trained), None

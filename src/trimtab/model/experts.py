@@ -1,6 +1,6 @@
 """Key-value experts: small two-layer ReLU networks whose weights are rows of a store, each at work on its own tokens.
 
-A row holds `block` records [key | value] of 2 D numbers, drawn by `draw`. Tokens are sorted by expert, and each expert
+A row holds `block` records [key | value] of 2 D numbers, drawn at random. Tokens are sorted by expert, and each expert
 in work costs a few small dense products on its own tokens, read where its row lies. The functions go by the steps of a
 pass: which experts (`by_expert`), what their keys say (`fire`), what their values add (`out`), and the way back
 (`back`); the same for all tokens on all pairs that any token chose (`chosen_pairs`, `fire_all`, `back_all`).
@@ -11,7 +11,7 @@ of a token and a probed expert.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -33,18 +33,11 @@ class Groups(NamedTuple):
     places: list[slice]
 
 
-def draw(store: TieredStore, seed: int, only: Container[int] | None = None, router_ND: Tensor | None = None) -> None:
-    """Random keys and no values for all rows (or `only` some); the keys' centroids into `router_ND`.
-
-    One expert at a time: all may be too large.
-    """
+def drawn(store: TieredStore, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Each expert's first keys (B, D), one expert at a time: all may be too large."""
     random = torch.Generator().manual_seed(seed)
     for row in range(store.rows):
-        keys_BD = draw_keys(store, random)
-        if only is None or row in only:
-            write_row(store, row, keys_BD)
-        if router_ND is not None:
-            router_ND[row].copy_(centroid(keys_BD))
+        yield row, draw_keys(store, random)
 
 
 def draw_keys(store: TieredStore, random: torch.Generator, around_D: Tensor | None = None) -> Tensor:

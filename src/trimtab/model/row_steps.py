@@ -1,6 +1,6 @@
 """Rows of tables step when an optimiser does, in whichever loop: the engine's, a library's or a stranger's.
 
-A patch whose numbers are rows of a table has one ordinary parameter beside each table (a router, or one of size 0).
+A patch whose numbers are rows of tables has one ordinary parameter beside them, of size 0.
 Whichever optimiser steps that parameter steps the rows with it, at its own rates: PyTorch calls `stepped` after each
 step of any optimiser. Gradients of rows go as the parameter's gradient goes: `zero_grad` takes both away.
 """
@@ -8,6 +8,7 @@ step of any optimiser. Gradients of rows go as the parameter's gradient goes: `z
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,23 +23,23 @@ from .surgery import ModulePatch, Swaps
 
 
 class RowPatch(ModulePatch):
-    """A patch's module whose numbers are rows of `store`, which has its optimiser (RowAdam)."""
+    """A patch's module whose numbers are rows of `stores`, each of which has its optimiser (RowAdam).
 
-    store: TieredStore
+    `trained`: the parameter that stands for the rows in an optimiser.
+    """
 
-    @property
-    def trained(self) -> nn.Parameter:
-        """The parameter that stands for the rows in an optimiser."""
-        raise NotImplementedError
+    stores: list[TieredStore]
+    trained: nn.Parameter
 
-    def tend(self, step: int, rows: list[int]) -> None:
-        """After step `step`, which moved `rows`."""
+    def tend(self, step: int, moved: Sequence[list[int]]) -> None:
+        """After step `step`, which moved these rows of each store."""
 
     def begin(self) -> None:
         """Call at the start of a pass forward (of one back, a module that is used twice would begin twice)."""
         zeroed = self.trained.requires_grad and self.trained.grad is None  # perhaps without a step
         if zeroed and torch.is_grad_enabled():
-            self.store.forget()
+            for store in self.stores:
+                store.forget()
 
 
 def step_with_optimisers(swaps: Swaps) -> None:
@@ -60,11 +61,11 @@ def stepped(model: nn.Module, optimizer: Optimizer) -> None:
     """`optimizer` has made a step: the rows that stand behind its parameters make theirs."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     patches = [m for m in model.modules() if isinstance(m, RowPatch) and id(m.trained) in held]
-    patches = [patch for patch in patches if not patch.store.planned]
-    stores = [patch.store for patch in patches]
+    patches = [patch for patch in patches if not patch.stores[0].planned]
+    stores = [store for patch in patches for store in patch.stores]
     exchange(stores)
-    moved = [patch.store.optimiser.step(Rates.of(optimizer, patch.trained)) for patch in patches]
+    moved = [[s.optimiser.step(Rates.of(optimizer, patch.trained)) for s in patch.stores] for patch in patches]
     settle(stores)
     for patch, rows in zip(patches, moved, strict=True):
-        patch.tend(patch.store.optimiser.steps - 1, rows)
+        patch.tend(patch.stores[0].optimiser.steps - 1, rows)
     settle(stores)  # tending may have written rows
