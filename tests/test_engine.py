@@ -240,7 +240,7 @@ MEFT = {"meft": {"r": 256, "experts": 128, "probes": 1, "k": 2, "moments": "int8
 # 2 tables, a delta each in each of 4 checkpoints, from the second on with links to the deltas before
 TABLE_INSTANTS = [
     (row_files, "write_tensors", 2, False), (row_files, "write_tensors", 5, True), (row_files, "_link", 3, False),
-    (torch, "save", 6, True), (engine, "sync", 3, True), (os, "replace", 6, False), (engine, "discard", 7, True),
+    (torch, "save", 6, True), (engine, "sync", 3, True), (os, "replace", 6, False), (engine, "discard", 6, True),
 ]  # fmt: skip
 
 
