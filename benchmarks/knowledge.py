@@ -232,7 +232,7 @@ def real(bench: Bench, quick: bool, facts: int) -> dict[str, Any]:
     rates = {patch: of[1:2] for patch, of in REAL_RATES.items()} if quick else REAL_RATES
     steps = {apart: 2 if quick else count * SEEN // 16 for apart, count in ((True, 200), (False, facts))}
     at = {"facts": facts, "apart": True, "steps": steps[True], "asked": 8 if quick else 200}
-    meft = bench.best(Side("MEFT", "meft", REAL), rates["meft"], **at)
+    meft = bench.best(Side("MEFT", "meft", {"r": 256} if quick else REAL), rates["meft"], **at)
     budget = int(meft.fast * ROOM)
     names = {"lora": "LoRA", "paca": "PaCA", "parallel_adapter": "Parallel Adapter"}
     names = {"lora": "LoRA"} if quick else names
