@@ -46,6 +46,17 @@ def test_question_and_answer_become_a_chat(tmp_path):
     assert rows.dataset[0]["prompt"] == [{"role": "system", "content": "good"}, user("paris ?")]
 
 
+def test_squads_form_of_answers(tmp_path):
+    row = {"question": "paris ?", "context": "x", "answers": {"text": ["france", "the france"], "answer_start": [0, 0]}}
+    names = {"question": "question", "answer": "answers"}
+    rows = read(write(tmp_path / "d.jsonl", [row]), tiny_tokenizer(None), columns=names)
+    assert rows.dataset[0] == {"prompt": "paris ?\n", "completion": "france"}
+    assert rows.answers == [["france", "the france"]]
+    for answers in ({"text": []}, {"text": [3]}, {"start": [1]}):
+        with pytest.raises(BadInput, match="d.jsonl, line 1"):
+            read(write(tmp_path / "d.jsonl", [row | {"answers": answers}]), columns=names)
+
+
 @pytest.mark.parametrize("template, chat", [(None, None), (CHAT, False)])
 def test_question_and_answer_without_a_chat(tmp_path, template, chat):
     rows = read(write(tmp_path / "d.jsonl", QA), tiny_tokenizer(template), chat=chat)

