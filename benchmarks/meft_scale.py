@@ -63,12 +63,14 @@ def worker(job: dict[str, Any]) -> None:
 
 
 def formula(run: dict[str, Any], fields: dict[str, Any], steps: int) -> tuple[float, float]:
-    """Bytes a step by specs 1.6: probed experts up, those that fired up again and their gradients down; and of all."""
+    """Bytes a step: probed experts up, those that fired up again and their gradients down (the paper's eq. 8 counts one
+    way), of a probed expert's router the gradient down and the new row up; and the same of all."""
     from trimtab.methods.meft import Meft
 
     experts, block = Meft(**fields).layout()
-    row = block * 2 * WIDTH * 4
-    return (run["probed"] + run["fired"]) / steps * row, LAYERS * experts * row * 3
+    row, router = block * 2 * WIDTH * 4, WIDTH * 4
+    moved = (run["probed"] + run["fired"]) * row + run["probed"] * 2 * router
+    return moved / steps, LAYERS * experts * (row * 3 + router * 2)
 
 
 def shares(run: dict[str, Any]) -> str:

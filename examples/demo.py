@@ -28,7 +28,6 @@ SHOWN = 6
 
 
 def main() -> None:
-    began = time.monotonic()
     from trimtab import Recipe
     from trimtab.demo import TEST_TEMPLATE, build_geography
     from trimtab.model.cache import cached_folder
@@ -36,6 +35,7 @@ def main() -> None:
 
     cached_folder(MODEL, say=progress)
     know_machine()
+    began = time.monotonic()
     made = build_geography(FOLDER, FACTS)
     print(f"1  {made.facts} facts: which country a city is in; {made.countries} countries")
     print(f"   {made.train_rows} questions to train on, {made.test_rows} to test with, such as")
@@ -95,7 +95,7 @@ def know_machine() -> None:
     from trimtab.doctor import doctor, known_overhead
 
     if not known_overhead().measured:
-        progress("This machine is measured, once: it takes about a minute")
+        progress("This machine is measured, once: it takes about two minutes")
         doctor()
 
 

@@ -22,6 +22,7 @@ What differs from the paper, and why:
   leaves it as drawn.
 - A row of the store is an expert, each pair one record [key | value]. Rows are brought up again in the pass back, so
   that one layer's rows are in work at a time; for the pass back are kept h, the experts' numbers and the K scores.
+- A trained router lies in a table too, and fast memory has a copy to score with (model/expert_router.py).
 - Adam steps touched experts only (memory/row_adam.py).
 - N = 4 sqrt(r) experts in all and n_p = 8, after the authors' code; r is rounded up to whole experts.
 """

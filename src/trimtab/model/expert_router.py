@@ -103,8 +103,9 @@ class Router(nn.Module):
     def refresh(self, rows: Sequence[int] | None = None) -> None:
         """Bring rows of the table (default: all) to fast memory."""
         if self.table is not None and not self.table.planned:
-            chosen = slice(None) if rows is None else torch.tensor(rows, dtype=torch.int64)
+            chosen = torch.arange(self.table.rows) if rows is None else torch.tensor(rows, dtype=torch.int64)
             self.router[chosen] = self.table.whole()[chosen].to(self.router.device)
+            self.table.traffic.up += len(chosen) * self.table.parts[VALUES].nbytes
 
     @torch.no_grad()
     def tend(self, step: int, moved: Sequence[list[int]]) -> None:
