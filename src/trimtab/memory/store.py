@@ -148,7 +148,7 @@ class TieredStore:
     def fetch(self, rows: Sequence[int]) -> list[Tensor]:
         """The rows' numbers on the fast device, each of `shape`: views, valid until the next optimiser step."""
         if self.planned:
-            return [torch.empty(self.shape, dtype=self.parts[VALUES].dtype, device=self.device)] * len(rows)
+            return [torch.empty(self.shape, dtype=self.parts[VALUES].dtype, device=self.device) for _ in rows]
         if self.catch_up is not None:
             self.catch_up(rows)
         size = self.parts[VALUES].nbytes

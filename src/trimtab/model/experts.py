@@ -69,10 +69,8 @@ def by_expert(probed_TP: Tensor, store: TieredStore, alive_TP: Tensor | None = N
         order = order[alive_TP.flatten()[order]]
         flat = flat[order]
     tokens = order.div(probed_TP.shape[1], rounding_mode="floor")
-    if store.planned:  # all pairs are worked off; a bound on what is held: of the experts in turn, one has all tokens
-        size, probes = probed_TP.shape
-        places = [slice(at * size, (at + 1) * size) for at in range(probes)]
-        return Groups(order, [0] * probes, [tokens[at] for at in places], places)
+    if store.planned:  # a bound, for the planner: of the experts at work in turn, one may have all tokens
+        return Groups(order, [0], [tokens[: len(probed_TP)]], [slice(0, len(probed_TP))])
     counts = torch.bincount(flat, minlength=store.rows)
     experts = counts.nonzero().flatten()
     sizes = counts[experts].tolist()
