@@ -1,7 +1,7 @@
 """What a training with a patch holds in fast memory beyond the frozen base, counted in the same way for all methods.
 
 trained       weight, gradient and Adam's two moments of each trained number outside the slow tier: 16 bytes
-other         own tensors that are not trained: indices, a router that is not trained
+other         own tensors that are not trained: indices, a router; of one whose table is slow, the copy that scores
 bookkeeping   what Adam notes of each row in the slow tier: the step it has come to, and whether it has moved
 rows          rows of the slow tier at work: the most of one layer in one micro-batch, as if they were gathered
               before an accelerator. On the way up the rows of all experts probed; on the way back the rows, and as
@@ -71,5 +71,8 @@ def fast_bytes(surgery: Surgery, rows: int, activations: int) -> dict[str, int]:
             continue
         trained += 16 * tensor.numel() if tensor.requires_grad else 0
         other += 0 if tensor.requires_grad else tensor.nbytes
+    for adapter in getattr(surgery, "adapters", {}).values():
+        which = getattr(adapter, "which", None)
+        other += which.router.nbytes if which is not None and which.table is not None else 0
     notes = sum(table.optimiser.last.nbytes + table.optimiser.moved.nbytes for table in tables)
     return {"trained": trained, "other": other, "bookkeeping": notes, "rows": rows, "activations": max(0, activations)}

@@ -39,7 +39,8 @@ def write_weights(
         shapes, filename_pattern="adapter_model{suffix}.safetensors", max_shard_size=shard or SHARD
     )
     sums = {key: of_parts(t, len(t) if is_table(t) else 1) for key, t in tensors.items()}
-    for file, keys in split.filename_to_tensors.items():
+    files = split.filename_to_tensors or {WEIGHTS: []}  # a checkpoint may hold all it has in tables
+    for file, keys in files.items():
         write_tensors(folder / file, {key: pieces_of(tensors[key], sums[key]) for key in keys}, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

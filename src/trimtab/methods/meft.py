@@ -156,6 +156,7 @@ class MeftSurgery(Surgery):
             if adapter.which.table is not None:
                 own[f"{name}.router"] = adapter.which.table.whole()
             own |= {f"{name}.{key}": t for key, t in adapter.which.state_dict(keep_vars=True).items()}
+            own[f"{name}.anchor"] = adapter.trained
         return own
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:

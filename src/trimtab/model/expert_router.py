@@ -104,7 +104,7 @@ class Router(nn.Module):
         """Bring rows of the table (default: all) to fast memory."""
         if self.table is not None and not self.table.planned:
             chosen = torch.arange(self.table.rows) if rows is None else torch.tensor(rows, dtype=torch.int64)
-            self.router[chosen] = self.table.whole()[chosen].to(self.router.device)
+            self.router[chosen] = self.table.whole()[chosen].to(self.router)
             self.table.traffic.up += len(chosen) * self.table.parts[VALUES].nbytes
 
     @torch.no_grad()
