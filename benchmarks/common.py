@@ -7,6 +7,7 @@ when the model is there and nothing is trained yet (growth counts from a mark), 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -150,6 +151,25 @@ def alternate(sides: dict[str, Any], repeats: int, show=print) -> dict[str, list
 def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> list[float]:
     """Round by round, so that a drift of the machine's speed cancels."""
     return [a[key] / b[key] for a, b in zip(ours, theirs, strict=True)]
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """What each benchmark understands: --quick, a short form that writes no result unless --json names a file."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a short form; nothing is written without --json")
+    parser.add_argument("--json", metavar="FILE", help="where the result goes (default: benchmarks/results)")
+    return parser
+
+
+def conclude(
+    name: str, args: argparse.Namespace, summary: dict[str, Any], targets: dict[str, list[Any]], **content: Any
+) -> None:
+    """Print the figures beside what is wanted, and write the result of a whole run."""
+    for key, value in summary.items():
+        wanted = f"wanted {' '.join(map(str, targets[key]))}" if key in targets else ""
+        print(f"{key:<24} {value:.4g}  {wanted}".rstrip())
+    if args.json or not args.quick:
+        write_result(name, args.json, summary=summary, targets=targets, **content)
 
 
 def write_result(name: str, path: str | None, **content: Any) -> Path:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, say, spread, write_result  # noqa: E402
+from common import RESULTS, options, say, spread, write_result  # noqa: E402
 
 Job = dict[str, Any]
 APART, SEEDS = 100, (0, 1, 2)  # seeds of the facts: of those that settings are chosen on, and of those tested
@@ -317,14 +317,12 @@ def worker(job: Job) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("part", choices=("capacity", "real", "worker"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--work", help="keeps each training's result")
     parser.add_argument("--through", default="", help="a command to start each training under")
     parser.add_argument("--facts", type=int, default=1000)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json")
     args = parser.parse_args()
     if args.part == "worker":
         worker(json.loads(args.job))

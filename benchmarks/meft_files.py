@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import child, say, write_result  # noqa: E402
+from common import child, conclude, options, say  # noqa: E402
 
 MIB, GIB = 2**20, 2**30
 WIDTHS = (4096, 8192, 16384)
@@ -56,11 +56,9 @@ def worker(job: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="the narrowest only; nothing is written without --json")
     parser.add_argument("--folder", help="where the tables and adapters are written (default: the temporary folder)")
-    parser.add_argument("--json")
     args = parser.parse_args()
     if args.worker:
         worker(json.loads(args.worker))
@@ -86,12 +84,9 @@ def main() -> None:
         "save_peak_mib": max(held["save"]), "load_peak_mib": max(held["load"]),
         "widest_adapter_gib": rows[-1]["adapter, GiB"],
     }  # fmt: skip
-    print(summary)
-    if args.quick and not args.json:
-        return
-    write_result(
-        "meft_files", args.json, title="Saving and loading a tall adapter", claim=CLAIM, summary=summary,
-        targets=TARGETS, rows=rows, notes=NOTES,
+    conclude(
+        "meft_files", args, summary, TARGETS, title="Saving and loading a tall adapter", claim=CLAIM, rows=rows,
+        notes=NOTES,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import write_result  # noqa: E402
+from common import conclude, options  # noqa: E402
 
 WORDS = "which country is in the of paris lyon france spain madrid a good bad film ? .".split()
 STEPS, SAVE = 10, 2
@@ -211,13 +211,10 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         "kills": sum(row["kills"] for row in rows), "resumed_equal": sum(row["equal"] for row in rows),
         "with_a_checkpoint": with_checkpoint,
     }  # fmt: skip
-    print(summary)
-    if args.quick and not args.json:
-        return
     targets = {"kills": [">=", 50], "resumed_equal": [">=", summary["kills"]]}
-    write_result(
-        "meft_kill", args.json, title="A killed run goes on bit for bit", claim=CLAIM, summary=summary,
-        targets=targets, rows=rows, notes=NOTES,
+    conclude(
+        "meft_kill", args, summary, targets, title="A killed run goes on bit for bit", claim=CLAIM, rows=rows,
+        notes=NOTES,
     )  # fmt: skip
 
 
@@ -242,12 +239,10 @@ NOTES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="6 kills; nothing is written without --json")
+    parser = options(__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where the runs are made (default: the temporary folder)")
-    parser.add_argument("--json")
     args = parser.parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import HERE, RESULTS, child, say, write_result  # noqa: E402
+from common import HERE, RESULTS, child, options, say, write_result  # noqa: E402
 
 EXAMPLES = HERE.parent / "examples" / "meft"
 MODEL = "smollm2-135m"
@@ -121,13 +121,11 @@ def shown(name: str, side: str, rate: float | None, runs: list[dict[str, Any]]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--data", help="the folder with the four data sets")
     parser.add_argument("--sets", default=",".join(SETS), help="only these, by commas")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json")
     args = parser.parse_args()
     if args.worker:
         worker(json.loads(args.worker))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import child, say, write_result  # noqa: E402
+from common import child, conclude, options, say  # noqa: E402
 
 GIB, STEPS = 2**30, 4
 SMOL, QWEN, ENCODER = "smollm2-135m", "qwen2", "minilm-l6"
@@ -156,13 +156,10 @@ def measure(args: argparse.Namespace) -> None:
     summary["peak_median_error"] = statistics.median(abs(row["errors"]["peak"]) for row in rows)
     for row in rows:
         del row["errors"]
-    for name, value in summary.items():
-        print(f"{name:<22} {value:.4g}  {' '.join(map(str, TARGETS.get(name, [])))}")
-    if (args.quick or args.only) and not args.json:
-        return
-    write_result(
-        "plan_accuracy", args.json, title="What the plan says beside what the run holds", claim=CLAIM, summary=summary,
-        targets=TARGETS, rows=rows, notes=NOTES,
+    args.quick = args.quick or bool(args.only)
+    conclude(
+        "plan_accuracy", args, summary, TARGETS, title="What the plan says beside what the run holds", claim=CLAIM,
+        rows=rows, notes=NOTES,
     )  # fmt: skip
 
 
@@ -184,11 +181,9 @@ NOTES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="")
-    parser.add_argument("--json")
     args = parser.parse_args()
     worker(json.loads(args.worker)) if args.worker else measure(args)
 

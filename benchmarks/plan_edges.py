@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import trimtab, write_result  # noqa: E402
+from common import conclude, options, trimtab  # noqa: E402
 from plan_accuracy import (  # noqa: E402  # noqa: E402
     ADAPTER,
     AGAIN,
@@ -74,12 +74,9 @@ def measure(args: argparse.Namespace) -> None:
         "finished_at_plus_5": sum(row["exit at +5 %"] == 0 for row in rows),
         "refused_at_minus_15": sum(row["exit at -15 %"] == 3 for row in rows),
     }
-    print(summary)
-    if args.quick and not args.json:
-        return
-    write_result(
-        "plan_edges", args.json, title="Runs at the edge of their budget", claim=CLAIM, summary=summary,
-        targets=TARGETS, rows=rows, notes=NOTES,
+    conclude(
+        "plan_edges", args, summary, TARGETS, title="Runs at the edge of their budget", claim=CLAIM, rows=rows,
+        notes=NOTES,
     )  # fmt: skip
 
 
@@ -92,9 +89,7 @@ NOTES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json")
+    parser = options(__doc__)
     measure(parser.parse_args())
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import alternate, child, say, spread, trimtab, write_result  # noqa: E402
+from common import alternate, child, conclude, options, say, spread, trimtab  # noqa: E402
 
 SMOL = {
     "model": "smollm2-135m", "data": {"train": "facts.jsonl"}, "budget": {"fast": "1GiB"},
@@ -71,13 +71,9 @@ def measure(args: argparse.Namespace) -> None:
     summary = {f"{name}_seconds": statistics.median(taken) for name, taken in seconds.items()}
     summary["search_candidates"] = len(table["candidates"])
     rows = [{"what": WHAT[name], "runs": len(taken), "seconds": spread(taken)} for name, taken in seconds.items()]
-    for name, value in summary.items():
-        print(f"{name:<18} {value:.3g}  {' '.join(map(str, TARGETS[name]))}")
-    if args.quick and not args.json:
-        return
-    write_result(
-        "plan_time", args.json, title="How long a plan takes", claim=CLAIM, summary=summary, targets=TARGETS, rows=rows,
-        notes=NOTES, candidates=table["candidates"],
+    conclude(
+        "plan_time", args, summary, TARGETS, title="How long a plan takes", claim=CLAIM, rows=rows, notes=NOTES,
+        candidates=table["candidates"],
     )  # fmt: skip
 
 
@@ -97,11 +93,9 @@ NOTES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json")
     args = parser.parse_args()
     worker() if args.worker else measure(args)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Clock, child, follow, say, write_result  # noqa: E402
+from common import Clock, child, conclude, follow, options, say  # noqa: E402
 
 GIB, BUDGET, TOKENS, PAIRS = 2**30, "6GiB", 256, 3200
 TARGETS = {"anon_peak_gib": ["<=", 6.0]}
@@ -104,13 +104,11 @@ def worker(job: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="4 of the 32 blocks")
     parser.add_argument("--folder", help="where the model, the table and the run are written")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--fields", default="{}", help="fields of meft other than r, as JSON")
-    parser.add_argument("--json")
     args = parser.parse_args()
     if args.worker:
         worker(json.loads(args.worker))
@@ -138,13 +136,7 @@ def main() -> None:
         "written, GiB": f"{run['written'] / GIB:.1f}",
     }  # fmt: skip
     print(row)
-    print(summary)
-    if args.quick and not args.json:
-        return
-    write_result(
-        "seven_b", args.json, title="LLaMA-7B's shape in 6 GiB", claim=CLAIM, summary=summary, targets=TARGETS,
-        rows=[row], notes=NOTES,
-    )  # fmt: skip
+    conclude("seven_b", args, summary, TARGETS, title="LLaMA-7B's shape in 6 GiB", claim=CLAIM, rows=[row], notes=NOTES)
 
 
 if __name__ == "__main__":

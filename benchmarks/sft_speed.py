@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, Clock, alternate, child, follow, ratios, say, spread, ticks, write_result  # noqa: E402
+from common import RESULTS, Clock, alternate, child, conclude, follow, options, ratios, say, spread, ticks  # noqa: E402
 
 ROWS, LENGTH = 4, 256
 GIB = 2**30
@@ -236,20 +236,11 @@ def finish(args: argparse.Namespace, summary: dict[str, float], rows: list[dict[
     summary = {**before["summary"], **summary}
     for row in rows:
         print("  ".join(f"{key}: {value}" for key, value in row.items() if value != ""))
-    for name, value in summary.items():
-        print(f"{name:<22} {value:.3f}  wanted {' '.join(map(str, TARGETS[name]))}")
-    if args.quick and not args.json:
-        return
-    write_result(
-        "sft_speed",
-        args.json,
-        title="Fine-tuning speed and memory against TRL + PEFT",
-        claim=CLAIM,
-        summary=summary,
-        targets={name: target for name, target in TARGETS.items() if name in summary},
-        rows=kept + rows,
-        notes=NOTES,
-    )
+    targets = {name: target for name, target in TARGETS.items() if name in summary}
+    conclude(
+        "sft_speed", args, summary, targets, title="Fine-tuning speed and memory against TRL + PEFT", claim=CLAIM,
+        rows=kept + rows, notes=NOTES,
+    )  # fmt: skip
 
 
 CLAIM = (
@@ -267,12 +258,10 @@ NOTES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--losses", metavar="FOLDER")
-    parser.add_argument("--json")
     args = parser.parse_args()
     if args.worker:
         job = json.loads(args.worker)

@@ -42,24 +42,21 @@ PACED = 4  # rows from which a training says how fast steps are
 def measure() -> Overhead:
     """Less than two minutes, in processes one after the other; where one fails, what is not measured."""
     environment = {**os.environ, "TRIMTAB_ALLOCATOR": "none", "HF_HUB_OFFLINE": "1"}
-    found: list[dict[str, float]] = []
+    points: dict[bool, list[tuple[int, int]]] = {False: [], True: []}  # by whether autocast was on
+    processes, paces = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, training in enumerate(ALL):
             command = [sys.executable, "-m", __name__, json.dumps(asdict(training)), f"{folder}/{number}"]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
                 return Overhead()
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-    points: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
-    for training, run_ in zip(ALL, found, strict=True):
-        points[training.cast].append((round(run_["tensors"]), round(run_["held"])))
-    paces = [
-        run_["speed"] / run_["expected"]
-        for training, run_ in zip(ALL, found, strict=True)
-        if training.rows >= PACED and run_["expected"]
-    ]
+            found = json.loads(done.stdout.splitlines()[-1])
+            points[training.cast].append((round(found["tensors"]), round(found["held"])))
+            processes.append(round(found["process"]))
+            if training.rows >= PACED and found["expected"]:
+                paces.append(found["speed"] / found["expected"])
     pace = statistics.median(paces) if paces else Overhead.pace
-    return Overhead.through(round(max(run_["process"] for run_ in found)), points[False], points[True], pace)
+    return Overhead.through(max(processes), points[False], points[True], pace)
 
 
 def run(training: Training, folder: Path) -> dict[str, float]:

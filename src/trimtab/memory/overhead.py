@@ -47,13 +47,12 @@ class Overhead:
         The line has the least sum of squared errors, each over what was held: between absolute errors, by which the
         largest training would decide alone, and relative ones, by which the smallest would, and they scatter most.
         """
-        weight = [1 / held for _, held in points]
-        mean = [sum(w * p[i] for w, p in zip(weight, points, strict=True)) / sum(weight) for i in (0, 1)]
-        both = sum(w * (g - mean[0]) * (h - mean[1]) for w, (g, h) in zip(weight, points, strict=True))
-        square = sum(w * (g - mean[0]) ** 2 for w, (g, _) in zip(weight, points, strict=True))
-        share = _share(both / square - 1)
-        fixed = max(0, round(mean[1] - (1 + share) * mean[0]))
-        more = [(held - fixed) / growth - 1 - share for growth, held in under_cast]
+        import numpy
+
+        grown, held = numpy.array(points, dtype=float).T
+        share = _share(float(numpy.polyfit(grown, held, 1, w=held**-0.5)[0]) - 1)
+        fixed = max(0, round(float(numpy.average(held - (1 + share) * grown, weights=1 / held))))
+        more = [(whole - fixed) / growth - 1 - share for growth, whole in under_cast]
         return cls(process, fixed, share, _share(sum(more) / len(more)), pace, measured=True)
 
 
@@ -68,9 +67,8 @@ def load(machine: dict[str, Any], folder: Path) -> Overhead:
     try:
         held = Overhead(**found)
         numbers = (held.process, held.fixed, held.share, held.cast, held.pace)
-        sound = (
-            all(math.isfinite(n) and n >= 0 for n in numbers) and max(held.share, held.cast) <= MOST_SHARE and held.pace
-        )
+        sound = all(math.isfinite(n) and n >= 0 for n in numbers) and held.pace
+        sound = sound and max(held.share, held.cast) <= MOST_SHARE
     except TypeError:
         return Overhead()
     return held if sound else Overhead()
