@@ -220,7 +220,7 @@ class _Beside(torch.autograd.Function):
         probed_TP, gate_TP = adapter.which.route(h_TD)
         groups = experts.by_expert(probed_TP, adapter.store)
         rows = adapter.store.fetch(groups.experts)
-        fired_TC, top = experts.fire(h_TD, probed_TP, gate_TP, groups, rows, adapter.kept)
+        fired_TC, top = experts.fire(h_TD, probed_TP, gate_TP, groups, rows, adapter.store, adapter.kept)
         if adapter.patch.semantics == "union":
             pairs = experts.chosen_pairs(probed_TP, fired_TC, adapter.store)
             out_TD = torch.zeros_like(h_TD)
@@ -231,7 +231,7 @@ class _Beside(torch.autograd.Function):
         else:
             held = dict(zip(groups.experts, rows, strict=True))
             groups = experts.by_expert(probed_TP, adapter.store, experts.alive(fired_TC, adapter.probes))
-            out_TD = experts.out(h_TD, fired_TC, groups, [held[expert] for expert in groups.experts])
+            out_TD = experts.out(h_TD, fired_TC, groups, [held[expert] for expert in groups.experts], adapter.store)
             ctx.save_for_backward(h_in, probed_TP.to(torch.int32), gate_TP, *top)
         ctx.adapter, ctx.shape = adapter, h.shape
         return torch.add(y, out_TD.view(y.shape), alpha=adapter.patch.scale).to(y.dtype)

@@ -94,8 +94,8 @@ class Router(nn.Module):
             grad_h.addmm_(grad_TN, self.router.to(h_TD.dtype))
         grad_ND = grad_TN.T @ h_TD
         if self.table is not None and not self.table.planned:
-            probed = probed_TP.unique().tolist()
-            self.table.accumulate(probed, [grad_ND[row] for row in probed])
+            probed = probed_TP.unique()
+            self.table.accumulate(probed.tolist(), grad_ND[probed])
 
     # --- between steps ------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Key-value experts: small two-layer ReLU networks whose weights are rows of a store, each at work on its own tokens.
 
 A row holds `block` records [key | value] of 2 D numbers, drawn at random. Tokens are sorted by expert, and each expert
-in work costs a few small dense products on its own tokens, read where its row lies. The functions go by the steps of a
+in work costs a few small dense products on its own tokens, with its row where it lies; tokens are gathered, and what
+comes of them is added up, for a chunk of experts at a time. The functions go by the steps of a
 pass: which experts (`by_expert`), what their keys say (`fire`), what their values add (`out`), and the way back
 (`back`); the same for all tokens on all pairs that any token chose (`chosen_pairs`, `fire_all`, `back_all`).
 
@@ -12,7 +13,6 @@ of a token and a probed expert.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -22,15 +22,43 @@ from torch.nn.functional import normalize
 from ..memory.store import VALUES, TieredStore
 
 DEVIATION = 0.02  # of the keys that are drawn
+FEW = 16  # experts, or pairs, that are worth a gather
+
+
+class Chunk(NamedTuple):
+    """Experts in work at once, the tokens (X,) of all their pairs and the pairs' places in the groups' order."""
+
+    first: int  # of the groups' experts
+    experts: list[int]
+    sizes: list[int]
+    tokens: Tensor
+    at: slice
 
 
 class Groups(NamedTuple):
-    """Experts in work, and for each the tokens it works on and its places in `order`."""
+    """Experts in work, and how many tokens each works on."""
 
     order: Tensor  # the (token, probe) pairs t * P + p, sorted by expert
     experts: list[int]
-    tokens: list[Tensor]
-    places: list[slice]
+    sizes: list[int]
+    tokens: Tensor  # of each of the sorted pairs
+
+    def chunks(self, store: TieredStore, tokens: int) -> Iterator[Chunk]:
+        """The experts a few at a time: no more pairs than tokens, and no more experts than `room`, in work at once."""
+        most, pairs, first, start = room(store, tokens), max(tokens, FEW), 0, 0
+        while first < len(self.experts):
+            last, end = first + 1, start + self.sizes[first]
+            while last < len(self.experts) and last - first < most and end + self.sizes[last] - start <= pairs:
+                end += self.sizes[last]
+                last += 1
+            at = slice(start, end)
+            yield Chunk(first, self.experts[first:last], self.sizes[first:last], self.tokens[at], at)
+            first, start = last, end
+
+
+def room(store: TieredStore, tokens: int) -> int:
+    """Experts whose gradients together are no larger than the tokens' h, or a few."""
+    return min(store.rows, max(FEW, tokens // (2 * store.shape[0])))
 
 
 def drawn(store: TieredStore, seed: int) -> Iterator[tuple[int, Tensor]]:
@@ -70,22 +98,24 @@ def by_expert(probed_TP: Tensor, store: TieredStore, alive_TP: Tensor | None = N
         flat = flat[order]
     tokens = order.div(probed_TP.shape[1], rounding_mode="floor")
     if store.planned:  # a bound, for the planner: of the experts at work in turn, one may have all tokens
-        return Groups(order, [0], [tokens[: len(probed_TP)]], [slice(0, len(probed_TP))])
+        return Groups(order, [0], [len(probed_TP)], tokens[: len(probed_TP)])
     counts = torch.bincount(flat, minlength=store.rows)
     experts = counts.nonzero().flatten()
-    sizes = counts[experts].tolist()
-    places = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-    return Groups(order, experts.tolist(), list(tokens.split(sizes)), places)
+    return Groups(order, experts.tolist(), counts[experts].tolist(), tokens)
 
 
 def fire(
-    h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: Groups, rows: Sequence[Tensor], kept: int
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: Groups, rows: Sequence[Tensor],
+    store: TieredStore, kept: int,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """-> a_t of each token's C candidates, zero but for its K largest, and the same in short for the pass back."""
-    (tokens, probes), (block, _) = probed_TP.shape, rows[0].shape
+    (tokens, probes), block, width = probed_TP.shape, store.shape[0], h_TD.shape[1]
     sorted_XB = h_TD.new_empty(tokens * probes, block)
-    for row_BD, of, at in zip(rows, groups.tokens, groups.places, strict=True):
-        torch.mm(h_TD[of], row_BD[:, : h_TD.shape[1]].to(h_TD.dtype).T, out=sorted_XB[at])
+    for chunk in groups.chunks(store, tokens):
+        h_XD = h_TD.index_select(0, chunk.tokens)
+        fired = sorted_XB[chunk.at].split(chunk.sizes)
+        for row_BD, h_tD, fired_tB in zip(rows[chunk.first :], h_XD.split(chunk.sizes), fired, strict=False):
+            torch.mm(h_tD, row_BD[:, :width].to(h_TD.dtype).T, out=fired_tB)
     fired_TPB = torch.empty_like(sorted_XB).index_copy_(0, groups.order, sorted_XB).view(tokens, probes, block)
     if gate_TP is not None:
         fired_TPB.mul_(gate_TP.unsqueeze(-1))
@@ -110,12 +140,16 @@ def alive(fired_TC: Tensor, probes: int) -> Tensor:
     return (fired_TC > 0).unflatten(1, (probes, -1)).any(-1)
 
 
-def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Sequence[Tensor]) -> Tensor:
+def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Sequence[Tensor], store: TieredStore) -> Tensor:
     """-> what the values add to each token, (T, D)."""
-    sorted_XB = fired_TC.view(-1, rows[0].shape[0])[groups.order] if rows else fired_TC
-    out_TD = torch.zeros_like(h_TD)
-    for row_BD, of, at in zip(rows, groups.tokens, groups.places, strict=True):
-        out_TD.index_add_(0, of, sorted_XB[at] @ row_BD[:, h_TD.shape[1] :].to(h_TD.dtype))
+    (tokens, width), out_TD = h_TD.shape, torch.zeros_like(h_TD)
+    sorted_XB = fired_TC.view(-1, store.shape[0])[groups.order]
+    for chunk in groups.chunks(store, tokens):
+        out_XD = h_TD.new_empty(len(chunk.tokens), width)
+        fired = sorted_XB[chunk.at].split(chunk.sizes)
+        for row_BD, fired_tB, out_tD in zip(rows[chunk.first :], fired, out_XD.split(chunk.sizes), strict=False):
+            torch.mm(fired_tB, row_BD[:, width:].to(h_TD.dtype), out=out_tD)
+        out_TD.index_add_(0, chunk.tokens, out_XD)
     return out_TD
 
 
@@ -124,24 +158,34 @@ def back(
     store: TieredStore,
 ) -> Tensor:  # fmt: skip
     """The rows' gradients into the store, that of h into `grad_h`; -> that of a_t before the ReLU, (T, C)."""
-    D = h_TD.shape[1]
-    sorted_XB = fired_TC.view(-1, store.shape[0])[groups.order]
+    (tokens, D), block = h_TD.shape, store.shape[0]
+    sorted_XB = fired_TC.view(-1, block)[groups.order]
     gates_X = None if gate_TP is None else gate_TP.flatten()[groups.order].unsqueeze(1)
-    grad_XB = torch.empty_like(sorted_XB)
-    grad_BD = h_TD.new_empty(store.shape)
-    for row, row_BD, of, at in zip(
-        groups.experts, store.fetch(groups.experts), groups.tokens, groups.places, strict=True
-    ):
-        record_BD, h_tD, grad_tD, fired_tB = row_BD.to(h_TD.dtype), h_TD[of], grad_TD[of], sorted_XB[at]
-        torch.mm(fired_tB.T, grad_tD, out=grad_BD[:, D:])
-        grad_tB = torch.mm(grad_tD, record_BD[:, D:].T, out=grad_XB[at]).mul_(fired_tB > 0)
-        if gates_X is not None:
-            grad_tB = grad_tB * gates_X[at]
-        torch.mm(grad_tB.T, h_tD, out=grad_BD[:, :D])
-        store.accumulate([row], [grad_BD])
+    all_XB = torch.empty_like(sorted_XB)
+    grads_EBD = h_TD.new_empty(room(store, tokens), *store.shape)
+    rows = store.fetch(groups.experts)
+    for chunk in groups.chunks(store, tokens):
+        sizes, h_XD, grad_XD = chunk.sizes, h_TD.index_select(0, chunk.tokens), grad_TD.index_select(0, chunk.tokens)
+        fired_XB, grad_XB = sorted_XB[chunk.at], all_XB[chunk.at]
+        records = [row_BD.to(h_TD.dtype) for row_BD in rows[chunk.first : chunk.first + len(sizes)]]
+        grads = grads_EBD[: len(sizes)]
+        for record_BD, of_BD, fired_tB, grad_tB, grad_tD in zip(
+            records, grads, fired_XB.split(sizes), grad_XB.split(sizes), grad_XD.split(sizes), strict=True
+        ):
+            torch.mm(fired_tB.T, grad_tD, out=of_BD[:, D:])
+            torch.mm(grad_tD, record_BD[:, D:].T, out=grad_tB)
+        grad_XB.mul_(fired_XB > 0)
+        gated_XB = grad_XB if gates_X is None else grad_XB * gates_X[chunk.at]
+        for record_BD, of_BD, gated_tB, h_tD, grad_tD in zip(
+            records, grads, gated_XB.split(sizes), h_XD.split(sizes), grad_XD.split(sizes), strict=True
+        ):
+            torch.mm(gated_tB.T, h_tD, out=of_BD[:, :D])
+            if grad_h is not None:
+                torch.mm(gated_tB, record_BD[:, :D], out=grad_tD)
+        store.accumulate(chunk.experts, grads)
         if grad_h is not None:
-            grad_h.index_add_(0, of, grad_tB @ record_BD[:, :D])
-    return torch.zeros_like(fired_TC).view(-1, store.shape[0]).index_copy_(0, groups.order, grad_XB).view_as(fired_TC)
+            grad_h.index_add_(0, chunk.tokens, grad_XD)
+    return torch.zeros_like(fired_TC).view(-1, block).index_copy_(0, groups.order, all_XB).view_as(fired_TC)
 
 
 # --- all tokens on the pairs that any of them chose -----------------------------------------------------------------
