@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..memory.store import VALUES, TieredStore
+from ..memory.store import GRADS, VALUES, TieredStore
 
 DEVIATION = 0.02  # of the keys that are drawn
 
@@ -130,7 +130,7 @@ def back(
     grad_XB = torch.empty_like(sorted_XB)
     grad_BD = h_TD.new_empty(store.shape)
     for row, row_BD, of, at in zip(
-        groups.experts, store.fetch(groups.experts), groups.tokens, groups.places, strict=True
+        groups.experts, store.fetch(groups.experts, (VALUES, GRADS)), groups.tokens, groups.places, strict=True
     ):
         record_BD, h_tD, grad_tD, fired_tB = row_BD.to(h_TD.dtype), h_TD[of], grad_TD[of], sorted_XB[at]
         torch.mm(fired_tB.T, grad_tD, out=grad_BD[:, D:])
@@ -164,7 +164,7 @@ def back_all(h_TD: Tensor, grad_TD: Tensor, grad_h: Tensor | None, pairs_NB: Ten
     D = h_TD.shape[1]
     experts = [0] if store.planned else pairs_NB.any(1).nonzero().flatten().tolist()
     grad_BD = h_TD.new_empty(store.shape)
-    for row, row_BD in zip(experts, store.fetch(experts), strict=True):
+    for row, row_BD in zip(experts, store.fetch(experts, (VALUES, GRADS)), strict=True):
         record_BD, fired_TB = row_BD.to(h_TD.dtype), fire_all(h_TD, row_BD, pairs_NB[row])
         torch.mm(fired_TB.T, grad_TD, out=grad_BD[:, D:])
         grad_TB = (grad_TD @ record_BD[:, D:].T).mul_(fired_TB > 0)
