@@ -190,6 +190,6 @@ def _tell(run: dict[str, Any], output: Path, say: Callable[[str], None]) -> None
     if "store_up_bytes_per_step" in measured:
         moved = measured["store_up_bytes_per_step"] + measured["store_down_bytes_per_step"]
         share = measured.get("store_prefetch_hit_rate")
-        ahead = "" if share is None else f", {share:.0%} of the rows that had to be read were there when needed"
+        ahead = "" if share is None else f", {share:.0%} of the rows read ahead in time"
         say(f"tables: {moved / GIB:.2f} GiB moved a step{ahead}")
     say(f"{output / 'adapter'}: the adapter    {output / 'run.json'}: all figures")

@@ -23,7 +23,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -122,28 +122,30 @@ class _Work:
         store = ask.store()
         if store is None or ask.over:
             return
-        table = store._table  # holds the mapping while it is read
-        if store.in_place and table.nbytes:
-            self._read(ask, table.data_ptr(), list(spans(store.parts, store.extent, ask.rows, ask.kinds)))
-        elif table.nbytes:
-            self._carry(ask, store._view(table, VALUES), store.device)
+        if not store.in_place:
+            if (table := store.home) is not None:
+                self._carry(ask, table, store.device)
+            return
+        held, parts = store.pages(ask.rows, ask.kinds)
+        self._read(ask, parts)
+        del held  # until here the mapping stays, whatever becomes of the store
 
-    def _read(self, ask: Ask, base: int, parts: list[tuple[int, int, int]]) -> None:
-        """Order a piece at a time and see it in."""
+    def _read(self, ask: Ask, parts: list[tuple[int, int, int]]) -> None:
+        """Order a piece at a time and see it in. `parts`: address, bytes, how many of the rows are whole by then."""
         found = at = 0
         while at < len(parts) and not ask.over and not self.ended:
             end, size = at, 0
             while end < len(parts) and size < PIECE:
                 size += parts[end][1]
                 end += 1
-            absent = [part for part in parts[at:end] if not self.pages.there(base + part[0], part[1])]
+            absent = [part for part in parts[at:end] if not self.pages.there(*part[:2])]
             done = parts[end - 1][2]
             if absent:
                 self.cold = PATIENCE
                 ask.read += ask.rows[ask.done : done]
             for advise in (self.pages.order, self.pages.bring):
                 for start, length, _ in absent:
-                    advise(base + start, length)
+                    advise(start, length)
             found += len(absent)
             ask.done, at = done, end
             while self.urgent and not ask.now:
@@ -234,23 +236,6 @@ def read_ahead(stores: Iterable[Any], at_end: Callable[[Callable[[], None]], Non
             store.reader = reader
         at_end(reader.close)
     return bool(far)
-
-
-def spans(parts: Any, extent: int, rows: Iterable[int], kinds: Sequence[str]) -> Iterator[tuple[int, int, int]]:
-    """-> (offset in the table, bytes, rows that are whole by then): the pages of these parts, neighbours joined."""
-    wanted = sorted((parts[kind].offset, parts[kind].offset + parts[kind].nbytes) for kind in kinds)
-    start = end = number = 0
-    for number, row in enumerate(rows):
-        for low, high in wanted:
-            low, high = (row * extent + low) // PAGE * PAGE, row * extent + high
-            if end and start <= low <= end:
-                end = max(end, high)
-                continue
-            if end:
-                yield start, end - start, number
-            start, end = low, high
-    if end:
-        yield start, end - start, number + 1
 
 
 class _Pages:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .ahead import Ask, Reader
-from .extent import GRADS, VALUES, layout
+from .extent import GRADS, VALUES, layout, spans
 from .extent import M as M
 from .extent import V as V
 from .mapped import map_file, require_room
@@ -237,6 +237,17 @@ class TieredStore:
         return not self.planned and (self._file is not None or not self.in_place)
 
     @property
+    def home(self) -> Tensor | None:
+        """The rows' numbers in the slow tier, (rows, *shape); None of a table that was dropped."""
+        return self._views.get(VALUES)
+
+    def pages(self, rows: Sequence[int], kinds: Sequence[str]) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Where parts of rows lie: -> the table, and (address, bytes, how many of the rows are whole by then)."""
+        table = self._table
+        found = spans(self.parts, self.extent, rows, kinds) if table.nbytes else ()
+        return table, [(table.data_ptr() + start, length, whole) for start, length, whole in found]
+
+    @property
     def awaits(self) -> bool:
         """Whether it pays to say which rows will be needed: not where all were found in memory lately."""
         return self.reader is not None and (not self.in_place or self.reader.cold)
@@ -245,14 +256,17 @@ class TieredStore:
         """These rows are thought to be what is fetched next: they are read meanwhile, and nobody waits for them."""
         self._let_go()
         if self.reader is not None and (self.in_place or self.catch_up is None):
-            absent = [row for row in rows if row not in self._slot_of]
-            self._expected = self.reader.ask(self, absent, self._touched(kinds))
+            self._expected = self.reader.ask(self, self._without_slot(rows), self._touched(kinds))
 
     def hasten(self, rows: Sequence[int], kinds: Sequence[str]) -> None:
         """These parts will be touched now: read them before any guess; a few, where all were in memory lately."""
         if self.reader is not None and self.in_place:
+            rows = self._without_slot(rows)
             few = rows if self.reader.cold else rows[:: -(-len(rows) // SENSED) or 1]
             self.reader.ask(self, few, self._touched(kinds), now=True)
+
+    def _without_slot(self, rows: Sequence[int]) -> Sequence[int]:
+        return [row for row in rows if row not in self._slot_of] if self._slot_of else rows
 
     def _touched(self, kinds: Sequence[str]) -> Sequence[str]:
         whole = self.slots or self.catch_up is not None  # rows go to slots, or make up steps
@@ -263,7 +277,7 @@ class TieredStore:
         if self.reader is None:
             return {}
         ask, watched, there = self._expected, self.awaits, dict[int, int]()
-        rows = [row for row in rows if row not in self._slot_of]
+        rows = self._without_slot(rows)
         if ask is not None:
             there = {row: at for at, row in enumerate(ask.rows[: ask.done])}
         self._let_go(rows)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory.store import GRADS, VALUES, TieredStore
+from ..memory.store import GRADS, VALUES
 from .expert_router import Router
 
 TOKENS = 64  # of a batch, that the next layer's router is asked about at most
@@ -63,19 +63,24 @@ class Line:
     def passed(self, at: int, gone: Gone) -> Gone:
         """Layer `at` has needed this; -> what the layer below it did in the same pass."""
         self.newest[at] = gone
+        if recomputing():  # its own pass back follows
+            self._expect_back(at, gone)
         return self.newest[at - 1] if at else Gone()
 
     def back(self, at: int, below: Gone, again: bool) -> None:
         """Layer `at` begins its pass back; `again`: layers are computed again on the way, the one below too."""
-        if not at or not (store := self.layers[at - 1].store).awaits:
-            return
-        if again:
-            store.expect(below.probed)
-        else:
-            store.expect(below.fired, (VALUES, GRADS))
-            router: TieredStore | None = self.layers[at - 1].table
-            if router is not None:
-                router.hasten(below.probed, (GRADS,))
+        if at and again:
+            if (store := self.layers[at - 1].store).awaits:
+                store.expect(below.probed)
+        elif at:
+            self._expect_back(at - 1, below)
+
+    def _expect_back(self, at: int, gone: Gone) -> None:
+        layer = self.layers[at]
+        if layer.store.awaits:
+            layer.store.expect(gone.fired, (VALUES, GRADS))
+            if layer.table is not None:
+                layer.table.hasten(gone.probed, (GRADS,))
 
 
 def recomputing() -> bool:
