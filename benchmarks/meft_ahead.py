@@ -158,7 +158,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         text = Path(folder) / "cities.jsonl"
         city_text(text)
-        counts = {"warm_step": 4, "cold_step": 2, "warm_decode": 40, "cold_decode": 12}
+        counts = {"warm_step": 3, "cold_step": 2, "warm_decode": 24, "cold_decode": 8}
         if args.quick:
             counts = {"warm_step": 2, "cold_step": 1, "warm_decode": 5, "cold_decode": 3}
         job = {"text": str(text), "folder": folder, "r": 1024 if args.quick else 16384,

@@ -29,7 +29,8 @@ def traffic(surgeries: Iterable[Surgery], steps: int) -> dict[str, Any]:
     """Per optimiser step, over all tables: bytes moved each way and the share of rows found in the fast tier.
 
     Where rows had to be read from files or copied to a device: how many of them had been asked for and were there when
-    they were needed, and what was read ahead for nothing (which is not among the bytes moved). Of all processes together, where several share the tables (each must call this).
+    they were needed, and what was read ahead for nothing (which is not among the bytes moved). Of all processes
+    together, where several share the tables (each must call this).
     """
     tables = stores_of(surgeries)
     if not tables:
