@@ -1,9 +1,9 @@
 """What reading MEFT's rows ahead saves where the table is not in memory, and what it costs where it is.
 
-SmolLM2-135M, bf16 base, the table in a file, r 16,384. One side reads ahead (`prefetch: true`), the other does not;
-each in a fresh process, in turn. Before each cold pass all pages of the tables are written to the disk and dropped, and
-the kernel is asked whether they are gone. Decoding is greedy, a token a pass; a training step is one row of 32 tokens,
-always the same, forward, back and AdamW.
+SmolLM2-135M, bf16 base, the table in a file, r 16,384. One side reads nothing ahead, one what is known to be needed,
+one also what the next layer may need (`prefetch: none, known, guess`); each in a fresh process, in turn. Before each
+cold pass all pages of the tables are written to the disk and dropped, and the kernel is asked whether they are gone.
+Decoding is greedy, a token a pass; a training step is one row of 32 tokens, always the same, forward, back and AdamW.
 
     python benchmarks/meft_ahead.py [--quick] [--rounds 2] [--folder FOLDER] [--json FILE]
 """
@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import alternate, child, conclude, options, ratios, say, spread  # noqa: E402
 from sft_speed import city_text  # noqa: E402
 
+SIDES = ("none", "known", "guess")
 PROMPT, TOKENS = 32, 32  # tokens of the prompt, of a training step's row
 TARGETS = {
     "cold_speedup_decode": [">=", 1.5], "cold_speedup_step": [">=", 1.5], "warm_cost": ["<=", 1.02],
-    "hit_rate": [">=", 0.7],
+    "guess_speedup_decode": [">=", 1.0],
 }  # fmt: skip
 CLAIM = (
     "SmolLM2-135M, bf16 base, MEFT r 16,384 with its table in a file: where no page of the table is in memory, reading "
@@ -41,7 +42,8 @@ NOTES = [
     "cold: before each pass no page of the tables is in memory (the kernel is asked); warm: all that it needs are.",
     "hit_rate: of the rows that cold decoding needed, those that had been asked for a layer earlier and were there; "
     "wasted: bytes read ahead for nothing, over those needed.",
-    "warm_cost: time with reading ahead over time without, the worse of decoding and of steps.",
+    "cold_speedup, warm_cost: guess against none (of the warm ones the worse of decoding and of steps); guess_speedup: "
+    "guess against known.",
 ]
 
 
@@ -93,7 +95,7 @@ def worker(job: dict[str, Any]) -> None:
     stores, drop = surgery.stores, lambda: files.drop(surgery.stores)
     text = "".join(json.loads(line)["text"] for line in Path(job["text"]).read_text().splitlines()[:40])
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
     def step() -> None:
         row = ids[:, :TOKENS]
@@ -163,21 +165,22 @@ def main() -> None:
             counts = {"warm_step": 2, "cold_step": 1, "warm_decode": 5, "cold_decode": 3}
         job = {"text": str(text), "folder": folder, "r": 1024 if args.quick else 16384,
                "fields": json.loads(args.fields), **counts}  # fmt: skip
-        run = lambda on: child([__file__, "--worker", json.dumps({**job, "prefetch": on})])  # noqa: E731
-        sides = {"without": lambda: run(False), "reading ahead": lambda: run(True)}
-        runs = alternate(sides, 1 if args.quick else args.rounds)
-    off, on = runs["without"], runs["reading ahead"]
+        run = lambda how: child([__file__, "--worker", json.dumps({**job, "prefetch": how})])  # noqa: E731
+        runs = alternate({how: (lambda how=how: run(how)) for how in SIDES}, 1 if args.quick else args.rounds)
+    off, known, on = (runs[how] for how in SIDES)
     faster = {name: statistics.median(ratios(off, on, f"cold_{name}")) for name in ("decode", "step")}
     slower = {name: statistics.median(ratios(on, off, f"warm_{name}")) for name in ("decode", "step")}
+    guessed = {name: statistics.median(ratios(known, on, f"cold_{name}")) for name in ("decode", "step")}
     middle = lambda key: statistics.median(run[key] for run in on)  # noqa: E731
     summary = {
         "cold_speedup_decode": faster["decode"], "cold_speedup_step": faster["step"],
+        "guess_speedup_decode": guessed["decode"], "guess_speedup_step": guessed["step"],
         "warm_cost": max(slower.values()), "warm_cost_decode": slower["decode"], "warm_cost_step": slower["step"],
         "hit_rate": middle("hits_decode"), "wasted": middle("wasted_decode"),
         "hit_rate_step": middle("hits_step"), "wasted_step": middle("wasted_step"),
     }  # fmt: skip
     rows = [
-        {"side": side, **{f"{heat} {work}, ms": spread([1000 * run[f"{heat}_{work}"] for run in of])
+        {"prefetch": side, **{f"{heat} {work}, ms": spread([1000 * run[f"{heat}_{work}"] for run in of])
                           for work in ("decode", "step") for heat in ("cold", "warm")}}
         for side, of in runs.items()
     ]  # fmt: skip

@@ -332,7 +332,7 @@ def test_reading_ahead_changes_nothing(fields, checkpointing, monkeypatch):
     """Bit for bit, over steps of several micro-batches; and the bytes moved are counted alike."""
     ends, moved = [], []
     monkeypatch.setattr(Reader, "cold", True)  # guess all the time
-    for prefetch in (False, True):
+    for prefetch in ("none", "known", "guess"):
         model, surgery = patched(prefetch=prefetch, **fields)
         if checkpointing is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
@@ -340,10 +340,10 @@ def test_reading_ahead_changes_nothing(fields, checkpointing, monkeypatch):
         accumulated(model)
         moved.append([(t.hits, t.misses, t.up, t.down) for t in (one.traffic for one in surgery.stores)])
         ends.append({key: tensor.detach().clone() for key, tensor in surgery.own_tensors().items()})
-        assert (surgery.stores[0].traffic.needed > 0) == prefetch
+        assert (surgery.stores[0].traffic.needed > 0) == (prefetch != "none")
         surgery.revert()
-    assert moved[0] == moved[1]
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    assert moved[0] == moved[1] == moved[2]
+    assert all(torch.equal(ends[0][key], end[key]) for end in ends[1:] for key in ends[0])
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["kept", "again", "again, reentrant"])
@@ -366,18 +366,29 @@ def test_the_pass_back_is_known(fields, checkpointing):
 
 
 def test_the_next_layers_experts_are_guessed():
-    """Here the second layer's input is the first one's, so that the guess is right for all that is probed."""
+    """The first layer reads nearly what the second one does: what both probe was asked for in time."""
     model, surgery = patched(AtOnce())
     first, second = surgery.adapters.values()
     h = torch.randn(3, 64)
-    for _ in range(2):
-        first(h, h)
-        second(h, h)
-    found = second.store.traffic
-    probed = second.which.route(h)[0].unique().tolist()
-    wide = second.which.guess(h, 2)
-    assert found.foreseen == found.needed == 2 * len(probed) and set(probed) < set(wide)
-    assert found.unused == 2 * (len(wide) - len(probed)) * second.store.parts[VALUES].nbytes > 0
+    near = h + 0.3 * torch.randn(3, 64)
+    first(near, near)
+    second(h, h)
+    guessed, probed = (set(second.which.probed(read)) for read in (near, h))
+    found, size = second.store.traffic, second.store.parts[VALUES].nbytes
+    assert 0 < len(guessed & probed) < len(probed) and guessed - probed
+    assert (found.foreseen, found.needed) == (len(guessed & probed), len(probed))
+    assert found.unused == len(guessed - probed) * size and found.up == len(probed) * size
+
+
+def test_what_is_only_known_is_not_guessed():
+    model, surgery = patched(AtOnce(), prefetch="known")
+    second = list(surgery.adapters.values())[1].store
+    loss = model(**tiny_batch(model)).loss
+    assert second.traffic.foreseen == 0 < second.traffic.needed
+    low = surgery.stores[0]
+    low.traffic = type(low.traffic)()
+    loss.backward()
+    assert low.traffic.foreseen == low.traffic.needed > 0
 
 
 def test_of_a_long_batch_the_guess_is_what_was_needed_last():
@@ -390,12 +401,12 @@ def test_of_a_long_batch_the_guess_is_what_was_needed_last():
         first(h, h)
         second(h, h)
     needed = second.which.route(long)[0].unique().tolist()
-    sampled = second.which.guess(long[::4], 2)
-    assert asked == [sampled, needed, second.which.guess(short, 2), sampled]
+    sampled = second.which.probed(long[::4])
+    assert asked == [sampled, needed, second.which.probed(short), sampled]
 
 
 def test_there_is_no_reader_where_nothing_is_read():
-    for fields, place in (({"prefetch": False}, DISK), ({}, Place(fast="cpu", slow="ram"))):
+    for fields, place in (({"prefetch": "none"}, DISK), ({}, Place(fast="cpu", slow="ram"))):
         _, surgery = patched(place=place, **fields)
         assert all(one.reader is None for one in surgery.stores)
         assert all(adapter.line is None for adapter in surgery.adapters.values())

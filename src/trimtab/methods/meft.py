@@ -59,7 +59,7 @@ from ..model.surgery import Swaps
 NAME = "trimtab_meft"
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
-           "moments": tuple(MOMENTS)}  # fmt: skip
+           "moments": tuple(MOMENTS), "prefetch": ("guess", "known", "none")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Meft(Patch):
     adam: str = "lazy"  # rows without a gradient: left alone ("lazy"), or moved as dense Adam would ("exact")
     moments: str = "fp32"  # Adam's state: "fp32", "bf16" or "int8" (by blocks of 256, as bitsandbytes keeps it)
     cache: float = 0.0  # GiB of the fast tier for hot experts, over all layers
-    prefetch: bool = True  # read the next layer's experts from a file, or copy them to a device, before it is reached
+    prefetch: str = (
+        "guess"  # what is read ahead from a file: "known" to be needed, the next layer's "guess" too, "none"
+    )
     seed: int = 0  # of the keys
 
     def apply(self, model: PreTrainedModel, place: Place) -> MeftSurgery:
@@ -113,8 +115,8 @@ class Meft(Patch):
                 surgery.swaps.hook(ffn.beside(adapter))
                 surgery.adapters[ffn.name] = adapter
             step_with_optimisers(surgery.swaps)
-            if self.prefetch and read_ahead(surgery.stores, surgery.swaps.on_undo):
-                line = Line()
+            if self.prefetch != "none" and read_ahead(surgery.stores, surgery.swaps.on_undo):
+                line = Line(guesses=self.prefetch == "guess")
                 for adapter in surgery.adapters.values():
                     adapter.line, adapter.at = line, line.join(adapter.which)
             settle(surgery.stores)

@@ -82,11 +82,10 @@ class Router(nn.Module):
             return probed_TP, None
         return probed_TP, logits_TN.gather(1, probed_TP).softmax(-1).mul_(self.probes)
 
-    def guess(self, h_TD: Tensor, wider: int) -> list[int]:
-        """The experts that any of these tokens would probe, with `wider` times as many probes as there are."""
+    def probed(self, h_TD: Tensor) -> list[int]:
+        """The experts that any of these tokens would probe."""
         logits_TN = h_TD @ self.router.to(h_TD.dtype).T
-        many = min(wider * self.probes, self.store.rows)
-        return self._biased(logits_TN).topk(many, sorted=False).indices.unique().tolist()
+        return self._biased(logits_TN).topk(self.probes, sorted=False).indices.unique().tolist()
 
     def _biased(self, logits_TN: Tensor) -> Tensor:
         return logits_TN if self.bias is None else logits_TN + self.bias.to(logits_TN.dtype)

@@ -1,9 +1,9 @@
 """Which experts the next layer will need, said before it is reached, so that their rows are read meanwhile.
 
 On the way forward it is a guess. The residual stream changes little from one layer to the next, so the next layer's
-router is asked about what this layer reads, for twice as many experts as it will probe. A long batch needs much the
-same experts as the one before it: there the guess is what the layer needed last time, which costs no product. On the
-way back it is known: what fired in the layer below.
+router is asked about what this layer reads. A long batch needs much the same experts as the one before it: there the
+guess is what the layer needed last time, which costs no product. On the way back it is known: what fired in the layer
+below.
 
 T tokens, D hidden size, N experts, P probes.
 """
@@ -20,7 +20,6 @@ from ..memory.store import GRADS, VALUES
 from .expert_router import Router
 
 TOKENS = 64  # of a batch, that the next layer's router is asked about at most
-WIDER = 2  # guessed experts of a token, over those that it will probe
 
 
 class Gone(NamedTuple):
@@ -38,7 +37,8 @@ class Line:
     what the layer below needed (`passed`), as long as the graph lives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guesses: bool = True) -> None:
+        self.guesses = guesses
         self.layers: list[Router] = []
         self.newest: list[Gone] = []
 
@@ -50,7 +50,7 @@ class Line:
 
     def guess(self, at: int, h_TD: Tensor) -> None:
         """Layer `at` has read h: what the next one will probe."""
-        if at + 1 == len(self.layers) or recomputing():
+        if not self.guesses or at + 1 == len(self.layers) or recomputing():
             return
         layer, last, tokens = self.layers[at + 1], self.newest[at + 1], len(h_TD)
         if not layer.store.awaits:
@@ -58,7 +58,7 @@ class Line:
         if tokens > TOKENS and 2 * last.tokens >= tokens:
             layer.store.expect(last.probed)
         else:
-            layer.store.expect(layer.guess(h_TD[:: -(-tokens // TOKENS) or 1], WIDER))
+            layer.store.expect(layer.probed(h_TD[:: -(-tokens // TOKENS) or 1]))
 
     def passed(self, at: int, gone: Gone) -> Gone:
         """Layer `at` has needed this; -> what the layer below it did in the same pass."""
