@@ -62,13 +62,18 @@ class Files:
         mapped.mmap = SimpleNamespace(mmap=keeping)
 
     def drop(self, stores: list[Any]) -> None:
-        """Write and drop all pages; fails if any is still in memory."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        for descriptor, _ in self.held:
-            os.fdatasync(descriptor)
-        left = 0
+        """Write and drop all pages. A page that is being read cannot be dropped yet; fails if any stays."""
+        for _ in range(100):
+            if not (left := self._drop(stores)):
+                return
+        raise RuntimeError(f"{left} pages of the tables are still in memory")
+
+    def _drop(self, stores: list[Any]) -> int:
+        """-> how many pages are still in memory."""
+        libc, left = ctypes.CDLL(None, use_errno=True), 0
         for (descriptor, size), store in zip(self.held, stores, strict=True):
             at = ctypes.c_void_p(store._table.data_ptr())
+            os.fdatasync(descriptor)
             if libc.madvise(at, ctypes.c_size_t(size), mmap.MADV_DONTNEED):
                 raise OSError(ctypes.get_errno(), "madvise")
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -76,8 +81,7 @@ class Files:
             if libc.mincore(at, ctypes.c_size_t(size), pages):
                 raise OSError(ctypes.get_errno(), "mincore")
             left += len(pages) - pages.raw.count(b"\0")
-        if left:
-            raise RuntimeError(f"{left} pages of the tables are still in memory")
+        return left
 
 
 def worker(job: dict[str, Any]) -> None:

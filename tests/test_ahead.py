@@ -116,16 +116,13 @@ def test_a_kernel_that_knows_less_is_asked_for_less():
             ahead.ctypes.set_errno(22)
             return -1
 
-        def mincore(self, start, length, into):
-            return -1
-
-    pages.libc, pages.populate = Old(), True
+    pages.libc, pages.mincore, pages.populate = Old(), lambda *args: -1, True
     for _ in range(2):
         assert not pages.there(0, PAGE)
         pages.order(0, PAGE)
         pages.bring(0, PAGE)
     assert asked == [ahead.WILLNEED, ahead.POPULATE_READ, ahead.WILLNEED]
-    pages.libc = None
+    pages.libc = pages.mincore = None
     pages.order(0, PAGE)
     assert not pages.there(0, PAGE)
 
@@ -141,7 +138,7 @@ def test_what_is_needed_now_goes_before_guesses():
     reader.serve()
     first = needed._table.data_ptr() + 7 * needed.extent
     assert reader._work.pages.ordered[0] == (first, PAGE) and len(reader._work.pages.ordered) == 3
-    assert reader._work.pages.ordered == reader._work.pages.brought
+    assert reader._work.pages.brought == reader._work.pages.ordered[1:], "what is needed now is touched anyway"
 
 
 def test_a_guess_that_is_late_is_let_go_and_the_rest_asked_for():
@@ -157,21 +154,23 @@ def test_a_guess_that_is_late_is_let_go_and_the_rest_asked_for():
 
 def test_where_all_is_in_memory_a_few_rows_are_looked_at_and_nothing_is_guessed():
     reader = alone()
-    made = store(rows=10 * SENSED, reader=reader)
+    made, calls = store(rows=40, reader=reader), reader._work.calls
     pages = reader._work.pages
     assert not made.awaits
-    made.fetch(range(10 * SENSED))
+    made.fetch(range(40))
+    assert made.awaits, "one of the rows that were looked at was not there: all are read"
     reader.serve()
-    assert len(pages.ordered) == SENSED and made.awaits, "they were not: from now on all are read"
-    made.fetch(range(10 * SENSED))
-    reader.serve()
-    assert len(pages.ordered) == 10 * SENSED
+    assert len(pages.ordered) == 40 and made.traffic.needed == 0
     for _ in range(PATIENCE):
         assert made.awaits
         made.fetch([1])
         reader.serve()
-    assert not made.awaits and len(pages.ordered) == 10 * SENSED
-    assert made.traffic.needed == 10 * SENSED + PATIENCE, "counted while rows had to be read"
+    made.fetch(range(40))
+    assert not made.awaits and not reader._work.urgent and len(pages.ordered) == 40 and calls.empty()
+    assert made.traffic.needed == PATIENCE, "counted while rows had to be read"
+    pages.held.discard(made._table.data_ptr() + 40 // SENSED * made.extent)
+    made.fetch(range(40))
+    assert made.awaits and len(reader._work.urgent) == 1
 
 
 def test_hot_rows_are_not_read_and_what_goes_to_a_slot_is_read_whole():
@@ -227,6 +226,7 @@ def test_the_thread_starts_when_asked_and_ends_when_closed_or_forgotten():
     made = store(reader=Reader())
     assert running() == before
     made.fetch([1, 2, 3])
+    assert running() == before, "all is in memory"
     made.expect([4])
     (thread,) = set(running()) - set(before)
     made.reader.close()
@@ -235,7 +235,7 @@ def test_the_thread_starts_when_asked_and_ends_when_closed_or_forgotten():
     made.reader.close()
     assert running() == before, "what is closed stays closed"
     made.reader = Reader()
-    made.fetch([1])
+    made.expect([1])
     (thread,) = set(running()) - set(before)
     made.reader = None
     gc.collect()
@@ -285,7 +285,7 @@ def test_a_process_ends_whatever_is_being_read(how, code, tmp_path):
 
 def test_workers_that_are_forked_do_not_hang():
     made = store(reader=Reader())
-    made.fetch([1, 2])
+    made.expect([1, 2])
     rows = list(DataLoader(list(range(8)), num_workers=1, multiprocessing_context="fork"))
     assert len(rows) == 8
     if not (child := os.fork()):
@@ -418,7 +418,7 @@ def test_there_is_no_reader_where_nothing_is_read():
 def test_a_revert_ends_the_thread():
     before = running()
     model, surgery = patched()
-    model(**tiny_batch(model))
+    surgery.stores[0].expect([1])
     assert len(running()) == len(before) + 1
     surgery.revert()
     assert running() == before

@@ -14,7 +14,7 @@ from trimtab.memory.meter import file_ranges, is_mapped
 from trimtab.model import anatomy, weights_ahead
 from trimtab.model.load import load_model
 from trimtab.model.surgery import Swaps
-from trimtab.model.weights_ahead import LOOK, SOME, WHOLE, Weights, read_weights_ahead
+from trimtab.model.weights_ahead import LOOK, Weights, read_weights_ahead
 
 
 class Told(Reader):
@@ -62,7 +62,6 @@ def test_blocks_are_asked_for_before_they_are_reached(mapped, checkpointing):
     with torch.no_grad():
         model.eval()(**batch)
     assert [store for store, *_ in reader.asked] == [second, first], "the next pass begins with the first"
-    assert all(kinds == WHOLE for _, kinds, _ in reader.asked)
     reader.serve()
     model.train()
     swaps.undo()
@@ -70,23 +69,25 @@ def test_blocks_are_asked_for_before_they_are_reached(mapped, checkpointing):
 
 
 def test_where_all_is_in_memory_a_few_pages_are_looked_at(mapped):
-    reader, swaps = Told(), Swaps(mapped)
+    reader, swaps, looked = Told(), Swaps(mapped), []
     reader.cold = False
-    read_weights_ahead(mapped, swaps, reader)
+    first, second = read_weights_ahead(mapped, swaps, reader)
+    reader.sees = lambda pages: looked.append(list(pages)) or len(looked) == 1
     mapped(**tiny_batch(mapped))
-    assert [(kinds, now) for _, kinds, now in reader.asked] == [(SOME, True)]
+    assert looked == [[at for at, *_ in second.spans]] and reader.asked == []
+    mapped(**tiny_batch(mapped))
+    assert [store for store, *_ in reader.asked] == [second], "one was not there"
     swaps.undo()
 
 
 def test_all_of_a_blocks_weights_are_in_its_pages(mapped):
     for block in anatomy.blocks(mapped)[1]:
         made = Weights(block.parameters())
-        held, spans = made.pages([0], WHOLE)
+        held, spans = made.pages([0], ())
         assert all(
             any(at <= p.data_ptr() and p.data_ptr() + p.nbytes <= at + size for at, size, _ in spans) for p in held
         )
         assert all(at % PAGE == 0 for at, *_ in spans)
-        assert made.pages([0], SOME)[1] == [(at, PAGE, 1) for at, *_ in spans]
     large = Weights([torch.empty(3 * LOOK, dtype=torch.uint8), torch.empty(5)])
     ends = sorted((at, at + size) for at, size, _ in large.spans)
     assert all(high <= low for (_, high), (low, _) in zip(ends, ends[1:], strict=False))

@@ -11,7 +11,7 @@ Before an accelerator the rows are copied to it instead, on a stream of its own 
 are on their way and copies the others itself. Not yet measured on a GPU.
 
 Guesses are made only while rows have to be read (`cold`). The reader knows that from what stores need in any case, so
-that where all pages are in memory it costs one look at each row.
+that where all pages are in memory it costs a look at a few pages.
 """
 
 from __future__ import annotations
@@ -143,9 +143,10 @@ class _Work:
             if absent:
                 self.cold = PATIENCE
                 ask.read += ask.rows[ask.done : done]
-            for advise in (self.pages.order, self.pages.bring):
-                for start, length, _ in absent:
-                    advise(start, length)
+            for start, length, _ in absent:
+                self.pages.order(start, length)
+            for start, length, _ in () if ask.now else absent:  # else it is being touched
+                self.pages.bring(start, length)
             found += len(absent)
             ask.done, at = done, end
             while self.urgent and not ask.now:
@@ -189,6 +190,14 @@ class Reader:
 
     def serve(self) -> None:
         self._work.serve()
+
+    def sees(self, pages: Iterable[int]) -> bool:
+        """Whether these pages (addresses) are in memory; if one is not, it is time to read ahead. Wakes no thread."""
+        work = self._here()
+        if all(work.pages.there(start, PAGE) for start in pages):
+            return True
+        work.cold = PATIENCE
+        return False
 
     def ask(self, store: Any, rows: Sequence[int], kinds: Sequence[str] = (VALUES,), now: bool = False) -> Ask | None:
         """Have the rows' parts read; returns at once. `now`: before all guesses."""
@@ -243,17 +252,19 @@ class _Pages:
 
     def __init__(self) -> None:
         self.libc = library()
-        self.seen = (ctypes.c_char * 256)()
+        # without giving way to other threads: that would take longer than the call
+        self.mincore = ctypes.PyDLL(None).mincore if self.libc is not None else None
+        if self.mincore is not None:
+            self.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
         self.populate = sys.platform == "linux"
 
     def there(self, start: int, length: int) -> bool:
         """Whether all pages are in memory, of this process or in the page cache."""
         pages = -(-length // PAGE)
-        if pages > len(self.seen):
-            self.seen = (ctypes.c_char * pages)()
-        if self.libc is None or self.libc.mincore(start, length, self.seen):
+        seen = (ctypes.c_char * pages)()
+        if self.mincore is None or self.mincore(start, length, seen):
             return False
-        return self.seen.raw.count(b"\x01", 0, pages) == pages  # elsewhere than on Linux: never
+        return seen.raw.count(b"\x01") == pages  # elsewhere than on Linux: never
 
     def order(self, start: int, length: int) -> None:
         if self.libc is not None:
@@ -265,11 +276,10 @@ class _Pages:
 
 
 def library() -> Any:
-    """The C library, by calls that let other threads run; None where it has no madvise."""
+    """The C library, by calls that let other threads run; None where it has no such calls."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+        return libc if hasattr(libc, "mincore") else None
     except (OSError, AttributeError, TypeError):
         return None
-    return libc

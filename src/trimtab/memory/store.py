@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from .ahead import Ask, Reader
-from .extent import GRADS, VALUES, layout, spans
+from .extent import GRADS, PAGE, VALUES, layout, spans
 from .extent import M as M
 from .extent import V as V
 from .mapped import map_file, require_room
 
-SENSED = 16  # rows of a fetch that are looked at to see whether all are still in memory
+SENSED = 4  # rows of a fetch that are looked at to see whether all are still in memory
 
 
 @dataclass
@@ -259,11 +259,16 @@ class TieredStore:
             self._expected = self.reader.ask(self, self._without_slot(rows), self._touched(kinds))
 
     def hasten(self, rows: Sequence[int], kinds: Sequence[str]) -> None:
-        """These parts will be touched now: read them before any guess; a few, where all were in memory lately."""
+        """These parts will be touched now: read them before any guess, unless what is looked at of them is there."""
         if self.reader is not None and self.in_place:
-            rows = self._without_slot(rows)
-            few = rows if self.reader.cold else rows[:: -(-len(rows) // SENSED) or 1]
-            self.reader.ask(self, few, self._touched(kinds), now=True)
+            rows, kinds = self._without_slot(rows), self._touched(kinds)
+            if self.reader.cold or not self.reader.sees(self._some_pages(rows, kinds)):
+                self.reader.ask(self, rows, kinds, now=True)
+
+    def _some_pages(self, rows: Sequence[int], kinds: Sequence[str]) -> Iterator[int]:
+        for row in rows[:: -(-len(rows) // SENSED) or 1]:
+            for kind in kinds:
+                yield self._table.data_ptr() + (row * self.extent + self.parts[kind].offset) // PAGE * PAGE
 
     def _without_slot(self, rows: Sequence[int]) -> Sequence[int]:
         return [row for row in rows if row not in self._slot_of] if self._slot_of else rows

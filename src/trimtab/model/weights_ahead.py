@@ -23,7 +23,6 @@ from .surgery import Swaps
 
 LARGE = 0.5  # of the memory that is free: from here on a base is read ahead
 LOOK = 2**22  # bytes between two pages that are looked at to see whether a block is still in memory
-WHOLE, SOME = ("whole",), ("some",)
 
 
 class Weights:
@@ -46,9 +45,9 @@ class Weights:
     def nbytes(self) -> int:
         return sum(length for _, length, _ in self.spans)
 
-    def pages(self, rows: Any, kinds: tuple[str, ...]) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
-        """As of a table: what holds the mapping, and where what is asked for lies."""
-        return self.tensors, [(at, PAGE, 1) for at, _, _ in self.spans] if kinds == SOME else self.spans
+    def pages(self, rows: Any, kinds: Any) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
+        """As of a table: what holds the mapping, and where it lies."""
+        return self.tensors, self.spans
 
 
 def read_weights_ahead(model: Any, swaps: Swaps, reader: Reader | None = None) -> list[Weights]:
@@ -66,8 +65,9 @@ def read_weights_ahead(model: Any, swaps: Swaps, reader: Reader | None = None) -
 
     def ask(number: int) -> None:
         if 0 <= number < len(blocks) and blocks[number].spans:
-            cold = reader.cold
-            reader.ask(blocks[number], [0], WHOLE if cold else SOME, now=not cold)
+            some = (at for at, _, _ in blocks[number].spans)
+            if reader.cold or not reader.sees(some):
+                reader.ask(blocks[number], [0])
 
     for number, block in enumerate(stack):
 
