@@ -367,7 +367,7 @@ def test_the_pass_back_is_known(fields, checkpointing):
 
 def test_the_next_layers_experts_are_guessed():
     """The first layer reads nearly what the second one does: what both probe was asked for in time."""
-    model, surgery = patched(AtOnce())
+    model, surgery = patched(AtOnce(), prefetch="guess")
     first, second = surgery.adapters.values()
     h = torch.randn(3, 64)
     near = h + 0.3 * torch.randn(3, 64)
@@ -381,7 +381,7 @@ def test_the_next_layers_experts_are_guessed():
 
 
 def test_what_is_only_known_is_not_guessed():
-    model, surgery = patched(AtOnce(), prefetch="known")
+    model, surgery = patched(AtOnce())
     second = list(surgery.adapters.values())[1].store
     loss = model(**tiny_batch(model)).loss
     assert second.traffic.foreseen == 0 < second.traffic.needed
@@ -392,7 +392,7 @@ def test_what_is_only_known_is_not_guessed():
 
 
 def test_of_a_long_batch_the_guess_is_what_was_needed_last():
-    model, surgery = patched(AtOnce())
+    model, surgery = patched(AtOnce(), prefetch="guess")
     first, second = surgery.adapters.values()
     asked = []
     second.store.expect = lambda rows, *kinds: asked.append(list(rows))

@@ -80,9 +80,7 @@ class Meft(Patch):
     adam: str = "lazy"  # rows without a gradient: left alone ("lazy"), or moved as dense Adam would ("exact")
     moments: str = "fp32"  # Adam's state: "fp32", "bf16" or "int8" (by blocks of 256, as bitsandbytes keeps it)
     cache: float = 0.0  # GiB of the fast tier for hot experts, over all layers
-    prefetch: str = (
-        "guess"  # what is read ahead from a file: "known" to be needed, the next layer's "guess" too, "none"
-    )
+    prefetch: str = "known"  # rows read from a file ahead: "known" to be needed, a layer's "guess" too, or "none"
     seed: int = 0  # of the keys
 
     def apply(self, model: PreTrainedModel, place: Place) -> MeftSurgery:
