@@ -284,7 +284,7 @@ def test_the_store_survives_casts_and_moves(dtype):
 
 
 MISFITS = [{"r": 0}, {"probes": 0}, {"k": 0}, {"experts": 9, "r": 8}, {"router": "gates"}, {"adam": "fast"},
-           {"semantics": "union"}, {"moments": "int3"}]  # fmt: skip
+           {"semantics": "union"}, {"moments": "int3"}, {"prefetch": "all"}]  # fmt: skip
 
 
 @pytest.mark.parametrize("fields", MISFITS, ids=str)

@@ -15,7 +15,7 @@ from trimtab.memory import mapped, moments
 from trimtab.memory.extent import BLOCK, SCALES
 from trimtab.memory.meter import process_memory
 from trimtab.memory.row_adam import Rates, RowAdam
-from trimtab.memory.store import GRADS, VALUES, M, TieredStore, V, runs
+from trimtab.memory.store import GRADS, VALUES, M, TieredStore, V
 
 SHAPE = (3, 10)
 
@@ -167,10 +167,6 @@ def test_a_planned_store_has_shapes_and_no_memory():
     assert made.fetch([5])[0].shape == (64, 1024) and made.whole().shape == (10**9, 64, 1024)
     made.accumulate([5], [torch.ones(64, 1024)])
     assert made.pending() == []
-
-
-def test_runs_of_rows():
-    assert list(runs([1, 2, 3, 7, 9, 10])) == [(1, 4), (7, 8), (9, 11)] and list(runs([])) == []
 
 
 # --- Adam -----------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from .errors import BadInput, nearest
 from .model import anatomy
 from .model.lean import lean
 from .model.surgery import Swaps, is_patch
+from .model.weights_ahead import read_weights_ahead
 from .recipe import Recipe
 from .runs import PARTIAL, STATE, checkpoints, discard, sync, sync_entry
 from .stores import ClipsRows
@@ -295,6 +296,8 @@ def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> It
     try:
         if recipe.engine.compile:
             _compile(model, swaps)
+        elif recipe.engine.prefetch:
+            read_weights_ahead(model, swaps)
         had = vars(model).get("forward")
         model.forward = forward
         swaps.on_undo(lambda: setattr(model, "forward", had) if had is not None else vars(model).pop("forward", None))

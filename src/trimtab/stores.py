@@ -28,19 +28,26 @@ def row_numbers(surgeries: Iterable[Surgery]) -> int:
 def traffic(surgeries: Iterable[Surgery], steps: int) -> dict[str, Any]:
     """Per optimiser step, over all tables: bytes moved each way and the share of rows found in the fast tier.
 
-    Of all processes together, where several share the tables (each must call this).
+    Where rows had to be read from files or copied to a device: how many of them had been asked for and were there when
+    they were needed, and what was read ahead for nothing (which is not among the bytes moved). Of all processes
+    together, where several share the tables (each must call this).
     """
     tables = stores_of(surgeries)
     if not tables:
         return {}
-    kinds = ("hits", "misses", "up", "down")
+    kinds = ("hits", "misses", "up", "down", "needed", "foreseen", "unused")
     moved = summed(tables, [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds])
-    hits, misses, up, down = map(int, moved)
+    hits, misses, up, down, needed, foreseen, unused = map(int, moved)
+    ahead = {
+        "store_prefetch_hit_rate": round(foreseen / max(needed, 1), 4),
+        "store_prefetch_unused_bytes_per_step": unused // max(steps, 1),
+    }
     return {
         "store_up_bytes_per_step": up // max(steps, 1),
         "store_down_bytes_per_step": down // max(steps, 1),
         "store_hit_rate": round(hits / max(hits + misses, 1), 4),
         "store_slow_bytes": sum(store.nbytes["slow"] for store in tables),
+        **(ahead if needed else {}),
     }
 
 

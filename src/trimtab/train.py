@@ -187,4 +187,9 @@ def _tell(run: dict[str, Any], output: Path, say: Callable[[str], None]) -> None
     say(f"{run['steps']} steps, {run['tokens']:,} tokens{loss}, {measured['tokens_per_second']:,.0f} tokens/s")
     growth = measured["fast_growth_bytes"] / GIB
     say(f"fast tier: {measured['fast_peak_bytes'] / GIB:.2f} GiB at the peak, {growth:.2f} GiB of it for this run")
+    if "store_up_bytes_per_step" in measured:
+        moved = measured["store_up_bytes_per_step"] + measured["store_down_bytes_per_step"]
+        share = measured.get("store_prefetch_hit_rate")
+        ahead = "" if share is None else f", {share:.0%} of the rows read ahead in time"
+        say(f"tables: {moved / GIB:.2f} GiB moved a step{ahead}")
     say(f"{output / 'adapter'}: the adapter    {output / 'run.json'}: all figures")

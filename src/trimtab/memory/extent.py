@@ -7,6 +7,7 @@ Each part that fills a page begins on one, so that reading the values reads noth
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,25 @@ def layout(shape: tuple[int, ...], dtype: torch.dtype, moments: torch.dtype | No
         parts[kind] = Part(end, of, held)
         end = round_up(end + parts[kind].nbytes, 64 if parts[kind].nbytes < PAGE else PAGE)
     return parts, end if end < PAGE else round_up(end, PAGE)
+
+
+def spans(
+    parts: Mapping[str, Part], extent: int, rows: Iterable[int], kinds: Sequence[str]
+) -> Iterator[tuple[int, int, int]]:
+    """-> (offset in the table, bytes, rows that are whole by then): the pages of these parts, neighbours joined."""
+    wanted = sorted((parts[kind].offset, parts[kind].offset + parts[kind].nbytes) for kind in kinds)
+    start = end = number = 0
+    for number, row in enumerate(rows):
+        for low, high in wanted:
+            low, high = (row * extent + low) // PAGE * PAGE, row * extent + high
+            if end and start <= low <= end:
+                end = max(end, high)
+                continue
+            if end:
+                yield start, end - start, number
+            start, end = low, high
+    if end:
+        yield start, end - start, number + 1
 
 
 def round_up(size: int, to: int) -> int:

@@ -24,20 +24,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .extent import GRADS, PAGE, VALUES, layout
+from .ahead import Ask, Reader
+from .extent import GRADS, PAGE, VALUES, layout, spans
 from .extent import M as M
 from .extent import V as V
 from .mapped import map_file, require_room
 
+SENSED = 4  # rows of a fetch that are looked at to see whether all are still in memory
+
 
 @dataclass
 class Traffic:
-    """What went between the tiers: rows found in a slot or not, and bytes in each direction."""
+    """What went between the tiers: rows found in a slot or not, bytes in each direction, and what was read ahead."""
 
     hits: int = 0
     misses: int = 0
     up: int = 0  # bytes, slow to fast
     down: int = 0  # bytes, fast to slow
+    needed: int = 0  # of the misses, those of passes for which rows could be read ahead
+    foreseen: int = 0  # of these, rows that had been asked for and were there
+    unused: int = 0  # bytes read ahead that were not needed; in no other figure
 
 
 class TieredStore:
@@ -73,6 +79,8 @@ class TieredStore:
         self.catch_up: Any = None  # called with the rows about to be read, where the optimiser has steps to make up
         self.optimiser: Any = None  # what steps the rows, where they are trained; its state belongs to a checkpoint
         self.saved: tuple[int, int] | None = None  # the file after which the dirty set counts: device, inode
+        self.reader: Reader | None = None  # reads rows ahead (ahead.py)
+        self._expected: Ask | None = None  # the rows that the next `fetch` is thought to need
         self._file: mmap.mmap | None = None
         self._pending: dict[int, None] = {}  # rows with a gradient, in the order of their first one
         self._dirty: set[int] = set()  # rows changed since the last checkpoint
@@ -145,10 +153,14 @@ class TieredStore:
 
     # --- rows in work -------------------------------------------------------------------------------------------------
 
-    def fetch(self, rows: Sequence[int]) -> list[Tensor]:
-        """The rows' numbers on the fast device, each of `shape`: views, valid until the next optimiser step."""
+    def fetch(self, rows: Sequence[int], kinds: Sequence[str] = (VALUES,)) -> list[Tensor]:
+        """The rows' numbers on the fast device, each of `shape`: views, valid until the next optimiser step.
+
+        `kinds`: the parts of the rows that will be touched; all that lie in a file are read from now on.
+        """
         if self.planned:
             return [torch.empty(self.shape, dtype=self.parts[VALUES].dtype, device=self.device) for _ in rows]
+        carried = self._meet(rows, kinds)
         if self.catch_up is not None:
             self.catch_up(rows)
         size = self.parts[VALUES].nbytes
@@ -159,21 +171,11 @@ class TieredStore:
             self.traffic.up += len(rows) * size
         if self.in_place:
             return self.each(VALUES, rows)
-        gathered = torch.empty(len(rows), *self.shape, dtype=self.parts[VALUES].dtype, device=self.device)
-        for slot, row in zip(gathered, rows, strict=True):
-            slot.copy_(self.part(VALUES, row), non_blocking=True)
-        return list(gathered.unbind())
-
-    def prefetch(self, rows: Iterable[int]) -> None:
-        """Ask the kernel to read these rows of the file ahead; returns at once."""
-        if self._file is None:
-            return
-        part = self.parts[VALUES]
-        for row in rows:
-            if row not in self._slot_of:
-                start = row * self.extent + part.offset
-                low = start // PAGE * PAGE
-                self._file.madvise(mmap.MADV_WILLNEED, low, start + part.nbytes - low)
+        others = [row for row in rows if row not in carried]
+        gathered = torch.empty(len(others), *self.shape, dtype=self.parts[VALUES].dtype, device=self.device)
+        for slot, row in zip(gathered, others, strict=True):
+            carried[row] = slot.copy_(self.part(VALUES, row), non_blocking=True)
+        return [carried[row] for row in rows]
 
     def part(self, kind: str, row: int) -> Tensor:
         """One part of one row, (shape), where it is now: in its slot, or in the table."""
@@ -237,10 +239,84 @@ class TieredStore:
 
     def changed(self, rows: Iterable[int]) -> None:
         """Say that rows were written to through `part`."""
+        self._let_go()
         rows = set(rows)
         self._dirty |= rows
         self.touched |= rows
         self._unwritten |= self._slot_of.keys() & rows
+
+    # --- rows to come -------------------------------------------------------------------------------------------------
+
+    @property
+    def far(self) -> bool:
+        """Whether a row may have to be read from a file, or copied to a device, before it is computed with."""
+        return not self.planned and (self._file is not None or not self.in_place)
+
+    @property
+    def home(self) -> Tensor | None:
+        """The rows' numbers in the slow tier, (rows, *shape); None of a table that was dropped."""
+        return self._views.get(VALUES)
+
+    def pages(self, rows: Sequence[int], kinds: Sequence[str]) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Where parts of rows lie: -> the table, and (address, bytes, how many of the rows are whole by then)."""
+        table = self._table
+        found = spans(self.parts, self.extent, rows, kinds) if table.nbytes else ()
+        return table, [(table.data_ptr() + start, length, whole) for start, length, whole in found]
+
+    @property
+    def awaits(self) -> bool:
+        """Whether it pays to say which rows will be needed: not where all were found in memory lately."""
+        return self.reader is not None and (not self.in_place or self.reader.cold)
+
+    def expect(self, rows: Sequence[int], kinds: Sequence[str] = (VALUES,)) -> None:
+        """These rows are thought to be what is fetched next: they are read meanwhile, and nobody waits for them."""
+        self._let_go()
+        if self.reader is not None and (self.in_place or self.catch_up is None):
+            self._expected = self.reader.ask(self, self._without_slot(rows), self._touched(kinds))
+
+    def hasten(self, rows: Sequence[int], kinds: Sequence[str]) -> None:
+        """These parts will be touched now: read them before any guess, unless what is looked at of them is there."""
+        if self.reader is not None and self.in_place:
+            rows, kinds = self._without_slot(rows), self._touched(kinds)
+            if self.reader.cold or not self.reader.sees(self._some_pages(rows, kinds)):
+                self.reader.ask(self, rows, kinds, now=True)
+
+    def _some_pages(self, rows: Sequence[int], kinds: Sequence[str]) -> Iterator[int]:
+        for row in rows[:: -(-len(rows) // SENSED) or 1]:
+            for kind in kinds:
+                yield self._table.data_ptr() + (row * self.extent + self.parts[kind].offset) // PAGE * PAGE
+
+    def _without_slot(self, rows: Sequence[int]) -> Sequence[int]:
+        return [row for row in rows if row not in self._slot_of] if self._slot_of else rows
+
+    def _touched(self, kinds: Sequence[str]) -> Sequence[str]:
+        whole = self.slots or self.catch_up is not None  # rows go to slots, or make up steps
+        return tuple(self.parts) if whole else [kind for kind in kinds if kind != GRADS or self.writes]
+
+    def _meet(self, rows: Sequence[int], kinds: Sequence[str]) -> dict[int, Tensor]:
+        """Ask for those of the rows that are not there yet; -> those that were carried to the device."""
+        if self.reader is None:
+            return {}
+        ask, watched, there = self._expected, self.awaits, dict[int, int]()
+        rows = self._without_slot(rows)
+        if ask is not None:
+            there = {row: at for at, row in enumerate(ask.rows[: ask.done])}
+        self._let_go(rows)
+        if watched or ask is not None:
+            self.traffic.needed += len(rows)
+            self.traffic.foreseen += sum(row in there for row in rows)
+        self.hasten([row for row in rows if row not in there], kinds)
+        if ask is None or ask.load is None:
+            return {}
+        ask.load.arrive()
+        return {row: ask.load.buffer[there[row]] for row in rows if row in there}
+
+    def _let_go(self, used: Iterable[int] = ()) -> None:
+        """What was expected is no more, and of what was read only `used` was needed."""
+        ask, self._expected = self._expected, None
+        if ask is not None:
+            ask.over = True
+            self.traffic.unused += len(set(ask.read).difference(used)) * self.parts[VALUES].nbytes
 
     # --- the hot rows -------------------------------------------------------------------------------------------------
 
@@ -281,6 +357,7 @@ class TieredStore:
     def whole(self, kind: str = VALUES) -> Tensor:
         """(rows, *shape): a part of the whole table where it lies. The slots are flushed first."""
         self.flush()
+        self._let_go()
         if self.planned:
             part = self.parts[kind]
             return torch.empty(self.rows, *part.shape, dtype=part.dtype, device="meta")
@@ -296,21 +373,8 @@ class TieredStore:
 
     def drop(self) -> None:
         """Let go of the tables; the file goes with its last view."""
+        self._let_go()
         self._views, self._slots = {}, {}
         self._table = self._cache = torch.empty(0, dtype=torch.uint8)
         self._slot_of.clear()
         self._file = None
-
-
-def runs(rows: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Sorted rows -> (first, one past the last) of each unbroken run."""
-    first = last = None
-    for row in rows:
-        if last is not None and row == last:
-            last = row + 1
-            continue
-        if first is not None and last is not None:
-            yield first, last
-        first, last = row, row + 1
-    if first is not None and last is not None:
-        yield first, last

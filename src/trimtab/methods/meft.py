@@ -46,19 +46,21 @@ from transformers import PreTrainedModel
 
 from ..contracts import Patch, Place, Surgery, freeze_base
 from ..errors import BadInput, nearest
+from ..memory.ahead import read_ahead
 from ..memory.mapped import slow_kind
 from ..memory.row_adam import MODES, RowAdam
 from ..memory.shared_rows import settle, tables
 from ..memory.store import TieredStore
 from ..model import anatomy, experts
 from ..model.expert_router import Router
+from ..model.foresight import Gone, Line, recomputing
 from ..model.row_steps import RowPatch, step_with_optimisers
 from ..model.surgery import Swaps
 
 NAME = "trimtab_meft"
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
-           "moments": tuple(MOMENTS)}  # fmt: skip
+           "moments": tuple(MOMENTS), "prefetch": ("guess", "known", "none")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Meft(Patch):
     adam: str = "lazy"  # rows without a gradient: left alone ("lazy"), or moved as dense Adam would ("exact")
     moments: str = "fp32"  # Adam's state: "fp32", "bf16" or "int8" (by blocks of 256, as bitsandbytes keeps it)
     cache: float = 0.0  # GiB of the fast tier for hot experts, over all layers
+    prefetch: str = "known"  # rows read from a file ahead: "known" to be needed, a layer's "guess" too, or "none"
     seed: int = 0  # of the keys
 
     def apply(self, model: PreTrainedModel, place: Place) -> MeftSurgery:
@@ -111,6 +114,10 @@ class Meft(Patch):
                 surgery.swaps.hook(ffn.beside(adapter))
                 surgery.adapters[ffn.name] = adapter
             step_with_optimisers(surgery.swaps)
+            if self.prefetch != "none" and read_ahead(surgery.stores, surgery.swaps.on_undo):
+                line = Line(guesses=self.prefetch == "guess")
+                for adapter in surgery.adapters.values():
+                    adapter.line, adapter.at = line, line.join(adapter.which)
             settle(surgery.stores)
         except BaseException:
             surgery.revert()
@@ -177,6 +184,9 @@ class MeftSurgery(Surgery):
 class Adapter(RowPatch):
     """s * ReLU(g h W_A[S]) W_B[S], added to y; the pairs are rows of `store`, no parameters of the module."""
 
+    line: Line | None = None  # the layers around it, where rows are read ahead
+    at = 0  # its place there
+
     def __init__(self, patch: Meft, store: TieredStore, routers: TieredStore | None, seed: int):
         super().__init__()
         self.patch, self.store, self.width = patch, store, store.shape[1] // 2
@@ -219,7 +229,9 @@ class _Beside(torch.autograd.Function):
         h_TD = h_in.to(torch.promote_types(h.dtype, torch.float32))
         probed_TP, gate_TP = adapter.which.route(h_TD)
         groups = experts.by_expert(probed_TP, adapter.store)
-        rows = adapter.store.fetch(groups.experts)
+        rows, probed = adapter.store.fetch(groups.experts), groups.experts
+        if adapter.line is not None:
+            adapter.line.guess(adapter.at, h_TD)
         fired_TC, top = experts.fire(h_TD, probed_TP, gate_TP, groups, rows, adapter.store, adapter.kept)
         if adapter.patch.semantics == "union":
             pairs = experts.chosen_pairs(probed_TP, fired_TC, adapter.store)
@@ -227,13 +239,17 @@ class _Beside(torch.autograd.Function):
             for expert, row_BD in zip(groups.experts, rows, strict=True):
                 fired_TB = experts.fire_all(h_TD, row_BD, pairs[expert])
                 out_TD.addmm_(fired_TB, row_BD[:, adapter.width :].to(h_TD.dtype))
+            groups = groups._replace(experts=pairs.any(1).nonzero().flatten().tolist())
             ctx.save_for_backward(h_in, None, None, pairs)
         else:
             held = dict(zip(groups.experts, rows, strict=True))
             groups = experts.by_expert(probed_TP, adapter.store, experts.alive(fired_TC, adapter.probes))
             out_TD = experts.out(h_TD, fired_TC, groups, [held[expert] for expert in groups.experts], adapter.store)
             ctx.save_for_backward(h_in, probed_TP.to(torch.int32), gate_TP, *top)
-        ctx.adapter, ctx.shape = adapter, h.shape
+        ctx.adapter, ctx.shape, ctx.below = adapter, h.shape, None
+        if adapter.line is not None:
+            ctx.below = adapter.line.passed(adapter.at, Gone(len(h_TD), probed, groups.experts))
+            ctx.again = recomputing()
         return torch.add(y, out_TD.view(y.shape), alpha=adapter.patch.scale).to(y.dtype)
 
     @staticmethod
@@ -251,6 +267,8 @@ class _Beside(torch.autograd.Function):
         if adapter.patch.scale != 1.0:
             grad_TD = grad_TD * adapter.patch.scale
         grad_h = torch.zeros_like(h_TD) if ctx.needs_input_grad[0] else None
+        if adapter.line is not None and ctx.below is not None:
+            adapter.line.back(adapter.at, ctx.below, ctx.again)
         if adapter.patch.semantics == "union":
             experts.back_all(h_TD, grad_TD, grad_h, top[0], adapter.store)
         else:

@@ -73,8 +73,7 @@ class Router(nn.Module):
     def route(self, h_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """-> the experts probed, (T, P), and their gates (T, P) or None."""
         logits_TN = h_TD @ self.router.to(h_TD.dtype).T
-        biased_TN = logits_TN if self.bias is None else logits_TN + self.bias.to(h_TD.dtype)
-        probed_TP = biased_TN.topk(self.probes, sorted=False).indices
+        probed_TP = self._biased(logits_TN).topk(self.probes, sorted=False).indices
         if self.load is not None and self.training and not self.store.planned:
             self.load += torch.bincount(probed_TP.flatten(), minlength=self.store.rows).cpu()
             served_X, worst_X = logits_TN.amax(1).topk(min(REVIVED, len(h_TD)), largest=False)
@@ -82,6 +81,14 @@ class Router(nn.Module):
         if not self.gate:
             return probed_TP, None
         return probed_TP, logits_TN.gather(1, probed_TP).softmax(-1).mul_(self.probes)
+
+    def probed(self, h_TD: Tensor) -> list[int]:
+        """The experts that any of these tokens would probe."""
+        logits_TN = h_TD @ self.router.to(h_TD.dtype).T
+        return self._biased(logits_TN).topk(self.probes, sorted=False).indices.unique().tolist()
+
+    def _biased(self, logits_TN: Tensor) -> Tensor:
+        return logits_TN if self.bias is None else logits_TN + self.bias.to(logits_TN.dtype)
 
     def back(self, h_TD: Tensor, grad_h: Tensor | None, probed_TP: Tensor, gate_TP: Tensor, grad_TP: Tensor) -> None:
         """The router's gradient into its table, and its part of that of h; `grad_TP`: that of the gates, times them.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..memory.store import VALUES, TieredStore
+from ..memory.store import GRADS, VALUES, TieredStore
 
 DEVIATION = 0.02  # of the keys that are drawn
 FEW = 16  # experts, or pairs, that are worth a gather
@@ -163,7 +163,7 @@ def back(
     gates_X = None if gate_TP is None else gate_TP.flatten()[groups.order].unsqueeze(1)
     all_XB = torch.empty_like(sorted_XB)
     grads_EBD = h_TD.new_empty(room(store, tokens), *store.shape)
-    rows = store.fetch(groups.experts)
+    rows = store.fetch(groups.experts, (VALUES, GRADS))
     for chunk in groups.chunks(store, tokens):
         sizes, h_XD, grad_XD = chunk.sizes, h_TD.index_select(0, chunk.tokens), grad_TD.index_select(0, chunk.tokens)
         fired_XB, grad_XB = sorted_XB[chunk.at], all_XB[chunk.at]
@@ -208,7 +208,7 @@ def back_all(h_TD: Tensor, grad_TD: Tensor, grad_h: Tensor | None, pairs_NB: Ten
     D = h_TD.shape[1]
     experts = [0] if store.planned else pairs_NB.any(1).nonzero().flatten().tolist()
     grad_BD = h_TD.new_empty(store.shape)
-    for row, row_BD in zip(experts, store.fetch(experts), strict=True):
+    for row, row_BD in zip(experts, store.fetch(experts, (VALUES, GRADS)), strict=True):
         record_BD, fired_TB = row_BD.to(h_TD.dtype), fire_all(h_TD, row_BD, pairs_NB[row])
         torch.mm(fired_TB.T, grad_TD, out=grad_BD[:, D:])
         grad_TB = (grad_TD @ record_BD[:, D:].T).mul_(fired_TB > 0)

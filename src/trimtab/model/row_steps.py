@@ -64,8 +64,20 @@ def stepped(model: nn.Module, optimizer: Optimizer) -> None:
     patches = [patch for patch in patches if not patch.stores[0].planned]
     stores = [store for patch in patches for store in patch.stores]
     exchange(stores)
-    moved = [[s.optimiser.step(Rates.of(optimizer, patch.trained)) for s in patch.stores] for patch in patches]
+    coming = iter(stores)
+    _hasten(next(coming, None))
+
+    def step(patch: RowPatch, store: TieredStore) -> list[int]:
+        _hasten(next(coming, None))  # what the next table steps with is read while this one steps
+        return store.optimiser.step(Rates.of(optimizer, patch.trained))
+
+    moved = [[step(patch, store) for store in patch.stores] for patch in patches]
     settle(stores)
     for patch, rows in zip(patches, moved, strict=True):
         patch.tend(patch.stores[0].optimiser.steps - 1, rows)
     settle(stores)  # tending may have written rows
+
+
+def _hasten(store: TieredStore | None) -> None:
+    if store is not None:
+        store.hasten(store.pending(), tuple(store.parts))

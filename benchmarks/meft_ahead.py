@@ -1,0 +1,198 @@
+"""What reading MEFT's rows ahead saves where the table is not in memory, and what it costs where it is.
+
+SmolLM2-135M, bf16 base, the table in a file, r 16,384. One side reads nothing ahead, one what is known to be needed,
+one also what the next layer may need (`prefetch: none, known, guess`); each in a fresh process, in turn. Before each
+cold pass all pages of the tables are written to the disk and dropped, and the kernel is asked whether they are gone.
+Decoding is greedy, a token a pass; a training step is one row of 32 tokens, always the same, forward, back and AdamW.
+
+    python benchmarks/meft_ahead.py [--quick] [--rounds 2] [--folder FOLDER] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import alternate, child, conclude, options, ratios, say, spread  # noqa: E402
+from sft_speed import city_text  # noqa: E402
+
+SIDES = ("none", "known", "guess")
+PROMPT, TOKENS = 32, 32  # tokens of the prompt, of a training step's row
+TARGETS = {
+    "cold_speedup_decode": [">=", 1.5], "cold_speedup_step": [">=", 1.5], "warm_cost": ["<=", 1.02],
+}  # fmt: skip
+CLAIM = (
+    "SmolLM2-135M, bf16 base, MEFT r 16,384 with its table in a file: where no page of the table is in memory, reading "
+    "ahead makes decoding and training steps faster; where all are, it costs next to nothing."
+)
+NOTES = [
+    "cold: before each pass no page of the tables is in memory (the kernel is asked); warm: all that it needs are.",
+    "hit_rate: of the rows that cold decoding needed, those that had been asked for a layer earlier and were there; "
+    "wasted: bytes read ahead for nothing, over those needed.",
+    "cold_speedup, warm_cost: known, the default, against none (of the warm ones the worse of decoding and of steps); "
+    "guess_speedup: guess against known, both cold; hit_rate, wasted: of guess.",
+]
+
+
+class Files:
+    """The files of tables made from here on, by descriptor: their pages can be dropped."""
+
+    def __init__(self) -> None:
+        from trimtab.memory import mapped
+
+        self.held: list[tuple[int, int]] = []  # descriptor, bytes
+
+        def keeping(descriptor: int, size: int) -> mmap.mmap:
+            self.held.append((os.dup(descriptor), size))
+            return mmap.mmap(descriptor, size)
+
+        mapped.mmap = SimpleNamespace(mmap=keeping)
+
+    def drop(self, stores: list[Any]) -> None:
+        """Write and drop all pages. A page that is being read cannot be dropped yet; fails if any stays."""
+        for _ in range(100):
+            if not (left := self._drop(stores)):
+                return
+        raise RuntimeError(f"{left} pages of the tables are still in memory")
+
+    def _drop(self, stores: list[Any]) -> int:
+        """-> how many pages are still in memory."""
+        libc, left = ctypes.CDLL(None, use_errno=True), 0
+        for (descriptor, size), store in zip(self.held, stores, strict=True):
+            at = ctypes.c_void_p(store._table.data_ptr())
+            os.fdatasync(descriptor)
+            if libc.madvise(at, ctypes.c_size_t(size), mmap.MADV_DONTNEED):
+                raise OSError(ctypes.get_errno(), "madvise")
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            pages = (ctypes.c_char * -(-size // mmap.PAGESIZE))()
+            if libc.mincore(at, ctypes.c_size_t(size), pages):
+                raise OSError(ctypes.get_errno(), "mincore")
+            left += len(pages) - pages.raw.count(b"\0")
+        return left
+
+
+def worker(job: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trimtab.contracts import Place
+    from trimtab.methods.meft import Meft
+    from trimtab.model.load import cached_folder
+
+    folder, files = cached_folder("smollm2-135m"), Files()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    patch = Meft(r=job["r"], prefetch=job["prefetch"], **job["fields"])
+    surgery = patch.apply(model, Place(fast="cpu", slow="disk", folder=job["folder"]))
+    stores, drop = surgery.stores, lambda: files.drop(surgery.stores)
+    text = "".join(json.loads(line)["text"] for line in Path(job["text"]).read_text().splitlines()[:40])
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def step() -> None:
+        row = ids[:, :TOKENS]
+        model(input_ids=row, labels=row).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def decode(many: int, before: Callable[[], None]) -> list[float]:
+        """Seconds of each pass of one token after the prompt's."""
+        out, times = model(input_ids=ids[:, :PROMPT], use_cache=True), []
+        for _ in range(many):
+            before()
+            began = time.perf_counter()
+            out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+            times.append(time.perf_counter() - began)
+        return times
+
+    def steps(many: int, before: Callable[[], None]) -> list[float]:
+        times = []
+        for _ in range(many):
+            before()
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+        return times
+
+    def ahead() -> dict[str, int]:
+        """What was read ahead since the last call, over all tables."""
+        found = {key: sum(getattr(s.traffic, key) for s in stores) for key in ("needed", "foreseen", "unused", "up")}
+        for store in stores:
+            store.traffic = type(store.traffic)()
+        return found
+
+    def nothing() -> None: ...
+
+    found: dict[str, Any] = {}
+    steps(1, nothing)  # rows get their moments, so that there is something on the disk to be read
+    for name, work in (("step", steps), ("decode", decode)):
+        model.train(name == "step")
+        work(job[f"warm_{name}"], nothing)
+        found[f"warm_{name}"] = statistics.median(work(job[f"warm_{name}"], nothing))
+        ahead()
+        found[f"cold_{name}"] = statistics.median(work(job[f"cold_{name}"], drop))
+        seen = ahead()
+        found[f"hits_{name}"] = seen["foreseen"] / max(1, seen["needed"])
+        found[f"wasted_{name}"] = seen["unused"] / max(1, seen["up"])
+    surgery.revert()
+    say("result", found)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--folder", help="where the tables are written (default: the temporary folder)")
+    parser.add_argument("--fields", default="{}", help="fields of meft other than r, as JSON")
+    args = parser.parse_args()
+    if args.worker:
+        worker(json.loads(args.worker))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        text = Path(folder) / "cities.jsonl"
+        city_text(text)
+        counts = {"warm_step": 3, "cold_step": 2, "warm_decode": 24, "cold_decode": 8}
+        if args.quick:
+            counts = {"warm_step": 2, "cold_step": 1, "warm_decode": 5, "cold_decode": 3}
+        job = {"text": str(text), "folder": folder, "r": 1024 if args.quick else 16384,
+               "fields": json.loads(args.fields), **counts}  # fmt: skip
+        run = lambda how: child([__file__, "--worker", json.dumps({**job, "prefetch": how})])  # noqa: E731
+        runs = alternate({how: (lambda how=how: run(how)) for how in SIDES}, 1 if args.quick else args.rounds)
+    off, known, on = (runs[how] for how in SIDES)
+    faster = {name: statistics.median(ratios(off, known, f"cold_{name}")) for name in ("decode", "step")}
+    slower = {name: statistics.median(ratios(known, off, f"warm_{name}")) for name in ("decode", "step")}
+    guessed = {name: statistics.median(ratios(known, on, f"cold_{name}")) for name in ("decode", "step")}
+    middle = lambda key: statistics.median(run[key] for run in on)  # noqa: E731
+    summary = {
+        "cold_speedup_decode": faster["decode"], "cold_speedup_step": faster["step"],
+        "guess_speedup_decode": guessed["decode"], "guess_speedup_step": guessed["step"],
+        "warm_cost": max(slower.values()), "warm_cost_decode": slower["decode"], "warm_cost_step": slower["step"],
+        "hit_rate": middle("hits_decode"), "wasted": middle("wasted_decode"),
+        "hit_rate_step": middle("hits_step"), "wasted_step": middle("wasted_step"),
+    }  # fmt: skip
+    rows = [
+        {"prefetch": side, **{f"{heat} {work}, ms": spread([1000 * run[f"{heat}_{work}"] for run in of])
+                          for work in ("decode", "step") for heat in ("cold", "warm")}}
+        for side, of in runs.items()
+    ]  # fmt: skip
+    for row in rows:
+        print(row)
+    conclude(
+        "meft_ahead", args, summary, TARGETS, title="Rows read ahead", claim=CLAIM, rows=rows, notes=NOTES
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
