@@ -76,6 +76,11 @@ class RowAdam:
         if mode == "exact":
             store.catch_up = self.catch_up
 
+    @property
+    def plain(self) -> bool:
+        """Whether a step is Adam's update of the rows with a gradient and nothing else."""
+        return self.mode == "lazy" and not moments.narrow(self.store)
+
     @torch.no_grad()
     def step(self, rates: Rates) -> list[int]:
         """One optimiser step with the pending gradients; -> the rows that moved, other processes' too."""

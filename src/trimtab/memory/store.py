@@ -27,7 +27,7 @@ from torch import Tensor
 from .extent import GRADS, PAGE, VALUES, layout
 from .extent import M as M
 from .extent import V as V
-from .mapped import map_file, require_room
+from .mapped import map_file, require_memory, require_room
 
 
 @dataclass
@@ -48,6 +48,8 @@ class TieredStore:
     many such tables will follow: the disk must have room for all of them before the first is made.
     """
 
+    clock: Any = None  # of a planned table: what counts the seconds of work on it (roofline.Clock)
+    asked = 0  # of a planned table: pairs of a token and a row that had a gradient in a pass
     ranks: Any = None  # the processes that train it together, if there are several (shared_rows.py)
 
     def __init__(
@@ -83,7 +85,7 @@ class TieredStore:
             self._table = torch.empty(0, dtype=torch.uint8)
             self._views: dict[str, Tensor] = {}
         else:
-            self._table = self._file_table(folder, more) if slow == "disk" else self._ram_table()
+            self._table = self._file_table(folder, more) if slow == "disk" else self._ram_table(more)
             self._views = {kind: self._view(self._table, kind) for kind in self.parts}
         self.slots = min(rows, cache_bytes // self.extent)
         self._cache = torch.zeros(0 if planned else self.slots, self.extent, dtype=torch.uint8, device=self.device)
@@ -93,7 +95,8 @@ class TieredStore:
 
     # --- the slow tier ------------------------------------------------------------------------------------------------
 
-    def _ram_table(self) -> Tensor:
+    def _ram_table(self, more: int) -> Tensor:
+        require_memory(self.rows * self.extent * (1 + more), f"{1 + more} tables of {self.rows} rows")
         pinned = self.device.type == "cuda"
         return torch.zeros(self.rows, self.extent, dtype=torch.uint8, pin_memory=pinned)
 
@@ -183,6 +186,8 @@ class TieredStore:
     def accumulate(self, rows: Sequence[int], grads: Sequence[Tensor]) -> None:
         """Add each row's gradient (shape) to what it has since the last optimiser step."""
         if self.planned:
+            if self.clock is not None:
+                self.clock.moved(2 * len(rows) * self.parts[GRADS].nbytes, operations=2 * len(rows))
             return
         for row, grad in zip(rows, grads, strict=True):
             held = self.part(GRADS, row)

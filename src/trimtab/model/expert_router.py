@@ -93,9 +93,15 @@ class Router(nn.Module):
         if grad_h is not None:
             grad_h.addmm_(grad_TN, self.router.to(h_TD.dtype))
         grad_ND = grad_TN.T @ h_TD
-        if self.table is not None and not self.table.planned:
-            probed = probed_TP.unique().tolist()
-            self.table.accumulate(probed, [grad_ND[row] for row in probed])
+        if self.table is None:
+            return
+        if self.table.planned:
+            self.table.asked = probed_TP.numel()
+            with experts.standing_for(self.table, experts.touched(self.table.rows, self.table.asked)):
+                self.table.accumulate([0], [grad_ND[0]])
+            return
+        probed = probed_TP.unique().tolist()
+        self.table.accumulate(probed, [grad_ND[row] for row in probed])
 
     # --- between steps ------------------------------------------------------------------------------------------------
 
