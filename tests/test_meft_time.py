@@ -15,7 +15,7 @@ from trimtab.planned_step import PlannedStep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MEFT = {"r": 256, "probes": 4, "k": 16}
-FIELDS = [MEFT, {**MEFT, "k": 64, "router": "fixed"}, {**MEFT, "experts": 8, "probes": 2}]
+FIELDS = [MEFT, {**MEFT, "k": 64, "router": "fixed"}, {**MEFT, "experts": 64, "probes": 2}]
 
 
 def test_how_many_experts_are_expected_at_work():
@@ -31,7 +31,7 @@ def test_how_many_experts_are_expected_at_work():
 
 def traced(recipe, real: bool) -> tuple[dict[str, float], float]:
     args = training_arguments(recipe, arguments_class(recipe.load_objective()), "out", True)
-    watch = Stopwatch(flat())
+    watch = Stopwatch(flat(overhead=2e-5))  # so that each operation counts
     torch.manual_seed(0)
     PlannedStep(recipe, args, None, real).trace(ROWS, TOKENS, None, watch.at(None))
     return watch.phases(), watch.seconds(1, 1)
@@ -57,7 +57,7 @@ def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, fold
     assert seconds == pytest.approx(real, rel=0.1)
     assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=0.4)  # the norm of rows is not in a real trace
     monkeypatch.setattr(experts, "touched", lambda many, pairs: 1.0)
-    assert traced(recipe, real=False)[1] < 0.9 * seconds
+    assert traced(recipe, real=False)[1] < 0.75 * seconds
 
 
 def test_rows_step_once_for_accumulated_micro_batches(folders):  # noqa: F811
@@ -75,7 +75,7 @@ def test_what_is_not_counted_has_no_speed(fields, folders):  # noqa: F811
 
 
 def test_the_update_of_rows_by_hand():
-    assert row_update(flat(), 7000, 10) == pytest.approx(10 * (7 * 7000 / 7e8 + 7000 / 1e8 + 8e-6))
+    assert row_update(flat(), 7000, 10) == pytest.approx(10 * (7 * 7000 / 7e8 + 7000 / 1e8 + 4e-6))
 
 
 def test_changed_pages_wait_for_the_disk_once_memory_may_not_hold_them(folders, monkeypatch):  # noqa: F811
@@ -92,5 +92,6 @@ def test_changed_pages_wait_for_the_disk_once_memory_may_not_hold_them(folders, 
     assert plan(recipe, process=0, rates=flat()).tokens_per_second is None, "how fast the disk is is not known"
     monkeypatch.setattr("trimtab.plan.ram", lambda: {"MemAvailable": live + tables - 1})
     assert plan(recipe, process=0, rates=flat(disk={"read": 1e9, "write": 1e9})).tokens_per_second is None
+    monkeypatch.setattr("trimtab.plan.ram", lambda: {"MemAvailable": 2 * free.slow_bytes})
     in_ram = recipe_of(folders("llama", torch.float32), {"meft": MEFT}, place={"slow": "ram"})
     assert plan(in_ram, process=0, rates=flat()).tokens_per_second > 0
