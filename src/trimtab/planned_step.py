@@ -159,9 +159,10 @@ class PlannedStep:
         from .memory.roofline import OPTIMISER, row_update
         from .model.experts import touched
 
-        clock.known = clock.known and bool(store.asked) and store.optimiser.plain
-        if store.asked:
-            many = touched(store.rows, store.asked * self.args.gradient_accumulation_steps)
+        tokens, probes = store.asked
+        clock.known = clock.known and bool(tokens) and store.optimiser.plain
+        if tokens:
+            many = touched(store.rows, tokens * self.args.gradient_accumulation_steps, probes)
             size = store.parts[VALUES].nbytes
             clock.spend(row_update(clock.rates, size, many), OPTIMISER)
             clock.dirty += many * store.extent if store.slow == "disk" else 0.0

@@ -49,7 +49,7 @@ class TieredStore:
     """
 
     clock: Any = None  # of a planned table: what counts the seconds of work on it (roofline.Clock)
-    asked = 0  # of a planned table: pairs of a token and a row that had a gradient in a pass
+    asked = (0, 0)  # of a planned table: how many tokens asked for rows in a pass with gradients, each for how many
     ranks: Any = None  # the processes that train it together, if there are several (shared_rows.py)
 
     def __init__(

@@ -96,8 +96,8 @@ class Router(nn.Module):
         if self.table is None:
             return
         if self.table.planned:
-            self.table.asked = probed_TP.numel()
-            with experts.standing_for(self.table, experts.touched(self.table.rows, self.table.asked)):
+            tokens, probes = self.table.asked = tuple(probed_TP.shape)
+            with experts.standing_for(self.table, experts.touched(self.table.rows, tokens, probes)):
                 self.table.accumulate([0], [grad_ND[0]])
             return
         probed = probed_TP.unique().tolist()
