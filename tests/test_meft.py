@@ -209,7 +209,7 @@ def test_start(family):
     own = Meft(r=256, seed=3).apply(model, PLACE).own_tensors()
     for ffn in anatomy.ffns(model):
         keys, values, router = (own[f"{ffn.name}.{kind}"].detach() for kind in ("keys", "values", "router"))
-        assert keys.shape == values.shape == (64, 4, 64) and router.shape == (64, 64)
+        assert keys.shape == values.shape == (32, 8, 64) and router.shape == (32, 64)
         assert keys.std() == pytest.approx(0.02, rel=0.05) and not values.any()
         assert torch.allclose(router, torch.nn.functional.normalize(keys.mean(1)), atol=1e-6)
     first, second = (own[f"{ffn.name}.keys"] for ffn in anatomy.ffns(model))
@@ -219,7 +219,9 @@ def test_start(family):
 
 
 def test_widths_are_rounded_up_to_whole_experts():
-    assert Meft(r=1024).layout() == (128, 8) and Meft(r=16384).layout() == (512, 32)
+    assert Meft(r=1024).layout() == (128, 8) and Meft(r=16384).layout() == (1490, 11)
+    assert Meft(r=16384, probes=2).layout() == (512, 32), "a token has k candidates"
+    assert Meft(r=40).layout() == (5, 8) and Meft(r=4, probes=1).layout() == (1, 4)
     for r in (1, 2, 3200, 6400, 32768):
         experts, block = Meft(r=r).layout()
         assert r <= experts * block < r + block

@@ -55,7 +55,7 @@ def _only_planned(apply):
 NOTES = [
     ({"r": 100, "experts": 7, "probes": 4}, "r 100 is rounded up to 105: 7 experts of 15 pairs"),
     ({"experts": 4, "k": 64}, "probes 8: there are 4 experts, and each token probes all of them"),
-    ({"k": 17}, "k 17: a token has 16 candidates (8 x 2 pairs), and all count"),
+    ({"experts": 32, "k": 17}, "k 17: a token has 16 candidates (8 x 2 pairs), and all count"),
 ]
 
 
@@ -198,7 +198,7 @@ def test_tables_of_another_base_are_refused(stopped, tmp_path):
 
 
 def test_tables_of_another_shape_are_refused(stopped, tmp_path):
-    wider = {**stopped, "patches": [{"meft": {**MEFT, "r": 128}}], "resume": True}
+    wider = {**stopped, "patches": [{"meft": {**MEFT, "r": 128, "experts": 43}}], "resume": True}
     with pytest.raises(BadInput, match="the run was begun with"):
         Recipe.from_dict(wider).train()
     (tmp_path / "run" / "recipe.yaml").unlink()  # nothing says how it was begun

@@ -74,7 +74,9 @@ def test_what_is_not_counted_has_no_speed(fields, folders):  # noqa: F811
 
 
 def test_the_update_of_rows_by_hand():
-    assert row_update(flat(), 7000, 10) == pytest.approx(10 * (7 * 7000 / 7e8 + 7000 / 1e8 + 4e-6))
+    assert row_update(flat(), 70_000, 10) == pytest.approx(10 * (7 * 70_000 / 7e8 + 70_000 / 1e8 + 4e-6))
+    copied = 7 * 2 * 700 / 1e8  # small rows, by way of copies
+    assert row_update(flat(), 700, 10) == pytest.approx(10 * (7 * 700 / 7e8 + 700 / 1e8 + 1e-6 + copied))
 
 
 def test_changed_pages_wait_for_the_disk_once_memory_may_not_hold_them(folders, monkeypatch):  # noqa: F811

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from .rates import Rates
+from .row_adam import SMALL
 
 OPTIMISER, EVALUATION = "optimiser", "evaluation"  # phases: the update, which accumulated micro-batches share
 
@@ -137,7 +138,9 @@ def row_update(rates: Rates, size: int, rows: float) -> float:
     """Seconds in which Adam steps `rows` rows of a table with `size` bytes of values each (row_adam.py), and their
     gradients' norm is taken before."""
     moved = 7 * size / rates.update + rates.moved("float32", "reduction", size)
-    return rows * (moved + PER_ROW * rates.overhead)
+    if size > SMALL:
+        return rows * (moved + PER_ROW * rates.overhead)
+    return rows * (moved + rates.overhead + 7 * rates.moved("float32", "index", 2 * size))  # copies of many at once
 
 
 def written_back(dirty: float, room: int, rates: Rates) -> float | None:

@@ -16,6 +16,7 @@ Two rules for a row without a gradient:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from .store import GRADS, VALUES, M, TieredStore, V
 
 MODES = ("lazy", "exact")
 FORGOTTEN = 1e-10  # share of its momentum below which a row is no longer moved by it
+SMALL = 8 * 1024  # bytes of a row's numbers, up to which rows are stepped together
+PIECE = 4 * 2**20  # bytes of such rows at once
 
 
 @dataclass(frozen=True)
@@ -98,22 +101,28 @@ class RowAdam:
 
     def _step(self, rows: list[int], rates: Rates) -> None:
         store = self.store
-        fused = torch._fused_adamw_ if rates.decoupled else torch._fused_adam_
         scale = None if store.grad_scale == 1.0 else torch.tensor(1.0 / store.grad_scale)
-        step = torch.tensor(float(self.steps))
-        size = 1 if moments.narrow(store) else len(rows)  # copies of moments: of one row at a time
-        for at in range(0, len(rows), size):
-            part = rows[at : at + size]
-            m, v = ([moments.read(store, kind, row) for row in part] for kind in (M, V))
-            fused(
-                [store.part(VALUES, row) for row in part], [store.part(GRADS, row) for row in part], m, v, [],
-                [step] * len(part), lr=rates.lr, beta1=rates.betas[0], beta2=rates.betas[1],
-                weight_decay=rates.weight_decay, eps=rates.eps, amsgrad=False, maximize=False, grad_scale=scale,
-                found_inf=None,
-            )  # fmt: skip
-            for row, *both in zip(part, m, v, strict=True):
-                for kind, moment in zip((M, V), both, strict=True):
-                    moments.write(store, kind, row, moment)
+        fused = functools.partial(
+            torch._fused_adamw_ if rates.decoupled else torch._fused_adam_, lr=rates.lr, beta1=rates.betas[0],
+            beta2=rates.betas[1], weight_decay=rates.weight_decay, eps=rates.eps, amsgrad=False, maximize=False,
+            grad_scale=scale, found_inf=None,
+        )  # fmt: skip
+        step, nbytes = torch.tensor(float(self.steps)), store.parts[VALUES].nbytes
+        if moments.narrow(store):  # copies of moments, of one row at a time
+            for row in rows:
+                m, v = (moments.read(store, kind, row) for kind in (M, V))
+                fused([store.part(VALUES, row)], [store.part(GRADS, row)], [m], [v], [], [step])
+                moments.write(store, M, row, m)
+                moments.write(store, V, row, v)
+        elif nbytes > SMALL:
+            fused(*(store.each(kind, rows) for kind in (VALUES, GRADS, M, V)), [], [step] * len(rows))
+        else:  # views of each row would cost more than copies of many
+            size = PIECE // nbytes
+            for part in (rows[at : at + size] for at in range(0, len(rows), size)):
+                copies = {kind: store.gather(kind, part) for kind in (VALUES, GRADS, M, V)}
+                fused(*([copy] for copy in copies.values()), [], [step])
+                for kind in (VALUES, M, V):
+                    store.scatter(kind, part, copies[kind])
 
     @torch.no_grad()
     def catch_up(self, rows: Sequence[int] | None = None) -> None:

@@ -188,11 +188,11 @@ class SharedStore(TieredStore):
         tier = "slow" if held["slow"] else "fast"
         return {**held, tier: held[tier] + self._apart_bytes}
 
-    def part(self, kind: str, row: int) -> Tensor:
+    def _lies(self, kind: str) -> Tensor:
         """A gradient is this process's own until the exchange, and then, in the owner, the mean over all processes."""
         if kind == GRADS and not self._exchanged:
-            return self._regions[self.ranks.local][row]
-        return super().part(kind, row)
+            return self._regions[self.ranks.local]
+        return super()._lies(kind)
 
     def stepped(self) -> list[int]:
         """-> the rows that have moved, whoever owns them."""

@@ -161,7 +161,7 @@ class TieredStore:
             self.traffic.misses += len(rows)
             self.traffic.up += len(rows) * size
         if self.in_place:
-            return [self.part(VALUES, row) for row in rows]
+            return self.each(VALUES, rows)
         gathered = torch.empty(len(rows), *self.shape, dtype=self.parts[VALUES].dtype, device=self.device)
         for slot, row in zip(gathered, rows, strict=True):
             slot.copy_(self.part(VALUES, row), non_blocking=True)
@@ -181,22 +181,43 @@ class TieredStore:
     def part(self, kind: str, row: int) -> Tensor:
         """One part of one row, (shape), where it is now: in its slot, or in the table."""
         slot = self._slot_of.get(row)
-        return self._views[kind][row] if slot is None else self._slots[kind][slot]
+        return self._lies(kind)[row] if slot is None else self._slots[kind][slot]
 
-    def accumulate(self, rows: Sequence[int], grads: Sequence[Tensor]) -> None:
-        """Add each row's gradient (shape) to what it has since the last optimiser step."""
+    def each(self, kind: str, rows: Sequence[int]) -> list[Tensor]:
+        """`part` of several rows."""
+        if self._slot_of:
+            return [self.part(kind, row) for row in rows]
+        table = self._lies(kind)
+        return [table[row] for row in rows]
+
+    def gather(self, kind: str, rows: Sequence[int]) -> Tensor:
+        """A copy of one part of several rows, (len(rows), *shape)."""
+        return torch.stack(self.each(kind, rows)) if self._slot_of else self._lies(kind)[torch.tensor(rows)]
+
+    def scatter(self, kind: str, rows: Sequence[int], parts: Tensor) -> None:
+        """Put back what `gather` gave, changed."""
+        if self._slot_of:
+            torch._foreach_copy_(self.each(kind, rows), list(parts))
+        else:
+            self._lies(kind).index_copy_(0, torch.tensor(rows), parts)
+
+    def _lies(self, kind: str) -> Tensor:
+        """A part of the table, (rows, *shape), as this process sees it now."""
+        return self._views[kind]
+
+    def accumulate(self, rows: Sequence[int], grads: Sequence[Tensor] | Tensor) -> None:
+        """Add each row's gradient (shape), of different rows, to what it has since the last optimiser step."""
         if self.planned:
             if self.clock is not None:
                 self.clock.moved(2 * len(rows) * self.parts[GRADS].nbytes, operations=2 * len(rows))
             return
-        for row, grad in zip(rows, grads, strict=True):
-            held = self.part(GRADS, row)
-            if row in self._pending:
-                held.add_(grad.to(held.device))
-            else:
-                self._pending[row] = None
-                held.copy_(grad)
-            self._mark(row)
+        held = self.each(GRADS, rows)
+        given = [grad.to(own.device, own.dtype) for grad, own in zip(grads, held, strict=True)]
+        for old, merge in ((False, torch._foreach_copy_), (True, torch._foreach_add_)):
+            if chosen := [at for at, row in enumerate(rows) if (row in self._pending) == old]:
+                merge([held[at] for at in chosen], [given[at] for at in chosen])
+        self._pending |= dict.fromkeys(rows)
+        self._unwritten |= self._slot_of.keys() & set(rows)
         self.traffic.down += len(rows) * self.parts[GRADS].nbytes
 
     def pending(self) -> list[int]:
@@ -205,8 +226,7 @@ class TieredStore:
 
     def grad_norm_squared(self) -> float:
         """Of all pending gradients together."""
-        norms = [torch.linalg.vector_norm(self.part(GRADS, row)) for row in self._pending]
-        return sum(float(norm) ** 2 for norm in norms)
+        return float(torch.nn.utils.get_total_norm(self.each(GRADS, self.pending()))) ** 2
 
     def stepped(self) -> list[int]:
         """The optimiser has used the pending gradients: they are gone. -> their rows, which are changed."""
@@ -222,14 +242,10 @@ class TieredStore:
 
     def changed(self, rows: Iterable[int]) -> None:
         """Say that rows were written to through `part`."""
-        for row in rows:
-            self._dirty.add(row)
-            self.touched.add(row)
-            self._mark(row)
-
-    def _mark(self, row: int) -> None:
-        if row in self._slot_of:
-            self._unwritten.add(row)
+        rows = set(rows)
+        self._dirty |= rows
+        self.touched |= rows
+        self._unwritten |= self._slot_of.keys() & rows
 
     # --- the hot rows -------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ What differs from the paper, and why:
   that one layer's rows are in work at a time; for the pass back are kept h, the experts' numbers and the K scores.
 - A trained router lies in a table too, and fast memory has a copy to score with (model/expert_router.py).
 - Adam steps touched experts only (memory/row_adam.py).
-- N = 4 sqrt(r) experts in all and n_p = 8, after the authors' code; r is rounded up to whole experts.
+- n_p = 8, after the authors' code. Its N = 4 sqrt(r) makes a batch of a thousand tokens touch 70 % of all pairs at r
+  16,384; here N is 12 sqrt(r), but no more than leaves a token K candidates. r is rounded up to whole experts.
 """
 
 # Shape letters: T tokens, D hidden size, N experts, B pairs of an expert, P probes, C = P * B candidates, K kept of C.
@@ -70,7 +71,7 @@ class Meft(Patch):
     less: ClassVar[tuple[str, ...]] = ("cache", "probes", "r")
 
     r: int = 4096  # pairs per layer; the paper's "10 %" is 3,200 on LLaMA-7B
-    experts: int | None = None  # N; None: 4 sqrt(r), section 3.3
+    experts: int | None = None  # N; None: 12 sqrt(r), or r probes / k where that is fewer (section 3.3: 4 sqrt(r))
     probes: int = 8  # n_p, experts per token
     k: int = 64  # K, pairs per token (section 4.2)
     semantics: str = "per_token"  # or "union" (algorithm 1)
@@ -144,7 +145,10 @@ class Meft(Patch):
                            "experts that it did not probe", "Say router: centroid")  # fmt: skip
         if self.experts is not None and not 1 <= self.experts <= self.r:
             raise BadInput(f"meft: experts: {self.experts}", f"there are {self.r} pairs", "Say fewer, or none at all")
-        block = math.ceil(self.r / self.experts) if self.experts else max(1, round(math.sqrt(self.r) / 4))
+        if self.experts:
+            block = math.ceil(self.r / self.experts)
+        else:  # fine enough that a large batch touches less than half, and K candidates a token
+            block = min(self.r, max(math.ceil(self.k / self.probes), round(math.sqrt(self.r) / 12)))
         return math.ceil(self.r / block), block
 
 
@@ -231,7 +235,7 @@ class _Beside(torch.autograd.Function):
         probed_TP, gate_TP = adapter.which.route(h_TD)
         groups = experts.by_expert(probed_TP, adapter.store)
         rows = adapter.store.fetch(groups.experts)
-        fired_TC, top = experts.fire(h_TD, probed_TP, gate_TP, groups, rows, adapter.kept)
+        fired_TC, top = experts.fire(h_TD, probed_TP, gate_TP, groups, rows, adapter.store, adapter.kept)
         if adapter.patch.semantics == "union":
             pairs = experts.chosen_pairs(probed_TP, fired_TC, adapter.store)
             out_TD = torch.zeros_like(h_TD)
@@ -242,7 +246,7 @@ class _Beside(torch.autograd.Function):
         else:
             held = dict(zip(groups.experts, rows, strict=True))
             groups = experts.by_expert(probed_TP, adapter.store, experts.alive(fired_TC, adapter.probes))
-            out_TD = experts.out(h_TD, fired_TC, groups, [held[expert] for expert in groups.experts])
+            out_TD = experts.out(h_TD, fired_TC, groups, [held[expert] for expert in groups.experts], adapter.store)
             ctx.save_for_backward(h_in, probed_TP.to(torch.int32), gate_TP, *top)
         ctx.adapter, ctx.shape = adapter, h.shape
         return torch.add(y, out_TD.view(y.shape), alpha=adapter.patch.scale).to(y.dtype)

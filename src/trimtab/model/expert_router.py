@@ -98,10 +98,10 @@ class Router(nn.Module):
         if self.table.planned:
             tokens, probes = self.table.asked = tuple(probed_TP.shape)
             with experts.standing_for(self.table, experts.touched(self.table.rows, tokens, probes)):
-                self.table.accumulate([0], [grad_ND[0]])
+                self.table.accumulate([0], grad_ND[:1])
             return
-        probed = probed_TP.unique().tolist()
-        self.table.accumulate(probed, [grad_ND[row] for row in probed])
+        probed = probed_TP.unique()
+        self.table.accumulate(probed.tolist(), grad_ND[probed])
 
     # --- between steps ------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Key-value experts: small two-layer ReLU networks whose weights are rows of a store, each at work on its own tokens.
 
 A row holds `block` records [key | value] of 2 D numbers, drawn at random. Tokens are sorted by expert, and each expert
-in work costs a few small dense products on its own tokens, read where its row lies. The functions go by the steps of a
+in work costs a few small dense products on its own tokens, with its row where it lies; tokens are gathered, and what
+comes of them is added up, for a chunk of experts at a time. The functions go by the steps of a
 pass: which experts (`by_expert`), what their keys say (`fire`), what their values add (`out`), and the way back
 (`back`); the same for all tokens on all pairs that any token chose (`chosen_pairs`, `fire_all`, `back_all`).
 
@@ -13,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -25,19 +26,73 @@ from torch.nn.functional import normalize
 from ..memory.store import VALUES, TieredStore
 
 DEVIATION = 0.02  # of the keys that are drawn
+FEW = 16  # experts, or pairs, that are worth a gather
 UNLIKE, SKEW = 0.735, 1.1  # of `touched`
 QUANTILES = [NormalDist().inv_cdf((at + 0.5) / 32) for at in range(32)]
 
 
+class Chunk(NamedTuple):
+    """Experts in work at once, the tokens (X,) of all their pairs and the pairs' places in the groups' order."""
+
+    first: int  # of the groups' experts
+    experts: list[int]
+    sizes: list[int]
+    tokens: Tensor
+    at: slice
+    planned: TieredStore | None = None  # of a plan, in which its first expert stands for all
+
+    def each(self, rows: Iterable[Any], *parts_XY: Tensor) -> Iterator[tuple]:
+        """For each expert its item of `rows`, which begin with this chunk's, and its tokens' rows of `parts`."""
+        if self.planned is None:
+            yield from zip(islice(rows, len(self.sizes)), *(part.split(self.sizes) for part in parts_XY), strict=True)
+            return
+        with standing_for(self.planned, len(self.sizes)):
+            yield next(iter(rows)), *(part[: self.sizes[0]] for part in parts_XY)
+
+
 class Groups(NamedTuple):
-    """Experts in work, and for each the tokens it works on and its places in `order`."""
+    """Experts in work, and how many tokens each works on."""
 
     order: Tensor  # the (token, probe) pairs t * P + p, sorted by expert
     experts: list[int]
-    tokens: list[Tensor]
-    places: list[slice]
-    times: Sequence[float] = ()  # in a plan: how many experts each of these stands for
-    store: TieredStore | None = None  # in a plan: where its clock is
+    sizes: list[int]
+    tokens: Tensor  # of each of the sorted pairs
+
+    def chunks(self, store: TieredStore, tokens: int) -> Iterator[Chunk]:
+        """The experts a few at a time: no more pairs than tokens, and no more experts than `room`, in work at once."""
+        if store.planned:
+            yield from self._planned(store, tokens)
+            return
+        most, pairs, first, start = room(store, tokens), max(tokens, FEW), 0, 0
+        while first < len(self.experts):
+            last, end = first + 1, start + self.sizes[first]
+            while last < len(self.experts) and last - first < most and end + self.sizes[last] - start <= pairs:
+                end += self.sizes[last]
+                last += 1
+            at = slice(start, end)
+            yield Chunk(first, self.experts[first:last], self.sizes[first:last], self.tokens[at], at)
+            first, start = last, end
+
+    def _planned(self, store: TieredStore, tokens: int) -> Iterator[Chunk]:
+        """For the planner. A bound of the memory: of the experts at work in turn, one may have all tokens. The time of
+        those that are expected to be at work: as many of the mean size."""
+        bound = Chunk(0, [0], [tokens], self.tokens[:tokens], slice(0, tokens), store)
+        with standing_for(store, 0.0):
+            yield bound
+        if store.clock is None:
+            return
+        many = touched(store.rows, tokens, len(self.order) // tokens)
+        size = max(1, round(len(self.order) / many))
+        few = max(1, min(room(store, tokens), max(tokens, FEW) // size, round(many)))
+        at = slice(0, few * size)
+        with standing_for(store, many / few):
+            store.clock.moved(few * store.parts[VALUES].nbytes / 2)  # the rows' keys or values, from where they lie
+            yield Chunk(0, [0] * few, [size] * few, self.tokens[at], at, store)
+
+
+def room(store: TieredStore, tokens: int) -> int:
+    """Experts whose gradients together are no larger than the tokens' h, or a few."""
+    return min(store.rows, max(FEW, tokens // (2 * store.shape[0])))
 
 
 def drawn(store: TieredStore, seed: int) -> Iterator[tuple[int, Tensor]]:
@@ -77,22 +132,10 @@ def by_expert(probed_TP: Tensor, store: TieredStore, alive_TP: Tensor | None = N
         flat = flat[order]
     tokens = order.div(probed_TP.shape[1], rounding_mode="floor")
     if store.planned:
-        return _planned(order, tokens, len(probed_TP), store)
+        return Groups(order, [0], [], tokens)
     counts = torch.bincount(flat, minlength=store.rows)
     experts = counts.nonzero().flatten()
-    sizes = counts[experts].tolist()
-    places = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-    return Groups(order, experts.tolist(), list(tokens.split(sizes)), places)
-
-
-def _planned(order: Tensor, tokens: Tensor, most: int, store: TieredStore) -> Groups:
-    """For the planner. A bound of the memory: of the experts at work in turn, one may have all tokens (`most`). The
-    time of those that are expected to be at work: as many of the mean size."""
-    sizes, times = [most], [0.0]
-    if store.clock is not None:
-        many = touched(store.rows, most, len(order) // most)
-        sizes, times = [most, max(1, round(len(order) / many))], [0.0, many]
-    return Groups(order, [0], [tokens[:size] for size in sizes], [slice(0, size) for size in sizes], times, store)
+    return Groups(order, experts.tolist(), counts[experts].tolist(), tokens)
 
 
 def touched(experts: int, tokens: int, probes: int) -> float:
@@ -115,26 +158,17 @@ def standing_for(store: TieredStore, times: float) -> Iterator[None]:
         yield
 
 
-def _each(groups: Groups, rows: Sequence[Any], read: float = 1.0) -> Iterator[tuple]:
-    """(its item of `rows`, its tokens, its places) for each expert at work; `read`: which share of its row is read."""
-    if (store := groups.store) is None:
-        yield from zip(rows, groups.tokens, groups.places, strict=True)
-        return
-    for of, at, times in zip(groups.tokens, groups.places, groups.times, strict=True):
-        with standing_for(store, times):
-            if store.clock is not None:
-                store.clock.moved(read * store.parts[VALUES].nbytes)
-            yield rows[0], of, at
-
-
 def fire(
-    h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: Groups, rows: Sequence[Tensor], kept: int
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: Groups, rows: Sequence[Tensor],
+    store: TieredStore, kept: int,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """-> a_t of each token's C candidates, zero but for its K largest, and the same in short for the pass back."""
-    (tokens, probes), (block, _) = probed_TP.shape, rows[0].shape
+    (tokens, probes), block, width = probed_TP.shape, store.shape[0], h_TD.shape[1]
     sorted_XB = h_TD.new_empty(tokens * probes, block)
-    for row_BD, of, at in _each(groups, rows, read=0.5):
-        torch.mm(h_TD[of], row_BD[:, : h_TD.shape[1]].to(h_TD.dtype).T, out=sorted_XB[at])
+    for chunk in groups.chunks(store, tokens):
+        h_XD = h_TD.index_select(0, chunk.tokens)
+        for row_BD, h_tD, fired_tB in chunk.each(rows[chunk.first :], h_XD, sorted_XB[chunk.at]):
+            torch.mm(h_tD, row_BD[:, :width].to(h_TD.dtype).T, out=fired_tB)
     fired_TPB = torch.empty_like(sorted_XB).index_copy_(0, groups.order, sorted_XB).view(tokens, probes, block)
     if gate_TP is not None:
         fired_TPB.mul_(gate_TP.unsqueeze(-1))
@@ -159,12 +193,15 @@ def alive(fired_TC: Tensor, probes: int) -> Tensor:
     return (fired_TC > 0).unflatten(1, (probes, -1)).any(-1)
 
 
-def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Sequence[Tensor]) -> Tensor:
+def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Sequence[Tensor], store: TieredStore) -> Tensor:
     """-> what the values add to each token, (T, D)."""
-    sorted_XB = fired_TC.view(-1, rows[0].shape[0])[groups.order] if rows else fired_TC
-    out_TD = torch.zeros_like(h_TD)
-    for row_BD, of, at in _each(groups, rows, read=0.5):
-        out_TD.index_add_(0, of, sorted_XB[at] @ row_BD[:, h_TD.shape[1] :].to(h_TD.dtype))
+    (tokens, width), out_TD = h_TD.shape, torch.zeros_like(h_TD)
+    sorted_XB = fired_TC.view(-1, store.shape[0])[groups.order]
+    for chunk in groups.chunks(store, tokens):
+        out_XD = h_TD.new_empty(len(chunk.tokens), width)
+        for row_BD, fired_tB, out_tD in chunk.each(rows[chunk.first :], sorted_XB[chunk.at], out_XD):
+            torch.mm(fired_tB, row_BD[:, width:].to(h_TD.dtype), out=out_tD)
+        out_TD.index_add_(0, chunk.tokens, out_XD)
     return out_TD
 
 
@@ -173,25 +210,33 @@ def back(
     store: TieredStore,
 ) -> Tensor:  # fmt: skip
     """The rows' gradients into the store, that of h into `grad_h`; -> that of a_t before the ReLU, (T, C)."""
-    D = h_TD.shape[1]
-    sorted_XB = fired_TC.view(-1, store.shape[0])[groups.order]
+    (tokens, D), block = h_TD.shape, store.shape[0]
+    sorted_XB = fired_TC.view(-1, block)[groups.order]
     gates_X = None if gate_TP is None else gate_TP.flatten()[groups.order].unsqueeze(1)
-    grad_XB = torch.empty_like(sorted_XB)
-    grad_BD = h_TD.new_empty(store.shape)
+    all_XB = torch.empty_like(sorted_XB)
+    grads_EBD = h_TD.new_empty(room(store, tokens), *store.shape)
     if store.planned:
-        store.asked = len(h_TD), len(groups.order) // len(h_TD)
-    held = list(zip(groups.experts, store.fetch(groups.experts), strict=True))
-    for (row, row_BD), of, at in _each(groups, held):
-        record_BD, h_tD, grad_tD, fired_tB = row_BD.to(h_TD.dtype), h_TD[of], grad_TD[of], sorted_XB[at]
-        torch.mm(fired_tB.T, grad_tD, out=grad_BD[:, D:])
-        grad_tB = torch.mm(grad_tD, record_BD[:, D:].T, out=grad_XB[at]).mul_(fired_tB > 0)
-        if gates_X is not None:
-            grad_tB = grad_tB * gates_X[at]
-        torch.mm(grad_tB.T, h_tD, out=grad_BD[:, :D])
-        store.accumulate([row], [grad_BD])
+        store.asked = tokens, len(groups.order) // tokens
+    rows = store.fetch(groups.experts)
+    for chunk in groups.chunks(store, tokens):
+        sizes, h_XD, grad_XD = chunk.sizes, h_TD.index_select(0, chunk.tokens), grad_TD.index_select(0, chunk.tokens)
+        fired_XB, grad_XB = sorted_XB[chunk.at], all_XB[chunk.at]
+        records = [row_BD.to(h_TD.dtype) for row_BD in rows[chunk.first : chunk.first + len(sizes)]]
+        grads = grads_EBD[: len(sizes)]
+        pairs = list(zip(records, grads, strict=not store.planned))
+        for (record_BD, of_BD), fired_tB, grad_tB, grad_tD in chunk.each(pairs, fired_XB, grad_XB, grad_XD):
+            torch.mm(fired_tB.T, grad_tD, out=of_BD[:, D:])
+            torch.mm(grad_tD, record_BD[:, D:].T, out=grad_tB)
+        grad_XB.mul_(fired_XB > 0)
+        gated_XB = grad_XB if gates_X is None else grad_XB * gates_X[chunk.at]
+        for (record_BD, of_BD), gated_tB, h_tD, grad_tD in chunk.each(pairs, gated_XB, h_XD, grad_XD):
+            torch.mm(gated_tB.T, h_tD, out=of_BD[:, :D])
+            if grad_h is not None:
+                torch.mm(gated_tB, record_BD[:, :D], out=grad_tD)
+        store.accumulate(chunk.experts, grads)
         if grad_h is not None:
-            grad_h.index_add_(0, of, grad_tB @ record_BD[:, :D])
-    return torch.zeros_like(fired_TC).view(-1, store.shape[0]).index_copy_(0, groups.order, grad_XB).view_as(fired_TC)
+            grad_h.index_add_(0, chunk.tokens, grad_XD)
+    return torch.zeros_like(fired_TC).view(-1, block).index_copy_(0, groups.order, all_XB).view_as(fired_TC)
 
 
 # --- all tokens on the pairs that any of them chose -----------------------------------------------------------------
