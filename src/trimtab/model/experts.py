@@ -46,8 +46,9 @@ class Chunk(NamedTuple):
         if self.planned is None:
             yield from zip(islice(rows, len(self.sizes)), *(part.split(self.sizes) for part in parts_XY), strict=True)
             return
+        first = [part[: self.sizes[0]] for part in parts_XY]
         with standing_for(self.planned, len(self.sizes)):
-            yield next(iter(rows)), *(part[: self.sizes[0]] for part in parts_XY)
+            yield next(iter(rows)), *first
 
 
 class Groups(NamedTuple):
