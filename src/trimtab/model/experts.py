@@ -170,6 +170,7 @@ def fire(
         h_XD = h_TD.index_select(0, chunk.tokens)
         for row_BD, h_tD, fired_tB in chunk.each(rows[chunk.first :], h_XD, sorted_XB[chunk.at]):
             torch.mm(h_tD, row_BD[:, :width].to(h_TD.dtype).T, out=fired_tB)
+        del h_XD, h_tD  # before the next chunk's are made
     fired_TPB = torch.empty_like(sorted_XB).index_copy_(0, groups.order, sorted_XB).view(tokens, probes, block)
     if gate_TP is not None:
         fired_TPB.mul_(gate_TP.unsqueeze(-1))
@@ -203,6 +204,7 @@ def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Sequence[Tensor], 
         for row_BD, fired_tB, out_tD in chunk.each(rows[chunk.first :], sorted_XB[chunk.at], out_XD):
             torch.mm(fired_tB, row_BD[:, width:].to(h_TD.dtype), out=out_tD)
         out_TD.index_add_(0, chunk.tokens, out_XD)
+        del out_XD, out_tD
     return out_TD
 
 
@@ -219,7 +221,8 @@ def back(
     if store.planned:
         store.asked = tokens, len(groups.order) // tokens
     rows = store.fetch(groups.experts)
-    for chunk in groups.chunks(store, tokens):
+
+    def back_through(chunk: Chunk) -> None:  # a function, so that one chunk's tokens are gone when the next ones come
         sizes, h_XD, grad_XD = chunk.sizes, h_TD.index_select(0, chunk.tokens), grad_TD.index_select(0, chunk.tokens)
         fired_XB, grad_XB = sorted_XB[chunk.at], all_XB[chunk.at]
         records = [row_BD.to(h_TD.dtype) for row_BD in rows[chunk.first : chunk.first + len(sizes)]]
@@ -237,6 +240,9 @@ def back(
         store.accumulate(chunk.experts, grads)
         if grad_h is not None:
             grad_h.index_add_(0, chunk.tokens, grad_XD)
+
+    for chunk in groups.chunks(store, tokens):
+        back_through(chunk)
     return torch.zeros_like(fired_TC).view(-1, block).index_copy_(0, groups.order, all_XB).view_as(fired_TC)
 
 
