@@ -152,8 +152,9 @@ def test_what_would_fit_names_fields_of_the_patch(recipe):
         require_fit(
             plan(cached, process=0), Recipe(**{**vars(cached), "training": {**wide.training, "max_length": 48}})
         )
-    in_ram = recipe({"r": 4096}, place={"slow": "ram"}, per_device_train_batch_size=1, activation_checkpointing=True)
-    in_ram = Recipe(**{**vars(in_ram), "engine": wide.engine, "budget": {"fast": need.fast_peak_bytes + 2**20}})
+    on_disk = Recipe(**{**vars(wide), "patches": [{"meft": {**MEFT, "r": 4096}}]})
+    budget = {"fast": plan(on_disk, process=0).fast_peak_bytes}
+    in_ram = Recipe(**{**vars(on_disk), "place": {"slow": "ram"}, "budget": budget})
     with pytest.raises(DoesNotFit, match=r"It would fit with place\.slow=disk"):
         require_fit(plan(in_ram, process=0), in_ram)
 
