@@ -111,7 +111,8 @@ EXPOSURES = {
     "LoRA": 80,
     "PaCA": 80,
 }  # times that a fact is met: twice for the peers
-START = {"MEFT": 4096, "Parallel Adapter": 4096, "LoRA": 1024, "PaCA": 1024}  # facts: tuned at, and where ladders begin
+# facts: tuned at, and where the first ladder begins
+START = {"MEFT": 4096, "Parallel Adapter": 4096, "LoRA": 1024, "PaCA": 1024}
 RATES = {"MEFT": (1.5e-3, 3e-3, 6e-3), "Parallel Adapter": (1.5e-3, 3e-3, 6e-3), "LoRA": (5e-3, 1e-2, 1.4e-2, 2e-2),
          "PaCA": (5e-3, 1e-2, 2e-2)}  # fmt: skip
 FEW = (10, 20, 40)  # exposures
@@ -146,7 +147,8 @@ def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
     for seed in seeds:
         for side in sides:
             recall_of = lambda facts, side=side, seed=seed: learn(side, seed, facts, exposures[side.name])  # noqa: E731
-            ladders[side.name].append(bracket(recall_of, start[side.name], 64 if not quick else start[side.name]))
+            first = max((held(points) for points in ladders[side.name]), default=start[side.name])
+            ladders[side.name].append(bracket(recall_of, rung(int(first)), 64 if not quick else start[side.name]))
     facts = {name: [held(points) for points in of] for name, of in ladders.items()}
     peer = max(("LoRA", "PaCA"), key=lambda name: statistics.mean(facts[name]))
     common = rung(int(min(facts[peer])), -1)  # well within what it holds
@@ -198,7 +200,7 @@ def bracket(recall_of: Callable[[int], float], start: int, least: int) -> list[t
     return sorted(points.items())
 
 
-def rung(count: int, by: int) -> int:
+def rung(count: int, by: int = 0) -> int:
     """The rungs are powers of the square root of 2; the nearest to `count`, or `by` above it."""
     return round(2 ** ((round(2 * math.log2(count)) + by) / 2))
 
