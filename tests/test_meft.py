@@ -226,9 +226,9 @@ def test_widths_are_rounded_up_to_whole_experts():
         experts, block = Meft(r=r).layout()
         assert r <= experts * block < r + block
     assert Meft(r=100, experts=7).layout() == (7, 15)
-    said = Meft(r=100, experts=7).apply(MODELS["llama"](), PLACE).notes
+    said = Meft(r=100, experts=7, probes=7).apply(MODELS["llama"](), PLACE).notes
     assert said == ("meft: r 100 is rounded up to 105: 7 experts of 15 pairs",)
-    assert Meft(r=64).apply(MODELS["llama"](), PLACE).notes == ()
+    assert Meft(r=64, k=16).apply(MODELS["llama"](), PLACE).notes == ()
 
 
 def test_centroids_follow_the_keys():
@@ -283,8 +283,11 @@ def test_the_store_survives_casts_and_moves(dtype):
     assert all(torch.equal(made.store.whole(VALUES), rows[name]) for name, made in surgery.adapters.items())
 
 
+NAN, INF = float("nan"), float("inf")
 MISFITS = [{"r": 0}, {"probes": 0}, {"k": 0}, {"experts": 9, "r": 8}, {"router": "gates"}, {"adam": "fast"},
-           {"semantics": "union"}, {"moments": "int3"}, {"prefetch": "all"}]  # fmt: skip
+           {"semantics": "union"}, {"moments": "int3"}, {"prefetch": "all"}, {"cache": -1.0}, {"revive": -1},
+           *({"scale": x} for x in (0.0, -1.0, NAN, INF)), *({"balance": x} for x in (-1.0, NAN, INF)),
+           {"cache": NAN}, {"cache": INF}]  # fmt: skip
 
 
 @pytest.mark.parametrize("fields", MISFITS, ids=str)

@@ -165,6 +165,17 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_pa
     assert extended.slow_bytes == whole[1].get(tracer.MAPPED, 0) + whole[1].get(tracer.ROWS, 0)
 
 
+def test_a_cache_of_all_layers_is_counted_once(folders, tmp_path):
+    """Shared out over two layers of a shallow stack it would be larger in each than over all twelve."""
+    folder = deeper(folders("llama", torch.bfloat16), tmp_path, 12)
+    plain, cached = (
+        plan(recipe_of(folder, {"meft": {"r": 64, "experts": 32, "cache": cache}})) for cache in (0.0, 2e5 / 2**30)
+    )
+    extent = 4 * 2 * 2 * 64 * 4  # numbers of 2 pairs, with m, v and the gradient
+    assert cached.kinds["adapter"] - plain.kinds["adapter"] == 12 * (200_000 // 12 // extent) * extent > 0
+    assert cached.live_peak_bytes - plain.live_peak_bytes == cached.kinds["adapter"] - plain.kinds["adapter"]
+
+
 def test_blocks_that_differ_are_traced_whole(folders, tmp_path):
     folder = deeper(folders("llama", torch.bfloat16), tmp_path, 6)
     recipe = recipe_of(folder, {"lora": {"r": 4, "targets": "layers.5.*q_proj"}})

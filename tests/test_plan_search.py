@@ -60,9 +60,7 @@ def test_every_training_method_of_the_table_is_tried(folder, found):
     for c in found.candidates:
         values = c.recipe.training_values()
         assert values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] == 2
-        tables = c.plan.kinds.get("rows in the slow tier")  # whose speed is not predicted
-        assert c.plan.tokens_per_second is None if tables else c.plan.tokens_per_second > 0
-        assert c.plan.trained > 0
+        assert c.plan.tokens_per_second > 0 and c.plan.trained > 0
     assert len(list(plan_search._combinations(Recipe()))) >= 40
 
 
@@ -87,9 +85,7 @@ def test_checkpointing_and_products_cost_time(found):
     speed = {
         (c.method, c.micro_batch, c.checkpointing): c.plan.tokens_per_second for c in found.candidates if not c.chunk
     }
-    timed = {method for (method, _, _), known in speed.items() if known}
-    assert len(timed) > 3
-    for method in timed:
+    for method in {method for method, _, _ in speed}:
         assert speed[method, 2, True] < speed[method, 2, False]
 
 

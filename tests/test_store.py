@@ -162,6 +162,24 @@ def test_a_file_system_that_maps_no_files_is_named(tmp_path, monkeypatch):
         TieredStore("table", 4, SHAPE, slow="disk", folder=str(tmp_path))
 
 
+def test_whether_a_folder_is_in_ram(tmp_path):
+    mounts = [line.partition(" - ") for line in open("/proc/self/mountinfo")]
+    tmpfs = [first.split()[4] for first, _, last in mounts if last.split()[0] == "tmpfs"]
+    seen = [point for point in tmpfs if os.path.isdir(point) and os.path.ismount(point)]
+    assert seen and all(mapped.in_ram(f"{point}/not/made/yet") for point in seen)
+    assert not mapped.in_ram("/proc")
+
+
+def test_tables_in_ram_must_find_room_there(monkeypatch):
+    size = TieredStore("one", 1, SHAPE).extent
+    monkeypatch.setattr(mapped, "room", lambda: 12 * size)
+    TieredStore("table", 4, SHAPE, more=2), TieredStore("table", 99, SHAPE, slow="disk")
+    with pytest.raises(DoesNotFit, match="of RAM for 3 tables of 5 rows: .* are free"):
+        TieredStore("table", 5, SHAPE, more=2)
+    monkeypatch.setattr(mapped, "room", lambda: None)  # a system that does not tell
+    TieredStore("table", 5, SHAPE, more=2)
+
+
 def test_a_planned_store_has_shapes_and_no_memory():
     made = TieredStore("table", 10**9, (64, 1024), planned=True)
     assert made.fetch([5])[0].shape == (64, 1024) and made.whole().shape == (10**9, 64, 1024)

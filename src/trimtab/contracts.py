@@ -103,11 +103,8 @@ class Surgery(ABC):
 
     def merge(self) -> None:
         """Write the change into the base weights and take the patch out: a plain transformers model remains."""
-        raise BadInput(
-            f"merge {type(self.patch).__name__}",
-            "it depends on its input, so no weight can hold it",
-            "Keep the adapter",
-        )
+        asked = f"merge {type(self.patch).__name__}"
+        raise BadInput(asked, "it depends on its input, so no weight can hold it", "Keep the adapter")
 
     def adapter_config(self) -> dict[str, Any]:
         """What adapter_config.json holds. PEFT reads it where the method is one of PEFT's own (LoRA overrides this)."""
@@ -134,6 +131,8 @@ class Patch(ABC):
     when: ClassVar[When] = When.TRAIN
     trains_base: ClassVar[bool] = False  # True where the base's own weights move (full fine-tuning)
     alone: ClassVar[str] = ""  # why it composes with no other trained patch; "" where it does
+    tables: ClassVar[bool] = False  # True where it keeps tables in the slow tier
+    less: ClassVar[tuple[str, ...]] = ()  # fields of which a smaller number holds less, those that matter least first
 
     @abstractmethod
     def apply(self, model: PreTrainedModel, place: Place) -> Surgery: ...

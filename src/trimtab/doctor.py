@@ -12,6 +12,7 @@ from typing import Any
 
 from .memory import allocator, overhead, rates
 from .memory.budget import gib, ram
+from .memory.mapped import in_ram
 from .memory.meter import GIB
 from .memory.overhead import Overhead
 from .memory.rates import Rates
@@ -38,6 +39,7 @@ def doctor(fresh: bool = False) -> dict[str, Any]:
         "cast": round(beside.cast, 4), "pace": round(beside.pace, 4), "measured": beside.measured,
     }  # fmt: skip
     found["disk_free_bytes"] = shutil.disk_usage(".").free
+    found["disk_is_ram"] = in_ram(".")
     found["memory_free_bytes"] = ram().get("MemAvailable", 0)
     found["page_bytes"] = held.page_bytes
     found["gflops"] = {name: round(held.peak(name) / 1e9, 1) for name in ("bfloat16", "float32", "float16")}
@@ -88,7 +90,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"processor   {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads"
     free, pages = gib(found["memory_free_bytes"]), found["page_bytes"]
     yield f"memory      {gib(facts['memory_bytes'])}, {free} free, pages of {pages:,} bytes"
-    yield f"disk        {gib(found['disk_free_bytes'])} free in this folder"
+    kind = ", which is in RAM (tmpfs)" if found["disk_is_ram"] else ""
+    yield f"disk        {gib(found['disk_free_bytes'])} free in this folder{kind}"
     yield f"gpu         {facts.get('gpu', 'none')}"
     yield f"measured    in {found['seconds_measured']:.0f} s, {measured}"
     yield "products    " + ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in found["gflops"].items())
@@ -115,5 +118,7 @@ def _advice(found: dict[str, Any]) -> Iterator[str]:
         yield "No mimalloc, jemalloc or tcmalloc was found: `pip install cmeel-mimalloc` makes training on a CPU faster"
     if found["gflops"]["bfloat16"] < found["gflops"]["float32"]:
         yield "bf16 is slower than fp32 on this processor: set model: {precision: fp32} if memory allows"
+    if found["disk_is_ram"]:
+        yield "This folder is in RAM (tmpfs): tables in its files would save no memory; name another in place: folder"
     if found["disk_free_bytes"] < 2 * GIB:
         yield "Less than 2 GiB of disk is free here: checkpoints may not fit"

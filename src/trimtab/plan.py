@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import BadInput, Untraceable
 from .memory.budget import Budget, fast_bytes, free_bytes, gib, ram, slow_bytes
-from .memory.mapped import slow_kind
+from .memory.mapped import require_folder, slow_kind
 from .memory.overhead import Overhead
 from .model.quiet import hushed
 from .planned_step import PlannedStep, peaks
@@ -210,11 +210,14 @@ def plan(
             found = _real_step(recipe, args, rows, tokens, counted, error, watch)
             notes.append(f"a real step was run, since {error.have}; where the data decide, other data may hold more")
     phase, kinds = highest(found)
+    notes += watch.notes
     speed, read = _speed(watch, beside.pace, kinds, args.gradient_accumulation_steps, rows * tokens, notes)
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
     disk = None
     if slow_kind(place.slow, device) == "disk":
+        if kinds.get(TABLES) and recipe.place.folder:
+            require_folder(recipe.place.folder)
         disk = free_bytes(recipe.place.folder or recipe.output)
     return Plan(
         kinds, phase, process, beside.of(_growth(kinds), watch.cast), budget, machine, rows, tokens, counted, speed,
@@ -243,7 +246,7 @@ def _real_step(
     if not weights_at_hand(recipe.model):
         raise why
     step = PlannedStep(recipe, args, None, real=True)
-    watch.trained, watch.cast = step.trained, step.autocast is not None
+    watch.trained, watch.cast, watch.notes = step.trained, step.autocast is not None, step.notes
     return step.trace(rows, tokens, counted, watch.at(None))
 
 
@@ -251,23 +254,30 @@ def _speed(
     watch: Any, pace: float, kinds: dict[str, int], micro_batches: int, tokens: int, notes: list[str]
 ) -> tuple[float | None, int]:
     """-> tokens per second (None: rates are not known), bytes read from the disk in a step; what to know in `notes`."""
-    from .memory.roofline import read_again
-    from .memory.tracer import MAPPED, ROWS, live
+    from .memory.roofline import read_again, written_back
+    from .memory.tracer import MAPPED, live
 
-    mapped = kinds.get(MAPPED, 0)
-    read = read_again(mapped, ram().get("MemAvailable", mapped + live(kinds)) - live(kinds), micro_batches)
-    seconds = watch.seconds(micro_batches, min(2, micro_batches))
+    mapped, tables = kinds.get(MAPPED, 0), kinds.get(TABLES, 0)
+    room = ram().get("MemAvailable", mapped + tables + live(kinds)) - live(kinds)
+    read = read_again(mapped, room, micro_batches)
+    seconds, dirty = watch.seconds(micro_batches, min(2, micro_batches)), watch.dirty()
     if read:
         notes.append(f"the mapped base exceeds free memory: {gib(read)} are read from the disk in each step")
-    if kinds.get(ROWS):
-        notes.append("the speed of a run with a table in the slow tier is not predicted yet")
-        return None, read
-    if seconds is None:
+    if not watch.clocks:
         notes.append("the speed is predicted once `trimtab doctor` has measured this machine")
+    elif seconds is None:
+        notes.append("the speed is predicted of MEFT by tokens, with adam: lazy and moments: fp32 only")
+    elif tables > room:
+        notes.append("the speed is not predicted: the tables exceed free memory, and rows are read from the disk")
         return None, read
-    if read and not watch.rates.disk.get("read"):
+    if seconds is None or (read and not watch.rates.disk.get("read")):
         return None, read
-    return micro_batches * tokens / (seconds / pace + (read / watch.rates.disk["read"] if read else 0.0)), read
+    if (written := written_back(dirty, room, watch.rates)) is None:
+        return None, read
+    seconds = seconds / pace + (read / watch.rates.disk["read"] if read else 0.0)
+    if written > seconds:
+        notes.append(f"each step changes {gib(dirty)} of tables: the speed is that of the disk they are written to")
+    return micro_batches * tokens / max(seconds, written), read
 
 
 def _covered(recipe: Recipe) -> None:

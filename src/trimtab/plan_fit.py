@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from .errors import DoesNotFit
+from .errors import BadInput, DoesNotFit
 from .memory.budget import gib
 from .plan import Plan, plan
 from .recipe import Recipe
 
 MICRO, TIMES, CHECKPOINTING = "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing"
+TIMES_HALVED = 4
 
 
 def require_fit(made: Plan, recipe: Recipe) -> None:
     """DoesNotFit with the first change that would fit, if `made` does not."""
     if made.fits:
         return
-    if made.disk is not None and made.table_bytes > made.disk:
-        raise DoesNotFit(
-            f"{gib(made.table_bytes)} of tables in {recipe.place.folder or recipe.output}",
-            f"{gib(made.disk)} are free on that disk",
-            "Name a folder with room (place: folder), make room, or take a smaller table",
-        )
-    what, need = ("fast", made.fast_peak_bytes) if made.fast_peak_bytes > made.fast else ("slow", made.slow_bytes)
-    if what == "slow":
-        said = "Allow more in the slow tier, or take a smaller model"
+    full, asked = made.disk is not None and made.table_bytes > made.disk, f"{gib(made.fast)} of the fast tier"
+    have, do = f"it would hold {gib(made.fast_peak_bytes)} at its peak ({made.phase})", "a smaller model or max_length"
+    change, least = _first_that_fits(recipe, made, made.fast, tables=made.fast_peak_bytes <= made.fast)
+    if full:
+        asked = f"{gib(made.table_bytes)} of tables in {recipe.place.folder or recipe.output}"
+        have, do = f"{gib(made.disk or 0)} are free on that disk", "a smaller table"
+        do = f"Name a folder with room (place: folder), make room, or take {change or do}"
+    elif made.fast_peak_bytes <= made.fast:
+        asked, have = f"{gib(made.budget.slow or 0)} of the slow tier", f"it would hold {gib(made.slow_bytes)}"
+        do = f"Allow more in the slow tier, or take {change or do}"
+    elif change:
+        do = f"It would fit with {change} ({gib(least)})"
     else:
-        change, least = _first_that_fits(recipe, made, made.fast)
-        said = (
-            f"It would fit with {change} ({gib(least)})"
-            if change
-            else f"The least found is {gib(least)}: allow more, or take a smaller model or max_length"
-        )
-    limit = made.fast if what == "fast" else made.budget.slow or 0
-    raise DoesNotFit(
-        f"{gib(limit)} of the {what} tier for this run", f"it would hold {gib(need)} at its peak ({made.phase})", said
-    )
+        do = f"The least found is {gib(least)}: allow more, or take {do}"
+    raise DoesNotFit(asked if full else f"{asked} for this run", have, do)
 
 
 def advice(recipe: Recipe, made: Plan | None, held: int, limit: int | None) -> str:
@@ -46,30 +43,39 @@ def advice(recipe: Recipe, made: Plan | None, held: int, limit: int | None) -> s
     What the run held beyond its plan is added to each alternative's. Without a plan or a limit, the first that holds
     less is named.
     """
-    change: str | None = next((said for said, _ in _alternatives(recipe)), None)
+    change: str | None = next((said for said, _ in _computed(recipe)), None)
     if made is None or limit is None:
         return f"{change}, which holds less" if change else "a smaller model or max_length in a new run"
     over = max(0, held - made.fast_peak_bytes)
-    change, least = _first_that_fits(recipe, dataclasses.replace(made, process=made.process + over), limit)
+    process = made.process + over
+    change, least = _first_that_fits(recipe, dataclasses.replace(made, process=process), limit, begun=True)
     if change:
         return f"{change} ({gib(least)})"
     return f"a higher budget.fast: {gib(held)} was not enough, and the least found is {gib(least)}"
 
 
-def _first_that_fits(recipe: Recipe, made: Plan, limit: int) -> tuple[str | None, int]:
-    """-> the first change with which the fast tier holds at most `limit`, and how much; None: the least of all."""
+def _first_that_fits(
+    recipe: Recipe, made: Plan, limit: int, *, tables: bool = False, begun: bool = False
+) -> tuple[str | None, int]:
+    """-> the first change with which both tiers fit, the fast one within `limit`, and what the fast one then holds;
+    None: the least of all. `tables`: only tables are too large. `begun`: of a run that may go on with the change."""
     least = made.fast_peak_bytes
-    for change, other in _alternatives(recipe):
+    found = (() if tables else _computed(recipe), () if begun else _smaller(recipe))
+    for change, other in itertools.chain(*found):
         rows = min(made.rows, other.training_values()[MICRO])
-        tried = plan(other, rows=rows, tokens=made.tokens, counted=made.counted, process=made.process)
-        if tried.fast_peak_bytes <= limit and (tried.budget.slow is None or tried.slow_bytes <= tried.budget.slow):
+        try:
+            tried = plan(other, rows=rows, tokens=made.tokens, counted=made.counted, process=made.process)
+        except BadInput:  # fields that do not go together
+            continue
+        tried = dataclasses.replace(tried, disk=made.disk if tried.disk is not None else None)
+        if dataclasses.replace(tried, budget=dataclasses.replace(tried.budget, fast=limit)).fits:
             return change, tried.fast_peak_bytes
         least = min(least, tried.fast_peak_bytes)
     return None, least
 
 
-def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """(how a user writes it, the changed recipe): what holds less, the least slowing first."""
+def _computed(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """(how a user writes it, the changed recipe): the same steps in less, the least slowing first."""
     values = recipe.training_values()
     whole, times = values[MICRO], values.get(TIMES, 1)
 
@@ -86,6 +92,27 @@ def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     if not values[CHECKPOINTING]:
         for changes in ({}, *smaller):
             yield training(**{CHECKPOINTING: True}, **changes)
+
+
+def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """(how a user writes it, the changed recipe): tables in a file, and patches with less of what they are made of."""
+    patches = recipe.load_patches()
+    if any(patch.tables for patch in patches) and recipe.place.slow == "ram":
+        yield "place.slow=disk", dataclasses.replace(recipe, place=dataclasses.replace(recipe.place, slow="disk"))
+    for at, patch in enumerate(patches):
+        ((name, fields),) = recipe.patches[at].items()
+        for key in patch.less:
+            for value in _lower(getattr(patch, key)):
+                entry = {name: {**fields, key: value}}
+                changed = [*recipe.patches[:at], entry, *recipe.patches[at + 1 :]]
+                yield f"patches.{name}.{key}={value}", dataclasses.replace(recipe, patches=changed)
+
+
+def _lower(value: int | float) -> list[int | float]:
+    """Of a share of memory (a fraction) none; of a number the halves, as far down as TIMES_HALVED."""
+    if isinstance(value, float):
+        return [0.0] if value else []
+    return [size for k in range(1, TIMES_HALVED + 1) if (size := value >> k)]
 
 
 def halves(size: int) -> list[int]:

@@ -33,15 +33,16 @@ def peaks(
     from .model import anatomy
 
     whole = PlannedStep(recipe, args, None)
-    depth, period = len(anatomy.blocks(whole.model)[1]), whole.period()
     watch = watch or Stopwatch(None)
+    watch.notes = whole.notes
+    depth, period = len(anatomy.blocks(whole.model)[1]), whole.period()
     watch.depth, watch.trained, watch.cast = depth, whole.trained, whole.autocast is not None
     low = SHALLOW if period == 1 else period + depth % period
     shallow = (low, low + SHALLOW * period)
     if depth <= shallow[1]:
         return whole.trace(rows, tokens, counted, watch.at(None))
     traces = [PlannedStep(recipe, args, n).trace(rows, tokens, counted, watch.at(n)) for n in shallow]
-    return extend(*traces, shallow, depth)
+    return whole.with_tables(extend(*traces, shallow, depth))
 
 
 class PlannedStep:
@@ -51,6 +52,7 @@ class PlannedStep:
         from .model.load import empty_model, load_model
 
         self.recipe, self.args, self.objective, self.real = recipe, args, recipe.load_objective(), real
+        self.shallow = blocks is not None
         self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
         if real:
             self.model = load_model(recipe.model, task=self.objective.task)[0]
@@ -81,6 +83,24 @@ class PlannedStep:
 
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad) + row_numbers(self.surgeries)
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know of how the patches are applied."""
+        from .runs import place_of
+        from .stores import notes_of
+
+        return notes_of(self.surgeries, str(place_of(self.recipe).folder))
+
+    def with_tables(self, peaks: Any) -> Any:
+        """What tables hold, which is there in every phase; not linear in the depth, since a cache is shared out."""
+        from .memory.tracer import ADAPTER, ROWS
+
+        for kinds in peaks.values():
+            for store in (store for surgery in self.surgeries for store in surgery.stores):
+                kinds[ADAPTER] = kinds.get(ADAPTER, 0) + store.nbytes["fast"]
+                kinds[ROWS] = kinds.get(ROWS, 0) + store.nbytes["slow"]
+        return peaks
+
     def period(self) -> int:
         """After how many blocks the kinds of blocks recur: 1 where all are equal, the depth where they never do."""
         from .model import anatomy
@@ -97,16 +117,21 @@ class PlannedStep:
         return math.lcm(next(recurs, depth), every if self.args.activation_checkpointing else 1)
 
     def trace(self, rows: int, tokens: int, counted: int | None = None, clock: Any = None) -> Any:
+        """Peaks by phase and kind; those of a stack that was made shallow are without its tables."""
         import torch
 
         from .engine import prepared
-        from .memory.tracer import ADAPTER, MAPPED, ROWS, WEIGHTS, Step, live, trace_steps
+        from .memory.tracer import MAPPED, WEIGHTS, Step, live, trace_steps
 
         model, recipe = self.model, self.recipe
         held = {_key(t) for t in (*model.parameters(), *model.buffers())}
         aside = [t for key, t in self.base.items() if key not in held]  # originals that a patch keeps for the way back
         model.train()
         self._checkpointing()
+        every = [store for surgery in self.surgeries for store in surgery.stores]
+        stores = [] if clock is None or self.real else every  # what is done for real is seen
+        for store in stores:
+            store.clock = clock
         plain = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compile=False))
         with prepared(model, self.objective, plain):
             if recipe.load_place().device.type != "cpu":  # the lean attention is the CPU's
@@ -118,15 +143,29 @@ class PlannedStep:
                 counted=None if counted is None else rows * counted, clock=clock,
                 full_rows=bool(getattr(self.args, "packing", False)),
             ), fake=not self.real)  # fmt: skip
+        for store in stores:
+            self._update(store, clock)
         for kinds in peaks.values():
             for tensor in aside:
                 kind = MAPPED if self.mapped and _key(tensor) in self.in_file else WEIGHTS
                 kinds[kind] = kinds.get(kind, 0) + tensor.untyped_storage().nbytes()
-            for store in (store for surgery in self.surgeries for store in surgery.stores):
-                kinds[ADAPTER] = kinds.get(ADAPTER, 0) + store.nbytes["fast"]
-                kinds[ROWS] = kinds.get(ROWS, 0) + store.nbytes["slow"]
         assert all(live(kinds) >= 0 for kinds in peaks.values())
-        return peaks
+        return peaks if self.shallow else self.with_tables(peaks)
+
+    def _update(self, store: Any, clock: Any) -> None:
+        """The seconds in which the rows of `store` step, which the trace does not see; where they are not known, those
+        of the whole step are not."""
+        from .memory.extent import VALUES
+        from .memory.roofline import OPTIMISER, row_update
+        from .model.experts import touched
+
+        tokens, probes = store.asked
+        clock.known = clock.known and bool(tokens) and store.optimiser.plain
+        if tokens:
+            many = touched(store.rows, tokens * self.args.gradient_accumulation_steps, probes)
+            size = store.parts[VALUES].nbytes
+            clock.spend(row_update(clock.rates, size, many), OPTIMISER)
+            clock.dirty += many * store.extent if store.slow == "disk" else 0.0
 
     def kind_of(self, name: str, tensor: Any) -> str:
         from .memory.tracer import ADAPTER, MAPPED, WEIGHTS

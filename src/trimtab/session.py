@@ -25,6 +25,7 @@ from .memory.meter import Meter
 from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
 from .recipe import Recipe
 from .runs import place_of
+from .stores import notes_of
 
 Say = Callable[[str], None]
 
@@ -79,7 +80,7 @@ class Session:
                 )
             if (head := self.objective.prepare(self.model)) is not None:
                 self.surgeries.append(head)
-            for note in (note for surgery in self.surgeries for note in surgery.notes):
+            for note in notes_of(self.surgeries, str(self.place.folder)):
                 self.say(note)
             way_back.enter_context(as_it_was(self.model))
             way_back.enter_context(_folder(self.output))

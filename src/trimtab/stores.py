@@ -12,12 +12,22 @@ from typing import Any
 import torch
 
 from .contracts import Surgery
+from .memory.mapped import in_ram
 from .memory.shared_rows import grad_norm_squared, summed
 from .memory.store import TieredStore
 
 
 def stores_of(surgeries: Iterable[Surgery]) -> list[TieredStore]:
     return [store for surgery in surgeries for store in surgery.stores]
+
+
+def notes_of(surgeries: Sequence[Surgery], folder: str) -> list[str]:
+    """What a user should know of how the patches were applied. `folder`: where tables in files are made."""
+    notes = [note for surgery in surgeries for note in surgery.notes]
+    if any(store.slow == "disk" for store in stores_of(surgeries)) and in_ram(folder):
+        notes.append(f"{folder} is in RAM (tmpfs): tables there save no memory, though no figure of the fast tier "
+                     "has them")  # fmt: skip
+    return notes
 
 
 def row_numbers(surgeries: Iterable[Surgery]) -> int:

@@ -53,6 +53,7 @@ def train(
     from .session import Session  # imports TRL: after the cheap checks
 
     session = Session(recipe, output, say, quiet)
+    _possible(session)
     with _full_disk_told(output), session:
         say = session.say
         made = _planned(session)
@@ -91,6 +92,22 @@ def _full_disk_told(output: Path) -> Iterator[None]:
         raise BadInput(
             f"write into {output}", error.strerror or str(error), "Make room, or name another output"
         ) from error
+
+
+def _possible(session: Session) -> None:
+    """Refuse a run whose budget would not hold its shortest batch before tables are made: they may be large.
+
+    How long its rows are is known only when there is a trainer; `_planned` refuses what the longest would exceed.
+    """
+    from .memory.meter import process_memory
+    from .plan import plan
+    from .plan_fit import require_fit
+
+    recipe = session.recipe
+    if recipe.budget and session.args.world_size == 1 and any(patch.tables for patch in session.patches):
+        made = plan(recipe, args=session.args, rows=1, tokens=2, process=0)
+        here = max(0, process_memory()["anon"] - made.kinds.get("weights", 0))  # they are loaded by now
+        require_fit(dataclasses.replace(made, process=here, phase="with one row of two tokens"), recipe)
 
 
 def _planned(session: Session) -> Plan | None:

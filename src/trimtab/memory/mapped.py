@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, DoesNotFit
-from .budget import free_bytes, gib
+from .budget import free_bytes, gib, nearest_folder, room
 
+RAM = ("tmpfs", "ramfs")  # file systems
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # by the file system, of posix_fallocate
 ZEROS = 2**24  # bytes that are written at a time
@@ -31,6 +32,36 @@ def require_room(size: int, folder: str | Path | None, what: str) -> None:
     where = folder or tempfile.gettempdir()
     if (free := free_bytes(where)) < size:
         raise _too_small(size, where, what, f"{gib(free)} are free there")
+
+
+def require_memory(size: int, what: str) -> None:
+    """DoesNotFit if this machine's RAM cannot hold `size` bytes more for `what`: the kernel would kill who fills it."""
+    if (left := room()) is not None and size > left:
+        raise DoesNotFit(
+            f"{gib(size)} of RAM for {what}", f"{gib(left)} are free", "Say place: slow: disk, or take a smaller table"
+        )
+
+
+def require_folder(folder: str) -> None:
+    """BadInput if tables cannot be made in `folder`."""
+    if not os.path.isdir(folder):
+        why = "it is no folder" if os.path.exists(folder) else "there is no such folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        why = "it cannot be written"
+    else:
+        return
+    raise BadInput(f"place: folder: {folder}", why, "Make it, or name another")
+
+
+def in_ram(folder: str | Path) -> bool:
+    """Whether files in `folder` (or the nearest folder above it) lie in RAM: a file there saves no memory."""
+    number = os.stat(nearest_folder(folder)).st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # a system without it
+        return False
+    return any(line.split()[2] == device and line.partition(" - ")[2].split()[0] in RAM for line in mounts)
 
 
 def map_file(size: int, folder: str | None, what: str) -> mmap.mmap:

@@ -12,7 +12,8 @@ change of speed while a machine runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from .rates import Rates
+from .row_adam import SMALL
 
 OPTIMISER, EVALUATION = "optimiser", "evaluation"  # phases: the update, which accumulated micro-batches share
 
@@ -40,6 +42,9 @@ KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 WRITES_ONLY = ("copy", "fill", "zero", "zeros", "ones", "full", "scatter_add", "scatter", "index_put", "index_add",
                "index_copy", "_index_put_impl")  # fmt: skip
 PICKS = ("index_select", "gather", "index", "embedding")  # read as much as they give, not the whole table
+PLAIN = 0.35  # of an operation's overhead: its Python and its dispatch (a view: 1.5 us where the overhead was 4.1 us)
+PER_ROW = 4  # operations' overhead that a row costs in an update: views of its parts, its norm, the account of it
+DIRTY = 0.2  # Linux's default for dirty_ratio
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense", "lift_fresh",
         "_unsafe_view", "detach", "resize", "set")  # fmt: skip
 
@@ -50,12 +55,36 @@ class Clock:
     def __init__(self, rates: Rates):
         self.rates = rates
         self.phases: dict[str, float] = {}
-        self.operations = 0
+        self.phase, self.operations, self.times, self._overhead = "", 0, 1.0, rates.overhead
+        self.dirty, self.known = 0.0, True  # bytes of tables in files that a step changes; whether all is counted
 
     def add(self, phase: str, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        if func._schema.name.startswith("prim::"):  # a fake tensor is asked where it is, a real one is not
+            return
         self.operations += 1
-        seconds = self.rates.overhead + work(self.rates, func, args, kwargs, out)
-        self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+        self.spend(self._overhead + work(self.rates, func, args, kwargs, out), phase)
+
+    def spend(self, seconds: float, phase: str | None = None) -> None:
+        """Of what is in hand in `phase` (default: the one that was seen last), as often as it comes."""
+        self.phase = self.phase if phase is None else phase
+        self.phases[self.phase] = self.phases.get(self.phase, 0.0) + seconds * self.times
+
+    def moved(self, size: float, operations: int = 0) -> None:
+        """Bytes that are read or written in so many operations beside those that are shown."""
+        self.spend(self.rates.moved("float32", "plain", size) + operations * self._overhead)
+
+    @contextlib.contextmanager
+    def repeated(self, times: float) -> Iterator[None]:
+        """What is shown within it comes so often in a step: one of many that are alike stands for them.
+
+        Such loops stand in functions of our own, where neither autograd nor a module adds to an operation.
+        """
+        before, self.times = (self.times, self._overhead), self.times * times
+        self._overhead = PLAIN * self.rates.overhead
+        try:
+            yield
+        finally:
+            self.times, self._overhead = before
 
     def forget(self) -> None:
         self.phases, self.operations = {}, 0
@@ -64,12 +93,13 @@ class Clock:
 class Stopwatch:
     """The seconds of a whole step, from clocks at one depth or two. `rates` None: it measures no time.
 
-    The planner sets `depth`, `trained` (the numbers that are trained in the model at its whole depth) and `cast`: under
-    autocast.
+    The planner sets `depth`, `trained` (the numbers that are trained in the model at its whole depth), `cast`: under
+    autocast, and `notes`: what its patches have to say.
     """
 
     def __init__(self, rates: Rates | None):
         self.rates, self.depth, self.trained, self.cast = rates, 0, 0, False
+        self.notes: list[str] = []
         self.clocks: dict[int | None, Clock] = {}
 
     def at(self, blocks: int | None) -> Clock | None:
@@ -82,7 +112,7 @@ class Stopwatch:
     def seconds(self, micro_batches: int, traced: int) -> float | None:
         """Of an optimiser step over `micro_batches`, of which `traced` were."""
         phases = self.phases()
-        if phases is None:
+        if phases is None or not all(clock.known for clock in self.clocks.values()):
             return None
         phases.pop(EVALUATION, None)  # comes now and then, and is no part of a step
         update = phases.pop(OPTIMISER, 0.0)
@@ -92,14 +122,41 @@ class Stopwatch:
         """Seconds by phase at the whole depth: of what was traced, or on the line through two depths."""
         if not self.clocks:
             return None
-        (low, first), *more = self.clocks.items()
-        if low is None or not more:
-            return dict(first.phases)
-        high, second = more[0]
-        assert high is not None
-        names = first.phases.keys() | second.phases.keys()
-        at = {name: (first.phases.get(name, 0.0), second.phases.get(name, 0.0)) for name in names}
-        return {name: max(0.0, a + (b - a) * (self.depth - low) / (high - low)) for name, (a, b) in at.items()}
+        first, *more = self.clocks.values()
+        names = dict.fromkeys(name for clock in (first, *more) for name in clock.phases)
+        return {name: self._whole([clock.phases.get(name, 0.0) for clock in (first, *more)]) for name in names}
+
+    def dirty(self) -> float:
+        """Bytes of tables in files that a step changes, at the whole depth."""
+        return self._whole([clock.dirty for clock in self.clocks.values()] or [0.0])
+
+    def _whole(self, found: list[float]) -> float:
+        """At the whole depth, from what was found at one depth or two."""
+        if len(found) == 1:
+            return found[0]
+        (low, high), (a, b) = self.clocks.keys(), found
+        assert low is not None and high is not None
+        return max(0.0, a + (b - a) * (self.depth - low) / (high - low))
+
+
+def row_update(rates: Rates, size: int, rows: float) -> float:
+    """Seconds in which Adam steps `rows` rows of a table with `size` bytes of values each (row_adam.py), and their
+    gradients' norm is taken before."""
+    moved = 7 * size / rates.update + rates.moved("float32", "reduction", size)
+    if size > SMALL:
+        return rows * (moved + PER_ROW * rates.overhead)
+    return rows * (moved + rates.overhead + 7 * rates.moved("float32", "index", 2 * size))  # copies of many at once
+
+
+def written_back(dirty: float, room: int, rates: Rates) -> float | None:
+    """Seconds that writing a table's changed pages to its file takes at least, of which a step changes `dirty` bytes.
+
+    The kernel writes them beside the step. It makes the process wait where more than its `dirty_ratio` of the memory
+    that is there would be unwritten; None: how fast the disk is is not known.
+    """
+    if dirty <= DIRTY * max(0, room):
+        return 0.0
+    return (dirty - DIRTY * max(0, room)) / rates.disk["write"] if rates.disk.get("write") else None
 
 
 def read_again(mapped: int, room: int, micro_batches: int) -> int:

@@ -79,6 +79,18 @@ class RowAdam:
         if mode == "exact":
             store.catch_up = self.catch_up
 
+    @property
+    def plain(self) -> bool:
+        """Whether a step is Adam's update of the rows with a gradient and nothing else."""
+        return self.mode == "lazy" and not moments.narrow(self.store)
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes that a step makes and drops, at most: copies of small rows."""
+        nbytes = self.store.parts[VALUES].nbytes
+        copied = self.store.in_place and nbytes <= SMALL and not moments.narrow(self.store)
+        return len((VALUES, GRADS, M, V)) * min(PIECE // nbytes, self.store.rows) * nbytes if copied else 0
+
     @torch.no_grad()
     def step(self, rates: Rates) -> list[int]:
         """One optimiser step with the pending gradients; -> the rows that moved, other processes' too."""

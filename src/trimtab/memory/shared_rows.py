@@ -166,7 +166,7 @@ class SharedStore(TieredStore):
         self._file, table = self._map(folder or tempfile.gettempdir())
         return table
 
-    def _ram_table(self) -> Tensor:
+    def _ram_table(self, more: int) -> Tensor:
         return self._map(MEMORY if Path(MEMORY).is_dir() else tempfile.gettempdir())[1]
 
     def _map(self, folder: str) -> tuple[mmap.mmap, Tensor]:

@@ -28,7 +28,7 @@ from .ahead import Ask, Reader
 from .extent import GRADS, PAGE, VALUES, layout, spans
 from .extent import M as M
 from .extent import V as V
-from .mapped import map_file, require_room
+from .mapped import map_file, require_memory, require_room
 
 SENSED = 4  # rows of a fetch that are looked at to see whether all are still in memory
 
@@ -54,6 +54,8 @@ class TieredStore:
     many such tables will follow: the disk must have room for all of them before the first is made.
     """
 
+    clock: Any = None  # of a planned table: what counts the seconds of work on it (roofline.Clock)
+    asked = (0, 0)  # of a planned table: how many tokens asked for rows in a pass with gradients, each for how many
     ranks: Any = None  # the processes that train it together, if there are several (shared_rows.py)
 
     def __init__(
@@ -91,7 +93,7 @@ class TieredStore:
             self._table = torch.empty(0, dtype=torch.uint8)
             self._views: dict[str, Tensor] = {}
         else:
-            self._table = self._file_table(folder, more) if slow == "disk" else self._ram_table()
+            self._table = self._file_table(folder, more) if slow == "disk" else self._ram_table(more)
             self._views = {kind: self._view(self._table, kind) for kind in self.parts}
         self.slots = min(rows, cache_bytes // self.extent)
         self._cache = torch.zeros(0 if planned else self.slots, self.extent, dtype=torch.uint8, device=self.device)
@@ -101,7 +103,8 @@ class TieredStore:
 
     # --- the slow tier ------------------------------------------------------------------------------------------------
 
-    def _ram_table(self) -> Tensor:
+    def _ram_table(self, more: int) -> Tensor:
+        require_memory(self.rows * self.extent * (1 + more), f"{1 + more} tables of {self.rows} rows")
         pinned = self.device.type == "cuda"
         return torch.zeros(self.rows, self.extent, dtype=torch.uint8, pin_memory=pinned)
 
@@ -207,6 +210,8 @@ class TieredStore:
     def accumulate(self, rows: Sequence[int], grads: Sequence[Tensor] | Tensor) -> None:
         """Add each row's gradient (shape), of different rows, to what it has since the last optimiser step."""
         if self.planned:
+            if self.clock is not None:
+                self.clock.moved(2 * len(rows) * self.parts[GRADS].nbytes, operations=2 * len(rows))
             return
         held = self.each(GRADS, rows)
         given = [grad.to(own.device, own.dtype) for grad, own in zip(grads, held, strict=True)]

@@ -35,7 +35,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,6 +61,7 @@ NAME = "trimtab_meft"
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
            "moments": tuple(MOMENTS), "prefetch": ("guess", "known", "none")}  # fmt: skip
+LEAST = {"r": 1, "probes": 1, "k": 1, "balance": 0, "revive": 0, "cache": 0}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Meft(Patch):
     """A sparse adapter of `r` key-value pairs beside each FFN, kept in slow memory."""
 
     paper: ClassVar[str] = "2406.04984"
+    tables: ClassVar[bool] = True
+    less: ClassVar[tuple[str, ...]] = ("cache", "probes", "r")
 
     r: int = 4096  # pairs per layer; the paper's "10 %" is 3,200 on LLaMA-7B
     experts: int | None = None  # N; None: 12 sqrt(r), or r probes / k where that is fewer (section 3.3: 4 sqrt(r))
@@ -87,8 +90,7 @@ class Meft(Patch):
     def apply(self, model: PreTrainedModel, place: Place) -> MeftSurgery:
         rows, block = self.layout()
         surgery = MeftSurgery(self, model)
-        if rows * block != self.r:
-            surgery.notes = (f"meft: r {self.r} is rounded up to {rows * block}: {rows} experts of {block} pairs",)
+        surgery.notes = tuple(self.notes(rows, block))
         ffns = anatomy.ffns(model)
         if any(hasattr(ffn.host, NAME) for ffn in ffns):
             raise BadInput("apply a second meft", "the model has one", "Give the first one a larger r")
@@ -124,14 +126,27 @@ class Meft(Patch):
             raise
         return surgery
 
+    def notes(self, rows: int, block: int) -> Iterator[str]:
+        """What of its fields is not taken as it is written."""
+        probed = min(self.probes, rows)
+        if rows * block != self.r:
+            yield f"meft: r {self.r} is rounded up to {rows * block}: {rows} experts of {block} pairs"
+        if self.probes > rows:
+            yield f"meft: probes {self.probes}: there are {rows} experts, and each token probes all of them"
+        if self.k > probed * block:
+            yield f"meft: k {self.k}: a token has {probed * block} candidates ({probed} x {block} pairs), and all count"
+
     def layout(self) -> tuple[int, int]:
         """-> (N experts, B pairs of each); N * B is r, rounded up to whole experts."""
         for field, words in CHOICES.items():
             if (said := getattr(self, field)) not in words:
                 raise BadInput(f'meft: {field}: "{said}"', "there is no such choice", nearest(said, words))
-        for field in ("r", "probes", "k"):
-            if getattr(self, field) < 1:
-                raise BadInput(f"meft: {field}: {getattr(self, field)}", "at least one is needed", f"Say {field}: 64")
+        for field, least in LEAST.items():
+            if not least <= (said := getattr(self, field)) < math.inf:  # which no NaN is
+                raise BadInput(f"meft: {field}: {said}", f"a number from {least} on is needed",
+                               f"Say {field}: {getattr(Meft, field)}")  # fmt: skip
+        if not 0 < self.scale < math.inf:
+            raise BadInput(f"meft: scale: {self.scale}", "a number above 0 is needed", "Say scale: 1.0")
         if self.semantics == "union" and self.router == "gate":
             raise BadInput("meft: semantics: union with router: gate", "algorithm 1 has no gate: a token sees pairs of "
                            "experts that it did not probe", "Say router: centroid")  # fmt: skip

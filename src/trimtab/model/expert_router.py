@@ -100,9 +100,15 @@ class Router(nn.Module):
         if grad_h is not None:
             grad_h.addmm_(grad_TN, self.router.to(h_TD.dtype))
         grad_ND = grad_TN.T @ h_TD
-        if self.table is not None and not self.table.planned:
-            probed = probed_TP.unique()
-            self.table.accumulate(probed.tolist(), grad_ND[probed])
+        if self.table is None:
+            return
+        if self.table.planned:
+            tokens, probes = self.table.asked = tuple(probed_TP.shape)
+            with experts.standing_for(self.table, experts.touched(self.table.rows, tokens, probes)):
+                self.table.accumulate([0], grad_ND[:1])
+            return
+        probed = probed_TP.unique()
+        self.table.accumulate(probed.tolist(), grad_ND[probed])
 
     # --- between steps ------------------------------------------------------------------------------------------------
 

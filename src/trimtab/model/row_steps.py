@@ -61,6 +61,8 @@ def stepped(model: nn.Module, optimizer: Optimizer) -> None:
     """`optimizer` has made a step: the rows that stand behind its parameters make theirs."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     patches = [m for m in model.modules() if isinstance(m, RowPatch) and id(m.trained) in held]
+    for store in (store for patch in patches if patch.stores[0].planned for store in patch.stores):
+        torch.empty(store.optimiser.temporaries, dtype=torch.uint8)  # for the planner, which counts it
     patches = [patch for patch in patches if not patch.stores[0].planned]
     stores = [store for patch in patches for store in patch.stores]
     exchange(stores)

@@ -1,0 +1,105 @@
+"""Seconds of MEFT's step: the few operations that a plan traces stand for those of all experts at work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from test_plan import ROWS, TOKENS, folders, recipe_of  # noqa: F401 (a fixture)
+from test_rates import flat
+from trimtab.engine import arguments_class, training_arguments
+from trimtab.memory import roofline
+from trimtab.memory.roofline import OPTIMISER, Stopwatch, row_update, written_back
+from trimtab.model import experts
+from trimtab.plan import plan
+from trimtab.planned_step import PlannedStep
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+MEFT = {"r": 256, "probes": 4, "k": 16}
+FIELDS = [MEFT, {**MEFT, "k": 64, "router": "fixed"}, {**MEFT, "experts": 64, "probes": 2}]
+
+
+def test_how_many_experts_are_expected_at_work():
+    """What was measured, and what can be whatever the text: no more than there are, or than were asked for."""
+    for many, share in ((128, 0.93), (256, 0.84), (512, 0.70), (1024, 0.54), (2048, 0.35)):
+        assert experts.touched(many, 1024, 8) / many == pytest.approx(share, abs=0.02)
+    assert experts.touched(1, 10**6, 1) == pytest.approx(1.0) and experts.touched(10**6, 1, 1) == 1.0
+    assert experts.touched(4096, 1, 8) == pytest.approx(8, rel=0.05), "those of a single token"
+    counts = [experts.touched(64, tokens, 8) for tokens in (1, 8, 64, 512, 10**5)]
+    assert counts == sorted(counts) and counts[0] <= 8 and counts[-1] <= 64
+
+
+@pytest.fixture
+def counted_alike(monkeypatch):
+    """In a real step, the operations of a loop cannot be told from others."""
+    monkeypatch.setattr(roofline, "PLAIN", 1.0)
+
+
+def traced(recipe, real: bool) -> tuple[dict[str, float], float]:
+    args = training_arguments(recipe, arguments_class(recipe.load_objective()), "out", True)
+    watch = Stopwatch(flat(overhead=2e-5))  # so that each operation counts
+    torch.manual_seed(0)
+    PlannedStep(recipe, args, None, real).trace(ROWS, TOKENS, None, watch.at(None))
+    return watch.phases(), watch.seconds(1, 1)
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, folders, counted_alike, monkeypatch):  # noqa: F811
+    recipe = recipe_of(folders("llama", torch.float32), {"meft": fields}, engine={"recompute": "none"})
+    at_work, by_expert = [], experts.by_expert
+
+    def counted(probed, store, alive=None):
+        groups = by_expert(probed, store, alive)
+        at_work.append(len(groups.experts))
+        return groups
+
+    with monkeypatch.context() as patched:
+        patched.setattr(experts, "by_expert", counted)
+        phases, real = traced(recipe, real=True)
+    mean = sum(at_work) / len(at_work)
+    assert mean > 4, "there is something to stand for"
+    monkeypatch.setattr(experts, "touched", lambda *asked: mean)
+    planned, seconds = traced(recipe, real=False)
+    assert seconds == pytest.approx(real, rel=0.1)
+    assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=0.4)  # the norm of rows is not in a real trace
+    monkeypatch.setattr(experts, "touched", lambda *asked: 1.0)
+    assert traced(recipe, real=False)[1] < 0.75 * seconds
+
+
+def test_rows_step_once_for_accumulated_micro_batches(folders):  # noqa: F811
+    once, twice = (
+        plan(recipe_of(folders("llama", torch.float32), {"meft": MEFT}, training=training), process=0, rates=flat())
+        for training in ({}, {"gradient_accumulation_steps": 8})
+    )
+    assert 1.0 < twice.tokens_per_second / once.tokens_per_second < 2.0
+
+
+@pytest.mark.parametrize("fields", [{"semantics": "union", "router": "fixed"}, {"adam": "exact"}, {"moments": "int8"}])
+def test_what_is_not_counted_has_no_speed(fields, folders):  # noqa: F811
+    made = plan(recipe_of(folders("llama", torch.float32), {"meft": {**MEFT, **fields}}), process=0, rates=flat())
+    assert made.tokens_per_second is None and any("adam: lazy and moments: fp32 only" in note for note in made.notes)
+
+
+def test_the_update_of_rows_by_hand():
+    assert row_update(flat(), 70_000, 10) == pytest.approx(10 * (7 * 70_000 / 7e8 + 70_000 / 1e8 + 4e-6))
+    copied = 7 * 2 * 700 / 1e8  # small rows, by way of copies
+    assert row_update(flat(), 700, 10) == pytest.approx(10 * (7 * 700 / 7e8 + 700 / 1e8 + 1e-6 + copied))
+
+
+def test_changed_pages_wait_for_the_disk_once_memory_may_not_hold_them(folders, monkeypatch):  # noqa: F811
+    rates = flat(disk={"write": 100.0})
+    assert written_back(200, 1000, rates) == 0.0 and written_back(700, 1000, rates) == 5.0
+    assert written_back(700, -5, rates) == 7.0 and written_back(700, 1000, flat()) is None
+    recipe = recipe_of(folders("llama", torch.float32), {"meft": MEFT}, place={"slow": "disk"})
+    free = plan(recipe, process=0, rates=flat(disk={"write": 1e3}))
+    tables, live = free.table_bytes, free.live_peak_bytes
+    monkeypatch.setattr("trimtab.plan.ram", lambda: {"MemAvailable": live + tables + free.slow_bytes})
+    bound = plan(recipe, process=0, rates=flat(disk={"write": 1e3, "read": 1e9}))
+    assert bound.tokens_per_second < 0.01 * free.tokens_per_second
+    assert any("that of the disk they are written to" in note for note in bound.notes)
+    assert plan(recipe, process=0, rates=flat()).tokens_per_second is None, "how fast the disk is is not known"
+    monkeypatch.setattr("trimtab.plan.ram", lambda: {"MemAvailable": live + tables - 1})
+    assert plan(recipe, process=0, rates=flat(disk={"read": 1e9, "write": 1e9})).tokens_per_second is None
+    monkeypatch.setattr("trimtab.plan.ram", lambda: {"MemAvailable": 2 * free.slow_bytes})
+    in_ram = recipe_of(folders("llama", torch.float32), {"meft": MEFT}, place={"slow": "ram"})
+    assert plan(in_ram, process=0, rates=flat()).tokens_per_second > 0
