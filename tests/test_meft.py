@@ -111,6 +111,27 @@ def test_equals_the_equations_with_all_gradients(fields, slow, same):
         assert torch.allclose(row_gradients(made, made.which.table), grad_router, atol=1e-5)
 
 
+@pytest.mark.parametrize("fields", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("retrieval", ["fast", "slow"])
+def test_rows_that_are_copied_before_they_are_computed_with_give_the_same(fields, retrieval, monkeypatch):
+    monkeypatch.setattr(TieredStore, "in_place", False)  # as before an accelerator
+    test_equals_the_equations_with_all_gradients({**fields, "retrieval": retrieval}, "ram", False)
+
+
+@pytest.mark.parametrize("router", ["gate", "fixed"])
+def test_matched_in_the_slow_tier_only_experts_that_fired_are_brought_up(router, monkeypatch):
+    monkeypatch.setattr(TieredStore, "in_place", False)
+    moved = {}
+    for retrieval in ("fast", "slow"):
+        made = adapter(r=48, experts=12, probes=4, k=1, router=router, retrieval=retrieval)
+        made(h := torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(5)), h)
+        moved[retrieval] = made.store.traffic
+    row, short = 4 * 2 * WIDTH * 4, 6 * (4 + 2)  # bytes of an expert, of the tokens' best scores and their places
+    assert moved["slow"].misses < moved["fast"].misses <= 12
+    assert moved["slow"].up == moved["slow"].misses * row + short and moved["fast"].up == moved["fast"].misses * row
+    assert moved["slow"].down == h.nbytes and moved["fast"].down == 0
+
+
 def test_one_expert_and_all_pairs_equal_the_dense_adapter():
     dense, sparse = MODELS["llama"](), MODELS["llama"]()
     theirs = ParallelAdapter(r=16, scale=2.0).apply(dense, PLACE)

@@ -11,7 +11,7 @@ from conftest import MODELS, tiny_batch
 from test_laws import PLACE, train
 from trimtab.memory.store import GRADS
 from trimtab.methods.meft import Meft
-from trimtab.stores import ClipsRows, row_numbers, traffic
+from trimtab.stores import ClipsRows, reading, row_numbers, said, traffic
 
 
 def after_a_backward_pass(limit: float):
@@ -55,3 +55,21 @@ def test_numbers_and_traffic_are_counted():
     moved = traffic([surgery], 3)
     assert moved["store_up_bytes_per_step"] == sum(store.traffic.up for store in surgery.stores) // 3 > 0
     assert moved["store_slow_bytes"] == sum(store.nbytes["slow"] for store in surgery.stores) and traffic([], 3) == {}
+
+
+def test_reads_are_told_by_token():
+    model, surgery, _ = after_a_backward_pass(1.0)
+    ids = tiny_batch(model)["input_ids"]
+    hooks, before = len(model._forward_pre_hooks), [store.traffic.up for store in surgery.stores]
+    with torch.no_grad(), reading(model, [surgery]) as reads:
+        assert reads() == {}
+        model.eval().generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    found = reads()
+    up = sum(store.traffic.up - was for store, was in zip(surgery.stores, before, strict=True))
+    assert found["tokens"] == ids.numel() + 3 * len(ids), "each later token passes alone, and the last one not at all"
+    assert found["store_up_bytes_per_token"] == up // found["tokens"] > 0
+    assert found["store_rows_per_token"] > 0 and found["store_hit_rate"] == 0 and "MiB" in said(found)
+    assert len(model._forward_pre_hooks) == hooks
+    with reading(model, []) as reads:
+        model(input_ids=ids)
+    assert reads() == {}

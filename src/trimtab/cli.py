@@ -120,6 +120,7 @@ def eval_(
     loaded = Recipe.load(recipe, overrides or ())
     _allocator(loaded)
     from .evaluate import evaluate
+    from .stores import said
 
     result = evaluate(loaded, adapter, base, [t for t in tasks.split(",") if t], limit)
     if as_json:
@@ -131,6 +132,8 @@ def eval_(
     print(f"{result['model']}{'' if result['adapter'] is None else ' + ' + result['adapter']}{rows}")
     for name, value in result["metrics"].items():
         print(f"  {name:<16} {value:.4f}")
+    if "reads" in result:
+        print(f"  {said(result['reads'])}")
 
 
 @app.command()
@@ -157,7 +160,8 @@ def generate(
     if not prompt:
         verb.chat(loaded, adapter, base, **settings)
         return
-    replies = list(verb.generate(loaded, prompt, adapter, base, raw, **settings))
+    say = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    replies = list(verb.generate(loaded, prompt, adapter, base, raw, say, **settings))
     if as_json:
         print(json.dumps([{"prompt": p, "reply": r} for p, r in zip(prompt, replies, strict=True)], indent=2))
         return

@@ -27,25 +27,30 @@ def evaluate(
     recipe: Recipe, adapter: str | Path | None = None, base_only: bool = False, tasks: Sequence[str] = (),
     limit: int | None = None, say: Say = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure on `data.test` (or on lm-eval's `tasks`); returns {"rows", "metrics", "samples"}.
+    """Measure on `data.test` (or on lm-eval's `tasks`); returns {"rows", "metrics", "samples"} and, of an adapter with
+    tables in the slow tier, "reads".
 
     A run's folder keeps it: `eval.json`, or `eval_base.json` for the base. With another `adapter`, nothing is written.
     """
     from .runs import load_run, write_json
+    from .stores import reading
 
     if not recipe.data.test and not tasks:
         raise BadInput("eval", "the recipe names no data.test", "Add data: {test: FILE}, or name --tasks of lm-eval")
-    model, tokenizer, _, meta = load_run(recipe, adapter, base_only)
+    model, tokenizer, surgeries, meta = load_run(recipe, adapter, base_only)
     result: dict[str, Any] = {
         "model": recipe.model.name,
         "adapter": None if base_only else str(adapter or recipe.output),
     }
-    if tasks:
-        result["metrics"] = harness(model, tokenizer, tasks, limit)
-    elif meta.task == "classification":
-        result |= classify(recipe, model, tokenizer, meta.labels, limit)
-    else:
-        result |= answer(recipe, model, tokenizer, limit, say)
+    with reading(model, surgeries) as reads:
+        if tasks:
+            result["metrics"] = harness(model, tokenizer, tasks, limit)
+        elif meta.task == "classification":
+            result |= classify(recipe, model, tokenizer, meta.labels, limit)
+        else:
+            result |= answer(recipe, model, tokenizer, limit, say)
+    if found := reads():
+        result["reads"] = found
     folder = Path(recipe.output)
     if adapter is None and folder.is_dir():
         tests = recipe.data.test if isinstance(recipe.data.test, list) else [recipe.data.test or ""]

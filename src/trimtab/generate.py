@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,24 @@ from .recipe import Recipe
 
 def generate(
     recipe: Recipe, prompts: Sequence[str], adapter: str | Path | None = None, base_only: bool = False,
-    raw: bool = False, **settings: Any,
+    raw: bool = False, say: Callable[[str], None] = lambda line: None, **settings: Any,
 ) -> Iterator[str]:  # fmt: skip
     """Yield one reply per prompt. `settings`: transformers' generation settings (max_new_tokens, temperature, ...).
 
-    Prompts go through the model's chat template unless `raw`.
+    Prompts go through the model's chat template unless `raw`. `say` is told what was read of tables.
     """
     from .model.sampling import chat_prompt, check_generation, sample
     from .runs import load_run
+    from .stores import reading, said
 
     check_generation(settings)
     with hushed():
-        model, tokenizer, _, _ = _language_model(load_run(recipe, adapter, base_only))
+        model, tokenizer, surgeries, _ = _language_model(load_run(recipe, adapter, base_only))
         asked = list(prompts) if raw else [chat_prompt(tokenizer, p, recipe.data.system) for p in prompts]
-        yield from sample(model, tokenizer, asked, **settings)
+        with reading(model, surgeries) as reads:
+            yield from sample(model, tokenizer, asked, **settings)
+        if found := reads():
+            say(said(found))
 
 
 @hushed()
@@ -38,30 +42,34 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
 
     from .model.sampling import check_generation, prompt_ids
     from .runs import load_run
+    from .stores import reading, said
 
     check_generation(settings)
     settings = {"do_sample": False, "max_new_tokens": 256, **settings}
-    model, tokenizer, _, _ = _language_model(load_run(recipe, adapter, base_only))
+    model, tokenizer, surgeries, _ = _language_model(load_run(recipe, adapter, base_only))
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     terminal = sys.stdin.isatty()
     if terminal:
         print("Ask something. An empty line starts a new conversation, Ctrl-D ends.", file=sys.stderr)
     first = [{"role": "system", "content": recipe.data.system}] if recipe.data.system else []
     turns = list(first)
-    while (line := _ask(terminal)) is not None:
-        if not line.strip():
-            turns = list(first)
-            continue
-        turns.append({"role": "user", "content": line})
-        ids = torch.tensor([prompt_ids(tokenizer, turns if tokenizer.chat_template else line)], device=model.device)
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer,
-                pad_token_id=tokenizer.pad_token_id, **settings,
-            )  # fmt: skip
-        turns.append(
-            {"role": "assistant", "content": tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)}
-        )
+    with reading(model, surgeries) as reads:
+        while (line := _ask(terminal)) is not None:
+            if not line.strip():
+                turns = list(first)
+                continue
+            turns.append({"role": "user", "content": line})
+            ids = torch.tensor([prompt_ids(tokenizer, turns if tokenizer.chat_template else line)], device=model.device)
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer,
+                    pad_token_id=tokenizer.pad_token_id, **settings,
+                )  # fmt: skip
+            turns.append(
+                {"role": "assistant", "content": tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)}
+            )
+    if terminal and (found := reads()):
+        print(said(found), file=sys.stderr)
 
 
 def _ask(terminal: bool) -> str | None:

@@ -6,7 +6,8 @@ step when the optimiser does, at its own rates of that step, in any loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +60,49 @@ def traffic(surgeries: Iterable[Surgery], steps: int) -> dict[str, Any]:
         "store_slow_bytes": sum(store.nbytes["slow"] for store in tables),
         **(ahead if needed else {}),
     }
+
+
+@contextlib.contextmanager
+def reading(model: torch.nn.Module, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], dict[str, Any]]]:
+    """What the tables bring up while the model is used within: by token that passes through it, padding included.
+
+    -> a function that gives the figures so far; none without tables.
+    """
+    tables, tokens = stores_of(surgeries), 0
+
+    def count(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal tokens
+        given = (t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() > 1)
+        if (first := next(given, None)) is not None:  # (batch, sequence, ...)
+            tokens += first.shape[0] * first.shape[1]
+
+    def told() -> dict[str, Any]:
+        now = [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds]
+        hits, misses, up = (after - before for after, before in zip(now, start, strict=True))
+        if not tokens:
+            return {}
+        return {
+            "tokens": tokens, "store_up_bytes_per_token": up // tokens,
+            "store_rows_per_token": round((hits + misses) / tokens, 1),
+            "store_hit_rate": round(hits / max(hits + misses, 1), 4),
+        }  # fmt: skip
+
+    if not tables:
+        yield lambda: {}
+        return
+    kinds = ("hits", "misses", "up")
+    start = [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds]
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield told
+    finally:
+        hook.remove()
+
+
+def said(reads: dict[str, Any]) -> str:
+    """What `reading` found, in a line."""
+    line = f"tables: {reads['store_up_bytes_per_token'] / 2**20:.2f} MiB read a token"
+    return f"{line}, {reads['store_rows_per_token']:,.1f} rows, {reads['store_hit_rate']:.0%} of them hot"
 
 
 class ClipsRows:

@@ -180,6 +180,12 @@ class TieredStore:
             carried[row] = slot.copy_(self.part(VALUES, row), non_blocking=True)
         return [carried[row] for row in rows]
 
+    def lying(self, rows: Sequence[int]) -> list[Tensor]:
+        """The rows' numbers for the host's processor, each of `shape`: nothing is brought up."""
+        if self.catch_up is not None:
+            self.catch_up(rows)
+        return [held.cpu() for held in self.each(VALUES, rows)]
+
     def part(self, kind: str, row: int) -> Tensor:
         """One part of one row, (shape), where it is now: in its slot, or in the table."""
         slot = self._slot_of.get(row)

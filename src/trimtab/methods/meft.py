@@ -60,7 +60,8 @@ from ..model.surgery import Swaps
 NAME = "trimtab_meft"
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
-           "moments": tuple(MOMENTS), "prefetch": ("guess", "known", "none")}  # fmt: skip
+           "moments": tuple(MOMENTS), "prefetch": ("guess", "known", "none"),
+           "retrieval": ("fast", "slow")}  # fmt: skip
 LEAST = {"r": 1, "probes": 1, "k": 1, "balance": 0, "revive": 0, "cache": 0}
 
 
@@ -82,6 +83,7 @@ class Meft(Patch):
     balance: float = 0.0  # how far an expert's bias moves a step towards an equal load; 0: not at all (the paper)
     revive: int = 0  # steps after which an expert that no token probed is drawn anew; 0: never (the paper)
     adam: str = "lazy"  # rows without a gradient: left alone ("lazy"), or moved as dense Adam would ("exact")
+    retrieval: str = "fast"  # before a GPU, where keys are matched: there, or where they lie ("slow", as in the paper)
     moments: str = "fp32"  # Adam's state: "fp32", "bf16" or "int8" (by blocks of 256, as bitsandbytes keeps it)
     cache: float = 0.0  # GiB of the fast tier for hot experts, over all layers
     prefetch: str = "known"  # rows read from a file ahead: "known" to be needed, a layer's "guess" too, or "none"
@@ -225,6 +227,28 @@ class Adapter(RowPatch):
         with _exact(h):
             return _Beside.apply(h, y, self.trained, self)
 
+    def match(
+        self, h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: experts.Groups
+    ) -> tuple[dict[int, Tensor], Tensor, tuple[Tensor, ...]]:
+        """-> the rows that were brought up for it, and what `experts.fire` gives."""
+        store, given, device = self.store, (h_TD, probed_TP, gate_TP), h_TD.device
+        far = self.patch.retrieval == "slow" and not store.in_place and not store.planned
+        rows = store.lying(groups.experts) if far else store.fetch(groups.experts)
+        if self.line is not None:
+            self.line.guess(self.at, h_TD)
+        if not far:
+            return dict(zip(groups.experts, rows, strict=True)), *experts.fire(*given, groups, rows, store, self.kept)
+        given = [None if tensor is None else tensor.cpu() for tensor in given]
+        groups = groups._replace(order=groups.order.cpu(), tokens=groups.tokens.cpu())
+        fired_TC, top = experts.fire(*given, groups, rows, store, self.kept)
+        store.traffic.down += given[0].nbytes
+        store.traffic.up += sum(tensor.nbytes for tensor in top)
+        return {}, fired_TC.to(device), tuple(tensor.to(device) for tensor in top)
+
+    def rows(self, held: dict[int, Tensor], wanted: list[int]) -> list[Tensor]:
+        """Of the experts `wanted`, as they were brought up before, or brought up now."""
+        return [held[expert] for expert in wanted] if held else self.store.fetch(wanted)
+
     def extra_repr(self) -> str:
         rows, block = self.store.rows, self.store.shape[0]
         return f"{self.width} -> {rows} experts x {block} pairs -> {self.width}, {self.probes} probed, {self.kept} kept"
@@ -244,22 +268,19 @@ class _Beside(torch.autograd.Function):
         h_TD = h_in.to(torch.promote_types(h.dtype, torch.float32))
         probed_TP, gate_TP = adapter.which.route(h_TD)
         groups = experts.by_expert(probed_TP, adapter.store)
-        rows, probed = adapter.store.fetch(groups.experts), groups.experts
-        if adapter.line is not None:
-            adapter.line.guess(adapter.at, h_TD)
-        fired_TC, top = experts.fire(h_TD, probed_TP, gate_TP, groups, rows, adapter.store, adapter.kept)
+        held, fired_TC, top = adapter.match(h_TD, probed_TP, gate_TP, groups)
+        probed = groups.experts
         if adapter.patch.semantics == "union":
             pairs = experts.chosen_pairs(probed_TP, fired_TC, adapter.store)
             out_TD = torch.zeros_like(h_TD)
-            for expert, row_BD in zip(groups.experts, rows, strict=True):
+            groups = groups._replace(experts=probed if adapter.store.planned else experts.chosen(pairs))
+            for expert, row_BD in zip(groups.experts, adapter.rows(held, groups.experts), strict=True):
                 fired_TB = experts.fire_all(h_TD, row_BD, pairs[expert])
                 out_TD.addmm_(fired_TB, row_BD[:, adapter.width :].to(h_TD.dtype))
-            groups = groups._replace(experts=pairs.any(1).nonzero().flatten().tolist())
             ctx.save_for_backward(h_in, None, None, pairs)
         else:
-            held = dict(zip(groups.experts, rows, strict=True))
             groups = experts.by_expert(probed_TP, adapter.store, experts.alive(fired_TC, adapter.probes))
-            out_TD = experts.out(h_TD, fired_TC, groups, [held[expert] for expert in groups.experts], adapter.store)
+            out_TD = experts.out(h_TD, fired_TC, groups, adapter.rows(held, groups.experts), adapter.store)
             ctx.save_for_backward(h_in, probed_TP.to(torch.int32), gate_TP, *top)
         ctx.adapter, ctx.shape, ctx.below = adapter, h.shape, None
         if adapter.line is not None:

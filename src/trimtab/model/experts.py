@@ -258,13 +258,18 @@ def chosen_pairs(probed_TP: Tensor, fired_TC: Tensor, store: TieredStore) -> Ten
     return (counts > 0).view(store.rows, block)
 
 
+def chosen(pairs_NB: Tensor) -> list[int]:
+    """The experts that have such a pair."""
+    return pairs_NB.any(1).nonzero().flatten().tolist()
+
+
 def fire_all(h_TD: Tensor, row_BD: Tensor, pairs_B: Tensor) -> Tensor:
     return (h_TD @ row_BD[:, : h_TD.shape[1]].to(h_TD.dtype).T).relu_().mul_(pairs_B)
 
 
 def back_all(h_TD: Tensor, grad_TD: Tensor, grad_h: Tensor | None, pairs_NB: Tensor, store: TieredStore) -> None:
     D = h_TD.shape[1]
-    experts = [0] if store.planned else pairs_NB.any(1).nonzero().flatten().tolist()
+    experts = [0] if store.planned else chosen(pairs_NB)
     grad_BD = h_TD.new_empty(store.shape)
     for row, row_BD in zip(experts, store.fetch(experts, (VALUES, GRADS)), strict=True):
         record_BD, fired_TB = row_BD.to(h_TD.dtype), fire_all(h_TD, row_BD, pairs_NB[row])
