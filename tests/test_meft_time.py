@@ -60,7 +60,7 @@ def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, fold
     assert mean > 4, "there is something to stand for"
     monkeypatch.setattr(experts, "touched", lambda *asked: mean)
     planned, seconds = traced(recipe, real=False)
-    assert seconds == pytest.approx(real, rel=0.1)
+    assert seconds == pytest.approx(real, rel=0.12)  # what is written into a file is no operation
     assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=0.4)  # the norm of rows is not in a real trace
     monkeypatch.setattr(experts, "touched", lambda *asked: 1.0)
     assert traced(recipe, real=False)[1] < 0.75 * seconds
@@ -81,9 +81,9 @@ def test_what_is_not_counted_has_no_speed(fields, folders):  # noqa: F811
 
 
 def test_the_update_of_rows_by_hand():
-    assert row_update(flat(), 70_000, 10) == pytest.approx(10 * (7 * 70_000 / 7e8 + 70_000 / 1e8 + 4e-6))
-    copied = 7 * 2 * 700 / 1e8  # small rows, by way of copies
-    assert row_update(flat(), 700, 10) == pytest.approx(10 * (7 * 700 / 7e8 + 700 / 1e8 + 1e-6 + copied))
+    assert row_update(flat(), 70_000, 10, False) == pytest.approx(10 * (7 * 70_000 / 7e8 + 70_000 / 1e8 + 4e-6))
+    copied = 7 * 2 * 700 / 1e8  # by way of copies
+    assert row_update(flat(), 700, 10, True) == pytest.approx(10 * (7 * 700 / 7e8 + 700 / 1e8 + 1e-6 + copied))
 
 
 def test_changed_pages_wait_for_the_disk_once_memory_may_not_hold_them(folders, monkeypatch):  # noqa: F811

@@ -164,7 +164,7 @@ class PlannedStep:
         if tokens:
             many = touched(store.rows, tokens * self.args.gradient_accumulation_steps, probes)
             size = store.parts[VALUES].nbytes
-            clock.spend(row_update(clock.rates, size, many), OPTIMISER)
+            clock.spend(row_update(clock.rates, size, many, store.optimiser.copies), OPTIMISER)
             clock.dirty += many * store.extent if store.slow == "disk" else 0.0
 
     def kind_of(self, name: str, tensor: Any) -> str:

@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,33 @@ def in_ram(folder: str | Path) -> bool:
     return any(line.split()[2] == device and line.partition(" - ")[2].split()[0] in RAM for line in mounts)
 
 
-def map_file(size: int, folder: str | None, what: str) -> mmap.mmap:
+class MappedFile:
+    """`size` bytes of an open file, mapped to be read, and written through a descriptor of its own.
+
+    A write through the mapping would cost a fault for each page that the kernel has written back since (measured:
+    docs/LOG.md); both see the same pages.
+    """
+
+    def __init__(self, descriptor: int, size: int):
+        self.map = mmap.mmap(descriptor, size)
+        self._descriptor = os.dup(descriptor)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def write(self, offset: int, data: Any) -> None:
+        """`data` is anything with a contiguous buffer."""
+        left = memoryview(data).cast("B")
+        while left:
+            done = os.pwrite(self._descriptor, left, offset)
+            left, offset = left[done:], offset + done
+
+
+def map_file(size: int, folder: str | None, what: str) -> MappedFile:
     """`size` bytes of zeros in a file without a name: it goes with the process, however that ends."""
     where = folder or tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=where, buffering=0) as file:
             _reserve(file, size)
-            return mmap.mmap(file.fileno(), size)
+            return MappedFile(file.fileno(), size)
     except OSError as error:
         why = error.strerror or str(error)
         if error.errno in FULL:

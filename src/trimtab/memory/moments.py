@@ -41,18 +41,17 @@ def write(store: TieredStore, kind: str, row: int, moment: Tensor) -> None:
     """Put back what `read` gave, changed."""
     if not narrow(store):
         return
-    held = store.part(kind, row)
     if SCALES[kind] not in store.parts:
-        held.copy_(moment)
+        store.put(kind, [row], [moment.to(store.parts[kind].dtype)])
         return
     from bitsandbytes.functional import quantize_blockwise
 
     plain = moment.float().sqrt() if kind == V else moment.float()
-    codes, state = quantize_blockwise(plain, code=_codes(kind).to(held.device), blocksize=BLOCK)
+    codes, state = quantize_blockwise(plain, code=_codes(kind).to(moment.device), blocksize=BLOCK)
     if kind == V:
         codes = torch.where((codes == 0) & (plain > 0), 1, codes)
-    held.copy_(codes)
-    store.part(SCALES[kind], row).copy_(state.absmax)
+    store.put(kind, [row], [codes])
+    store.put(SCALES[kind], [row], [state.absmax])
 
 
 @functools.cache

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from .rates import Rates
-from .row_adam import SMALL
 
 OPTIMISER, EVALUATION = "optimiser", "evaluation"  # phases: the update, which accumulated micro-batches share
 
@@ -139,13 +138,13 @@ class Stopwatch:
         return max(0.0, a + (b - a) * (self.depth - low) / (high - low))
 
 
-def row_update(rates: Rates, size: int, rows: float) -> float:
-    """Seconds in which Adam steps `rows` rows of a table with `size` bytes of values each (row_adam.py), and their
-    gradients' norm is taken before."""
+def row_update(rates: Rates, size: int, rows: float, copies: bool) -> float:
+    """Seconds in which Adam steps `rows` rows of a table with `size` bytes of values each, as copies or where they lie
+    (row_adam.py), and their gradients' norm is taken before."""
     moved = 7 * size / rates.update + rates.moved("float32", "reduction", size)
-    if size > SMALL:
+    if not copies:
         return rows * (moved + PER_ROW * rates.overhead)
-    return rows * (moved + rates.overhead + 7 * rates.moved("float32", "index", 2 * size))  # copies of many at once
+    return rows * (moved + rates.overhead + 7 * rates.moved("float32", "index", 2 * size))
 
 
 def written_back(dirty: float, room: int, rates: Rates) -> float | None:

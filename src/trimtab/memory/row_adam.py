@@ -30,8 +30,8 @@ from .store import GRADS, VALUES, M, TieredStore, V
 
 MODES = ("lazy", "exact")
 FORGOTTEN = 1e-10  # share of its momentum below which a row is no longer moved by it
-SMALL = 8 * 1024  # bytes of a row's numbers, up to which rows are stepped together
-PIECE = 4 * 2**20  # bytes of such rows at once
+SMALL = 8 * 1024  # bytes of a row's numbers
+PIECE = 2**20  # bytes of rows that are copied at once
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,22 @@ class RowAdam:
         return self.mode == "lazy" and not moments.narrow(self.store)
 
     @property
+    def copies(self) -> bool:
+        """Whether rows step as copies, a piece at a time: small ones, whose views cost more than that, and those of a
+        file, which is written to in pieces."""
+        store = self.store
+        small = store.parts[VALUES].nbytes <= SMALL
+        return not moments.narrow(store) and (small or store.slow == "disk")
+
+    @property
     def temporaries(self) -> int:
-        """Bytes that a step makes and drops, at most: copies of small rows."""
+        """Bytes that a step makes and drops, at most: copies of rows."""
         nbytes = self.store.parts[VALUES].nbytes
-        copied = self.store.in_place and nbytes <= SMALL and not moments.narrow(self.store)
-        return len((VALUES, GRADS, M, V)) * min(PIECE // nbytes, self.store.rows) * nbytes if copied else 0
+        return len((VALUES, GRADS, M, V)) * min(self._piece, self.store.rows) * nbytes if self.copies else 0
+
+    @property
+    def _piece(self) -> int:
+        return max(1, PIECE // self.store.parts[VALUES].nbytes)
 
     @torch.no_grad()
     def step(self, rates: Rates) -> list[int]:
@@ -114,22 +125,23 @@ class RowAdam:
             beta2=rates.betas[1], weight_decay=rates.weight_decay, eps=rates.eps, amsgrad=False, maximize=False,
             grad_scale=scale, found_inf=None,
         )  # fmt: skip
-        step, nbytes = torch.tensor(float(self.steps)), store.parts[VALUES].nbytes
+        step = torch.tensor(float(self.steps))
         if moments.narrow(store):  # copies of moments, of one row at a time
             for row in rows:
                 m, v = (moments.read(store, kind, row) for kind in (M, V))
-                fused([store.part(VALUES, row)], [store.part(GRADS, row)], [m], [v], [], [step])
+                value, grad = (store.part(kind, row).clone() for kind in (VALUES, GRADS))
+                fused([value], [grad], [m], [v], [], [step])
+                store.put(VALUES, [row], [value])
                 moments.write(store, M, row, m)
                 moments.write(store, V, row, v)
-        elif nbytes > SMALL:
+        elif not self.copies:
             fused(*(store.each(kind, rows) for kind in (VALUES, GRADS, M, V)), [], [step] * len(rows))
-        else:  # views of each row would cost more than copies of many
-            size = PIECE // nbytes
-            for part in (rows[at : at + size] for at in range(0, len(rows), size)):
+        else:
+            for part in (rows[at : at + self._piece] for at in range(0, len(rows), self._piece)):
                 copies = {kind: store.gather(kind, part) for kind in (VALUES, GRADS, M, V)}
                 fused(*([copy] for copy in copies.values()), [], [step])
                 for kind in (VALUES, M, V):
-                    store.scatter(kind, part, copies[kind])
+                    store.put(kind, part, copies[kind])
 
     @torch.no_grad()
     def catch_up(self, rows: Sequence[int] | None = None) -> None:

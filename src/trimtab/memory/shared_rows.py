@@ -15,7 +15,6 @@ Every function here is a collective: all processes call it, in the same order.
 from __future__ import annotations
 
 import functools
-import mmap
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import BadInput
-from .mapped import require_room
+from .mapped import MappedFile, require_room
 from .store import GRADS, TieredStore
 
 MEMORY = "/dev/shm"  # a file system in RAM
@@ -84,7 +83,7 @@ class Ranks:
         every = every[every[:, 0].argsort(stable=True)[:many]]
         return every[every[:, 0].isfinite()]
 
-    def map_file(self, size: int, folder: str, what: str) -> mmap.mmap:
+    def map_file(self, size: int, folder: str, what: str) -> MappedFile:
         """`size` bytes of a new file, mapped by all processes of this host.
 
         It has lost its name before it is given its size: whoever is killed leaves no more than an empty file.
@@ -109,7 +108,7 @@ class Ranks:
             names = self._together(make if main else None)
             self._together(join if not main else None)
             self._together(reserve if main else None)
-            return mmap.mmap(descriptor, size)
+            return MappedFile(descriptor, size)
         except OSError as error:
             raise BadInput(
                 f"{size / 2**30:.2f} GiB for {what} in {folder}, shared by several processes",
@@ -169,11 +168,11 @@ class SharedStore(TieredStore):
     def _ram_table(self, more: int) -> Tensor:
         return self._map(MEMORY if Path(MEMORY).is_dir() else tempfile.gettempdir())[1]
 
-    def _map(self, folder: str) -> tuple[mmap.mmap, Tensor]:
+    def _map(self, folder: str) -> tuple[MappedFile, Tensor]:
         """-> the file and the table in it; behind the table lie the gradients of the processes after the first."""
         table = self.rows * self.extent
         mapped = self.ranks.map_file(table + self._apart_bytes, folder, self.name)
-        whole = torch.frombuffer(mapped, dtype=torch.uint8)
+        whole = torch.frombuffer(mapped.map, dtype=torch.uint8)
         self._apart = whole[table:]
         return mapped, whole[:table].view(self.rows, self.extent)
 
@@ -187,6 +186,12 @@ class SharedStore(TieredStore):
         held = super().nbytes
         tier = "slow" if held["slow"] else "fast"
         return {**held, tier: held[tier] + self._apart_bytes}
+
+    def _at(self, kind: str) -> tuple[int, int]:
+        if kind == GRADS and not self._exchanged and self.ranks.local:
+            size = self.parts[GRADS].nbytes
+            return self.rows * (self.extent + (self.ranks.local - 1) * size), size
+        return super()._at(kind)
 
     def _lies(self, kind: str) -> Tensor:
         """A gradient is this process's own until the exchange, and then, in the owner, the mean over all processes."""

@@ -15,7 +15,6 @@ back when they go. While a row has a slot, the slot is the row.
 from __future__ import annotations
 
 import math
-import mmap
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from .ahead import Ask, Reader
 from .extent import GRADS, PAGE, VALUES, layout, spans
 from .extent import M as M
 from .extent import V as V
-from .mapped import map_file, require_memory, require_room
+from .mapped import MappedFile, map_file, require_memory, require_room
 
 SENSED = 4  # rows of a fetch that are looked at to see whether all are still in memory
 
@@ -83,7 +82,7 @@ class TieredStore:
         self.saved: tuple[int, int] | None = None  # the file after which the dirty set counts: device, inode
         self.reader: Reader | None = None  # reads rows ahead (ahead.py)
         self._expected: Ask | None = None  # the rows that the next `fetch` is thought to need
-        self._file: mmap.mmap | None = None
+        self._file: MappedFile | None = None
         self._pending: dict[int, None] = {}  # rows with a gradient, in the order of their first one
         self._dirty: set[int] = set()  # rows changed since the last checkpoint
         self.touched: set[int] = set()  # rows changed since they were drawn
@@ -113,7 +112,7 @@ class TieredStore:
         if more:
             require_room(size * (1 + more), folder, f"{1 + more} tables of {self.rows} rows")
         self._file = map_file(size, folder, self.name)
-        return torch.frombuffer(self._file, dtype=torch.uint8).view(self.rows, self.extent)
+        return torch.frombuffer(self._file.map, dtype=torch.uint8).view(self.rows, self.extent)
 
     def _view(self, table: Tensor, kind: str) -> Tensor:
         """(rows of `table`, *shape of the part), without a copy."""
@@ -202,12 +201,22 @@ class TieredStore:
         """A copy of one part of several rows, (len(rows), *shape)."""
         return torch.stack(self.each(kind, rows)) if self._slot_of else self._lies(kind)[torch.tensor(rows)]
 
-    def scatter(self, kind: str, rows: Sequence[int], parts: Tensor) -> None:
-        """Put back what `gather` gave, changed."""
-        if self._slot_of:
+    def put(self, kind: str, rows: Sequence[int], parts: Sequence[Tensor] | Tensor) -> None:
+        """Write one part of several rows, each of the part's shape."""
+        if not rows:
+            return
+        if self._file is None or self._slot_of:
             torch._foreach_copy_(self.each(kind, rows), list(parts))
-        else:
-            self._lies(kind).index_copy_(0, torch.tensor(rows), parts)
+            return
+        whole = parts if isinstance(parts, Tensor) else torch.stack(list(parts))
+        whole = whole.detach().to("cpu", self.parts[kind].dtype).contiguous().view(len(rows), -1)
+        (start, step), data = self._at(kind), whole.view(torch.uint8).numpy()
+        for row, part in zip(rows, data, strict=True):
+            self._file.write(start + row * step, part)
+
+    def _at(self, kind: str) -> tuple[int, int]:
+        """Where `_lies` begins in the file, and how far its rows are apart, in bytes."""
+        return self.parts[kind].offset, self.extent
 
     def _lies(self, kind: str) -> Tensor:
         """A part of the table, (rows, *shape), as this process sees it now."""
@@ -217,13 +226,11 @@ class TieredStore:
         """Add each row's gradient (shape), of different rows, to what it has since the last optimiser step."""
         if self.planned:
             if self.clock is not None:
-                self.clock.moved(2 * len(rows) * self.parts[GRADS].nbytes, operations=2 * len(rows))
+                self.clock.moved(2 * len(rows) * self.parts[GRADS].nbytes, operations=len(rows))
             return
-        held = self.each(GRADS, rows)
-        given = [grad.to(own.device, own.dtype) for grad, own in zip(grads, held, strict=True)]
-        for old, merge in ((False, torch._foreach_copy_), (True, torch._foreach_add_)):
-            if chosen := [at for at, row in enumerate(rows) if (row in self._pending) == old]:
-                merge([held[at] for at in chosen], [given[at] for at in chosen])
+        old = [at for at, row in enumerate(rows) if row in self._pending]
+        sums = {at: held + grads[at].to(held.device) for at in old for held in [self.part(GRADS, rows[at])]}
+        self.put(GRADS, rows, [sums.get(at, grad) for at, grad in enumerate(grads)] if sums else grads)
         self._pending |= dict.fromkeys(rows)
         self._unwritten |= self._slot_of.keys() & set(rows)
         self.traffic.down += len(rows) * self.parts[GRADS].nbytes

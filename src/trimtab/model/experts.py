@@ -114,9 +114,7 @@ def draw_keys(store: TieredStore, random: torch.Generator, around_D: Tensor | No
 def write_row(store: TieredStore, row: int, keys_BD: Tensor) -> None:
     """An expert with these keys and no values. One process of several writes it."""
     if store.writes:
-        record, width = store.part(VALUES, row), keys_BD.shape[1]
-        record[:, :width].copy_(keys_BD)
-        record[:, width:].zero_()
+        store.put(VALUES, [row], [torch.cat([keys_BD, torch.zeros_like(keys_BD)], 1)])
 
 
 def centroid(keys_BD: Tensor) -> Tensor:
