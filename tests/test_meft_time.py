@@ -61,7 +61,7 @@ def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, fold
     monkeypatch.setattr(experts, "touched", lambda *asked: mean)
     planned, seconds = traced(recipe, real=False)
     assert seconds == pytest.approx(real, rel=0.12)  # what is written into a file is no operation
-    assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=0.4)  # the norm of rows is not in a real trace
+    assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=0.7)  # nor is the rows' norm in a real trace
     monkeypatch.setattr(experts, "touched", lambda *asked: 1.0)
     assert traced(recipe, real=False)[1] < 0.75 * seconds
 
