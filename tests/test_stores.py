@@ -60,7 +60,7 @@ def test_numbers_and_traffic_are_counted():
 def test_reads_are_told_by_token():
     model, surgery, _ = after_a_backward_pass(1.0)
     ids = tiny_batch(model)["input_ids"]
-    hooks, before = len(model._forward_pre_hooks), [store.traffic.up for store in surgery.stores]
+    hooks, before = len(model.get_input_embeddings()._forward_pre_hooks), [store.traffic.up for store in surgery.stores]
     with torch.no_grad(), reading(model, [surgery]) as reads:
         assert reads() == {}
         model.eval().generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
@@ -69,7 +69,7 @@ def test_reads_are_told_by_token():
     assert found["tokens"] == ids.numel() + 3 * len(ids), "each later token passes alone, and the last one not at all"
     assert found["store_up_bytes_per_token"] == up // found["tokens"] > 0
     assert found["store_rows_per_token"] > 0 and found["store_hit_rate"] == 0 and "MiB" in said(found)
-    assert len(model._forward_pre_hooks) == hooks
+    assert len(model.get_input_embeddings()._forward_pre_hooks) == hooks
     with reading(model, []) as reads:
         model(input_ids=ids)
     assert reads() == {}

@@ -63,18 +63,16 @@ def traffic(surgeries: Iterable[Surgery], steps: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def reading(model: torch.nn.Module, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], dict[str, Any]]]:
+def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], dict[str, Any]]]:
     """What the tables bring up while the model is used within: by token that passes through it, padding included.
 
     -> a function that gives the figures so far; none without tables.
     """
     tables, tokens = stores_of(surgeries), 0
 
-    def count(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def count(module: torch.nn.Module, args: tuple) -> None:
         nonlocal tokens
-        given = (t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() > 1)
-        if (first := next(given, None)) is not None:  # (batch, sequence, ...)
-            tokens += first.shape[0] * first.shape[1]
+        tokens += args[0].numel()
 
     def told() -> dict[str, Any]:
         now = [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds]
@@ -92,7 +90,7 @@ def reading(model: torch.nn.Module, surgeries: Sequence[Surgery]) -> Iterator[Ca
         return
     kinds = ("hits", "misses", "up")
     start = [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds]
-    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    hook = model.get_input_embeddings().register_forward_pre_hook(count)
     try:
         yield told
     finally:
