@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,25 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a short form; nothing is written without --json")
     parser.add_argument("--json", metavar="FILE", help="where the result goes (default: benchmarks/results)")
     return parser
+
+
+def table_arguments(
+    parser: argparse.ArgumentParser, worker: Callable[[dict[str, Any]], None]
+) -> argparse.Namespace | None:
+    """The arguments of a benchmark of MEFT's tables; None in a child (`itself`), whose `worker` has done its job."""
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help="where tables and runs are written (default: the temporary folder)")
+    parser.add_argument("--fields", default="{}", type=json.loads, help="fields of meft other than r, as JSON")
+    args = parser.parse_args()
+    if args.worker is None:
+        return args
+    worker(json.loads(args.worker))
+    return None
+
+
+def itself(file: str, job: dict[str, Any], **how: Any) -> dict[str, Any]:
+    """What the worker of the benchmark `file` says of a job, in a process of its own."""
+    return child([file, "--worker", json.dumps(job)], **how)
 
 
 def conclude(

@@ -10,7 +10,6 @@ Decoding is greedy, a token a pass; a training step is one row of 32 tokens, alw
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import mmap
@@ -25,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import alternate, child, conclude, options, ratios, say, spread  # noqa: E402
+from common import alternate, conclude, itself, options, ratios, say, spread, table_arguments  # noqa: E402
 from sft_speed import city_text  # noqa: E402
 
 SIDES = ("none", "known", "guess")
@@ -152,13 +151,8 @@ def worker(job: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--folder", help="where the tables are written (default: the temporary folder)")
-    parser.add_argument("--fields", default="{}", help="fields of meft other than r, as JSON")
-    args = parser.parse_args()
-    if args.worker:
-        worker(json.loads(args.worker))
+    if (args := table_arguments(parser, worker)) is None:
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         text = Path(folder) / "cities.jsonl"
@@ -167,8 +161,8 @@ def main() -> None:
         if args.quick:
             counts = {"warm_step": 2, "cold_step": 1, "warm_decode": 5, "cold_decode": 3}
         job = {"text": str(text), "folder": folder, "r": 1024 if args.quick else 16384,
-               "fields": json.loads(args.fields), **counts}  # fmt: skip
-        run = lambda how: child([__file__, "--worker", json.dumps({**job, "prefetch": how})])  # noqa: E731
+               "fields": args.fields, **counts}  # fmt: skip
+        run = lambda how: itself(__file__, {**job, "prefetch": how})  # noqa: E731
         runs = alternate({how: (lambda how=how: run(how)) for how in SIDES}, 1 if args.quick else args.rounds)
     off, known, on = (runs[how] for how in SIDES)
     faster = {name: statistics.median(ratios(off, known, f"cold_{name}")) for name in ("decode", "step")}

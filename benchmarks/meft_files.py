@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import child, conclude, options, say  # noqa: E402
+from common import conclude, itself, options, say  # noqa: E402
 
 MIB, GIB = 2**20, 2**30
 WIDTHS = (4096, 8192, 16384)
@@ -69,7 +69,7 @@ def main() -> None:
         found = {}
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             for do in held:
-                found[do] = child([__file__, "--worker", json.dumps({"do": do, "r": r, "folder": folder})])
+                found[do] = itself(__file__, {"do": do, "r": r, "folder": folder})
                 held[do].append(found[do]["anon_growth_since_ready"] / MIB)
         if found["save"]["print"] != found["load"]["print"]:
             raise SystemExit(f"r {r}: what was loaded is not what was saved")

@@ -8,8 +8,6 @@ file. Each side runs in a fresh process; its anonymous memory is read from outsi
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Clock, alternate, child, conclude, follow, options, say, spread  # noqa: E402
+from common import Clock, alternate, conclude, follow, itself, options, say, spread, table_arguments  # noqa: E402
 from sft_speed import city_text, training  # noqa: E402
 
 LAYERS, WIDTH, GIB = 30, 576, 2**30
@@ -90,23 +88,18 @@ def shares(run: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", help="where the tables and the runs are written (default: the temporary folder)")
-    parser.add_argument("--fields", default="{}", help="fields of meft other than r, as JSON")
-    args = parser.parse_args()
-    if args.worker:
-        worker(json.loads(args.worker))
+    if (args := table_arguments(parser, worker)) is None:
         return
     steps = 4 if args.quick else 6
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         text = Path(folder) / "cities.jsonl"
         city_text(text)
         base = {"text": str(text), "steps": steps, "rate": 1e-4, "folder": folder}
-        more = json.loads(args.fields)
+        more = args.fields
         jobs = {f"MEFT r {r}": {**base, "patch": "meft", "fields": {"r": r, **more}} for r in WIDTHS}
         jobs[f"Parallel Adapter r {DENSE}"] = {**base, "patch": "parallel_adapter", "fields": {"r": DENSE}}
-        run = lambda job: child([__file__, "--worker", json.dumps(job)])  # noqa: E731
+        run = lambda job: itself(__file__, job)  # noqa: E731
         runs = alternate({name: (lambda job=job: run(job)) for name, job in jobs.items()}, args.rounds)
     middle = {name: {key: statistics.median(r[key] for r in of) for key in of[0]} for name, of in runs.items()}
     narrow, same, wide = (middle[f"MEFT r {r}"] for r in (WIDTHS[0], DENSE, WIDTHS[-1]))

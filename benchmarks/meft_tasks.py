@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import HERE, RESULTS, child, options, say, write_result  # noqa: E402
+from common import HERE, RESULTS, itself, options, say, write_result  # noqa: E402
 
 EXAMPLES = HERE.parent / "examples" / "meft"
 MODEL = "smollm2-135m"
@@ -97,7 +97,7 @@ def one_set(name: str, paths: dict[str, str], out: Path, args: argparse.Namespac
 
     def run(**job: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=out) as folder:
-            return child([__file__, "--worker", json.dumps(base | job | {"folder": folder + "/run"})], timeout=3600)
+            return itself(__file__, base | job | {"folder": folder + "/run"}, timeout=3600)
 
     rows = [shown(name, "base", None, [run()])]
     for side, (patch, fields, rates) in SIDES.items():

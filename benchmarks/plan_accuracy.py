@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import child, conclude, options, say  # noqa: E402
+from common import conclude, itself, options, say  # noqa: E402
 
 GIB, STEPS = 2**30, 4
 SMOL, QWEN, ENCODER = "smollm2-135m", "qwen2", "minilm-l6"
@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace) -> None:
         second_family(Path(folder) / QWEN, 6)
         second_family(Path(folder) / (QWEN + "-deep"), 18)
         for job in jobs:
-            found = child([__file__, "--worker", json.dumps({**job, "folder": folder})])
+            found = itself(__file__, {**job, "folder": folder})
             plan, held = found["predicted"], found["measured"]
             errors = {
                 "live": error(plan["live_peak_bytes"], held["live_peak_bytes"]),

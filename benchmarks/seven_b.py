@@ -9,7 +9,6 @@ are as unlike as words are. The adapter's table lies in a file. One process trai
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Clock, child, conclude, follow, options, say  # noqa: E402
+from common import Clock, conclude, follow, itself, options, say, table_arguments  # noqa: E402
 
 GIB, BUDGET, TOKENS, PAIRS = 2**30, "6GiB", 256, 3200
 TARGETS = {"anon_peak_gib": ["<=", 6.0]}
@@ -105,21 +104,16 @@ def worker(job: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help="where the model, the table and the run are written")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--fields", default="{}", help="fields of meft other than r, as JSON")
-    args = parser.parse_args()
-    if args.worker:
-        worker(json.loads(args.worker))
+    if (args := table_arguments(parser, worker)) is None:
         return
     blocks = 4 if args.quick else 32
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write_model(Path(folder) / "model", blocks)
         write_text(Path(folder) / "text.jsonl", 4 * args.steps)
         job = {"model": f"{folder}/model", "text": f"{folder}/text.jsonl", "folder": folder, "r": PAIRS,
-               "steps": args.steps, "fields": json.loads(args.fields)}  # fmt: skip
-        run = child([__file__, "--worker", json.dumps(job)], timeout=5400)
+               "steps": args.steps, "fields": args.fields}  # fmt: skip
+        run = itself(__file__, job, timeout=5400)
     predicted, measured = run["predicted"], run["measured"]
     summary = {
         "anon_peak_gib": run["anon_peak"] / GIB, "predicted_anon_peak_gib": predicted["fast_peak_bytes"] / GIB,

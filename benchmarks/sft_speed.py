@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, Clock, alternate, child, conclude, follow, options, ratios, say, spread, ticks  # noqa: E402
+from common import RESULTS, Clock, alternate, conclude, follow, itself, options, ratios, say, spread, ticks  # noqa: E402
 
 ROWS, LENGTH = 4, 256
 GIB = 2**30
@@ -125,7 +125,7 @@ def peer(job: dict[str, Any]) -> None:
 
 
 def run(job: dict[str, Any], malloc: str = "auto") -> dict[str, Any]:
-    return child([__file__, "--worker", json.dumps(job)], malloc)
+    return itself(__file__, job, malloc=malloc)
 
 
 def sides(text: str, steps: int) -> dict[str, tuple[dict[str, Any], str]]:

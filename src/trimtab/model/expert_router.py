@@ -66,7 +66,7 @@ class Router(nn.Module):
     def _draw_table(self, rows: Container[int]) -> None:
         for row, keys_BD in experts.drawn(self.store, self.drawn_with):
             if row in rows:
-                self.table.part(VALUES, row).copy_(experts.centroid(keys_BD))
+                self.table.put(VALUES, [row], [experts.centroid(keys_BD)])
 
     # --- a pass -------------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class Router(nn.Module):
         experts.write_row(self.store, row, experts.draw_keys(self.store, random, direction_D))
         self.router[row].copy_(direction_D * self.router.norm(dim=1).mean())
         if self.table is not None and self.table.writes:
-            self.table.part(VALUES, row).copy_(self.router[row])
+            self.table.put(VALUES, [row], [self.router[row]])
         self.probed_at[row] = step
         for store in self.stores:
             store.changed([row])
