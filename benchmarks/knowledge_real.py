@@ -22,15 +22,13 @@ from trimtab.model.load import load_model
 from trimtab.model.spec import ModelSpec
 
 MODEL = "smollm2-135m"
-RANKS = range(1_000, 25_000)  # of cities by population
-APART = 200  # facts for the learning rates
+RANKS, LESSER = range(1_000, 25_000), range(25_000, 31_000)  # cities by population: asked, and for the learning rates
 BATCH, LENGTH = 16, 64
 
 
 def rows(facts: int, seed: int, apart: bool) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """-> rows to train on, rows to ask: of `facts` facts, or of those set apart from them."""
-    chosen = choose_cities(facts + APART, seed, RANKS)
-    chosen = chosen[facts:] if apart else chosen[:facts]
+    """-> rows to train on, rows to ask: of `facts` facts."""
+    chosen = choose_cities(facts, seed, LESSER if apart else RANKS)
     wordings, asked = (TRAIN_TEMPLATES[:-1], TRAIN_TEMPLATES[-1]) if apart else (TRAIN_TEMPLATES, TEST_TEMPLATE)
     told = [{"question": w.format(city=city), "answer": country} for city, country in chosen for w in wordings]
     return told, [{"question": asked.format(city=city), "answer": country} for city, country in chosen]
@@ -86,4 +84,5 @@ def learn(job: dict[str, Any]) -> dict[str, Any]:
         **{f"base_{key}": value for key, value in before.items()}, "bytes": held, "fast": sum(held.values()),
         "growth": run["measured"]["fast_growth_bytes"], "slow": run["measured"].get("store_slow_bytes", 0),
         "parameters": run["trainable_parameters"], "seconds": run["measured"]["seconds"],
+        "moved": sum(run["measured"].get(f"store_{way}_bytes_per_step", 0) for way in ("up", "down")),
     }  # fmt: skip

@@ -19,18 +19,27 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import HERE, RESULTS, itself, options, say, write_result  # noqa: E402
 
 EXAMPLES = HERE.parent / "examples" / "meft"
 MODEL = "smollm2-135m"
-STEPS, BATCH = 60, 8
 APART = 64  # training rows set apart for the learning rates
-SETS = {  # recipe -> folder of the rows, questions asked, tokens of the longest row taken
-    "nq": ("nq_open", 200, 128), "squad": ("squad", 200, 128), "toolbench": ("toolbench", 99, 384),
-    "gsm8k": ("gsm8k", 48, 320),
+
+
+class Set(NamedTuple):
+    folder: str  # of the rows
+    asked: int  # questions
+    length: int  # tokens of the longest row taken
+    steps: int
+    batch: int  # rows
+
+
+SETS = {  # by recipe
+    "nq": Set("nq_open", 200, 128, 120, 8), "squad": Set("squad", 200, 128, 120, 8),
+    "toolbench": Set("toolbench", 99, 384, 40, 4), "gsm8k": Set("gsm8k", 48, 320, 40, 4),
 }  # fmt: skip
 SIDES = {  # patch, its fields, learning rates
     "LoRA r 16": ("lora", {"r": 16}, (1e-3, 3e-3)),
@@ -55,8 +64,8 @@ def worker(job: dict[str, Any]) -> None:
     tree["patches"] = [{job["patch"] or "lora": job["fields"]}]
     for key in ("num_train_epochs", "gradient_accumulation_steps"):
         tree["training"].pop(key)
-    tree["training"] |= {"max_steps": job["steps"], "per_device_train_batch_size": BATCH, "learning_rate": job["rate"],
-                         "max_length": job["length"], "seed": job["seed"]}  # fmt: skip
+    tree["training"] |= {"max_steps": job["steps"], "per_device_train_batch_size": job["batch"],
+                         "learning_rate": job["rate"], "max_length": job["length"], "seed": job["seed"]}  # fmt: skip
     recipe = Recipe.from_dict(tree)
     run = recipe.train() if job["patch"] else {"measured": {}, "trainable_parameters": 0}
     found = recipe.evaluate(base_only=not job["patch"], limit=job["asked"])
@@ -72,7 +81,7 @@ def worker(job: dict[str, Any]) -> None:
 
 def prepare(name: str, data: Path, out: Path) -> dict[str, str]:
     """-> paths of the rows to train on, of those set apart, and of the test."""
-    folder = data / SETS[name][0]
+    folder = data / SETS[name].folder
     if name == "toolbench":
         spec = importlib.util.spec_from_file_location("make_toolbench", EXAMPLES / "make_toolbench.py")
         script = importlib.util.module_from_spec(spec)
@@ -89,11 +98,11 @@ def prepare(name: str, data: Path, out: Path) -> dict[str, str]:
 
 def one_set(name: str, paths: dict[str, str], out: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """-> a row of the table for the base and each side."""
-    _, asked, length = SETS[name]
-    steps, asked = (3, 6) if args.quick else (STEPS, asked)
-    base = {"set": name, "train": paths["train"], "length": length, "fields": {}, "patch": None, "rate": 0.0,
-            "seed": 0, "steps": steps, "folder": str(out / "run"), "test": paths["test"], "replies": True,
-            "asked": asked}  # fmt: skip
+    of = SETS[name]
+    steps, asked = (3, 6) if args.quick else (of.steps, of.asked)
+    base = {"set": name, "train": paths["train"], "length": of.length, "fields": {}, "patch": None, "rate": 0.0,
+            "seed": 0, "steps": steps, "batch": of.batch, "folder": str(out / "run"), "test": paths["test"],
+            "replies": True, "asked": asked}  # fmt: skip
 
     def run(**job: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=out) as folder:
@@ -159,11 +168,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 CLAIM = (
-    f"SmolLM2-135M, {STEPS} steps of {BATCH} rows: the base, LoRA on all linears, the dense Parallel Adapter and MEFT "
-    "of the same width on the four data sets of MEFT's paper."
+    "SmolLM2-135M: the base, LoRA on all linears, the dense Parallel Adapter and MEFT of the same width on the four "
+    "data sets of MEFT's paper."
 )
 NOTES = [
-    "The rows of each set are a part of the original ones, and steps are few: the figures compare methods, not papers.",
+    "The rows of each set are a part of the original ones, and steps are few: the figures compare methods, not papers. "
+    + " ".join(f"{name}: {of.steps} steps of {of.batch} rows." for name, of in SETS.items()),
     "Standard error of a share p of n questions: sqrt(p (1 - p) / n), 7 points at most for 48 questions, 4 for 200.",
     "summary: points of `contains` (nq, squad), `set_iou` (toolbench) and `final_number` (gsm8k).",
     "growth: anonymous memory of the process over the loaded model, by trimtab's meter.",

@@ -171,6 +171,7 @@ def plan(
 
     from .doctor import known_overhead, known_rates
     from .engine import arguments_class, training_arguments
+    from .memory.ahead import CARRIED
     from .memory.roofline import Stopwatch
     from .memory.tracer import highest
 
@@ -214,14 +215,17 @@ def plan(
     speed, read = _speed(watch, beside.pace, kinds, args.gradient_accumulation_steps, rows * tokens, notes)
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
+    ahead = CARRIED if device.type != "cpu" and kinds.get(TABLES) else 0
+    if ahead:
+        notes.append(f"{gib(ahead)} of the overhead are room for rows that are copied ahead of the pass")
     disk = None
     if slow_kind(place.slow, device) == "disk":
         if kinds.get(TABLES) and recipe.place.folder:
             require_folder(recipe.place.folder)
         disk = free_bytes(recipe.place.folder or recipe.output)
     return Plan(
-        kinds, phase, process, beside.of(_growth(kinds), watch.cast), budget, machine, rows, tokens, counted, speed,
-        watch.trained, beside.pace, read, notes, disk,
+        kinds, phase, process, beside.of(_growth(kinds), watch.cast) + ahead, budget, machine, rows, tokens, counted,
+        speed, watch.trained, beside.pace, read, notes, disk,
     )  # fmt: skip
 
 

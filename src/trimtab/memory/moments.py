@@ -18,18 +18,15 @@ from .store import TieredStore
 
 
 def narrow(store: TieredStore) -> bool:
-    """Whether moments are kept in fewer bits than values: `read` then gives copies."""
+    """Whether moments are kept in fewer bits than values."""
     return store.parts[M].dtype != store.parts[VALUES].dtype
 
 
 def read(store: TieredStore, kind: str, row: int) -> Tensor:
-    """The row's first (M) or second (V) moment in its values' precision: where it lies, or a widened copy."""
-    held = store.part(kind, row)
-    if not narrow(store):
-        return held
-    wide = store.parts[VALUES].dtype
+    """A copy of the row's first (M) or second (V) moment, in its values' precision."""
+    held, wide = store.part(kind, row), store.parts[VALUES].dtype
     if SCALES[kind] not in store.parts:
-        return held.to(wide)
+        return held.to(wide, copy=True)
     from bitsandbytes.functional import dequantize_blockwise
 
     scales = store.part(SCALES[kind], row)
@@ -39,8 +36,6 @@ def read(store: TieredStore, kind: str, row: int) -> Tensor:
 
 def write(store: TieredStore, kind: str, row: int, moment: Tensor) -> None:
     """Put back what `read` gave, changed."""
-    if not narrow(store):
-        return
     if SCALES[kind] not in store.parts:
         store.put(kind, [row], [moment.to(store.parts[kind].dtype)])
         return

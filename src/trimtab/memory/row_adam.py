@@ -184,9 +184,9 @@ class RowAdam:
 
     def _make_up(self, row: int, done: int) -> None:
         missed = self.history[done:]
-        value = self.store.part(VALUES, row)
+        value = self.store.part(VALUES, row).clone()
         if not self.moved[row] and not any(not r.decoupled and r.weight_decay for r in missed):
-            value.mul_(math.prod(1 - r.lr * r.weight_decay for r in missed))
+            self.store.put(VALUES, [row], [value.mul_(math.prod(1 - r.lr * r.weight_decay for r in missed))])
             return
         m, v = (moments.read(self.store, kind, row) for kind in (M, V))
         self.moved[row] = True
@@ -209,5 +209,6 @@ class RowAdam:
                 v.mul_(b2).addcmul_(value, value, value=(1 - b2) * r.weight_decay**2)
             depth = v.sqrt().div_(math.sqrt(1 - b2**t)).add_(r.eps)
             value.addcdiv_(m, depth, value=-r.lr / (1 - b1**t))
+        self.store.put(VALUES, [row], [value])
         moments.write(self.store, M, row, m)
         moments.write(self.store, V, row, v)

@@ -142,12 +142,13 @@ def load_rows(store: TieredStore, folder: Path) -> None:
     if not (deltas := _deltas(folder)):
         raise BadInput(f"rows of {store.name}", f"there are none in {folder}", "Take an intact checkpoint")
     held = [_open(store, path) for path in deltas]
+    store.flush()  # what the slots hold is over
     named = {row for tensors in held for row in tensors["rows"].tolist()}
     if (stale := store.touched - named) and store.writes:
         assert store.draw is not None, "a table that is trained can be drawn again"
         for row in stale:
             for kind in _kept(store):
-                store.part(kind, row).zero_()
+                store.put(kind, [row], [torch.zeros_like(store.part(kind, row))])
         store.draw(stale)
     for path, tensors in zip(deltas, held, strict=True):
         for kind in _kept(store) if store.writes else ():
@@ -191,11 +192,11 @@ def _open(store: TieredStore, path: Path) -> dict[str, Tensor]:
 
 def _put(store: TieredStore, kind: str, path: Path, held: Mapping[str, Tensor]) -> None:
     """One part of a delta's rows into the table, checked on the way."""
-    rows, into, sums = held["rows"], store.whole(kind), Checksums(len(held["rows"]), store.parts[kind].nbytes)
+    rows, sums = held["rows"], Checksums(len(held["rows"]), store.parts[kind].nbytes)
     many = max(1, PIECE // store.parts[kind].nbytes)
     for which, piece in zip(rows.split(many), held[kind].split(many), strict=True):
         sums.add(bytes_of(piece))
-        into[which] = piece
+        store.put(kind, which.tolist(), piece)
     if bad := differing(sums.found, _sums(held, kind)):
         raise _damaged(store, path, f"{kind} of {some([int(rows[at]) for at in bad])} are not what was written")
 

@@ -315,10 +315,8 @@ class TieredStore:
         """Ask for those of the rows that are not there yet; -> those that were carried to the device."""
         if self.reader is None:
             return {}
-        ask, watched, there = self._expected, self.awaits, dict[int, int]()
-        rows = self._without_slot(rows)
-        if ask is not None:
-            there = {row: at for at, row in enumerate(ask.rows[: ask.done])}
+        ask, watched, rows = self._expected, self.awaits, self._without_slot(rows)
+        there = {} if ask is None else {row: at for at, row in enumerate(ask.rows[: ask.done])}
         self._let_go(rows)
         if watched or ask is not None:
             self.traffic.needed += len(rows)
@@ -360,7 +358,10 @@ class TieredStore:
     def _evict(self, row: int) -> int:
         slot = self._slot_of.pop(row)
         if row in self._unwritten:
-            self._table[row].copy_(self._cache[slot])
+            if self._file is None:
+                self._table[row].copy_(self._cache[slot])
+            else:
+                self._file.write(row * self.extent, self._cache[slot].cpu().numpy())
             self._unwritten.discard(row)
             self.traffic.down += self.extent
         return slot
