@@ -131,13 +131,14 @@ class Plan:
 
     def lines(self) -> Iterator[str]:
         """The table for people."""
-        yield f"{'what':<15} {'tier':<5} {'held':>12}  why"
+        width = max(len("mapped weights"), *(len(row["what"]) for row in self.items))
+        yield f"{'what':<{width}}  {'tier':<5} {'held':>12}  why"
         for row in self.items:
-            yield f"{row['what']:<15} {row['tier']:<5} {gib(row['bytes']):>12}  {row['why']}"
-        yield f"{'peak':<15} {'fast':<5} {gib(self.fast_peak_bytes):>12}  {self.phase}"
+            yield f"{row['what']:<{width}}  {row['tier']:<5} {gib(row['bytes']):>12}  {row['why']}"
+        yield f"{'peak':<{width}}  {'fast':<5} {gib(self.fast_peak_bytes):>12}  {self.phase}"
         if self.tokens_per_second:
-            yield f"{'speed':<15} {'':<5} {self.tokens_per_second:>8,.0f} t/s  predicted, of rows as long as these"
-        yield f"{'trained':<15} {'':<5} {self.trained:>12,}  numbers"
+            yield f"{'speed':<{width}}  {'':<5} {self.tokens_per_second:>8,.0f} t/s  predicted, of rows as long as these"
+        yield f"{'trained':<{width}}  {'':<5} {self.trained:>12,}  numbers"
         yield from self.notes
         fast = "this machine's memory" if self.budget.fast is None else "the budget"
         said = f"{gib(self.fast_peak_bytes)} of {gib(self.fast)}, {fast}"
