@@ -3,7 +3,8 @@
 `capacity`: a small transformer (knowledge_tiny.py) is trained here and then given random facts, ever more of them,
 until the method no longer knows 95 % of them. LoRA and PaCA get the fast memory that MEFT takes and 5 % more
 (fast_memory.py says what counts), their ranks rounded up; the Parallel Adapter has MEFT's width, and its own memory.
-LoRA's targets (and with them its rank), rsLoRA and all learning rates are chosen on facts that are not tested.
+LoRA's targets (and with them its rank), rsLoRA and all learning rates are chosen on facts that are not tested, as many
+as the method hardly holds. LoRA and PaCA meet each fact twice as often as MEFT, and once more eight times as often.
 
 `real`: SmolLM2-135M and the countries of cities (knowledge_real.py), asked in a wording that is not trained on, after
 equal steps; the Parallel Adapter too within MEFT's fast memory, and full fine-tuning with what it takes. `router`: the
@@ -39,6 +40,7 @@ from common import RESULTS, options, say, spread, write_result  # noqa: E402
 Job = dict[str, Any]
 APART, SEEDS = 100, (0, 2, 3)  # seeds of the facts: of those that settings are chosen on, and of those tested (1: base)
 ROOM = 1.05  # of MEFT's fast memory: what the peers get at least
+FURTHER = 1.5  # from the best rate to the next one that is tried, where the best was at an end
 HELD = 0.95  # of the facts
 T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
 KIB = 1024
@@ -71,9 +73,14 @@ class Bench:
         return result
 
     def best(self, side: Side, rates: tuple[float, ...], **job: Any) -> Side:
-        """`side` at the rate with the highest recall on facts set apart."""
-        tried = {rate: self.run("learn", **side.job, rate=rate, seed=APART, **job) for rate in rates}
-        rate = max(tried, key=lambda rate: tried[rate]["recall"])
+        """`side` at the rate with the highest recall on facts set apart. Where that is the highest or the lowest of
+        `rates`, the next ones beyond it are tried too."""
+        tried: dict[float, dict[str, Any]] = {}
+        while rates:
+            tried |= {rate: self.run("learn", **side.job, rate=rate, seed=APART, **job) for rate in rates}
+            rate, known = max(tried, key=lambda rate: tried[rate]["recall"]), sorted(tried)
+            ends = {known[0]: known[0] / FURTHER, known[-1]: known[-1] * FURTHER} if len(known) > 1 else {}
+            rates = (ends[rate],) if rate in ends else ()
         return Side(side.name, side.patch, side.fields, rate, tried[rate]["recall"],
                     max(found["fast"] for found in tried.values()))  # fmt: skip
 
@@ -108,24 +115,19 @@ def peers(bench: Bench, budget: int, tried: list[tuple[str, str, Job, tuple[floa
 
 WIDE = {"r": 1024, "experts": 128, "probes": 8, "k": 64, "router": "fixed"}
 TARGETS_OF = ("all-linear", "gate_proj,up_proj,down_proj", "down_proj", "q_proj,k_proj,v_proj,o_proj")
-EXPOSURES = {
-    "MEFT": 40,
-    "Parallel Adapter": 80,
-    "LoRA": 80,
-    "PaCA": 80,
-}  # times that a fact is met: twice for the peers
-# facts: tuned at, and where the first ladder begins
-START = {"MEFT": 4096, "Parallel Adapter": 4096, "LoRA": 1024, "PaCA": 1024}
-RATES = {"MEFT": (1.5e-3, 3e-3, 6e-3), "Parallel Adapter": (1.5e-3, 3e-3, 6e-3), "LoRA": (5e-3, 1e-2, 1.4e-2, 2e-2),
-         "PaCA": (5e-3, 1e-2, 2e-2)}  # fmt: skip
+# times that a fact is met: twice for the peers, and then once more with patience
+EXPOSURES = {"MEFT": 40, "Parallel Adapter": 80, "LoRA": 80, "PaCA": 80}
+PATIENCE = {"LoRA": 320, "PaCA": 320}
+START = {"MEFT": 16384, "Parallel Adapter": 16384, "LoRA": 2048, "PaCA": 2048}  # facts: tuned at, and tried first
+RATES = {"MEFT": (4e-3, 6e-3), "Parallel Adapter": (2e-3, 3e-3), "LoRA": (1e-2, 1.4e-2, 2e-2), "PaCA": (1e-2, 2e-2)}
 FEW = (10, 20, 40)  # exposures
 
 
 def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
     seeds = SEEDS[:1] if quick else SEEDS
-    exposures = dict.fromkeys(EXPOSURES, 3) if quick else EXPOSURES
+    exposures, patience = ({name: 3 for name in of} if quick else of for of in (EXPOSURES, PATIENCE))
     start = dict.fromkeys(START, 128) if quick else START
-    rates = {name: rates[:1] for name, rates in RATES.items()} if quick else RATES
+    rates = {name: rates[-1:] for name, rates in RATES.items()} if quick else RATES
     bench.run("base", exposures=3 if quick else 60)
     same = bench.run("check", patch="meft", fields=WIDE, rate=1e-3)["difference"]
     at = {name: {"exposures": exposures[name], "facts": facts} for name, facts in start.items()}
@@ -139,7 +141,10 @@ def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
     loras += peers(bench, budget, [("LoRA", "lora", {"targets": where, "rslora": True}, rates["LoRA"], at["LoRA"])])
     pacas = peers(bench, budget, [("PaCA", "paca", {}, rates["PaCA"], at["PaCA"])])
     sides = [meft, dense, max(loras, key=lambda side: side.recall), *pacas]
-    ladders: dict[str, list[list[tuple[int, float]]]] = {side.name: [] for side in sides}
+    met = {**{side.name: (side, exposures[side.name]) for side in sides},
+           **{f"{side.name}, with patience": (side, patience[side.name]) for side in sides
+              if side.name in patience}}  # fmt: skip
+    ladders: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in met}
     taken: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
 
     def learn(side: Side, seed: int, facts: int, exposures: int) -> float:
@@ -148,13 +153,14 @@ def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
         return found["recall"]
 
     for seed in seeds:
-        for side in sides:
-            recall_of = lambda facts, side=side, seed=seed: learn(side, seed, facts, exposures[side.name])  # noqa: E731
-            first = max((held(points) for points in ladders[side.name]), default=start[side.name])
-            ladders[side.name].append(bracket(recall_of, rung(int(first)), 64 if not quick else start[side.name]))
+        for name, (side, many) in met.items():
+            recall_of = lambda facts, side=side, seed=seed, many=many: learn(side, seed, facts, many)  # noqa: E731
+            first = max((held(points) for points in ladders[name]), default=start[side.name])
+            ladders[name].append(bracket(recall_of, rung(int(first)), 64 if not quick else start[side.name]))
     facts = {name: [held(points) for points in of] for name, of in ladders.items()}
-    peer = max(("LoRA", "PaCA"), key=lambda name: statistics.mean(facts[name]))
-    common = rung(int(min(facts[peer])), -1)  # well within what it holds
+    best = lambda of: max(of, key=lambda name: statistics.mean(facts[name]))  # noqa: E731
+    peer, quick_peer = best([name for name in met if met[name][0].name in PATIENCE]), best(PATIENCE)
+    common = rung(int(min(facts[quick_peer])), -1)  # well within what it holds
     fews = FEW[:1] if quick else FEW
     quickly = {side.name: {few: [learn(side, seed, common, few) for seed in seeds] for few in fews} for side in sides}
     ratios = {other: [a / b for a, b in zip(facts["MEFT"], facts[name], strict=True)]
@@ -165,30 +171,31 @@ def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
                "facts_meft_to_dense": statistics.mean(ratios["dense"]),
                "facts_meft_to_dense_low": interval(ratios["dense"])[1],
                "fast_meft_to_peer": fast["MEFT"] / min(fast["LoRA"], fast["PaCA"]),
-               "exposures_peer_to_meft": exposures_to(quickly[peer], common) / exposures_to(quickly["MEFT"], common),
+               "exposures_peer_to_meft": exposures_to(quickly[quick_peer]) / exposures_to(quickly["MEFT"]),
                "micro_batches_difference": same}  # fmt: skip
-    rows = [side_row(side, facts[side.name], taken[side.name][0], fast[side.name]) for side in sides]
+    rows = [side_row(side, many, facts[name], taken[side.name][0], fast[side.name])
+            for name, (side, many) in met.items()]  # fmt: skip
     for other in (side for side in loras if side not in sides):
         rows.append({"side": other.shown, "learning rate": other.rate, "facts": start["LoRA"],
                      "exposures": exposures["LoRA"], "recall": f"{other.recall:.3f} (facts set apart)"})  # fmt: skip
+    for name, (side, many) in met.items():
+        for count in sorted({count for points in ladders[name] for count, _ in points}):
+            said = [dict(points)[count] for points in ladders[name] if count in dict(points)]
+            rows.append({"side": side.name, "facts": count, "exposures": many, "recall": spread(said)})
     for side in sides:
-        for count in sorted({count for points in ladders[side.name] for count, _ in points}):
-            said = [dict(points)[count] for points in ladders[side.name] if count in dict(points)]
-            met = exposures[side.name]
-            rows.append({"side": side.name, "facts": count, "exposures": met, "recall": spread(said)})
         rows += [{"side": side.name, "facts": common, "exposures": few, "recall": spread(said)}
                  for few, said in quickly[side.name].items()]  # fmt: skip
     return {"summary": summary, "rows": rows}
 
 
-def side_row(side: Side, facts: list[float], found: dict[str, Any], fast: int) -> dict[str, Any]:
+def side_row(side: Side, exposures: int, facts: list[float], found: dict[str, Any], fast: int) -> dict[str, Any]:
     mean, low, high = interval(facts)
-    return {"side": side.shown, "learning rate": side.rate, "parameters": found["parameters"],
+    return {"side": side.shown, "learning rate": side.rate, "parameters": found["parameters"], "exposures": exposures,
             "fast, KiB": round(fast / KIB), "slow, KiB": round(found["slow"] / KIB),
             "facts held at 95 % recall": f"{mean:,.0f} (95 %: {low:,.0f} to {high:,.0f})"}  # fmt: skip
 
 
-def exposures_to(recalls: dict[int, list[float]], common: int) -> float:
+def exposures_to(recalls: dict[int, list[float]]) -> float:
     """The fewest exposures of those tried after which HELD of the facts are known; the most tried where none was."""
     return min((few for few, said in recalls.items() if statistics.mean(said) >= HELD), default=EXPOSURES["LoRA"])
 
@@ -228,15 +235,15 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 ROUTERS = ("gate", "centroid", "fixed")
 REAL = {"r": 4096, "router": ROUTERS[0]}
-REAL_RATES = {"meft": (3e-4, 1e-3, 3e-3), "lora": (5e-4, 1e-3, 2e-3), "paca": (1e-3, 2e-3, 4e-3),
-              "parallel_adapter": (3e-4, 1e-3, 3e-3), "full": (2e-5, 5e-5, 1e-4)}  # fmt: skip
+REAL_RATES = {"meft": (1e-3, 3e-3), "lora": (1e-3, 2e-3), "paca": (2e-3, 4e-3), "parallel_adapter": (1e-3, 3e-3),
+              "full": (5e-5, 1e-4)}  # fmt: skip
 SEEN = {1000: 5, 4000: 3}  # facts -> times that each is met, in one wording or another
 TUNED = 200  # facts for the learning rates
 
 
 def real(bench: Bench, quick: bool, facts: int) -> dict[str, Any]:
     seeds, facts = (SEEDS[:1], 16) if quick else (SEEDS, facts)
-    rates = {patch: of[1:2] for patch, of in REAL_RATES.items()} if quick else REAL_RATES
+    rates = {patch: of[:1] for patch, of in REAL_RATES.items()} if quick else REAL_RATES
     seen = SEEN.get(facts, SEEN[1000])
     at, steps = tuning(quick), 2 if quick else facts * seen // 16
     meft = bench.best(Side("MEFT", "meft", {"r": 256} if quick else REAL), rates["meft"], **at)
@@ -270,7 +277,7 @@ def real(bench: Bench, quick: bool, facts: int) -> dict[str, Any]:
 
 def router(bench: Bench, quick: bool) -> dict[str, Any]:
     """MEFT's routers, on facts like those that settings are chosen on."""
-    kinds, rates = (ROUTERS[1:2], REAL_RATES["meft"][1:2]) if quick else (ROUTERS, REAL_RATES["meft"])
+    kinds, rates = (ROUTERS[1:2], REAL_RATES["meft"][:1]) if quick else (ROUTERS, REAL_RATES["meft"])
     at = tuning(quick)
     rows, points = [], {}
     for kind in kinds:
@@ -308,14 +315,14 @@ CLAIM = (
 NOTES = [
     "Random facts: a transformer of two blocks, hidden 64, that knows 4,000 other facts; a fact is a key of two tokens "
     "and a value among 1,024. Steps of 64 facts, Adam, linear decay; fast memory is that of micro-batches of "
-    "one fact. MEFT meets each fact 40 times, the others 80 times.",
+    "one fact. MEFT meets each fact 40 times, the others 80 times; with patience, 320 times.",
     "Fast memory (benchmarks/fast_memory.py): 16 bytes for each trained number that is not in the slow tier, an "
     "untrained router, the notes of the rows' Adam, the most rows of one layer at work with their gradients, and what "
     "is kept for the pass back beyond the frozen base's.",
     "facts held: where recall falls through 95 %, between two rungs of sqrt(2). Mean of three seeds, Student's t.",
-    "facts_meft_to_lora is to the better of LoRA and PaCA. exposures_peer_to_meft: exposures, of those in the table, "
-    "after which 95 % of a number of facts are known that both hold.",
-    "Settings were chosen on facts that are not among those tested.",
+    "facts_meft_to_lora is to the best of LoRA and PaCA, with patience or without. exposures_peer_to_meft: exposures, "
+    "of those in the table, after which 95 % of a number of facts are known that both hold.",
+    "Settings were chosen on facts that are not among those tested, as many as the method hardly holds.",
 ]
 
 
