@@ -80,7 +80,7 @@ class Bench:
             tried |= {rate: self.run("learn", **side.job, rate=rate, seed=APART, **job) for rate in rates}
             rate, known = max(tried, key=lambda rate: tried[rate]["recall"]), sorted(tried)
             ends = {known[0]: known[0] / FURTHER, known[-1]: known[-1] * FURTHER} if len(known) > 1 else {}
-            rates = (ends[rate],) if rate in ends else ()
+            rates = (float(f"{ends[rate]:.2g}"),) if rate in ends else ()
         return Side(side.name, side.patch, side.fields, rate, tried[rate]["recall"],
                     max(found["fast"] for found in tried.values()))  # fmt: skip
 
