@@ -248,29 +248,33 @@ def real(bench: Bench, quick: bool, facts: int) -> dict[str, Any]:
     at, steps = tuning(quick), 2 if quick else facts * seen // 16
     meft = bench.best(Side("MEFT", "meft", {"r": 256} if quick else REAL), rates["meft"], **at)
     budget = int(meft.fast * ROOM)
-    names = {"lora": "LoRA", "paca": "PaCA", "parallel_adapter": "Parallel Adapter"}
-    names = {"lora": "LoRA"} if quick else names
-    sides = [meft, *peers(bench, budget, [(name, patch, {}, rates[patch], at) for patch, name in names.items()])]
+    tried = [("LoRA", "lora", {}), ("LoRA", "lora", {"rslora": True}), ("PaCA", "paca", {}),
+             ("Parallel Adapter", "parallel_adapter", {})]  # fmt: skip
+    tried = tried[:1] if quick else tried
+    found = peers(bench, budget, [(name, patch, fields, rates[patch], at) for name, patch, fields in tried])
+    best = {name: max((side for side in found if side.name == name), key=lambda side: side.recall)
+            for name in dict.fromkeys(side.name for side in found)}  # fmt: skip
+    sides = [meft, *best.values()]
     if not quick:
         sides.append(bench.best(Side("Full fine-tuning", "full", {}), rates["full"], **at))
     at = {"facts": facts, "apart": False, "steps": steps, "asked": 8 if quick else 1000}
-    found = {side.name: [bench.run("learn", **side.job, rate=side.rate, seed=seed, base=side is meft, **at)
-                         for seed in seeds] for side in sides}  # fmt: skip
-    points = {name: [100 * run["recall"] for run in runs] for name, runs in found.items()}
+    runs = {side.name: [bench.run("learn", **side.job, rate=side.rate, seed=seed, base=side is meft, **at)
+                        for seed in seeds] for side in sides}  # fmt: skip
+    points = {name: [100 * run["recall"] for run in of] for name, of in runs.items()}
     within = [side.name for side in sides[1:] if side.patch != "full"]  # the same fast memory
-    best = max(within, key=lambda name: statistics.mean(points[name]))
-    gains = [ours - theirs for ours, theirs in zip(points["MEFT"], points[best], strict=True)]
+    peer = max(within, key=lambda name: statistics.mean(points[name]))
+    gains = [ours - theirs for ours, theirs in zip(points["MEFT"], points[peer], strict=True)]
     key = "real" if facts == 1000 else f"real_{facts}"
     summary = {f"{key}_meft_minus_best_points": statistics.mean(gains),
                f"{key}_meft_minus_best_points_low": interval(gains)[1]}  # fmt: skip
     rows = [{"side": "SmolLM2-135M as it comes", "facts": facts,
-             "recall": spread([run["base_exact_match"] for run in found["MEFT"]])}]  # fmt: skip
+             "recall": spread([run["base_exact_match"] for run in runs["MEFT"]])}]  # fmt: skip
     rows += [
-        {"side": side.shown, "learning rate": side.rate, "parameters": runs[0]["parameters"],
-         "fast, KiB": round(max(run["fast"] for run in runs) / KIB), "slow, KiB": round(runs[0]["slow"] / KIB),
-         "growth of the process, MiB": round(statistics.median(run["growth"] for run in runs) / 2**20), "facts": facts,
-         "exposures": seen, "recall": spread([run["recall"] for run in runs])}
-        for side in sides for runs in [found[side.name]]
+        {"side": side.shown, "learning rate": side.rate, "parameters": of[0]["parameters"],
+         "fast, KiB": round(max(run["fast"] for run in of) / KIB), "slow, KiB": round(of[0]["slow"] / KIB),
+         "growth of the process, MiB": round(statistics.median(run["growth"] for run in of) / 2**20), "facts": facts,
+         "exposures": seen, "recall": spread([run["recall"] for run in of])}
+        for side in sides for of in [runs[side.name]]
     ]  # fmt: skip
     return {"summary": summary, "rows": rows}
 
