@@ -327,7 +327,7 @@ NOTES = [
     "facts_meft_to_lora is to the best of LoRA and PaCA, with patience or without. exposures_peer_to_meft: exposures, "
     "of those in the table, after which 95 % of a number of facts are known that both hold.",
     "Settings were chosen on facts that are not among those tested, as many as the method hardly holds. MEFT's "
-    "rate for random facts is the better of two; the peers', and all on real facts, are sought beyond those tried first.",
+    "rate for random facts is the better of two; the peers', and all on real facts, are sought beyond the first ones.",
 ]
 
 
