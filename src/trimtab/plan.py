@@ -137,7 +137,8 @@ class Plan:
             yield f"{row['what']:<{width}}  {row['tier']:<5} {gib(row['bytes']):>12}  {row['why']}"
         yield f"{'peak':<{width}}  {'fast':<5} {gib(self.fast_peak_bytes):>12}  {self.phase}"
         if self.tokens_per_second:
-            yield f"{'speed':<{width}}  {'':<5} {self.tokens_per_second:>8,.0f} t/s  predicted, of rows as long as these"
+            speed = f"{self.tokens_per_second:,.0f} t/s"
+            yield f"{'speed':<{width}}  {'':<5} {speed:>12}  predicted, of rows as long as these"
         yield f"{'trained':<{width}}  {'':<5} {self.trained:>12,}  numbers"
         yield from self.notes
         fast = "this machine's memory" if self.budget.fast is None else "the budget"
