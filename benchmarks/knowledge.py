@@ -159,8 +159,8 @@ def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
             ladders[name].append(bracket(recall_of, rung(int(first)), 64 if not quick else start[side.name]))
     facts = {name: [held(points) for points in of] for name, of in ladders.items()}
     best = lambda of: max(of, key=lambda name: statistics.mean(facts[name]))  # noqa: E731
-    peer, quick_peer = best([name for name in met if met[name][0].name in PATIENCE]), best(PATIENCE)
-    common = rung(int(min(facts[quick_peer])), -1)  # well within what it holds
+    peer, hasty = best([name for name in met if met[name][0].name in PATIENCE]), best(PATIENCE)
+    common = rung(int(min(facts[hasty])), -1)  # well within what it holds
     fews = FEW[:1] if quick else FEW
     quickly = {side.name: {few: [learn(side, seed, common, few) for seed in seeds] for few in fews} for side in sides}
     ratios = {other: [a / b for a, b in zip(facts["MEFT"], facts[name], strict=True)]
@@ -171,7 +171,7 @@ def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
                "facts_meft_to_dense": statistics.mean(ratios["dense"]),
                "facts_meft_to_dense_low": interval(ratios["dense"])[1],
                "fast_meft_to_peer": fast["MEFT"] / min(fast["LoRA"], fast["PaCA"]),
-               "exposures_peer_to_meft": exposures_to(quickly[quick_peer]) / exposures_to(quickly["MEFT"]),
+               "exposures_peer_to_meft": exposures_to(quickly[hasty]) / exposures_to(quickly["MEFT"]),
                "micro_batches_difference": same}  # fmt: skip
     rows = [side_row(side, many, facts[name], taken[side.name][0], fast[side.name])
             for name, (side, many) in met.items()]  # fmt: skip

@@ -367,7 +367,8 @@ class TieredStore:
         return slot
 
     def flush(self) -> None:
-        """Write back every slot that is newer than the table, and free all slots."""
+        """Write back every slot that is newer than the table, free all slots, and expect no rows any more."""
+        self._let_go()
         for row in list(self._slot_of):
             self._evict(row)
 
@@ -376,7 +377,6 @@ class TieredStore:
     def whole(self, kind: str = VALUES) -> Tensor:
         """(rows, *shape): a part of the whole table where it lies. The slots are flushed first."""
         self.flush()
-        self._let_go()
         if self.planned:
             part = self.parts[kind]
             return torch.empty(self.rows, *part.shape, dtype=part.dtype, device="meta")
