@@ -217,7 +217,7 @@ def plan(
     speed, read = _speed(watch, beside.pace, kinds, args.gradient_accumulation_steps, rows * tokens, notes)
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
-    ahead = CARRIED if device.type != "cpu" and kinds.get(TABLES) else 0
+    ahead = min(CARRIED, kinds.get(TABLES, 0)) if device.type != "cpu" else 0
     if ahead:
         notes.append(f"{gib(ahead)} of the overhead are room for rows that are copied ahead of the pass")
     disk = None
