@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,18 @@ def follow(clock: Clock) -> None:
 def spread(values: list[float]) -> str:
     """median (least .. most)"""
     return f"{statistics.median(values):,.3g} ({min(values):,.3g} .. {max(values):,.3g})"
+
+
+def seek(score: Callable[[float], float], rates: Sequence[float], further: float = 0) -> tuple[float, float]:
+    """-> the learning rate with the highest score, and that score. Where it is the highest or the lowest of two rates
+    and more, the next ones beyond it, `further` times as far, are tried too."""
+    tried: dict[float, float] = {}
+    while rates:
+        tried |= {rate: score(rate) for rate in rates}
+        rate, low, high = max(tried, key=tried.get), min(tried), max(tried)
+        beyond = {low: low / further, high: high * further} if further and low < high else {}
+        rates = (float(f"{beyond[rate]:.2g}"),) if rate in beyond else ()
+    return rate, tried[rate]
 
 
 def alternate(sides: dict[str, Any], repeats: int, show=print) -> dict[str, list[dict[str, Any]]]:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, options, say, spread, write_result  # noqa: E402
+from common import RESULTS, options, say, seek, spread, write_result  # noqa: E402
 
 Job = dict[str, Any]
 APART, SEEDS = 100, (0, 2, 3)  # seeds of the facts: of those that settings are chosen on, and of those tested (1: base)
@@ -73,16 +73,15 @@ class Bench:
         return result
 
     def best(self, side: Side, rates: tuple[float, ...], further: bool = True, **job: Any) -> Side:
-        """`side` at the rate with the highest recall on facts set apart. Where that is the highest or the lowest of
-        `rates`, the next ones beyond it are tried too (`further`)."""
-        tried: dict[float, dict[str, Any]] = {}
-        while rates:
-            tried |= {rate: self.run("learn", **side.job, rate=rate, seed=APART, **job) for rate in rates}
-            rate, known = max(tried, key=lambda rate: tried[rate]["recall"]), sorted(tried)
-            ends = {known[0]: known[0] / FURTHER, known[-1]: known[-1] * FURTHER} if further and len(known) > 1 else {}
-            rates = (float(f"{ends[rate]:.2g}"),) if rate in ends else ()
-        return Side(side.name, side.patch, side.fields, rate, tried[rate]["recall"],
-                    max(found["fast"] for found in tried.values()))  # fmt: skip
+        """`side` at the rate with the highest recall on facts set apart (`further`: and beyond `rates`)."""
+        found = []
+
+        def recall(rate: float) -> float:
+            found.append(self.run("learn", **side.job, rate=rate, seed=APART, **job))
+            return found[-1]["recall"]
+
+        rate, most = seek(recall, rates, FURTHER if further else 0)
+        return Side(side.name, side.patch, side.fields, rate, most, max(run["fast"] for run in found))
 
 
 class Side:

@@ -94,17 +94,20 @@ def demo(root: Path) -> str | None:
 
 
 def headline(root: Path) -> str | None:
-    """The first figures a reader meets, out of the speed benchmark's result file."""
-    path = root / "benchmarks/results/sft_speed.json"
-    if not path.is_file():
+    """The first figures a reader meets, out of the result files of speed and of MEFT's scale."""
+    paths = [root / f"benchmarks/results/{name}.json" for name in ("sft_speed", "meft_scale")]
+    if not all(path.is_file() for path in paths):
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))["summary"]
+    speed, scale = (json.loads(path.read_text(encoding="utf-8"))["summary"] for path in paths)
     rows = [
-        [name, f"{found[f'{key}_speed_ratio']:.2f} x", f"{found[f'{key}_memory_ratio']:.2f} x"]
+        [name, f"{speed[f'{key}_speed_ratio']:.2f} x", f"{speed[f'{key}_memory_ratio']:.2f} x"]
         for name, key in (("PaCA r 8", "paca"), ("LoRA r 8", "lora"))
     ]
     peer = "against TRL + PEFT LoRA r 8 (SmolLM2-135M, bf16, 4 x 256 tokens, CPU, same malloc)"
-    return table([peer, "tokens/s", "growth of memory"], rows)
+    first = table([peer, "tokens/s", "growth of memory"], rows)
+    row = ["MEFT r 16,384, tables in a file", f"{1 / scale['step_to_dense']:.2f} x", f"{scale['fast_to_dense']:.2f} x"]
+    peer = "against the dense Parallel Adapter r 16,384 (the same model and batch, AdamW)"
+    return first + "\n\n" + table([peer, "tokens/s", "growth of memory"], [row])
 
 
 def search(root: Path) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from trimtab.planned_step import PlannedStep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MEFT = {"r": 256, "probes": 4, "k": 16}
+NEAR = {"ram": (0.1, 0.6), "disk": (0.12, 0.7)}  # all, optimiser; a real trace lacks the rows' norm, and file writes
 FIELDS = [MEFT, {**MEFT, "k": 64, "router": "fixed"}, {**MEFT, "experts": 64, "probes": 2}]
 
 
@@ -44,24 +47,27 @@ def traced(recipe, real: bool) -> tuple[dict[str, float], float]:
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
-def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, folders, counted_alike, monkeypatch):  # noqa: F811
-    recipe = recipe_of(folders("llama", torch.float32), {"meft": fields}, engine={"recompute": "none"})
+@pytest.mark.parametrize("place", NEAR)
+def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, place, folders, counted_alike, monkeypatch):  # noqa: F811
+    folder = folders("llama", torch.float32)
+    recipe = recipe_of(folder, {"meft": fields}, engine={"recompute": "none"}, place={"slow": place})
     at_work, by_expert = [], experts.by_expert
 
-    def counted(probed, store, alive=None):
-        groups = by_expert(probed, store, alive)
+    def counted(probed_TP, store, alive=None):
+        groups = by_expert(probed_TP, store, alive)
         at_work.append(len(groups.experts))
         return groups
 
     with monkeypatch.context() as patched:
         patched.setattr(experts, "by_expert", counted)
         phases, real = traced(recipe, real=True)
-    mean = sum(at_work) / len(at_work)
+    mean = statistics.mean(at_work)
     assert mean > 4, "there is something to stand for"
     monkeypatch.setattr(experts, "touched", lambda *asked: mean)
     planned, seconds = traced(recipe, real=False)
-    assert seconds == pytest.approx(real, rel=0.12)  # what is written into a file is no operation
-    assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=0.7)  # nor is the rows' norm in a real trace
+    whole, optimiser = NEAR[place]
+    assert seconds == pytest.approx(real, rel=whole)
+    assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=optimiser)
     monkeypatch.setattr(experts, "touched", lambda *asked: 1.0)
     assert traced(recipe, real=False)[1] < 0.75 * seconds
 
