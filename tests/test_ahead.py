@@ -19,6 +19,8 @@ from trimtab.contracts import Place
 from trimtab.memory import ahead
 from trimtab.memory.ahead import PATIENCE, WAITING, Reader
 from trimtab.memory.extent import PAGE, layout, spans
+from trimtab.memory.row_adam import RowAdam
+from trimtab.memory.row_files import load_rows, save_rows
 from trimtab.memory.store import GRADS, SENSED, VALUES, TieredStore
 from trimtab.methods.meft import Meft
 from trimtab.stores import traffic
@@ -495,6 +497,20 @@ def test_rows_that_changed_since_they_were_copied_are_copied_again():
     reader.serve()
     made.whole().zero_()
     assert not made.fetch([1])[0].any()
+
+
+def test_rows_that_were_copied_before_a_checkpoint_is_loaded_are_copied_again(tmp_path):
+    made = store(reader=Reader(alone=True, carrier=Copier), kind=Apart)
+    RowAdam(made)
+    made.changed([1])
+    save_rows(made, tmp_path / "kept")
+    plain = made.whole()[1].clone()
+    made.whole()[1] = 7.0
+    made.changed([1])
+    made.expect([1])
+    made.reader.serve()
+    load_rows(made, tmp_path / "kept")
+    assert torch.equal(made.fetch([1])[0], plain) and made.traffic.foreseen == 0
 
 
 def test_no_more_is_carried_than_a_device_is_given(monkeypatch):
