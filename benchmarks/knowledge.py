@@ -118,6 +118,8 @@ TARGETS_OF = ("all-linear", "gate_proj,up_proj,down_proj", "down_proj", "q_proj,
 EXPOSURES = {"MEFT": 40, "Parallel Adapter": 80, "LoRA": 80, "PaCA": 80}
 PATIENCE = {"LoRA": 320, "PaCA": 320}
 START = {"MEFT": 16384, "Parallel Adapter": 16384, "LoRA": 2048, "PaCA": 2048}  # facts: tuned at, and tried first
+PATIENT_START = {"LoRA": 2896, "PaCA": 2896}
+PATIENT_RATES = {"LoRA": (3e-3, 4.5e-3), "PaCA": (1e-2, 2e-2)}
 RATES = {"MEFT": (4e-3, 6e-3), "Parallel Adapter": (2e-3, 3e-3), "LoRA": (1e-2, 1.4e-2, 2e-2), "PaCA": (1e-2, 2e-2)}
 FEW = (10, 20, 40)  # exposures
 
@@ -140,9 +142,11 @@ def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
     loras += peers(bench, budget, [("LoRA", "lora", {"targets": where, "rslora": True}, rates["LoRA"], at["LoRA"])])
     pacas = peers(bench, budget, [("PaCA", "paca", {}, rates["PaCA"], at["PaCA"])])
     sides = [meft, dense, max(loras, key=lambda side: side.recall), *pacas]
-    met = {**{side.name: (side, exposures[side.name]) for side in sides},
-           **{f"{side.name}, with patience": (side, patience[side.name]) for side in sides
-              if side.name in patience}}  # fmt: skip
+    met = {side.name: (side, exposures[side.name], start[side.name]) for side in sides}
+    for name, (side, _, facts) in [(name, met[name]) for name in patience]:
+        facts, tried = (facts, rates[name]) if quick else (PATIENT_START[name], PATIENT_RATES[name])
+        patient = bench.best(side, tried, facts=facts, exposures=patience[name])
+        met[f"{name}, with patience"] = (patient, patience[name], facts)
     ladders: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in met}
     taken: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
 
@@ -152,9 +156,9 @@ def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
         return found["recall"]
 
     for seed in seeds:
-        for name, (side, many) in met.items():
+        for name, (side, many, first) in met.items():
             recall_of = lambda facts, side=side, seed=seed, many=many: learn(side, seed, facts, many)  # noqa: E731
-            first = max((held(points) for points in ladders[name]), default=start[side.name])
+            first = max((held(points) for points in ladders[name]), default=first)
             ladders[name].append(bracket(recall_of, rung(int(first)), 64 if not quick else start[side.name]))
     facts = {name: [held(points) for points in of] for name, of in ladders.items()}
     best = lambda of: max(of, key=lambda name: statistics.mean(facts[name]))  # noqa: E731
@@ -173,11 +177,11 @@ def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
                "exposures_peer_to_meft": exposures_to(quickly[hasty]) / exposures_to(quickly["MEFT"]),
                "micro_batches_difference": same}  # fmt: skip
     rows = [side_row(side, many, facts[name], taken[side.name][0], fast[side.name])
-            for name, (side, many) in met.items()]  # fmt: skip
+            for name, (side, many, _) in met.items()]  # fmt: skip
     for other in (side for side in loras if side not in sides):
         rows.append({"side": other.shown, "learning rate": other.rate, "facts": start["LoRA"],
                      "exposures": exposures["LoRA"], "recall": f"{other.recall:.3f} (facts set apart)"})  # fmt: skip
-    for name, (side, many) in met.items():
+    for name, (side, many, _) in met.items():
         for count in sorted({count for points in ladders[name] for count, _ in points}):
             said = [dict(points)[count] for points in ladders[name] if count in dict(points)]
             rows.append({"side": side.name, "facts": count, "exposures": many, "recall": spread(said)})
