@@ -40,10 +40,13 @@ PATCHES = {
     "lora dropout": {"lora": {"r": 4, "dropout": 0.2}},
     "parallel_adapter": {"parallel_adapter": {"r": 16}},
     "meft": {"meft": {"r": 64, "k": 16}},
+    "meft in ram": {"meft": {"r": 64, "k": 16}},
+    "meft with hot rows": {"meft": {"r": 64, "k": 16, "cache": 2e-5}},
     "meft int8": {"meft": {"r": 64, "k": 16, "moments": "int8"}},
     "meft exact": {"meft": {"r": 64, "k": 16, "adam": "exact", "router": "centroid", "balance": 0.01, "revive": 4}},
     "full": {"full": {}},
 }
+ELSEWHERE = {"meft in ram": {"place": {"slow": "ram"}}}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -91,7 +94,7 @@ def interrupt():
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_twenty_steps_are_ten_and_ten(name, world, tmp_path):
-    keys = tree(world, tmp_path / "whole", PATCHES[name], **STEPS)
+    keys = tree(world, tmp_path / "whole", PATCHES[name], **STEPS) | ELSEWHERE.get(name, {})
     whole = run(keys)
     parts = {**keys, "output": str(tmp_path / "parts")}
     with at_step(10, interrupt), pytest.raises(Interrupted) as stopped:

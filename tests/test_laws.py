@@ -35,19 +35,30 @@ CASES = {
     "full": {},
 }
 PAIR = {"paca": {"targets": "q_proj,v_proj"}, "lora": {"targets": "up_proj,down_proj"}}
-UNMERGED = {"parallel_adapter", "meft"}  # depends on its input
-UNPORTABLE = {"parallel_adapter", "meft", "full"}
-SMOOTH = {"meft": {"experts": 4, "probes": 4, "k": 64}}  # no choice is made that a step along a gradient could change
-QUANTISED = ("paca", "lora", "parallel_adapter", "meft")
-LEARNING_RATE = 2e-2
 PLACE = Place(fast="cpu")
+STORED = {  # tables elsewhere than in a file: name -> patch, more fields, place
+    "meft in ram": ("meft", {}, Place(fast="cpu", slow="ram")),
+    "meft with hot rows": ("meft", {"cache": 2e-5}, PLACE),
+}
+UNMERGED = {"parallel_adapter", "meft", *STORED}  # depends on its input
+UNPORTABLE = {"parallel_adapter", "full", "meft", *STORED}
+WHOLE = {"experts": 4, "probes": 4, "k": 64}  # no choice is made that a step along a gradient could change
+SMOOTH = dict.fromkeys(["meft", *STORED], WHOLE)
+QUANTISED = ("paca", "lora", "parallel_adapter", "meft", *STORED)
+LEARNING_RATE = 2e-2
 
-patches = pytest.mark.parametrize("name", CASES)
+patches = pytest.mark.parametrize("name", [*CASES, *STORED])
 families = pytest.mark.parametrize("family", MODELS)
 
 
 def make(name: str, **fields):
-    return methods.find(name)(**{**CASES[name], **fields})
+    patch, more, _ = STORED.get(name, (name, {}, PLACE))
+    return methods.find(patch)(**{**CASES[patch], **more, **fields})
+
+
+def put(name: str, model: nn.Module, **fields):
+    """Apply it where its tables are to lie."""
+    return make(name, **fields).apply(model, STORED.get(name, (name, {}, PLACE))[2])
 
 
 def snapshot(model: nn.Module) -> dict:
@@ -91,7 +102,7 @@ def train(model: nn.Module, surgery, steps: int, rate: float = LEARNING_RATE) ->
 
 def trained(name: str, family: str, steps: int = 3, **fields):
     model = MODELS[family]()
-    surgery = make(name, **fields).apply(model, PLACE)
+    surgery = put(name, model, **fields)
     train(model, surgery, steps)
     return model, surgery
 
@@ -119,7 +130,7 @@ def test_apply_changes_nothing_and_revert_leaves_nothing(name, family):
     model = MODELS[family]()
     batch, before, weights = tiny_batch(model), snapshot(model), values(model)
     outputs = logits(model, batch)
-    surgery = make(name).apply(model, PLACE)
+    surgery = put(name, model)
     assert torch.allclose(logits(model, batch), outputs, atol=1e-5), "apply must not change the outputs"
     if surgery.patch.when is not When.INFER:
         train(model, surgery, 2)
@@ -136,7 +147,7 @@ def test_apply_again_after_a_revert(name):
     batch, before = tiny_batch(model), snapshot(model)
     ends = []
     for _ in range(2):
-        surgery = make(name).apply(model, PLACE)
+        surgery = put(name, model)
         train(model, surgery, 2)
         ends.append(logits(model, batch))
         surgery.revert()
@@ -148,7 +159,7 @@ def test_apply_again_after_a_revert(name):
 def test_frozen_weights_do_not_move_and_the_loss_falls(name, family):
     model = MODELS[family]()
     weights = values(model)
-    surgery = make(name).apply(model, PLACE)
+    surgery = put(name, model)
     own = {id(tensor) for tensor in surgery.own_tensors().values()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert trainable and all(id(p) in own for p in trainable), "what is trained is what is saved"
@@ -166,7 +177,7 @@ def test_own_tensors_carry_a_patch_to_a_fresh_model(name, family):
     model, surgery = trained(name, family)
     own = {key: tensor.detach().clone() for key, tensor in surgery.own_tensors().items()}
     fresh = MODELS[family]()
-    again = make(name).apply(fresh, PLACE)
+    again = put(name, fresh)
     again.load_tensors(own)
     batch = tiny_batch(model)
     assert torch.equal(logits(fresh, batch), logits(model, batch))
@@ -186,9 +197,10 @@ from trimtab.contracts import Place
 torch.set_num_threads(1)
 folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
 batch, outputs = load_file(folder / "batch.safetensors"), {}
-for name, fields in cases.items():
+for name, (patch, fields, slow) in cases.items():
     model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
-    methods.find(name)(**fields).apply(model, Place(fast="cpu")).load_tensors(load_file(folder / f"{name}.safetensors"))
+    surgery = methods.find(patch)(**fields).apply(model, Place(fast="cpu", slow=slow))
+    surgery.load_tensors(load_file(folder / f"{name}.safetensors"))
     with torch.no_grad():
         outputs[name] = model(**batch).logits[batch["attention_mask"] == 1]
 save_file(outputs, folder / "outputs.safetensors")
@@ -203,14 +215,16 @@ def read_elsewhere(tmp_path_factory):
     batch, here = tiny_batch(base), {}
     base.save_pretrained(folder / "base")
     save_file(batch, folder / "batch.safetensors")
-    for name in CASES:
+    every = {name: (name, fields, PLACE) for name, fields in CASES.items()} | STORED
+    for name in every:
         model, surgery = trained(name, "llama")
         own = {key: tensor.detach().contiguous() for key, tensor in surgery.own_tensors().items()}
         save_file(own, folder / f"{name}.safetensors")
         here[name] = logits(model, batch)
-    subprocess.run([sys.executable, "-c", READER, str(folder), json.dumps(CASES)], check=True)
+    told = {name: (patch, {**CASES[patch], **more}, place.slow) for name, (patch, more, place) in every.items()}
+    subprocess.run([sys.executable, "-c", READER, str(folder), json.dumps(told)], check=True)
     there = load_file(folder / "outputs.safetensors")
-    return {name: (here[name], there[name]) for name in CASES}
+    return {name: (here[name], there[name]) for name in every}
 
 
 @patches
@@ -265,10 +279,10 @@ def test_the_same_seed_gives_the_same_numbers_and_leaves_the_global_generator(na
     state = torch.get_rng_state()
     model = MODELS["llama"]()
     torch.set_rng_state(state)
-    first = {key: t.detach().clone() for key, t in make(name).apply(model, PLACE).own_tensors().items()}
+    first = {key: t.detach().clone() for key, t in put(name, model).own_tensors().items()}
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1234)
-    second = make(name).apply(MODELS["llama"](), PLACE).own_tensors()
+    second = put(name, MODELS["llama"]()).own_tensors()
     assert same(first, {key: t.detach() for key, t in second.items()})
     left, right = (trained(name, "qwen2", steps=4)[0] for _ in range(2))
     assert same(left.state_dict(), right.state_dict())
@@ -371,7 +385,7 @@ def test_on_a_quantised_base(name, kind):
     model = quantise(MODELS["llama"](), kind)
     batch, before, weights = tiny_batch(model), snapshot(model), values(model)
     outputs = logits(model, batch)
-    surgery = make(name).apply(model, PLACE)
+    surgery = put(name, model)
     assert torch.allclose(logits(model, batch), outputs, atol=0.1 if (name, kind) == ("paca", "int8") else 1e-4)
     losses = train(model, surgery, 8)
     assert losses[-1] < 0.9 * losses[0]
@@ -401,7 +415,7 @@ def hostile(whole: bytes, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
 def test_a_damaged_or_hostile_file_is_an_error_and_changes_nothing(name, tmp_path):
     model, surgery = trained(name, "llama", steps=1)
     surgery.revert()
-    fresh = make(name).apply(model, PLACE)
+    fresh = put(name, model)
     folder = save_adapter(tmp_path / "adapter", [fresh], Base("tiny", base_hash(model)))
     fresh.revert()
     path = folder / "adapter_model.safetensors"
