@@ -120,7 +120,8 @@ PATIENCE = {"LoRA": 320, "PaCA": 320}
 START = {"MEFT": 16384, "Parallel Adapter": 16384, "LoRA": 2048, "PaCA": 2048}  # facts: tuned at, and tried first
 PATIENT_START = {"LoRA": 2896, "PaCA": 2896}
 PATIENT_RATES = {"LoRA": (3e-3, 4.5e-3), "PaCA": (1e-2, 2e-2)}
-RATES = {"MEFT": (4e-3, 6e-3), "Parallel Adapter": (2e-3, 3e-3), "LoRA": (1e-2, 1.4e-2, 2e-2), "PaCA": (1e-2, 2e-2)}
+RATES = {"MEFT": (4e-3, 6e-3), "Parallel Adapter": (2e-3, 3e-3), "LoRA": (3e-3, 1e-2, 1.4e-2, 2e-2), "rsLoRA": (2e-3, 3e-3),
+         "PaCA": (1e-2, 2e-2)}  # fmt: skip
 FEW = (10, 20, 40)  # exposures
 
 
@@ -139,7 +140,7 @@ def capacity(bench: Bench, quick: bool) -> dict[str, Any]:
     lora = [("LoRA", "lora", {"targets": of}, rates["LoRA"], at["LoRA"]) for of in TARGETS_OF[: 1 if quick else None]]
     loras = peers(bench, budget, lora)
     where = max(loras, key=lambda side: side.recall).fields["targets"]
-    loras += peers(bench, budget, [("LoRA", "lora", {"targets": where, "rslora": True}, rates["LoRA"], at["LoRA"])])
+    loras += peers(bench, budget, [("LoRA", "lora", {"targets": where, "rslora": True}, rates["rsLoRA"], at["LoRA"])])
     pacas = peers(bench, budget, [("PaCA", "paca", {}, rates["PaCA"], at["PaCA"])])
     sides = [meft, dense, max(loras, key=lambda side: side.recall), *pacas]
     met = {side.name: (side, exposures[side.name], start[side.name]) for side in sides}
