@@ -120,7 +120,7 @@ PATIENCE = {"LoRA": 320, "PaCA": 320}
 START = {"MEFT": 16384, "Parallel Adapter": 16384, "LoRA": 2048, "PaCA": 2048}  # facts: tuned at, and tried first
 PATIENT_START = {"LoRA": 2896, "PaCA": 2896}
 PATIENT_RATES = {"LoRA": (3e-3, 4.5e-3), "PaCA": (1e-2, 2e-2)}
-RATES = {"MEFT": (4e-3, 6e-3), "Parallel Adapter": (2e-3, 3e-3), "LoRA": (3e-3, 1e-2, 1.4e-2, 2e-2),
+RATES = {"MEFT": (4e-3, 6e-3), "Parallel Adapter": (2e-3, 3e-3), "LoRA": (3e-3, 4.5e-3, 6.7e-3, 1e-2, 1.4e-2, 2e-2),
          "rsLoRA": (2e-3, 3e-3), "PaCA": (1e-2, 2e-2)}  # fmt: skip
 FEW = (10, 20, 40)  # exposures
 
