@@ -112,7 +112,7 @@ def peers(bench: Bench, budget: int, tried: list[tuple[str, str, Job, tuple[floa
 
 # --- a small transformer, random facts -------------------------------------------------------------------------------
 
-WIDE = {"r": 1024, "experts": 128, "probes": 8, "k": 64, "router": "fixed"}
+WIDE = {"r": 1024, "experts": 128, "probes": 8, "k": 64, "router": "fixed", "scale": 1.0}
 TARGETS_OF = ("all-linear", "gate_proj,up_proj,down_proj", "down_proj", "q_proj,k_proj,v_proj,o_proj")
 # times that a fact is met: twice for the peers, and then once more with patience
 EXPOSURES = {"MEFT": 40, "Parallel Adapter": 80, "LoRA": 80, "PaCA": 80}
@@ -238,8 +238,8 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 # --- a language model, cities ----------------------------------------------------------------------------------------
 
 ROUTERS = ("gate", "centroid", "fixed")
-REAL = {"r": 4096, "router": ROUTERS[0]}
-REAL_RATES = {"meft": (1e-3, 3e-3), "lora": (1e-3, 2e-3), "paca": (2e-3, 4e-3), "parallel_adapter": (1e-3, 3e-3),
+REAL = {"r": 4096, "router": ROUTERS[0], "scale": 64.0}
+REAL_RATES = {"meft": (5e-4, 1e-3), "lora": (1e-3, 2e-3), "paca": (2e-3, 4e-3), "parallel_adapter": (1e-3, 3e-3),
               "full": (5e-5, 1e-4)}  # fmt: skip
 SEEN = {1000: 5, 4000: 3}  # facts -> times that each is met, in one wording or another
 TUNED = 200  # facts for the learning rates
@@ -253,7 +253,8 @@ def real(bench: Bench, quick: bool, facts: int) -> dict[str, Any]:
     meft = bench.best(Side("MEFT", "meft", {"r": 256} if quick else REAL), rates["meft"], **at)
     budget = int(meft.fast * ROOM)
     tried = [("LoRA", "lora", {}), ("LoRA", "lora", {"rslora": True}), ("PaCA", "paca", {}),
-             ("Parallel Adapter", "parallel_adapter", {})]  # fmt: skip
+             ("Parallel Adapter", "parallel_adapter", {}),
+             ("Parallel Adapter", "parallel_adapter", {"scale": REAL["scale"]})]  # fmt: skip
     tried = tried[:1] if quick else tried
     found = peers(bench, budget, [(name, patch, fields, rates[patch], at) for name, patch, fields in tried])
     best = {name: max((side for side in found if side.name == name), key=lambda side: side.recall)
@@ -289,7 +290,7 @@ def router(bench: Bench, quick: bool) -> dict[str, Any]:
     at = tuning(quick)
     rows, points = [], {}
     for kind in kinds:
-        side = bench.best(Side("MEFT", "meft", {"r": 256 if quick else REAL["r"], "router": kind}), rates, **at)
+        side = bench.best(Side("MEFT", "meft", {**REAL, "r": 256 if quick else REAL["r"], "router": kind}), rates, **at)
         seeds = range(APART, APART + (1 if quick else len(SEEDS)))
         runs = [bench.run("learn", **side.job, rate=side.rate, seed=seed, **at) for seed in seeds]
         points[kind] = [100 * run["recall"] for run in runs]

@@ -32,7 +32,7 @@ def loop(name: str, folder: Path) -> dict[str, Any]:
     """A plain loop on a patched model, in each process on its share of the batch; -> what is left."""
     case, (rank, size) = FIELDS[name], (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = MODELS["llama"]().train()
-    surgery = Meft(r=64, k=16, probes=2, **case["fields"]).apply(
+    surgery = Meft(r=64, k=16, probes=2, scale=1.0, **case["fields"]).apply(
         model, Place(fast="cpu", slow=case["slow"], folder=str(folder))
     )
     mapped = "trimtab-rows" in Path("/proc/self/maps").read_text()

@@ -31,6 +31,7 @@ from trimtab.memory import mapped, row_files
 from trimtab.model.load import load_model
 
 STEPS = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
+TABLES = {"r": 64, "k": 16, "scale": 1.0}
 PATCHES = {
     "paca": {"paca": {"r": 4}},
     "paca random": {"paca": {"r": 4, "selection": "random", "alpha": 8}},
@@ -39,11 +40,11 @@ PATCHES = {
     "paca live reselect": {"paca": {"r": 4, "form": "live", "reselect_every": 3}},
     "lora dropout": {"lora": {"r": 4, "dropout": 0.2}},
     "parallel_adapter": {"parallel_adapter": {"r": 16}},
-    "meft": {"meft": {"r": 64, "k": 16}},
-    "meft in ram": {"meft": {"r": 64, "k": 16}},
-    "meft with hot rows": {"meft": {"r": 64, "k": 16, "cache": 2e-5}},
-    "meft int8": {"meft": {"r": 64, "k": 16, "moments": "int8"}},
-    "meft exact": {"meft": {"r": 64, "k": 16, "adam": "exact", "router": "centroid", "balance": 0.01, "revive": 4}},
+    "meft": {"meft": TABLES},
+    "meft in ram": {"meft": TABLES},
+    "meft with hot rows": {"meft": {**TABLES, "cache": 2e-5}},
+    "meft int8": {"meft": {**TABLES, "moments": "int8"}},
+    "meft exact": {"meft": {**TABLES, "adam": "exact", "router": "centroid", "balance": 0.01, "revive": 4}},
     "full": {"full": {}},
 }
 ELSEWHERE = {"meft in ram": {"place": {"slow": "ram"}}}
@@ -239,7 +240,7 @@ def test_killed_while_writing_a_checkpoint(instant, world, tmp_path, unkilled, m
     finish(keys, unkilled)
 
 
-MEFT = {"meft": {"r": 256, "experts": 128, "probes": 1, "k": 2, "moments": "int8"}}  # few rows change in a step
+MEFT = {"meft": {**TABLES, "r": 256, "experts": 128, "probes": 1, "k": 2, "moments": "int8"}}  # few rows change a step
 # 2 tables, a delta each in each of 4 checkpoints, from the second on with links to the deltas before
 TABLE_INSTANTS = [
     (row_files, "write_tensors", 2, False), (row_files, "write_tensors", 5, True), (row_files, "_link", 3, False),

@@ -31,7 +31,7 @@ CASES = {
     "paca": {"r": 4},
     "lora": {"r": 4},
     "parallel_adapter": {"r": 16},
-    "meft": {"r": 64, "k": 16},
+    "meft": {"r": 64, "k": 16, "scale": 1.0},
     "full": {},
 }
 PAIR = {"paca": {"targets": "q_proj,v_proj"}, "lora": {"targets": "up_proj,down_proj"}}

@@ -20,7 +20,7 @@ WIDTH = 8
 
 def adapter(width: int = WIDTH, slow: str = "ram", values: bool = True, **fields) -> Adapter:
     """One layer's adapter on random keys and values."""
-    patch = Meft(**fields)
+    patch = Meft(**{"scale": 1.0, **fields})
     experts, block = patch.layout()
     table = TieredStore("layer.router", experts, (width,), slow=slow) if patch.router == "gate" else None
     made = Adapter(patch, TieredStore("layer", experts, (block, 2 * width), slow=slow), table, 0)
@@ -173,7 +173,7 @@ def test_ram_file_and_hot_slots_are_the_same_bit_for_bit(fields):
     ends = []
     for slow, cache in (("ram", 0.0), ("disk", 0.0), ("disk", 3 * 9000 / 2**30), ("ram", 1.0)):
         model = MODELS["llama"]()
-        patch = Meft(r=64, experts=16, probes=2, k=6, cache=cache, **fields)
+        patch = Meft(r=64, experts=16, probes=2, k=6, cache=cache, scale=1.0, **fields)
         surgery = patch.apply(model, Place(fast="cpu", slow=slow))
         train(model, surgery, 50)
         ends.append({key: tensor.detach().clone() for key, tensor in surgery.own_tensors().items()})

@@ -17,7 +17,7 @@ from trimtab.plan import plan
 from trimtab.planned_step import PlannedStep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-MEFT = {"r": 256, "probes": 4, "k": 16}
+MEFT = {"r": 256, "probes": 4, "k": 16, "scale": 1.0}
 NEAR = {"ram": (0.1, 0.6), "disk": (0.12, 0.7)}  # all, optimiser; a real trace lacks the rows' norm, and file writes
 FIELDS = [MEFT, {**MEFT, "k": 64, "router": "fixed"}, {**MEFT, "experts": 64, "probes": 2}]
 

@@ -21,7 +21,7 @@ def twins():
     """The same numbers as parameters and as rows: one expert, all pairs, so that nothing is left out."""
     dense, sparse = MODELS["llama"](), MODELS["llama"]()
     theirs = ParallelAdapter(r=16).apply(dense, PLACE)
-    ours = Meft(r=16, experts=1, probes=1, k=16).apply(sparse, PLACE)
+    ours = Meft(r=16, experts=1, probes=1, k=16, scale=1.0).apply(sparse, PLACE)
     own = ours.own_tensors()
     with torch.no_grad():
         for name, tensor in theirs.own_tensors().items():
@@ -72,7 +72,7 @@ def test_rows_train_in_a_strangers_loop(loop, tmp_path, monkeypatch):
 
 def test_only_the_optimiser_that_has_their_parameter_steps_rows():
     model = MODELS["llama"]()
-    surgery = Meft(r=64).apply(model, PLACE)
+    surgery = Meft(r=64, scale=1.0).apply(model, PLACE)
     model(**tiny_batch(model)).loss.backward()
     stand = [adapter.trained for adapter in surgery.adapters.values()]
     other = torch.nn.Parameter(torch.ones(3))
@@ -86,11 +86,11 @@ def test_only_the_optimiser_that_has_their_parameter_steps_rows():
 def test_the_way_back_takes_the_hook_away_and_no_hook_holds_a_model():
     hooks = len(_global_optimizer_post_hooks)
     model = MODELS["llama"]()
-    surgery = Meft(r=64).apply(model, PLACE)
+    surgery = Meft(r=64, scale=1.0).apply(model, PLACE)
     assert len(_global_optimizer_post_hooks) == hooks + 1
     surgery.revert()
     assert len(_global_optimizer_post_hooks) == hooks
-    surgery = Meft(r=64).apply(model, PLACE)
+    surgery = Meft(r=64, scale=1.0).apply(model, PLACE)
     gone = weakref.ref(model)
     del model, surgery
     gc.collect()

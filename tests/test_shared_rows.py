@@ -22,7 +22,7 @@ from trimtab.memory.store import VALUES, M
 from trimtab.methods.meft import Meft
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-MEFT = {"meft": {"r": 64, "k": 16}}
+MEFT = {"meft": {"r": 64, "k": 16, "scale": 1.0}}
 TRAINING = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, logging_steps=1,
                 max_grad_norm=0.1, lr_scheduler_type="constant", adam_epsilon=1e-4)  # fmt: skip
 

@@ -24,6 +24,7 @@ What differs from the paper, and why:
   that one layer's rows are in work at a time; for the pass back are kept h, the experts' numbers and the K scores.
 - A trained router lies in a table too, and fast memory has a copy to score with (model/expert_router.py).
 - Adam steps touched experts only (memory/row_adam.py).
+- s = 64, not 1: under Adam, values learn s times as fast as keys and router, which had better stay where they are.
 - n_p = 8, after the authors' code. Its N = 4 sqrt(r) makes a batch of a thousand tokens touch 70 % of all pairs at r
   16,384; here N is 12 sqrt(r), but no more than leaves a token K candidates. r is rounded up to whole experts.
 """
@@ -79,7 +80,7 @@ class Meft(Patch):
     k: int = 64  # K, pairs per token (section 4.2)
     semantics: str = "per_token"  # or "union" (algorithm 1)
     router: str = "gate"  # how W_g is trained: "gate", "centroid" or "fixed"
-    scale: float = 1.0  # s; 1 in the paper
+    scale: float = 64.0  # s: values learn s times as fast as keys; 1 in the paper
     balance: float = 0.0  # how far an expert's bias moves a step towards an equal load; 0: not at all (the paper)
     revive: int = 0  # steps after which an expert that no token probed is drawn anew; 0: never (the paper)
     adam: str = "lazy"  # rows without a gradient: left alone ("lazy"), or moved as dense Adam would ("exact")
@@ -148,7 +149,7 @@ class Meft(Patch):
                 raise BadInput(f"meft: {field}: {said}", f"a number from {least} on is needed",
                                f"Say {field}: {getattr(Meft, field)}")  # fmt: skip
         if not 0 < self.scale < math.inf:
-            raise BadInput(f"meft: scale: {self.scale}", "a number above 0 is needed", "Say scale: 1.0")
+            raise BadInput(f"meft: scale: {self.scale}", "a number above 0 is needed", f"Say scale: {Meft.scale}")
         if self.semantics == "union" and self.router == "gate":
             raise BadInput("meft: semantics: union with router: gate", "algorithm 1 has no gate: a token sees pairs of "
                            "experts that it did not probe", "Say router: centroid")  # fmt: skip
