@@ -45,7 +45,7 @@ SETS = {  # by recipe
 SIDES = {  # patch, its fields, learning rates
     "LoRA r 16": ("lora", {"r": 16}, (1e-3, 2e-3)),
     "Parallel Adapter r 1600": ("parallel_adapter", {"r": 1600}, (5e-4, 1e-3)),
-    "MEFT r 1600": ("meft", {"r": 1600}, (2e-3, 4e-3)),
+    "MEFT r 1600": ("meft", {"r": 1600}, (5e-4, 1e-3)),
 }
 FURTHER = 2  # from the best rate to the next one that is tried, where the best was at an end
 GIB = 2**30
