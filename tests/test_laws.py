@@ -40,6 +40,7 @@ STORED = {  # tables elsewhere than in a file: name -> patch, more fields, place
     "meft in ram": ("meft", {}, Place(fast="cpu", slow="ram")),
     "meft with hot rows": ("meft", {"cache": 2e-5}, PLACE),
 }
+EVERY = {name: (name, {}, PLACE) for name in CASES} | STORED
 UNMERGED = {"parallel_adapter", "meft", *STORED}  # depends on its input
 UNPORTABLE = {"parallel_adapter", "full", "meft", *STORED}
 WHOLE = {"experts": 4, "probes": 4, "k": 64}  # no choice is made that a step along a gradient could change
@@ -47,18 +48,18 @@ SMOOTH = dict.fromkeys(["meft", *STORED], WHOLE)
 QUANTISED = ("paca", "lora", "parallel_adapter", "meft", *STORED)
 LEARNING_RATE = 2e-2
 
-patches = pytest.mark.parametrize("name", [*CASES, *STORED])
+patches = pytest.mark.parametrize("name", EVERY)
 families = pytest.mark.parametrize("family", MODELS)
 
 
 def make(name: str, **fields):
-    patch, more, _ = STORED.get(name, (name, {}, PLACE))
+    patch, more, _ = EVERY[name]
     return methods.find(patch)(**{**CASES[patch], **more, **fields})
 
 
 def put(name: str, model: nn.Module, **fields):
     """Apply it where its tables are to lie."""
-    return make(name, **fields).apply(model, STORED.get(name, (name, {}, PLACE))[2])
+    return make(name, **fields).apply(model, EVERY[name][2])
 
 
 def snapshot(model: nn.Module) -> dict:
@@ -215,16 +216,15 @@ def read_elsewhere(tmp_path_factory):
     batch, here = tiny_batch(base), {}
     base.save_pretrained(folder / "base")
     save_file(batch, folder / "batch.safetensors")
-    every = {name: (name, fields, PLACE) for name, fields in CASES.items()} | STORED
-    for name in every:
+    for name in EVERY:
         model, surgery = trained(name, "llama")
         own = {key: tensor.detach().contiguous() for key, tensor in surgery.own_tensors().items()}
         save_file(own, folder / f"{name}.safetensors")
         here[name] = logits(model, batch)
-    told = {name: (patch, {**CASES[patch], **more}, place.slow) for name, (patch, more, place) in every.items()}
+    told = {name: (patch, {**CASES[patch], **more}, place.slow) for name, (patch, more, place) in EVERY.items()}
     subprocess.run([sys.executable, "-c", READER, str(folder), json.dumps(told)], check=True)
     there = load_file(folder / "outputs.safetensors")
-    return {name: (here[name], there[name]) for name in every}
+    return {name: (here[name], there[name]) for name in EVERY}
 
 
 @patches
