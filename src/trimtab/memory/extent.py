@@ -70,5 +70,18 @@ def spans(
         yield start, end - start, number + 1
 
 
+def joined(parts: Mapping[str, Part], kinds: Iterable[str]) -> list[list[str]]:
+    """`kinds`, which come in the extent's order, in groups that have no gap within them."""
+    found: list[list[str]] = []
+    end = -1
+    for kind in kinds:
+        if parts[kind].offset == end:
+            found[-1].append(kind)
+        else:
+            found.append([kind])
+        end = parts[kind].offset + parts[kind].nbytes
+    return found
+
+
 def round_up(size: int, to: int) -> int:
     return -(-size // to) * to

@@ -77,12 +77,15 @@ class MappedFile:
         self._descriptor = os.dup(descriptor)
         weakref.finalize(self, os.close, self._descriptor)
 
-    def write(self, offset: int, data: Any) -> None:
-        """`data` is anything with a contiguous buffer."""
-        left = memoryview(data).cast("B")
+    def write(self, offset: int, *data: Any) -> None:
+        """Each of `data`, anything with a contiguous buffer, behind the one before."""
+        left = [memoryview(piece).cast("B") for piece in data]
         while left:
-            done = os.pwrite(self._descriptor, left, offset)
-            left, offset = left[done:], offset + done
+            done = os.pwritev(self._descriptor, left, offset)
+            offset += done
+            while left and done >= len(left[0]):
+                done -= len(left.pop(0))
+            left[:1] = [piece[done:] for piece in left[:1]]
 
 
 def map_file(size: int, folder: str | None, what: str) -> MappedFile:

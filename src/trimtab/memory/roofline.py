@@ -177,6 +177,9 @@ def work(rates: Rates, func: Any, args: tuple, kwargs: dict[str, Any], out: Any)
         return _attention(rates, func._schema, args, kwargs)
     if name in FREE or func.is_view:
         return 0.0
+    if name.startswith("_embedding_bag"):  # sums of as many rows as there are indices
+        (weight, indices), made = args[:2], out[0]
+        return rates.moved(_name(made.dtype), "index", indices.numel() * _bytes(weight[:1]) + _bytes(made))
     if name.startswith("_fused_"):  # adam, adamw, sgd: the update of all parameters at once
         return _size(_tensors((args, kwargs))) * 7 / 4 / rates.update  # reads 4 tensors, writes 3 of them
     return _traffic(rates, name.removeprefix("_foreach_").rstrip("_"), args, kwargs, out)

@@ -143,8 +143,7 @@ class RowAdam:
             for part in (rows[at : at + self._piece] for at in range(0, len(rows), self._piece)):
                 copies = {kind: store.gather(kind, part) for kind in (VALUES, GRADS, M, V)}
                 fused(*([copy] for copy in copies.values()), [], [step])
-                for kind in (VALUES, M, V):
-                    store.put(kind, part, copies[kind])
+                store.write(part, {kind: copies[kind] for kind in (VALUES, M, V)})
 
     @torch.no_grad()
     def catch_up(self, rows: Sequence[int] | None = None) -> None:

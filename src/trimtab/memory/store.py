@@ -17,32 +17,19 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .ahead import Ask, Reader
-from .extent import GRADS, PAGE, VALUES, layout, spans
+from .extent import GRADS, PAGE, VALUES, joined, layout, spans
 from .extent import M as M
 from .extent import V as V
 from .mapped import MappedFile, map_file, require_memory, require_room
+from .traffic import Traffic
 
 SENSED = 4  # rows of a fetch that are looked at to see whether all are still in memory
-
-
-@dataclass
-class Traffic:
-    """What went between the tiers: rows found in a slot or not, bytes in each direction, and what was read ahead."""
-
-    hits: int = 0
-    misses: int = 0
-    up: int = 0  # bytes, slow to fast
-    down: int = 0  # bytes, fast to slow
-    needed: int = 0  # of the misses, those of passes for which rows could be read ahead
-    foreseen: int = 0  # of these, rows that had been asked for and were there
-    unused: int = 0  # bytes read ahead that were not needed; in no other figure
 
 
 class TieredStore:
@@ -203,16 +190,25 @@ class TieredStore:
 
     def put(self, kind: str, rows: Sequence[int], parts: Sequence[Tensor] | Tensor) -> None:
         """Write one part of several rows, each of the part's shape."""
+        self.write(rows, {kind: parts})
+
+    def write(self, rows: Sequence[int], parts: dict[str, Sequence[Tensor] | Tensor]) -> None:
+        """`put` of several parts, in the extent's order; to a file, those without a gap between them go at once."""
         if not rows:
             return
         if self._file is None or self._slot_of:
-            torch._foreach_copy_(self.each(kind, rows), list(parts))
+            for kind, given in parts.items():
+                torch._foreach_copy_(self.each(kind, rows), list(given))
             return
-        whole = parts if isinstance(parts, Tensor) else torch.stack(list(parts))
-        whole = whole.detach().to("cpu", self.parts[kind].dtype).contiguous().view(len(rows), -1)
-        (start, step), data = self._at(kind), whole.view(torch.uint8).numpy()
-        for row, part in zip(rows, data, strict=True):
-            self._file.write(start + row * step, part)
+        for kinds in joined(self.parts, parts):
+            (start, step), data = self._at(kinds[0]), [self._bytes(kind, parts[kind]) for kind in kinds]
+            for row, *pieces in zip(rows, *data, strict=True):
+                self._file.write(start + row * step, *pieces)
+
+    def _bytes(self, kind: str, given: Sequence[Tensor] | Tensor) -> Any:
+        whole = given if isinstance(given, Tensor) else torch.stack(list(given))
+        whole = whole.detach().to("cpu", self.parts[kind].dtype).contiguous()
+        return whole.view(len(given), -1).view(torch.uint8).numpy()
 
     def _at(self, kind: str) -> tuple[int, int]:
         """Where `_lies` begins in the file, and how far its rows are apart, in bytes."""

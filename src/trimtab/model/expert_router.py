@@ -12,6 +12,7 @@ from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from ..memory.store import VALUES, TieredStore
 from . import experts
@@ -93,22 +94,25 @@ class Router(nn.Module):
     def back(self, h_TD: Tensor, grad_h: Tensor | None, probed_TP: Tensor, gate_TP: Tensor, grad_TP: Tensor) -> None:
         """The router's gradient into its table, and its part of that of h; `grad_TP`: that of the gates, times them.
 
-        Of a logit it is g dg - share * (sum of g dg), for the gates are a softmax.
+        Of a logit it is g dg - share * (sum of g dg), for the gates are a softmax. It is zero for all but P of a
+        token's N logits: both products are sums of P rows.
         """
         grad_TP = grad_TP - gate_TP * grad_TP.sum(1, keepdim=True).div_(self.probes)
-        grad_TN = h_TD.new_zeros(len(h_TD), self.store.rows).scatter_(1, probed_TP, grad_TP)
         if grad_h is not None:
-            grad_h.addmm_(grad_TN, self.router.to(h_TD.dtype))
-        grad_ND = grad_TN.T @ h_TD
+            grad_h += embedding_bag(probed_TP, self.router.to(h_TD.dtype), per_sample_weights=grad_TP, mode="sum")
         if self.table is None:
             return
+        groups = experts.by_expert(probed_TP, self.table)
+        sizes = torch.ones(self.table.rows) if self.table.planned else torch.tensor(groups.sizes)
+        first_E = (sizes.cumsum(0) - sizes).to(groups.tokens)
+        grad_X = grad_TP.flatten()[groups.order]
+        grad_ED = embedding_bag(groups.tokens, h_TD, first_E, per_sample_weights=grad_X, mode="sum")
         if self.table.planned:
             tokens, probes = self.table.asked = tuple(probed_TP.shape)
             with experts.standing_for(self.table, experts.touched(self.table.rows, tokens, probes)):
-                self.table.accumulate([0], grad_ND[:1])
+                self.table.accumulate([0], grad_ED[:1])
             return
-        probed = probed_TP.unique()
-        self.table.accumulate(probed.tolist(), grad_ND[probed])
+        self.table.accumulate(groups.experts, grad_ED)
 
     # --- between steps ------------------------------------------------------------------------------------------------
 
