@@ -46,8 +46,9 @@ def worker(job: dict[str, Any]) -> None:
     by_expert = experts.by_expert
 
     def counted(probed, store, alive=None):
-        """Once a forward pass for all that is probed; once in each pass for the experts with a pair that fired."""
-        if not store.planned:
+        """Once a forward pass for all that is probed; once in each pass for the experts with a pair that fired. A
+        router's rows, which are vectors, are those of experts counted before."""
+        if not store.planned and len(store.shape) > 1:
             chosen = probed if alive is None else probed[alive]
             moves["probed" if alive is None else "fired"] += len(chosen.unique())
             moves["all"] += store.rows if alive is None else 0
