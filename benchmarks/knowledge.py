@@ -239,8 +239,8 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 ROUTERS = ("gate", "centroid", "fixed")
 REAL = {"r": 4096, "router": ROUTERS[0], "scale": 64.0}
-REAL_RATES = {"meft": (5e-4, 1e-3), "lora": (1e-3, 2e-3), "paca": (2e-3, 4e-3), "parallel_adapter": (1e-3, 3e-3),
-              "full": (5e-5, 1e-4)}  # fmt: skip
+REAL_RATES = {"meft": (5e-4, 1e-3), "lora": (1e-3, 2e-3), "paca": (2e-3, 4e-3),
+              "parallel_adapter": (1e-3, 1.5e-3, 2e-3, 3e-3), "full": (5e-5, 1e-4)}  # fmt: skip
 SEEN = {1000: 5, 4000: 3}  # facts -> times that each is met, in one wording or another
 TUNED = 200  # facts for the learning rates
 
