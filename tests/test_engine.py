@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,6 +311,13 @@ def test_a_full_disk_at_the_end(where, world, tmp_path, monkeypatch):
             keys["training"]["save_strategy"] = "no"
         run(keys)
     assert not (tmp_path / "run" / "run.json").exists() and not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_folder_that_is_taken_away(world, tmp_path):
+    keys = tree(world, tmp_path / "run", PATCHES["paca"], max_steps=4, logging_steps=1)
+    with at_step(2, lambda: shutil.rmtree(tmp_path / "run")), pytest.raises(BadInput, match="run: the folder has gone"):
+        run(keys)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("limit", [2_000, 12_000, 30_000])

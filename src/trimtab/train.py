@@ -54,7 +54,7 @@ def train(
 
     session = Session(recipe, output, say, quiet)
     _possible(session)
-    with _full_disk_told(output), session:
+    with _trouble_writing_told(output), session:
         say = session.say
         made = _planned(session)
         if session.main:  # nothing is written before this line
@@ -83,10 +83,15 @@ def train(
 
 
 @contextlib.contextmanager
-def _full_disk_told(output: Path) -> Iterator[None]:
+def _trouble_writing_told(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOENT and not output.is_dir():
+            raise BadInput(
+                f"write into {output}", "the folder has gone since the run began",
+                "Start the run anew, and leave its folder where it is until it ends",
+            ) from error  # fmt: skip
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         raise BadInput(
