@@ -94,8 +94,8 @@ class Router(nn.Module):
     def back(self, h_TD: Tensor, grad_h: Tensor | None, probed_TP: Tensor, gate_TP: Tensor, grad_TP: Tensor) -> None:
         """The router's gradient into its table, and its part of that of h; `grad_TP`: that of the gates, times them.
 
-        Of a logit it is g dg - share * (sum of g dg), for the gates are a softmax. It is zero for all but P of a
-        token's N logits: both products are sums of P rows.
+        Of a logit it is g dg - share * (sum of g dg), for the gates are a softmax. All but P of a token's N
+        logits have none: both products are sums over the pairs of a token and a probed expert.
         """
         grad_TP = grad_TP - gate_TP * grad_TP.sum(1, keepdim=True).div_(self.probes)
         if grad_h is not None:
