@@ -60,6 +60,9 @@ def test_traffic_by_hand():
     assert seconds(ATEN.clone.default, wide.t(), memory_format=torch.contiguous_format) == pytest.approx(8192 / 1e8)
     picked = seconds(ATEN.embedding.default, torch.ones(9999, 4), torch.tensor([1, 2]))
     assert picked == pytest.approx((2 * 32 + 16) / 1e8), "two rows are read, not the table"
+    bags = torch.ones(9999, 4), torch.tensor([1, 2, 3]), torch.tensor([0, 2])
+    for bag in (ATEN._embedding_bag, ATEN._embedding_bag_forward_only):
+        assert seconds(bag.default, *bags) == pytest.approx((3 * 16 + 2 * 16) / 1e8), "three rows for two sums"
     assert seconds(ATEN.t.default, wide) == 0.0, "a view costs its overhead only"
     assert seconds(ATEN.expand.default, x[:1], [1024]) == 0.0
 
