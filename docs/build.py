@@ -6,6 +6,7 @@
     docs/recipe.md      the keys of a recipe, from the dataclasses
     docs/methods/*.md   the fields of each patch
     docs/results.md     all of it, from benchmarks/results/*.json (benchmarks/README.md says how these look)
+    docs/knowledge.svg  curves of what is learned, from benchmarks/results/knowledge.json
 
 A generated part of a page stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
 """
@@ -24,6 +25,9 @@ from typing import Any
 from trimtab import methods, recipe
 from trimtab.data_spec import DataSpec
 from trimtab.model.spec import ModelSpec
+
+sys.path.insert(0, str(Path(__file__).parent))
+from curves import knowledge  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -51,6 +55,9 @@ def build(root: Path = ROOT) -> dict[Path, str]:
         for name, content in regions.items():
             text = replace(text, name, content, path)
         pages[path] = text
+    curves = root / "benchmarks/results/knowledge.json"
+    if curves.is_file():
+        pages[root / "docs/knowledge.svg"] = knowledge(json.loads(curves.read_text(encoding="utf-8")))
     pages[root / "docs/results.md"] = results(sorted((root / "benchmarks/results").glob("*.json")))
     return pages
 
@@ -253,6 +260,8 @@ def one_result(path: Path) -> str:
     if found["rows"]:
         head = list(dict.fromkeys(key for row in found["rows"] for key in row))
         parts.append(table(head, [[number(row.get(key, "")) for key in head] for row in found["rows"]]))
+    if found["name"] == "knowledge":
+        parts.append("![Recall against the number of random facts, and against how often each was met](knowledge.svg)")
     parts += ["\n".join(f"- {note}" for note in found["notes"])] if found.get("notes") else []
     parts.append(f"`benchmarks/{found['name']}.py`, {found['date']}; {machine(found['machine'])}; {versions}.")
     return "\n\n".join(parts)
