@@ -33,6 +33,18 @@ def test_the_ladder_goes_on_until_the_mark_is_between_two_rungs():
     assert [knowledge.rung(512, by) for by in (-2, -1, 0, 1, 2)] == [256, 362, 512, 724, 1024]
 
 
+@pytest.mark.parametrize("best,runs", [(8e-3, 2), (4e-3, 3), (1e-3, 5)])
+def test_rates_are_halved_while_that_helps(tmp_path, monkeypatch, best, runs):
+    asked = []
+    bench = knowledge.Bench("real", tmp_path, "")
+    monkeypatch.setattr(bench, "run", lambda do, rate, **job: asked.append((rate, job)) or
+                        {"recall": 1 / (1 + abs(rate - best)), "fast": 7})  # fmt: skip
+    side = bench.calmer(knowledge.Side("PaCA", "paca", {"r": 2}, 8e-3), facts=9, apart=True)
+    assert (side.rate, side.fast) == (best, 7)
+    assert sorted({rate for rate, _ in asked}) == [8e-3 / 2**n for n in reversed(range(runs))]
+    assert all(job["fields"] == {"r": 2} and job["apart"] and job["facts"] == 9 for _, job in asked)
+
+
 def test_interval():
     assert knowledge.interval([4.0]) == (4.0, 4.0, 4.0)
     mean, low, high = knowledge.interval([1.0, 2.0, 3.0])
