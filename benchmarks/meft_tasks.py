@@ -2,10 +2,11 @@
 
 Natural Questions and SQuAD without a text to look in (exact match after SQuAD's normalisation, and whether the answer
 occurs), ToolBench (names of APIs as sets: shared over all) and GSM8K (the final number). The same rows, steps and
-prompts for each; the learning rate of each is the one with the lowest loss on training rows set apart, after half the
-steps, sought beyond the first ones where the best is at an end. `--data FOLDER` holds nq_open, squad, toolbench and
-gsm8k, each with train.jsonl.gz and test.jsonl.gz in the form that the recipes in examples/meft say (ToolBench as
-upstream has it). No rows are kept in the result.
+prompts for each; the learning rate of each is the one with the lowest loss on training rows set apart, after as many
+steps (a shorter training wants a higher rate), sought beyond the first ones where the best is at an end. The Parallel
+Adapter has MEFT's scale, with which it learns more than with its own (benchmarks/knowledge.py). `--data FOLDER` holds
+nq_open, squad, toolbench and gsm8k, each with train.jsonl.gz and test.jsonl.gz in the form that the recipes in
+examples/meft say (ToolBench as upstream has it). No rows are kept in the result.
 
     python benchmarks/meft_tasks.py --data FOLDER [--quick] [--sets nq,gsm8k] [--seeds 1] [--json FILE]
 """
@@ -44,8 +45,8 @@ SETS = {  # by recipe
 }  # fmt: skip
 SIDES = {  # patch, its fields, learning rates
     "LoRA r 16": ("lora", {"r": 16}, (1e-3, 2e-3)),
-    "Parallel Adapter r 1600": ("parallel_adapter", {"r": 1600}, (5e-4, 1e-3)),
-    "MEFT r 1600": ("meft", {"r": 1600}, (5e-4, 1e-3)),
+    "Parallel Adapter r 1600": ("parallel_adapter", {"r": 1600, "scale": 64.0}, (2.5e-4, 5e-4)),
+    "MEFT r 1600": ("meft", {"r": 1600}, (2.5e-4, 5e-4)),
 }
 FURTHER = 2  # from the best rate to the next one that is tried, where the best was at an end
 GIB = 2**30
@@ -112,8 +113,8 @@ def one_set(name: str, paths: dict[str, str], out: Path, args: argparse.Namespac
     rows = [shown(name, "base", None, [run()])]
     for side, (patch, fields, rates) in SIDES.items():
         job = {"patch": patch, "fields": fields}
-        short = {**job, "steps": max(2, steps // 2), "test": paths["apart"], "replies": False, "asked": APART}
-        rate, _ = seek(lambda rate, short=short: -run(**short, rate=rate)["loss"], rates, FURTHER)
+        apart = {**job, "test": paths["apart"], "replies": False, "asked": APART}
+        rate, _ = seek(lambda rate, apart=apart: -run(**apart, rate=rate)["loss"], rates, FURTHER)
         rows.append(shown(name, side, rate, [run(**job, rate=rate, seed=seed) for seed in range(args.seeds)]))
     return rows
 
