@@ -63,8 +63,9 @@ class Bench:
         """`side` at the rate that it has, halved for as long as recall on facts set apart gains by it: the longer a
         training, the smaller its best rate."""
         found = self.best(side, (side.rate,), **job)
-        half = self.best(side, (float(f"{side.rate / 2:.2g}"),), **job)
-        return self.calmer(half, **job) if half.recall > found.recall else found
+        while (half := self.best(side, (float(f"{found.rate / 2:.2g}"),), **job)).recall > found.recall:
+            found = half
+        return found
 
 
 class Side:
