@@ -10,18 +10,20 @@ as the method hardly holds. LoRA and PaCA meet each fact twice as often as MEFT,
 equal steps; the Parallel Adapter too within MEFT's fast memory, and full fine-tuning with what it takes. `router`: the
 same with each way to train MEFT's router, on fewer facts.
 
-Each training is a process of its own, and its result a file in `--work`: a run that was stopped goes on where it was.
-`--through COMMAND` starts each training under a command ("nice -n 9").
+Each training is a process of its own. Its figures are kept in results/knowledge_trainings.jsonl (`--quick`: in
+`--work`, where tables are written), and it is not run again: what was stopped goes on where it was. `--at-once 2` runs
+two at a time, with half the threads each; `--through COMMAND` starts each under a command ("nice -n 9").
 
-    python benchmarks/knowledge.py capacity --work FOLDER [--quick] [--through COMMAND] [--json FILE]
-    python benchmarks/knowledge.py router --work FOLDER [--quick] [--through COMMAND] [--json FILE]
-    python benchmarks/knowledge.py real --work FOLDER [--facts 1000] [--quick] [--through COMMAND] [--json FILE]
+    python benchmarks/knowledge.py capacity --work FOLDER [--at-once N] [--quick] [--json FILE]
+    python benchmarks/knowledge.py router --work FOLDER [--at-once N] [--quick] [--json FILE]
+    python benchmarks/knowledge.py real --work FOLDER [--facts 1000] [--at-once N] [--quick] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -170,8 +172,7 @@ TUNED = 200  # facts for the learning rates
 def real(bench: Bench, quick: bool, facts: int) -> dict[str, Any]:
     seeds, facts = (SEEDS[:1], 16) if quick else (SEEDS, facts)
     rates = {patch: of[:1] for patch, of in REAL_RATES.items()} if quick else REAL_RATES
-    seen = SEEN.get(facts, SEEN[1000])
-    at, steps = tuning(quick), 2 if quick else facts * seen // 16
+    at = tuning(quick)
     meft = bench.best(Side("MEFT", "meft", {"r": 256} if quick else REAL), rates["meft"], **at)
     budget = int(meft.fast * ROOM)
     tried = [("LoRA", "lora", {}), ("LoRA", "lora", {"rslora": True}), ("PaCA", "paca", {}),
@@ -184,11 +185,15 @@ def real(bench: Bench, quick: bool, facts: int) -> dict[str, Any]:
     sides = [meft, *best.values()]
     if not quick:
         sides.append(bench.best(Side("Full fine-tuning", "full", {}), rates["full"], **at))
-    at = {"facts": facts, "steps": steps, "asked": 8 if quick else 1000}
-    sides = sides if quick else [bench.calmer(side, apart=True, **at) for side in sides]
-    at["apart"] = False
-    runs = {side.name: [bench.run("learn", **side.job, rate=side.rate, seed=seed, base=side is sides[0], **at)
-                        for seed in seeds] for side in sides}  # fmt: skip
+    for many in () if quick else sorted(many for many in SEEN if many <= facts):  # the more steps, the smaller the rate
+        calmer = functools.partial(bench.calmer, apart=True, **long(many))
+        sides = bench.each(calmer, sides)
+    at = {"facts": facts, "steps": 2, "asked": 8} if quick else long(facts)
+    learn = lambda side, seed: bench.run(  # noqa: E731
+        "learn", **side.job, rate=side.rate, seed=seed, base=side is sides[0], apart=False, **at
+    )
+    learnt = iter(bench.each(lambda case: learn(*case), itertools.product(sides, seeds)))
+    runs = {side.name: [next(learnt) for _ in seeds] for side in sides}
     points = {name: [100 * run["recall"] for run in of] for name, of in runs.items()}
     within = [side.name for side in sides[1:] if side.patch != "full"]  # the same fast memory
     peer = max(within, key=lambda name: statistics.mean(points[name]))
@@ -202,7 +207,7 @@ def real(bench: Bench, quick: bool, facts: int) -> dict[str, Any]:
         {"side": side.shown, "learning rate": side.rate, "parameters": of[0]["parameters"],
          "fast, KiB": round(max(run["fast"] for run in of) / KIB), "slow, KiB": round(of[0]["slow"] / KIB),
          "growth of the process, MiB": round(statistics.median(run["growth"] for run in of) / 2**20), "facts": facts,
-         "exposures": seen, "recall": spread([run["recall"] for run in of])}
+         "exposures": SEEN.get(facts, 2), "recall": spread([run["recall"] for run in of])}
         for side in sides for of in [runs[side.name]]
     ]  # fmt: skip
     return {"summary": summary, "rows": rows}
@@ -216,7 +221,8 @@ def router(bench: Bench, quick: bool) -> dict[str, Any]:
     for kind in kinds:
         side = bench.best(Side("MEFT", "meft", {**REAL, "r": 256 if quick else REAL["r"], "router": kind}), rates, **at)
         seeds = range(APART, APART + (1 if quick else len(SEEDS)))
-        runs = [bench.run("learn", **side.job, rate=side.rate, seed=seed, **at) for seed in seeds]
+        learn = functools.partial(bench.run, "learn", **side.job, rate=side.rate, **at)
+        runs = bench.each(lambda seed, learn=learn: learn(seed=seed), seeds)
         points[kind] = [100 * run["recall"] for run in runs]
         rows.append({
             "side": side.shown, "learning rate": side.rate, "parameters": runs[0]["parameters"],
@@ -233,6 +239,11 @@ def tuning(quick: bool) -> Job:
     if quick:
         return {"facts": 16, "apart": True, "steps": 2, "asked": 8}
     return {"facts": TUNED, "apart": True, "steps": TUNED * SEEN[1000] // 16, "asked": TUNED}
+
+
+def long(facts: int) -> Job:
+    """What a training has that is tested."""
+    return {"facts": facts, "steps": facts * SEEN[facts] // 16, "asked": 1000}
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
@@ -300,14 +311,17 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--work", help="keeps each training's result")
     parser.add_argument("--through", default="", help="a command to start each training under")
-    parser.add_argument("--facts", type=int, default=1000)
+    parser.add_argument("--at-once", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--facts", type=int, default=1000, choices=SEEN)
     args = parser.parse_args()
     if args.part == "worker":
         worker(json.loads(args.job))
         return
     if not args.work:
         raise SystemExit("--work FOLDER is needed")
-    bench = Bench("real" if args.part == "router" else args.part, Path(args.work).resolve(), args.through)
+    work = Path(args.work).resolve()
+    kept = (work if args.quick else RESULTS) / "knowledge_trainings.jsonl"
+    bench = Bench("real" if args.part == "router" else args.part, work, kept, args.through, args.at_once)
     parts = {"capacity": capacity, "router": router, "real": functools.partial(real, facts=args.facts)}
     found = parts[args.part](bench, args.quick)
     name = args.part if args.facts == 1000 else f"{args.part} {args.facts}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -10,6 +9,9 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,23 @@ T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by de
 
 
 class Bench:
-    """Runs trainings in processes of their own, each once: what `work` has is not run again."""
+    """Runs trainings in processes of their own, `at_once` at a time, each once: what the file `kept` has (a line of
+    JSON for each training: what was asked, what came) is not run again."""
 
-    def __init__(self, part: str, work: Path, through: str):
-        self.part, self.work, self.through = part, work, shlex.split(through)
-        (work / "units").mkdir(parents=True, exist_ok=True)
+    def __init__(self, part: str, work: Path, kept: Path, through: str = "", at_once: int = 1):
+        self.part, self.work, self.kept, self.through, self.at_once = part, work, kept, shlex.split(through), at_once
+        lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
+        self.known = {asked(line["job"]): line["result"] for line in map(json.loads, lines)}
+        self.lock = threading.Lock()
+        work.mkdir(parents=True, exist_ok=True)
 
     def run(self, do: str, **job: Any) -> dict[str, Any]:
         job |= {"part": self.part, "do": do}
-        text = json.dumps(job, sort_keys=True)
-        path = self.work / "units" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-        if path.is_file():
-            return json.loads(path.read_text())["result"]
+        if asked(job) in self.known:
+            return self.known[asked(job)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if self.at_once > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.at_once))
         told = json.dumps({**job, "work": str(self.work)})
         command = [sys.executable, str(HERE / "knowledge.py"), "worker", "--job", told]
         done = subprocess.run([*self.through, *command], capture_output=True, text=True, env=environment)
@@ -42,11 +48,21 @@ class Bench:
         if done.returncode or not lines:
             raise SystemExit(f"{job} ended with {done.returncode}:\n{done.stderr[-3000:]}")
         result = json.loads(lines[-1][8:])
-        path.with_suffix(".new").write_text(json.dumps({"job": job, "result": result}))
-        path.with_suffix(".new").replace(path)
-        shown = {key: round(value, 4) for key, value in result.items() if isinstance(value, int | float)}
-        print(text, json.dumps(shown), flush=True)
+        with self.lock:
+            self.known[asked(job)] = result
+            with self.kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"job": job, "result": result}, sort_keys=True) + "\n")
+            shown = {key: round(value, 4) for key, value in result.items() if isinstance(value, int | float)}
+            print(asked(job), json.dumps(shown), flush=True)
         return result
+
+    def each(self, do: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
+        """`do` of each case, `at_once` of them at a time; the first that fails keeps those that wait from starting."""
+        pool = ThreadPoolExecutor(self.at_once)
+        try:
+            return list(pool.map(do, cases))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def best(self, side: Side, rates: tuple[float, ...], further: bool = True, **job: Any) -> Side:
         """`side` at the rate with the highest recall on facts set apart (`further`: and beyond `rates`)."""
@@ -85,13 +101,19 @@ class Side:
         return f"{self.name} ({', '.join(f'{key} {value}' for key, value in self.fields.items())})"
 
 
+def asked(job: Job) -> str:
+    return json.dumps(job, sort_keys=True)
+
+
 def peers(bench: Bench, budget: int, tried: list[tuple[str, str, Job, tuple[float, ...], Job]]) -> list[Side]:
     """Each at the least r that takes the budget, and at its best rate; r is the field that they have in common."""
-    found = []
-    for name, patch, fields, rates, job in tried:
+
+    def fitted(case: tuple[str, str, Job, tuple[float, ...], Job]) -> Side:
+        name, patch, fields, rates, job = case
         r = bench.run("fit", patch=patch, fields=fields, budget=budget)["r"]
-        found.append(bench.best(Side(name, patch, {**fields, "r": r}), rates, **job))
-    return found
+        return bench.best(Side(name, patch, {**fields, "r": r}), rates, **job)
+
+    return bench.each(fitted, tried)
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:

@@ -143,13 +143,13 @@ def main() -> None:
     if not args.data:
         raise SystemExit("--data FOLDER is needed: the rows are not part of the repository")
     path = Path(args.json) if args.json else RESULTS / "meft_tasks.json"
-    before = json.loads(path.read_text())["rows"] if path.is_file() else []
     for name in args.sets.split(","):
         with tempfile.TemporaryDirectory() as folder:
             rows = one_set(name, prepare(name, Path(args.data), Path(folder)), Path(folder), args)
-        before = [row for row in before if row["set"] != name] + rows
         if args.quick and not args.json:
             continue
+        before = json.loads(path.read_text())["rows"] if path.is_file() else []
+        before = sorted([row for row in before if row["set"] != name] + rows, key=lambda row: [*SETS].index(row["set"]))
         write_result(
             "meft_tasks", args.json, title="MEFT's own data sets", claim=CLAIM, summary=summary(before), rows=before,
             notes=NOTES,

@@ -113,7 +113,7 @@ def headline(root: Path) -> str | None:
     peer = "against TRL + PEFT LoRA r 8 (SmolLM2-135M, bf16, 4 x 256 tokens, CPU, same malloc)"
     first = table([peer, "tokens/s", "growth of memory"], rows)
     row = [
-        "MEFT r 16,384, tables in a file (`scale: 1`)",
+        "MEFT r 16,384, tables in a file",
         f"{1 / scale['step_to_dense']:.2f} x",
         f"{scale['fast_to_dense']:.2f} x",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -36,13 +38,33 @@ def test_the_ladder_goes_on_until_the_mark_is_between_two_rungs():
 @pytest.mark.parametrize("best,runs", [(8e-3, 2), (4e-3, 3), (1e-3, 5)])
 def test_rates_are_halved_while_that_helps(tmp_path, monkeypatch, best, runs):
     asked = []
-    bench = knowledge.Bench("real", tmp_path, "")
+    bench = knowledge.Bench("real", tmp_path, tmp_path / "kept")
     monkeypatch.setattr(bench, "run", lambda do, rate, **job: asked.append((rate, job)) or
                         {"recall": 1 / (1 + abs(rate - best)), "fast": 7})  # fmt: skip
     side = bench.calmer(knowledge.Side("PaCA", "paca", {"r": 2}, 8e-3), facts=9, apart=True)
     assert (side.rate, side.fast) == (best, 7)
     assert sorted({rate for rate, _ in asked}) == [8e-3 / 2**n for n in reversed(range(runs))]
     assert all(job["fields"] == {"r": 2} and job["apart"] and job["facts"] == 9 for _, job in asked)
+
+
+def test_a_training_is_run_once_and_kept(tmp_path):
+    """The trainings run through a script that notes each and answers with its rate, or fails where that is 0."""
+    script, kept, noted = tmp_path / "train.py", tmp_path / "kept.jsonl", tmp_path / "noted"
+    script.write_text(
+        "import json, os, sys\njob = json.loads(sys.argv[-1])\n"
+        f"open({str(noted)!r}, 'a').write(os.environ['OMP_NUM_THREADS'] + chr(10))\n"
+        "sys.exit('no') if not job['rate'] else print('@result', json.dumps({'recall': job['rate']}))\n"
+    )
+    new = lambda: knowledge.Bench("real", tmp_path, kept, f"{sys.executable} {script}", 2)  # noqa: E731
+    recall = lambda bench: lambda rate: bench.run("learn", rate=rate, facts=3)["recall"]  # noqa: E731
+    assert (bench := new()).each(recall(bench), [0.5, 0.25, 0.125]) == [0.5, 0.25, 0.125]
+    with pytest.raises(SystemExit, match="no"):
+        bench.each(recall(bench), [0.0, 0.75])
+    assert (bench := new()).each(recall(bench), [0.125, 0.25, 0.5]) == [0.125, 0.25, 0.5], "another process"
+    assert noted.read_text().split().count(str(max(1, os.cpu_count() // 2))) in (4, 5), "five at most were run"
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert {line["job"]["rate"]: line["result"]["recall"] for line in lines}.items() >= {0.5: 0.5, 0.25: 0.25}.items()
+    assert all(line["job"]["facts"] == 3 and "work" not in line["job"] for line in lines)
 
 
 def test_interval():
