@@ -87,6 +87,32 @@ def say(word: str, content: Any) -> None:
     print(f"@{word} {json.dumps(content)}", flush=True)
 
 
+class Kept:
+    """What trainings gave, by what was asked for: a line of JSON each, {"job", "result"}, in a file that grows."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.Lock()
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.known = {self.key(line["job"]): line["result"] for line in map(json.loads, lines)}
+
+    @staticmethod
+    def key(job: dict[str, Any]) -> str:
+        return json.dumps(job, sort_keys=True)
+
+    def get(self, job: dict[str, Any]) -> dict[str, Any] | None:
+        return self.known.get(self.key(job))
+
+    def add(self, job: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        """-> `result`. Prints what is kept; several threads may add."""
+        with self.lock:
+            self.known[self.key(job)] = result
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"job": job, "result": result}, sort_keys=True) + "\n")
+            shown = {key: round(value, 4) for key, value in result.items() if isinstance(value, int | float)}
+            print(self.key(job), json.dumps(shown), flush=True)
+        return result
+
+
 class Clock:
     """Seconds of each step after the first `warm` ones."""
 

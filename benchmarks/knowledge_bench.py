@@ -9,13 +9,12 @@ import shlex
 import statistics
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import HERE, seek
+from common import HERE, Kept, seek
 
 Job = dict[str, Any]
 APART, SEEDS = 100, (0, 2, 3)  # seeds of the facts: of those that settings are chosen on, and of those tested (1: base)
@@ -28,16 +27,14 @@ class Bench:
     JSON for each training: what was asked, what came) is not run again."""
 
     def __init__(self, part: str, work: Path, kept: Path, through: str = "", at_once: int = 1):
-        self.part, self.work, self.kept, self.through, self.at_once = part, work, kept, shlex.split(through), at_once
-        lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
-        self.known = {asked(line["job"]): line["result"] for line in map(json.loads, lines)}
-        self.lock = threading.Lock()
+        self.part, self.work, self.through, self.at_once = part, work, shlex.split(through), at_once
+        self.kept = Kept(kept)
         work.mkdir(parents=True, exist_ok=True)
 
     def run(self, do: str, **job: Any) -> dict[str, Any]:
         job |= {"part": self.part, "do": do}
-        if asked(job) in self.known:
-            return self.known[asked(job)]
+        if (found := self.kept.get(job)) is not None:
+            return found
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         if self.at_once > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.at_once))
@@ -47,14 +44,7 @@ class Bench:
         lines = [line for line in done.stdout.splitlines() if line.startswith("@result ")]
         if done.returncode or not lines:
             raise SystemExit(f"{job} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-        result = json.loads(lines[-1][8:])
-        with self.lock:
-            self.known[asked(job)] = result
-            with self.kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"job": job, "result": result}, sort_keys=True) + "\n")
-            shown = {key: round(value, 4) for key, value in result.items() if isinstance(value, int | float)}
-            print(asked(job), json.dumps(shown), flush=True)
-        return result
+        return self.kept.add(job, json.loads(lines[-1][8:]))
 
     def each(self, do: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
         """`do` of each case, `at_once` of them at a time; the first that fails keeps those that wait from starting."""
@@ -99,10 +89,6 @@ class Side:
     @property
     def shown(self) -> str:
         return f"{self.name} ({', '.join(f'{key} {value}' for key, value in self.fields.items())})"
-
-
-def asked(job: Job) -> str:
-    return json.dumps(job, sort_keys=True)
 
 
 def peers(bench: Bench, budget: int, tried: list[tuple[str, str, Job, tuple[float, ...], Job]]) -> list[Side]:

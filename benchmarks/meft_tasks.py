@@ -6,7 +6,8 @@ prompts for each; the learning rate of each is the one with the lowest loss on t
 steps (a shorter training wants a higher rate), sought beyond the first ones where the best is at an end. The Parallel
 Adapter has MEFT's scale, with which it learns more than with its own (benchmarks/knowledge.py). `--data FOLDER` holds
 nq_open, squad, toolbench and gsm8k, each with train.jsonl.gz and test.jsonl.gz in the form that the recipes in
-examples/meft say (ToolBench as upstream has it). No rows are kept in the result.
+examples/meft say (ToolBench as upstream has it). No rows are kept in the result. What each training gave is kept in
+results/meft_tasks_trainings.jsonl, and it is not run again.
 
     python benchmarks/meft_tasks.py --data FOLDER [--quick] [--sets nq,gsm8k] [--seeds 1] [--json FILE]
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import HERE, RESULTS, itself, options, say, seek, write_result  # noqa: E402
+from common import HERE, RESULTS, Kept, itself, options, say, seek, write_result  # noqa: E402
 
 EXAMPLES = HERE.parent / "examples" / "meft"
 MODEL = "smollm2-135m"
@@ -98,22 +99,26 @@ def prepare(name: str, data: Path, out: Path) -> dict[str, str]:
     return paths
 
 
-def one_set(name: str, paths: dict[str, str], out: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+def one_set(name: str, paths: dict[str, str], out: Path, kept: Kept, args: argparse.Namespace) -> list[dict[str, Any]]:
     """-> a row of the table for the base and each side."""
     of = SETS[name]
     steps, asked = (3, 6) if args.quick else (of.steps, of.asked)
-    base = {"set": name, "train": paths["train"], "length": of.length, "fields": {}, "patch": None, "rate": 0.0,
-            "seed": 0, "steps": steps, "batch": of.batch, "folder": str(out / "run"), "test": paths["test"],
-            "replies": True, "asked": asked}  # fmt: skip
+    base = {"set": name, "length": of.length, "fields": {}, "patch": None, "rate": 0.0, "seed": 0, "steps": steps,
+            "batch": of.batch, "questions": "test", "replies": True, "asked": asked}  # fmt: skip
 
-    def run(**job: Any) -> dict[str, Any]:
+    def run(**more: Any) -> dict[str, Any]:
+        job = base | more
+        if (found := kept.get(job)) is not None:
+            return found
         with tempfile.TemporaryDirectory(dir=out) as folder:
-            return itself(__file__, base | job | {"folder": folder + "/run"}, timeout=3600)
+            where = {"train": paths["train"], "test": paths[job["questions"]], "folder": folder + "/run"}
+            found = itself(__file__, job | where, timeout=3600)
+        return kept.add(job, found)
 
     rows = [shown(name, "base", None, [run()])]
     for side, (patch, fields, rates) in SIDES.items():
         job = {"patch": patch, "fields": fields}
-        apart = {**job, "test": paths["apart"], "replies": False, "asked": APART}
+        apart = {**job, "questions": "apart", "replies": False, "asked": APART}
         rate, _ = seek(lambda rate, apart=apart: -run(**apart, rate=rate)["loss"], rates, FURTHER)
         rows.append(shown(name, side, rate, [run(**job, rate=rate, seed=seed) for seed in range(args.seeds)]))
     return rows
@@ -145,7 +150,8 @@ def main() -> None:
     path = Path(args.json) if args.json else RESULTS / "meft_tasks.json"
     for name in args.sets.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            rows = one_set(name, prepare(name, Path(args.data), Path(folder)), Path(folder), args)
+            kept = Kept(Path(folder) / "kept" if args.quick else path.with_name("meft_tasks_trainings.jsonl"))
+            rows = one_set(name, prepare(name, Path(args.data), Path(folder)), Path(folder), kept, args)
         if args.quick and not args.json:
             continue
         before = json.loads(path.read_text())["rows"] if path.is_file() else []
