@@ -54,24 +54,32 @@ class Bench:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def best(self, side: Side, rates: tuple[float, ...], further: bool = True, **job: Any) -> Side:
-        """`side` at the rate with the highest recall on facts set apart (`further`: and beyond `rates`)."""
+    def best(self, side: Side, rates: tuple[float, ...], further: float = FURTHER, **job: Any) -> Side:
+        """`side` at the rate with the highest recall on facts set apart, of `rates` and of those beyond them (seek)."""
         found = []
 
         def recall(rate: float) -> float:
             found.append(self.run("learn", **side.job, rate=rate, seed=APART, **job))
             return found[-1]["recall"]
 
-        rate, most = seek(recall, rates, FURTHER if further else 0)
+        rate, most = seek(recall, rates, further)
         return Side(side.name, side.patch, side.fields, rate, most, max(run["fast"] for run in found))
+
+    def around(self, side: Side, **job: Any) -> Side:
+        """`side` at the best of the rate that it has, its half, and what lies beyond them by factors of two."""
+        return self.best(side, (side.rate, half(side.rate)), 2, **job)
 
     def calmer(self, side: Side, **job: Any) -> Side:
         """`side` at the rate that it has, halved for as long as recall on facts set apart gains by it: the longer a
         training, the smaller its best rate."""
         found = self.best(side, (side.rate,), **job)
-        while (half := self.best(side, (float(f"{found.rate / 2:.2g}"),), **job)).recall > found.recall:
-            found = half
+        while (next_ := self.best(side, (half(found.rate),), **job)).recall > found.recall:
+            found = next_
         return found
+
+
+def half(rate: float) -> float:
+    return float(f"{rate / 2:.2g}")
 
 
 class Side:

@@ -35,15 +35,20 @@ def test_the_ladder_goes_on_until_the_mark_is_between_two_rungs():
     assert [knowledge.rung(512, by) for by in (-2, -1, 0, 1, 2)] == [256, 362, 512, 724, 1024]
 
 
-@pytest.mark.parametrize("best,runs", [(8e-3, 2), (4e-3, 3), (1e-3, 5)])
-def test_rates_are_halved_while_that_helps(tmp_path, monkeypatch, best, runs):
+@pytest.mark.parametrize("search,best,tried", [
+    ("calmer", 8e-3, (8e-3, 4e-3)), ("calmer", 4e-3, (8e-3, 4e-3, 2e-3)),
+    ("calmer", 1e-3, (8e-3, 4e-3, 2e-3, 1e-3, 5e-4)), ("calmer", 1.6e-2, (8e-3, 4e-3)),
+    ("around", 8e-3, (8e-3, 4e-3, 1.6e-2)), ("around", 4e-3, (8e-3, 4e-3, 2e-3)),
+    ("around", 1.6e-2, (8e-3, 4e-3, 1.6e-2, 3.2e-2)),
+])  # fmt: skip
+def test_rates_by_factors_of_two(tmp_path, monkeypatch, search, best, tried):
     asked = []
     bench = knowledge.Bench("real", tmp_path, tmp_path / "kept")
     monkeypatch.setattr(bench, "run", lambda do, rate, **job: asked.append((rate, job)) or
                         {"recall": 1 / (1 + abs(rate - best)), "fast": 7})  # fmt: skip
-    side = bench.calmer(knowledge.Side("PaCA", "paca", {"r": 2}, 8e-3), facts=9, apart=True)
-    assert (side.rate, side.fast) == (best, 7)
-    assert sorted({rate for rate, _ in asked}) == [8e-3 / 2**n for n in reversed(range(runs))]
+    side = getattr(bench, search)(knowledge.Side("PaCA", "paca", {"r": 2}, 8e-3), facts=9, apart=True)
+    assert (side.rate, side.fast) == (best if best in tried else 8e-3, 7)
+    assert sorted({rate for rate, _ in asked}) == sorted(tried)
     assert all(job["fields"] == {"r": 2} and job["apart"] and job["facts"] == 9 for _, job in asked)
 
 
