@@ -92,6 +92,7 @@ class Kept:
 
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         self.known = {self.key(line["job"]): line["result"] for line in map(json.loads, lines)}
 

@@ -309,7 +309,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("part", choices=("capacity", "router", "real", "worker"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--work", help="keeps each training's result")
+    parser.add_argument("--work", help="where tables are written")
     parser.add_argument("--through", default="", help="a command to start each training under")
     parser.add_argument("--at-once", type=int, default=1, help="trainings at a time")
     parser.add_argument("--facts", type=int, default=1000, choices=SEEN)
