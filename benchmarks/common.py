@@ -93,8 +93,11 @@ class Kept:
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.known = {self.key(line["job"]): line["result"] for line in map(json.loads, lines)}
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # whoever wrote the last line was ended amid it
+            path.write_text(whole, encoding="utf-8")
+        self.known = {self.key(line["job"]): line["result"] for line in map(json.loads, whole.splitlines())}
 
     @staticmethod
     def key(job: dict[str, Any]) -> str:

@@ -68,7 +68,8 @@ def main() -> None:
     predicted, measured = run["predicted"], run["measured"]
     gib = 2**30
     print(f"   {run['tokens']:,} tokens in {measured['seconds']:.0f} s, {measured['tokens_per_second']:,.0f} tokens/s")
-    print(f"   planned for the longest rows there are: {predicted['fast_peak_bytes'] / gib:.2f} GiB; "
+    speed = f" and {predicted['tokens_per_second']:,.0f} tokens/s" if predicted["tokens_per_second"] else ""
+    print(f"   planned for the longest rows there are: {predicted['fast_peak_bytes'] / gib:.2f} GiB{speed}; "
           f"held: {measured['fast_peak_bytes'] / gib:.2f} GiB")  # fmt: skip
 
     print("5  the same questions again ...", flush=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import resource
+from random import Random as random_of
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ import trimtab
 from helpers_run import forked, left, make_world, metrics, same, tree
 from test_engine import at_step
 from trimtab import engine, progress
-from trimtab.data_order import LongestFirst
+from trimtab.data_order import LongestFirst, filled
 from trimtab.errors import BadInput, Stopped
 from trimtab.memory import guard, meter
 from trimtab.memory.guard import Guard, ran_out, reserve_bytes
@@ -280,6 +282,17 @@ def test_the_order_stays_a_permutation(batch, times):
     even = LongestFirst(inner, lengths * 0 + 5, batch, times)
     even.set_epoch(0)
     assert list(even) == plain
+
+
+@pytest.mark.parametrize("step", [1, 8])
+def test_the_share_of_a_batch_that_is_no_padding(step):
+    lengths = torch.randint(1, 30, (4000,), generator=torch.Generator().manual_seed(1)).numpy()
+    random, kept, padded = random_of(5), 0, 0
+    for _ in range(2000):
+        batch = [int(n) for n in random.choices(lengths, k=4)]
+        kept, padded = kept + sum(batch), padded + 4 * step * math.ceil(max(batch) / step)
+    assert filled(lengths, 4, step) == pytest.approx(kept / padded, abs=0.02)
+    assert filled(lengths * 0 + 16, 4, step) == 1.0 and filled(lengths[:3] * 0 + 4, 4, 16) == 0.25
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------

@@ -70,6 +70,9 @@ def test_a_training_is_run_once_and_kept(tmp_path):
     lines = [json.loads(line) for line in kept.read_text().splitlines()]
     assert {line["job"]["rate"]: line["result"]["recall"] for line in lines}.items() >= {0.5: 0.5, 0.25: 0.25}.items()
     assert all(line["job"]["facts"] == 3 and "work" not in line["job"] for line in lines)
+    whole = kept.read_text().splitlines(keepends=True)
+    kept.write_text("".join(whole)[:-9])  # ended amid the last line
+    assert len(new().kept.known) == len(whole) - 1 and kept.read_text() == "".join(whole[:-1])
 
 
 def test_interval():

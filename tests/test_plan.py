@@ -318,6 +318,23 @@ def test_tables_need_room_on_their_disk(folders, tmp_path, monkeypatch, call):
     assert code == 3 and "does not fit" in out and "are free on that disk" in err
 
 
+def test_a_run_is_told_the_speed_of_tokens_that_are_no_padding(tmp_path, monkeypatch):
+    from test_rates import flat
+
+    monkeypatch.setattr("trimtab.doctor.known_rates", lambda device: flat())
+    keys = tree(make_world(tmp_path, torch.bfloat16), tmp_path / "out", {"paca": {"r": 4}}, max_steps=2)
+    for more in ({"pad_to_multiple_of": 48}, {"packing": True}):
+        training = {**keys["training"], "max_length": 48, **more}
+        recipe = Recipe(**{**keys, "training": training, "overwrite": True})
+        run = recipe.train()
+        batch, share = run["predicted"]["batch"], 1.0
+        whole = plan(recipe, rows=batch["rows"], tokens=batch["tokens"])  # all tokens count: a little slower
+        if not training.get("packing"):
+            share = run["tokens"] / (run["steps"] * batch["rows"] * batch["tokens"])
+            assert share < 0.5
+        assert share < run["predicted"]["tokens_per_second"] / whole.tokens_per_second < 1.1 * share
+
+
 def test_a_run_within_its_budget_says_what_was_predicted(tmp_path):
     world = make_world(tmp_path, torch.bfloat16)
     keys = tree(world, tmp_path / "out", {"paca": {"r": 4}}, max_steps=3)

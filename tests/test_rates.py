@@ -52,6 +52,13 @@ def test_between_measured_shapes_the_rate_is_between():
     assert 2 * 8 * 64 * 64 / rates.product("float32", "NN", 8, 64, 64) == pytest.approx(2e9)  # 64 is midway in logs
 
 
+def test_what_no_cache_holds_moves_at_the_rate_of_the_most():
+    traffic = {"float32 index": [[2**10, 4e9], [2**30, 1e9]]}
+    rates = dataclasses.replace(flat(), traffic={**flat().traffic, **traffic})
+    assert rates.far("index", 2**10) == pytest.approx(2**10 / 1e9)
+    assert rates.moved("float32", "index", 2**10) == pytest.approx(2**10 / 4e9)
+
+
 def test_traffic_by_hand():
     x, wide = torch.ones(1024), torch.ones(32, 32)
     assert seconds(ATEN.add.Tensor, x, x) == pytest.approx(3 * 4096 / 1e9)

@@ -23,6 +23,16 @@ def row_lengths(dataset: Any) -> numpy.ndarray:
     return numpy.concatenate([numpy.asarray(part) for part in parts] or [numpy.zeros(0, dtype=numpy.int64)])
 
 
+def filled(lengths: numpy.ndarray, batch: int, step: int = 1) -> float:
+    """What share of shuffled batches' tokens belongs to rows, where each row is as long as its batch's longest,
+    rounded up to `step`; the rest pads them."""
+    order = numpy.random.default_rng(0).permutation(len(lengths))
+    batch = min(batch, len(lengths))
+    rows = lengths[order[: len(order) // batch * batch]].reshape(-1, batch)
+    padded = -(-rows.max(1) // step) * step * batch
+    return float(rows.sum() / padded.sum())
+
+
 class LongestFirst(Sampler):
     """`inner`'s order, but that in the first epoch's first two steps the first micro-batch has a longest row.
 

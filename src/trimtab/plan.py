@@ -157,12 +157,14 @@ def plan(
     rows: int | None = None,
     tokens: int | None = None,
     counted: int | None = None,
+    filled: float = 1.0,
     process: int | None = None,
     args: Any = None,
     rates: Any = None,
 ) -> Plan:
     """Trace the recipe's step. `rows`, `tokens`: the largest batch (default: the recipe's batch size and max_length).
-    `counted`: how many tokens of a row count in the loss, at most (default: all).
+    `counted`: how many tokens of a row count in the loss, at most (default: all). `filled`: what share of a batch's
+    tokens is no padding; the speed is that of these.
 
     `process`: anonymous bytes that the process holds beside the tensors (default: `process_bytes`). `args`: the
     training arguments where a trainer has them already (making them anew would take its accelerator from it). `rates`:
@@ -214,7 +216,7 @@ def plan(
             notes.append(f"a real step was run, since {error.have}; where the data decide, other data may hold more")
     phase, kinds = highest(found)
     notes += watch.notes
-    speed, read = _speed(watch, beside.pace, kinds, args.gradient_accumulation_steps, rows * tokens, notes)
+    speed, read = _speed(watch, beside.pace, kinds, args.gradient_accumulation_steps, rows * tokens * filled, notes)
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
     ahead = min(CARRIED, kinds.get(TABLES, 0)) if device.type != "cpu" else 0
@@ -257,7 +259,7 @@ def _real_step(
 
 
 def _speed(
-    watch: Any, pace: float, kinds: dict[str, int], micro_batches: int, tokens: int, notes: list[str]
+    watch: Any, pace: float, kinds: dict[str, int], micro_batches: int, tokens: float, notes: list[str]
 ) -> tuple[float | None, int]:
     """-> tokens per second (None: rates are not known), bytes read from the disk in a step; what to know in `notes`."""
     from .memory.roofline import read_again, written_back

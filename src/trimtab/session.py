@@ -171,11 +171,12 @@ class Session:
     # --- training ------------------------------------------------------------------------------------------------
 
     def largest_batch(self) -> dict[str, Any]:
-        """Rows, tokens of the longest one, and the most tokens of a row that count; without decoding the table."""
+        """Rows, tokens of the longest one, the most tokens of a row that count, and what share of a batch's tokens is
+        no padding; without decoding the table."""
         import numpy
         from pyarrow import compute
 
-        from .data_order import row_lengths
+        from .data_order import filled, row_lengths
 
         dataset, counted = self.trainer.train_dataset, None
         if "labels" in dataset.column_names and "List" in str(dataset.features["labels"]):
@@ -185,7 +186,9 @@ class Session:
                 counted = max(counted or 0, int(numpy.bincount(row, minlength=1).max()))
         step = getattr(self.args, "pad_to_multiple_of", None) or 1
         rows = min(self.args.per_device_train_batch_size, len(dataset))
-        return {"rows": rows, "tokens": -(-int(row_lengths(dataset).max()) // step) * step, "counted": counted}
+        lengths = row_lengths(dataset)
+        share = 1.0 if getattr(self.trainer, "padding_free", False) else filled(lengths, rows, step)
+        return {"rows": rows, "tokens": -(-int(lengths.max()) // step) * step, "counted": counted, "filled": share}
 
     def fit(self, checkpoint: Path | None, limit: int | None, hard: bool = False) -> Ended:
         """Train, from `checkpoint` on where one is given, within `limit` bytes of the fast tier."""

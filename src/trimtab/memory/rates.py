@@ -55,6 +55,10 @@ class Rates:
         rows = self.traffic.get(f"{dtype} {kind}") or self.traffic[f"float32 {kind}"]
         return size / _between(rows, size)
 
+    def far(self, kind: str, size: float) -> float:
+        """Seconds to read and write `size` bytes that no cache holds, as the rows of a table: the rate of the most."""
+        return size / self.traffic[f"float32 {kind}"][-1][1]
+
     def attend(self, dtype: str, causal: bool, backward: bool, flops: float) -> float:
         """Seconds of a fused attention whose whole square of scores takes `flops`."""
         way = f"{'causal ' if causal else ''}{'backward' if backward else 'forward'}"

@@ -69,8 +69,8 @@ class Clock:
         self.phases[self.phase] = self.phases.get(self.phase, 0.0) + seconds * self.times
 
     def moved(self, size: float, operations: int = 0) -> None:
-        """Bytes that are read or written in so many operations beside those that are shown."""
-        self.spend(self.rates.moved("float32", "plain", size) + operations * self._overhead)
+        """Bytes of a table that are read or written in so many operations beside those that are shown."""
+        self.spend(self.rates.far("plain", size) + operations * self._overhead)
 
     @contextlib.contextmanager
     def repeated(self, times: float) -> Iterator[None]:
@@ -141,10 +141,10 @@ class Stopwatch:
 def row_update(rates: Rates, size: int, rows: float, copies: bool) -> float:
     """Seconds in which Adam steps `rows` rows of a table with `size` bytes of values each, as copies or where they lie
     (row_adam.py), and their gradients' norm is taken before."""
-    moved = 7 * size / rates.update + rates.moved("float32", "reduction", size)
+    moved = 7 * size / rates.update + rates.far("reduction", size)
     if not copies:
         return rows * (moved + PER_ROW * rates.overhead)
-    return rows * (moved + rates.overhead + 7 * rates.moved("float32", "index", 2 * size))
+    return rows * (moved + rates.overhead + 7 * rates.far("index", 2 * size))
 
 
 def written_back(dirty: float, room: int, rates: Rates) -> float | None:
