@@ -6,8 +6,8 @@ import errno
 import io
 import math
 import os
+import random
 import resource
-from random import Random as random_of
 from types import SimpleNamespace
 
 import pytest
@@ -287,9 +287,9 @@ def test_the_order_stays_a_permutation(batch, times):
 @pytest.mark.parametrize("step", [1, 8])
 def test_the_share_of_a_batch_that_is_no_padding(step):
     lengths = torch.randint(1, 30, (4000,), generator=torch.Generator().manual_seed(1)).numpy()
-    random, kept, padded = random_of(5), 0, 0
+    draw, kept, padded = random.Random(5), 0, 0
     for _ in range(2000):
-        batch = [int(n) for n in random.choices(lengths, k=4)]
+        batch = [int(n) for n in draw.choices(lengths, k=4)]
         kept, padded = kept + sum(batch), padded + 4 * step * math.ceil(max(batch) / step)
     assert filled(lengths, 4, step) == pytest.approx(kept / padded, abs=0.02)
     assert filled(lengths * 0 + 16, 4, step) == 1.0 and filled(lengths[:3] * 0 + 4, 4, 16) == 0.25
