@@ -40,7 +40,7 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
     import torch
     from transformers import TextStreamer
 
-    from .model.sampling import check_generation, prompt_ids
+    from .model.sampling import check_generation, prompt_ids, whole_head
     from .runs import load_run
     from .stores import reading, said
 
@@ -60,7 +60,7 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
                 continue
             turns.append({"role": "user", "content": line})
             ids = torch.tensor([prompt_ids(tokenizer, turns if tokenizer.chat_template else line)], device=model.device)
-            with torch.no_grad():
+            with torch.no_grad(), whole_head(model):
                 out = model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer,
                     pad_token_id=tokenizer.pad_token_id, **settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,21 @@ def check_generation(values: dict[str, Any]) -> None:
             raise BadInput(f'generation: "{key}"', "transformers has no such setting", nearest(key, known))
 
 
+@contextlib.contextmanager
+def whole_head(model: PreTrainedModel) -> Iterator[None]:
+    """Until its end the head's input lies in one piece. transformers gives it a slice, each prompt's last position, of
+    which torch's linear on a CPU makes a product that takes 20 (one row) to 400 times as long in bf16 (docs/LOG.md)."""
+    head = model.get_output_embeddings()
+    hook = None
+    if head is not None:
+        hook = head.register_forward_pre_hook(lambda module, args: tuple(hidden.contiguous() for hidden in args))
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
@@ -63,10 +79,11 @@ def sample(
             for row, i in enumerate(chosen):
                 batch[row, width - len(ids[i]) :] = torch.tensor(ids[i])
                 mask[row, width - len(ids[i]) :] = 1
-            out = model.generate(
-                input_ids=batch.to(model.device), attention_mask=mask.to(model.device),
-                pad_token_id=tokenizer.pad_token_id, **settings,
-            )  # fmt: skip
+            with whole_head(model):
+                out = model.generate(
+                    input_ids=batch.to(model.device), attention_mask=mask.to(model.device),
+                    pad_token_id=tokenizer.pad_token_id, **settings,
+                )  # fmt: skip
             for i, row in zip(chosen, out[:, width:], strict=True):
                 answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
     finally:
