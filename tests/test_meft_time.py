@@ -18,7 +18,7 @@ from trimtab.planned_step import PlannedStep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MEFT = {"r": 256, "probes": 4, "k": 16, "scale": 1.0}
-NEAR = {"ram": (0.1, 0.6), "disk": (0.12, 0.7)}  # all, optimiser; a real trace lacks the rows' norm, and file writes
+PLACES, NEAR = ("ram", "disk"), 0.75  # the optimiser: a real trace lacks the rows' norm, writes, views made at once
 FIELDS = [MEFT, {**MEFT, "k": 64, "router": "fixed"}, {**MEFT, "experts": 64, "probes": 2}]
 
 
@@ -47,7 +47,7 @@ def traced(recipe, real: bool) -> tuple[dict[str, float], float]:
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
-@pytest.mark.parametrize("place", NEAR)
+@pytest.mark.parametrize("place", PLACES)
 def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, place, folders, counted_alike, monkeypatch):  # noqa: F811
     folder = folders("llama", torch.float32)
     recipe = recipe_of(folder, {"meft": fields}, engine={"recompute": "none"}, place={"slow": place})
@@ -65,9 +65,8 @@ def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, plac
     assert mean > 4, "there is something to stand for"
     monkeypatch.setattr(experts, "touched", lambda *asked: mean)
     planned, seconds = traced(recipe, real=False)
-    whole, optimiser = NEAR[place]
-    assert seconds == pytest.approx(real, rel=whole)
-    assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=optimiser)
+    assert seconds - planned[OPTIMISER] == pytest.approx(real - phases[OPTIMISER], rel=0.05)
+    assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=NEAR)
     monkeypatch.setattr(experts, "touched", lambda *asked: 1.0)
     assert traced(recipe, real=False)[1] < 0.75 * seconds
 

@@ -57,6 +57,21 @@ def test_what_is_fetched_is_what_the_table_holds(fields):
 
 
 @backings
+@pytest.mark.parametrize("many", [1, 2, 9])
+def test_views_of_a_part_are_the_same_of_few_rows_and_of_many(fields, many):
+    made = store(**fields)
+    plain, numbers = made.whole().clone(), random.Random(many).sample(range(12), many)
+    rows = made.fetch(numbers)
+    turned = rows.views(lambda row: row[..., 4:].mT)
+    assert len(rows) == len(turned) == many and len(list(rows)) == many
+    for at, number in enumerate(numbers):
+        assert torch.equal(turned[at], plain[number, :, 4:].T) and torch.equal(rows[at], plain[number])
+        assert turned[at].untyped_storage().data_ptr() == made.part(VALUES, number).untyped_storage().data_ptr()
+    some = numbers[::-2]
+    assert all(torch.equal(row, plain[number]) for row, number in zip(rows.of(some), some, strict=True))
+
+
+@backings
 def test_gradients_add_up_until_the_step(fields):
     made = store(**fields)
     plain, choose = torch.zeros(12, *SHAPE), random.Random(1)

@@ -110,11 +110,14 @@ class RowAdam:
             self.catch_up(rows)
             self.history.append(rates)
         self.steps += 1
-        by_device: dict[torch.device, list[int]] = {}  # hot rows may lie on an accelerator
-        for row, held in zip(rows, store.each(VALUES, rows), strict=True):
-            by_device.setdefault(held.device, []).append(row)
-        for on_one in by_device.values():
-            self._step(on_one, rates)
+        if store.in_place:
+            self._step(rows, rates)
+        else:
+            by_device: dict[torch.device, list[int]] = {}  # hot rows lie on the accelerator
+            for row, held in zip(rows, store.each(VALUES, rows), strict=True):
+                by_device.setdefault(held.device, []).append(row)
+            for on_one in by_device.values():
+                self._step(on_one, rates)
         rows = store.stepped()
         chosen = torch.tensor(rows, dtype=torch.int64)
         self.last[chosen], self.moved[chosen] = self.steps, True
@@ -138,7 +141,7 @@ class RowAdam:
                 moments.write(store, M, row, m)
                 moments.write(store, V, row, v)
         elif not self.copies:
-            fused(*(store.each(kind, rows) for kind in (VALUES, GRADS, M, V)), [], [step] * len(rows))
+            fused(*(list(store.each(kind, rows)) for kind in (VALUES, GRADS, M, V)), [], [step] * len(rows))
         else:
             for part in (rows[at : at + self._piece] for at in range(0, len(rows), self._piece)):
                 copies = {kind: store.gather(kind, part) for kind in (VALUES, GRADS, M, V)}

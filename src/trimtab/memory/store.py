@@ -27,6 +27,7 @@ from .extent import GRADS, PAGE, VALUES, joined, layout, spans
 from .extent import M as M
 from .extent import V as V
 from .mapped import MappedFile, map_file, require_memory, require_room
+from .rows import Rows as Rows
 from .traffic import Traffic
 
 SENSED = 4  # rows of a fetch that are looked at to see whether all are still in memory
@@ -142,51 +143,55 @@ class TieredStore:
 
     # --- rows in work -------------------------------------------------------------------------------------------------
 
-    def fetch(self, rows: Sequence[int], kinds: Sequence[str] = (VALUES,)) -> list[Tensor]:
+    def fetch(self, rows: Sequence[int], kinds: Sequence[str] = (VALUES,)) -> Rows:
         """The rows' numbers on the fast device, each of `shape`: views, valid until the next optimiser step.
 
         `kinds`: the parts of the rows that will be touched; all that lie in a file are read from now on.
         """
         if self.planned:
-            return [torch.empty(self.shape, dtype=self.parts[VALUES].dtype, device=self.device) for _ in rows]
+            return Rows(rows, self._table, {row: self._empty(VALUES) for row in rows})
         carried = self._meet(rows, kinds)
         if self.catch_up is not None:
             self.catch_up(rows)
-        size = self.parts[VALUES].nbytes
         if len(self._cache):
             self._admit(rows)
         else:
             self.traffic.misses += len(rows)
-            self.traffic.up += len(rows) * size
+            self.traffic.up += len(rows) * self.parts[VALUES].nbytes
         if self.in_place:
             return self.each(VALUES, rows)
         others = [row for row in rows if row not in carried]
-        gathered = torch.empty(len(others), *self.shape, dtype=self.parts[VALUES].dtype, device=self.device)
+        gathered = self._empty(VALUES, len(others))
         for slot, row in zip(gathered, others, strict=True):
             carried[row] = slot.copy_(self.part(VALUES, row), non_blocking=True)
-        return [carried[row] for row in rows]
+        return Rows(rows, gathered, carried)
 
-    def lying(self, rows: Sequence[int]) -> list[Tensor]:
+    def _empty(self, kind: str, *many: int, device: Any = None) -> Tensor:
+        part = self.parts[kind]
+        return torch.empty(*many, *part.shape, dtype=part.dtype, device=device or self.device)
+
+    def lying(self, rows: Sequence[int]) -> Rows:
         """The rows' numbers for the host's processor, each of `shape`: nothing is brought up."""
         if self.catch_up is not None:
             self.catch_up(rows)
-        return [held.cpu() for held in self.each(VALUES, rows)]
+        held = self.each(VALUES, rows)
+        return Rows(rows, self._table, {row: tensor.cpu() for row, tensor in zip(rows, held, strict=True)})
 
     def part(self, kind: str, row: int) -> Tensor:
         """One part of one row, (shape), where it is now: in its slot, or in the table."""
         slot = self._slot_of.get(row)
         return self._lies(kind)[row] if slot is None else self._slots[kind][slot]
 
-    def each(self, kind: str, rows: Sequence[int]) -> list[Tensor]:
+    def each(self, kind: str, rows: Sequence[int]) -> Rows:
         """`part` of several rows."""
-        if self._slot_of:
-            return [self.part(kind, row) for row in rows]
-        table = self._lies(kind)
-        return [table[row] for row in rows]
+        apart = {row: self.part(kind, row) for row in rows} if self._slot_of else None
+        return Rows(rows, self._lies(kind), apart)
 
     def gather(self, kind: str, rows: Sequence[int]) -> Tensor:
         """A copy of one part of several rows, (len(rows), *shape)."""
-        return torch.stack(self.each(kind, rows)) if self._slot_of else self._lies(kind)[torch.tensor(rows)]
+        if self._slot_of:
+            return torch.stack(list(self.each(kind, rows)))
+        return self._lies(kind).index_select(0, torch.tensor(rows))
 
     def put(self, kind: str, rows: Sequence[int], parts: Sequence[Tensor] | Tensor) -> None:
         """Write one part of several rows, each of the part's shape."""
@@ -198,7 +203,7 @@ class TieredStore:
             return
         if self._file is None or self._slot_of:
             for kind, given in parts.items():
-                torch._foreach_copy_(self.each(kind, rows), list(given))
+                torch._foreach_copy_(list(self.each(kind, rows)), list(given))
             return
         for kinds in joined(self.parts, parts):
             (start, step), data = self._at(kinds[0]), [self._bytes(kind, parts[kind]) for kind in kinds]
@@ -237,7 +242,7 @@ class TieredStore:
 
     def grad_norm_squared(self) -> float:
         """Of all pending gradients together."""
-        return float(torch.nn.utils.get_total_norm(self.each(GRADS, self.pending()))) ** 2
+        return float(torch.nn.utils.get_total_norm(list(self.each(GRADS, self.pending())))) ** 2
 
     def stepped(self) -> list[int]:
         """The optimiser has used the pending gradients: they are gone. -> their rows, which are changed."""
@@ -373,10 +378,7 @@ class TieredStore:
     def whole(self, kind: str = VALUES) -> Tensor:
         """(rows, *shape): a part of the whole table where it lies. The slots are flushed first."""
         self.flush()
-        if self.planned:
-            part = self.parts[kind]
-            return torch.empty(self.rows, *part.shape, dtype=part.dtype, device="meta")
-        return self._views[kind]
+        return self._empty(kind, self.rows, device="meta") if self.planned else self._views[kind]
 
     def dirty_rows(self) -> list[int]:
         """Rows changed since `clean` was last called."""

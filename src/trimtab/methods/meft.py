@@ -51,7 +51,7 @@ from ..memory.ahead import read_ahead
 from ..memory.mapped import slow_kind
 from ..memory.row_adam import MODES, RowAdam
 from ..memory.shared_rows import settle, tables
-from ..memory.store import TieredStore
+from ..memory.store import Rows, TieredStore
 from ..model import anatomy, experts
 from ..model.expert_router import Router
 from ..model.foresight import Gone, Line, recomputing
@@ -230,7 +230,7 @@ class Adapter(RowPatch):
 
     def match(
         self, h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: experts.Groups
-    ) -> tuple[dict[int, Tensor], Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Rows | None, Tensor, tuple[Tensor, ...]]:
         """-> the rows that were brought up for it, and what `experts.fire` gives."""
         store, given, device = self.store, (h_TD, probed_TP, gate_TP), h_TD.device
         far = self.patch.retrieval == "slow" and not store.in_place and not store.planned
@@ -238,17 +238,17 @@ class Adapter(RowPatch):
         if self.line is not None:
             self.line.guess(self.at, h_TD)
         if not far:
-            return dict(zip(groups.experts, rows, strict=True)), *experts.fire(*given, groups, rows, store, self.kept)
+            return rows, *experts.fire(*given, groups, rows, store, self.kept)
         given = [None if tensor is None else tensor.cpu() for tensor in given]
         groups = groups._replace(order=groups.order.cpu(), tokens=groups.tokens.cpu())
         fired_TC, top = experts.fire(*given, groups, rows, store, self.kept)
         store.traffic.down += given[0].nbytes
         store.traffic.up += sum(tensor.nbytes for tensor in top)
-        return {}, fired_TC.to(device), tuple(tensor.to(device) for tensor in top)
+        return None, fired_TC.to(device), tuple(tensor.to(device) for tensor in top)
 
-    def rows(self, held: dict[int, Tensor], wanted: list[int]) -> list[Tensor]:
+    def rows(self, held: Rows | None, wanted: list[int]) -> Rows:
         """Of the experts `wanted`, as they were brought up before, or brought up now."""
-        return [held[expert] for expert in wanted] if held else self.store.fetch(wanted)
+        return self.store.fetch(wanted) if held is None else held.of(wanted)
 
     def extra_repr(self) -> str:
         rows, block = self.store.rows, self.store.shape[0]

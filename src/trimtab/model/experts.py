@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..memory.store import GRADS, VALUES, TieredStore
+from ..memory.store import GRADS, VALUES, Rows, TieredStore
 
 DEVIATION = 0.02  # of the keys that are drawn
 FEW = 16  # experts, or pairs, that are worth a gather
@@ -41,12 +41,14 @@ class Chunk(NamedTuple):
     at: slice
     planned: TieredStore | None = None  # of a plan, in which its first expert stands for all
 
-    def each(self, rows: Iterable[Any], *parts_XY: Tensor) -> Iterator[tuple]:
-        """For each expert its item of `rows`, which begin with this chunk's, and its tokens' rows of `parts`."""
+    def each(self, rows: Iterable[Any], *parts_XY: Tensor, turned_YX: Sequence[Tensor] = ()) -> Iterator[tuple]:
+        """For each expert its item of `rows`, which begin with this chunk's, and its tokens' rows of `parts`, or its
+        tokens' columns of those that are turned."""
         if self.planned is None:
-            yield from zip(islice(rows, len(self.sizes)), *(part.split(self.sizes) for part in parts_XY), strict=True)
+            parts = *(part.split(self.sizes) for part in parts_XY), *(part.split(self.sizes, 1) for part in turned_YX)
+            yield from zip(islice(rows, len(self.sizes)), *parts, strict=True)
             return
-        first = [part[: self.sizes[0]] for part in parts_XY]
+        first = *(part[: self.sizes[0]] for part in parts_XY), *(part[:, : self.sizes[0]] for part in turned_YX)
         with standing_for(self.planned, len(self.sizes)):
             yield next(iter(rows)), *first
 
@@ -157,17 +159,24 @@ def standing_for(store: TieredStore, times: float) -> Iterator[None]:
         yield
 
 
+def cut(rows: Rows, part: Callable[[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The keys or the values of each row, or these turned: views of them, or copies where the precision is another."""
+    if len(rows) and rows[0].dtype != dtype:
+        return [part(row_BD.to(dtype)) for row_BD in rows]
+    return rows.views(part)
+
+
 def fire(
-    h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: Groups, rows: Sequence[Tensor],
-    store: TieredStore, kept: int,
-) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: Groups, rows: Rows, store: TieredStore, kept: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """-> a_t of each token's C candidates, zero but for its K largest, and the same in short for the pass back."""
     (tokens, probes), block, width = probed_TP.shape, store.shape[0], h_TD.shape[1]
     sorted_XB = h_TD.new_empty(tokens * probes, block)
+    keys_DB = cut(rows, lambda row: row[..., :width].mT, h_TD.dtype)
     for chunk in groups.chunks(store, tokens):
         h_XD = h_TD.index_select(0, chunk.tokens)
-        for row_BD, h_tD, fired_tB in chunk.each(rows[chunk.first :], h_XD, sorted_XB[chunk.at]):
-            torch.mm(h_tD, row_BD[:, :width].to(h_TD.dtype).T, out=fired_tB)
+        for key_DB, h_tD, fired_tB in chunk.each(keys_DB[chunk.first :], h_XD, sorted_XB[chunk.at]):
+            torch.mm(h_tD, key_DB, out=fired_tB)
         del h_XD, h_tD  # before the next chunk's are made
     fired_TPB = torch.empty_like(sorted_XB).index_copy_(0, groups.order, sorted_XB).view(tokens, probes, block)
     if gate_TP is not None:
@@ -193,14 +202,15 @@ def alive(fired_TC: Tensor, probes: int) -> Tensor:
     return (fired_TC > 0).unflatten(1, (probes, -1)).any(-1)
 
 
-def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Sequence[Tensor], store: TieredStore) -> Tensor:
+def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Rows, store: TieredStore) -> Tensor:
     """-> what the values add to each token, (T, D)."""
     (tokens, width), out_TD = h_TD.shape, torch.zeros_like(h_TD)
-    sorted_XB = fired_TC.view(-1, store.shape[0])[groups.order]
+    sorted_XB = fired_TC.view(-1, store.shape[0]).index_select(0, groups.order)
+    values_BD = cut(rows, lambda row: row[..., width:], h_TD.dtype)
     for chunk in groups.chunks(store, tokens):
         out_XD = h_TD.new_empty(len(chunk.tokens), width)
-        for row_BD, fired_tB, out_tD in chunk.each(rows[chunk.first :], sorted_XB[chunk.at], out_XD):
-            torch.mm(fired_tB, row_BD[:, width:].to(h_TD.dtype), out=out_tD)
+        for value_BD, fired_tB, out_tD in chunk.each(values_BD[chunk.first :], sorted_XB[chunk.at], out_XD):
+            torch.mm(fired_tB, value_BD, out=out_tD)
         out_TD.index_add_(0, chunk.tokens, out_XD)
         del out_XD, out_tD
     return out_TD
@@ -212,30 +222,34 @@ def back(
 ) -> Tensor:  # fmt: skip
     """The rows' gradients into the store, that of h into `grad_h`; -> that of a_t before the ReLU, (T, C)."""
     (tokens, D), block = h_TD.shape, store.shape[0]
-    sorted_XB = fired_TC.view(-1, block)[groups.order]
+    sorted_XB = fired_TC.view(-1, block).index_select(0, groups.order)
     gates_X = None if gate_TP is None else gate_TP.flatten()[groups.order].unsqueeze(1)
     all_XB = torch.empty_like(sorted_XB)
     grads_EBD = h_TD.new_empty(room(store, tokens), *store.shape)
     if store.planned:
         store.asked = tokens, len(groups.order) // tokens
+    of_keys_BD, of_values_BD = grads_EBD[..., :D].unbind(), grads_EBD[..., D:].unbind()
     rows = store.fetch(groups.experts, (VALUES, GRADS))
+    keys_BD = cut(rows, lambda row: row[..., :D], h_TD.dtype)
+    values_DB = cut(rows, lambda row: row[..., D:].mT, h_TD.dtype)
 
     def back_through(chunk: Chunk) -> None:  # a function, so that one chunk's tokens are gone when the next ones come
-        sizes, h_XD, grad_XD = chunk.sizes, h_TD.index_select(0, chunk.tokens), grad_TD.index_select(0, chunk.tokens)
+        h_XD, grad_XD = h_TD.index_select(0, chunk.tokens), grad_TD.index_select(0, chunk.tokens)
         fired_XB, grad_XB = sorted_XB[chunk.at], all_XB[chunk.at]
-        records = [row_BD.to(h_TD.dtype) for row_BD in rows[chunk.first : chunk.first + len(sizes)]]
-        grads = grads_EBD[: len(sizes)]
-        pairs = list(zip(records, grads, strict=not store.planned))
-        for (record_BD, of_BD), fired_tB, grad_tB, grad_tD in chunk.each(pairs, fired_XB, grad_XB, grad_XD):
-            torch.mm(fired_tB.T, grad_tD, out=of_BD[:, D:])
-            torch.mm(grad_tD, record_BD[:, D:].T, out=grad_tB)
+        values = zip(values_DB[chunk.first :], of_values_BD, strict=False)
+        parts = chunk.each(values, grad_XB, grad_XD, turned_YX=[fired_XB.T])
+        for (value_DB, of_BD), grad_tB, grad_tD, fired_Bt in parts:
+            torch.mm(fired_Bt, grad_tD, out=of_BD)
+            torch.mm(grad_tD, value_DB, out=grad_tB)
         grad_XB.mul_(fired_XB > 0)
         gated_XB = grad_XB if gates_X is None else grad_XB * gates_X[chunk.at]
-        for (record_BD, of_BD), gated_tB, h_tD, grad_tD in chunk.each(pairs, gated_XB, h_XD, grad_XD):
-            torch.mm(gated_tB.T, h_tD, out=of_BD[:, :D])
+        keys = zip(keys_BD[chunk.first :], of_keys_BD, strict=False)
+        parts = chunk.each(keys, gated_XB, h_XD, grad_XD, turned_YX=[gated_XB.T])
+        for (key_BD, of_BD), gated_tB, h_tD, grad_tD, gated_Bt in parts:
+            torch.mm(gated_Bt, h_tD, out=of_BD)
             if grad_h is not None:
-                torch.mm(gated_tB, record_BD[:, :D], out=grad_tD)
-        store.accumulate(chunk.experts, grads)
+                torch.mm(gated_tB, key_BD, out=grad_tD)
+        store.accumulate(chunk.experts, grads_EBD[: len(chunk.sizes)])
         if grad_h is not None:
             grad_h.index_add_(0, chunk.tokens, grad_XD)
 
