@@ -154,6 +154,29 @@ def test_attention(heads, kind):
         assert torch.allclose(one.float(), two.float(), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_under_autocast(masked):
+    """Of an fp32 base: rotated queries and keys are fp32, values 16-bit. Against SDPA, and against SDPA in fp32."""
+    B, H, T, D = 3, 4, 9, 8
+    Layer.num_key_value_groups = 1
+    tensors = [torch.randn(B, H, T, D) for _ in range(3)]
+    mask = torch.ones(T, T, dtype=torch.bool).tril().expand(B, 1, T, T) if masked else None
+    weight, found, calls = torch.randn(B, T, H, D), [], []
+    real = module._Attention.apply
+    for function, on in ((sdpa_attention_forward, False), (sdpa_attention_forward, True), (lean_attention, True)):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        with pytest.MonkeyPatch.context() as patched, torch.autocast("cpu", torch.bfloat16, enabled=on):
+            patched.setattr(module._Attention, "apply", lambda *a: (calls.append(a), real(*a))[1])
+            query, key, value = leaves
+            out, _ = function(Layer, query, key, value.bfloat16() if on else value, mask, dropout=0.0, scaling=None)
+        (out.float() * weight).sum().backward()
+        found.append([out, *(leaf.grad for leaf in leaves)])
+    assert len(calls) == 1 and all(tensor.dtype == torch.bfloat16 for tensor in calls[0][:4])
+    for exact, stock, ours in zip(*found, strict=True):
+        assert ours.dtype == stock.dtype
+        assert (ours.float() - exact).norm() <= 2 * (stock.float() - exact).norm() + 1e-3
+
+
 @pytest.mark.parametrize("why", ["no grad", "fp32", "dropout", "long", "window", "sink", "cache"])
 def test_what_stays_with_sdpa(why, monkeypatch):
     monkeypatch.setattr(module._Attention, "apply", lambda *a: pytest.fail("ours must not be used"))

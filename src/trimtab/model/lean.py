@@ -6,7 +6,7 @@ after it. Nothing is recognised by a model's name: a module is replaced only if,
     RMSNorm    saves its input and one number per token, instead of several fp32 copies
     gated FFN  act(g) * u saves g and u, not act(g); with `recompute` it saves the FFN's input alone and multiplies by
                the gate and up weights once more in backward: 1/8 more work, three fifths of a block's activations less
-    attention  three batched products and a softmax in the weights' 16-bit type, probabilities recomputed in backward:
+    attention  three batched products and a softmax in a 16-bit type, the weights' or autocast's, and again in backward:
                for the short sequences of fine-tuning on a CPU about twice as fast as the fused kernel. The scores are
                rounded to 16 bits before the softmax, as transformers' eager attention does. Long sequences, CUDA,
                inference, fp32, dropout and special kinds (sinks, soft caps) stay with transformers' SDPA.
@@ -310,6 +310,7 @@ def lean_mask(*args, **kwargs) -> Tensor | None:
 def lean_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
     """transformers' attention interface: (B, H, T, D) queries -> ((B, T, H, D), None)."""
     B, H, T, D = query.shape
+    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     dense = attention_mask is not None and attention_mask.shape[1] == 1
     fits = (
@@ -329,5 +330,13 @@ def lean_attention(module, query, key, value, attention_mask, dropout=0.0, scali
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    out = _Attention.apply(query, key, value, bias, D**-0.5 if scaling is None else scaling)
+    with torch.autocast("cpu", enabled=False):
+        out = _Attention.apply(query, key, value, bias, D**-0.5 if scaling is None else scaling)
     return out.transpose(1, 2), None
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """What autocast makes of an attention's input: rotated queries and keys of an fp32 base are fp32, values 16-bit."""
+    kind = tensor.device.type
+    cast = tensor.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    return tensor.to(torch.get_autocast_dtype(kind)) if cast else tensor
