@@ -27,13 +27,20 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
-def child(command: list[str], malloc: str = "auto", timeout: float = 900) -> dict[str, Any]:
-    """Run `python command...`; its @result with `anon_peak`, `rss_peak` and their growth since each mark (bytes)."""
+def child(
+    command: list[str], malloc: str = "auto", timeout: float = 900, through: Sequence[str] = (), threads: int = 0
+) -> dict[str, Any]:
+    """Run `python command...`; its @result with `anon_peak`, `rss_peak` and their growth since each mark (bytes).
+
+    `through`: a command to start it under; `threads`: how many it may compute with (0: as many as it likes).
+    """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRIMTAB_ALLOCATOR": "none", "HF_HUB_OFFLINE": "1"}
     found = allocator.find(malloc) if malloc != "none" else None
     environment["LD_PRELOAD"] = found[1] if found else ""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=environment)  # fmt: skip
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    process = subprocess.Popen([*through, sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=environment)  # fmt: skip
     held = {"anon": 0, "rss": 0}
     peak = dict(held)
     marks: dict[str, dict[str, int]] = {}

@@ -7,17 +7,16 @@ import math
 import os
 import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import HERE, Kept, seek
+from common import HERE, Kept, child, seek
 
 Job = dict[str, Any]
 APART, SEEDS = 100, (0, 2, 3)  # seeds of the facts: of those that settings are chosen on, and of those tested (1: base)
+LONGEST = 6 * 3600  # seconds of a training
 FURTHER = 1.5  # from the best rate to the next one that is tried, where the best was at an end
 T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
 
@@ -35,16 +34,14 @@ class Bench:
         job |= {"part": self.part, "do": do}
         if (found := self.kept.get(job)) is not None:
             return found
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        if self.at_once > 1:
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.at_once))
         told = json.dumps({**job, "work": str(self.work)})
-        command = [sys.executable, str(HERE / "knowledge.py"), "worker", "--job", told]
-        done = subprocess.run([*self.through, *command], capture_output=True, text=True, env=environment)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("@result ")]
-        if done.returncode or not lines:
-            raise SystemExit(f"{job} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-        return self.kept.add(job, json.loads(lines[-1][8:]))
+        threads = max(1, (os.cpu_count() or 1) // self.at_once) if self.at_once > 1 else 0
+        command = [str(HERE / "knowledge.py"), "worker", "--job", told]
+        try:
+            found = child(command, timeout=LONGEST, through=self.through, threads=threads)
+        except RuntimeError as error:
+            raise SystemExit(f"{job}: {error}") from None
+        return self.kept.add(job, found)
 
     def each(self, do: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:
         """`do` of each case, `at_once` of them at a time; the first that fails keeps those that wait from starting."""
