@@ -24,7 +24,7 @@ from common import conclude, itself, options, say  # noqa: E402
 GIB, STEPS = 2**30, 4
 SMOL, QWEN, ENCODER = "smollm2-135m", "qwen2", "minilm-l6"
 PACA, LORA, FULL, ADAPTER = {"paca": {"r": 8}}, {"lora": {"r": 8}}, {"full": {}}, {"parallel_adapter": {"r": 1024}}
-DORA = {"lora": {"r": 8, "dora": True}}
+DORA, MEFT = {"lora": {"r": 8, "dora": True}}, {"meft": {"r": 4096}}
 
 
 def case(model: str, patch: dict, rows: int, tokens: int, precision: str = "auto", **training: Any) -> dict[str, Any]:
@@ -47,6 +47,7 @@ CASES = [
     case(QWEN + "-deep", LORA, 4, 256, **AGAIN), case(QWEN + "-deep", FULL, 2, 256),
     case(ENCODER, PACA, 32, 128), case(ENCODER, LORA, 32, 128), case(ENCODER, FULL, 32, 128),
     case(ENCODER, ADAPTER, 16, 256), case(ENCODER, LORA, 16, 256, **AGAIN), case(ENCODER, FULL, 8, 64),
+    case(SMOL, MEFT, 4, 256), case(SMOL, MEFT, 8, 64), case(SMOL, MEFT, 4, 256, **AGAIN),
 ]  # fmt: skip
 QUICK = (0, 9, 16, 34)
 
