@@ -337,6 +337,5 @@ def lean_attention(module, query, key, value, attention_mask, dropout=0.0, scali
 
 def _autocast(tensor: Tensor) -> Tensor:
     """What autocast makes of an attention's input: rotated queries and keys of an fp32 base are fp32, values 16-bit."""
-    kind = tensor.device.type
-    cast = tensor.dtype == torch.float32 and torch.is_autocast_enabled(kind)
-    return tensor.to(torch.get_autocast_dtype(kind)) if cast else tensor
+    cast = tensor.dtype == torch.float32 and tensor.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return tensor.to(torch.get_autocast_dtype("cpu")) if cast else tensor
