@@ -214,6 +214,22 @@ def test_another_device_is_planned_from_here(folders):
         plan(Recipe(**{**vars(recipe), "budget": {"fast": "80%"}}))
 
 
+def test_rows_that_go_to_a_device_are_counted(folders):
+    """A layer's rows, of 2 x 64 numbers a pair: all of them while it computes, and those on their way ahead of it."""
+    fields = {"r": 64, "experts": 16, "probes": 4, "k": 8, "prefetch": "none"}
+    plain, ahead, wide = (
+        plan(recipe_of(folders("llama", torch.bfloat16), {"meft": {**fields, **more}}, place="cuda",
+                       budget={"fast": "24GiB"}))
+        for more in ({}, {"prefetch": "known"}, {"r": 4096, "experts": 1024})
+    )  # fmt: skip
+    layer = 64 * 2 * 64 * 4
+    assert ahead.fast_peak_bytes - plain.fast_peak_bytes == layer
+    assert wide.live_peak_bytes - plain.live_peak_bytes >= 63 * layer
+    assert plain.slow_bytes == 2 * 4 * (layer + 16 * 64 * 4), "values, moments and gradients of pairs and routers"
+    assert not any("a real step was run" in note for note in plain.notes)
+    assert [any("ahead of the pass" in note for note in made.notes) for made in (plain, ahead)] == [False, True]
+
+
 def test_what_cannot_be_traced_is_stepped_for_real(folders, monkeypatch):
     recipe = recipe_of(folders("llama", torch.bfloat16), {"paca": {"r": 4}})
     traced = plan(recipe)

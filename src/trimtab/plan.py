@@ -175,7 +175,6 @@ def plan(
 
     from .doctor import known_overhead, known_rates
     from .engine import arguments_class, training_arguments
-    from .memory.ahead import CARRIED
     from .memory.roofline import Stopwatch
     from .memory.tracer import highest
 
@@ -219,17 +218,16 @@ def plan(
     speed, read = _speed(watch, beside.pace, kinds, args.gradient_accumulation_steps, rows * tokens * filled, notes)
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
-    ahead = min(CARRIED, kinds.get(TABLES, 0)) if device.type != "cpu" else 0
-    if ahead:
-        notes.append(f"{gib(ahead)} of the overhead are room for rows that are copied ahead of the pass")
+    if watch.ahead:
+        notes.append(f"{gib(watch.ahead)} of the overhead are room for rows that are copied ahead of the pass")
     disk = None
     if slow_kind(place.slow, device) == "disk":
         if kinds.get(TABLES) and recipe.place.folder:
             require_folder(recipe.place.folder)
         disk = free_bytes(recipe.place.folder or recipe.output)
     return Plan(
-        kinds, phase, process, beside.of(_growth(kinds), watch.cast) + ahead, budget, machine, rows, tokens, counted,
-        speed, watch.trained, beside.pace, read, notes, disk,
+        kinds, phase, process, beside.of(_growth(kinds), watch.cast) + watch.ahead, budget, machine, rows, tokens,
+        counted, speed, watch.trained, beside.pace, read, notes, disk,
     )  # fmt: skip
 
 
@@ -254,7 +252,7 @@ def _real_step(
     if not weights_at_hand(recipe.model):
         raise why
     step = PlannedStep(recipe, args, None, real=True)
-    watch.trained, watch.cast, watch.notes = step.trained, step.autocast is not None, step.notes
+    step.tell(watch)
     return step.trace(rows, tokens, counted, watch.at(None))
 
 

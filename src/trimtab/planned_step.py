@@ -34,9 +34,9 @@ def peaks(
 
     whole = PlannedStep(recipe, args, None)
     watch = watch or Stopwatch(None)
-    watch.notes = whole.notes
+    whole.tell(watch)
     depth, period = len(anatomy.blocks(whole.model)[1]), whole.period()
-    watch.depth, watch.trained, watch.cast = depth, whole.trained, whole.autocast is not None
+    watch.depth = depth
     low = SHALLOW if period == 1 else period + depth % period
     shallow = (low, low + SHALLOW * period)
     if depth <= shallow[1]:
@@ -82,6 +82,11 @@ class PlannedStep:
         from .stores import row_numbers
 
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad) + row_numbers(self.surgeries)
+
+    def tell(self, watch: Any) -> None:
+        """What a stopwatch has to know of it (memory/roofline.py)."""
+        watch.trained, watch.cast, watch.notes = self.trained, self.autocast is not None, self.notes
+        watch.ahead = max((store.carried for surgery in self.surgeries for store in surgery.stores), default=0)
 
     @property
     def notes(self) -> list[str]:

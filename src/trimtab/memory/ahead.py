@@ -236,8 +236,11 @@ def _stop(work: _Work, pid: int) -> None:
 def read_ahead(stores: Iterable[Any], at_end: Callable[[Callable[[], None]], None]) -> bool:
     """Give those of the stores that need it one reader, which ends when what `at_end` is given is called.
 
-    -> whether there are any.
+    -> whether there are any. What may be on its way to a device is said to planned stores too.
     """
+    stores = list(stores)
+    for store in stores:
+        store.carried = 0 if store.in_place else min(CARRIED, store.rows * store.parts[VALUES].nbytes)
     far = [store for store in stores if store.far]
     if far:
         reader = Reader()

@@ -62,6 +62,7 @@ class TieredStore:
     ):
         self.name, self.rows, self.shape, self.slow, self.planned = name, rows, shape, slow, planned
         self.device = device or torch.device("cpu")
+        self._where = torch.device("cpu") if planned else self.device  # a plan is traced there, for whatever device
         self.parts, self.extent = layout(shape, dtype, moments)
         self.traffic = Traffic()
         self.grad_scale = 1.0  # what the pending gradients are multiplied by in the step (clipping)
@@ -69,6 +70,7 @@ class TieredStore:
         self.optimiser: Any = None  # what steps the rows, where they are trained; its state belongs to a checkpoint
         self.saved: tuple[int, int] | None = None  # the file after which the dirty set counts: device, inode
         self.reader: Reader | None = None  # reads rows ahead (ahead.py)
+        self.carried = 0  # bytes of rows on their way to the device at once, at most
         self._expected: Ask | None = None  # the rows that the next `fetch` is thought to need
         self._file: MappedFile | None = None
         self._pending: dict[int, None] = {}  # rows with a gradient, in the order of their first one
@@ -83,7 +85,7 @@ class TieredStore:
             self._table = self._file_table(folder, more) if slow == "disk" else self._ram_table(more)
             self._views = {kind: self._view(self._table, kind) for kind in self.parts}
         self.slots = min(rows, cache_bytes // self.extent)
-        self._cache = torch.zeros(0 if planned else self.slots, self.extent, dtype=torch.uint8, device=self.device)
+        self._cache = torch.zeros(0 if planned else self.slots, self.extent, dtype=torch.uint8, device=self._where)
         self._slots = {kind: self._view(self._cache, kind) for kind in self.parts}
         self._slot_of: OrderedDict[int, int] = OrderedDict()  # row -> slot, least recently used first
         self._unwritten: set[int] = set()  # rows whose slot is newer than the table
@@ -149,7 +151,8 @@ class TieredStore:
         `kinds`: the parts of the rows that will be touched; all that lie in a file are read from now on.
         """
         if self.planned:
-            return Rows(rows, self._table, {row: self._empty(VALUES) for row in rows})
+            brought = self._table if self.in_place else self._empty(VALUES, self.rows)  # at most
+            return Rows(rows, brought, {row: self._empty(VALUES) for row in rows})
         carried = self._meet(rows, kinds)
         if self.catch_up is not None:
             self.catch_up(rows)
@@ -168,7 +171,7 @@ class TieredStore:
 
     def _empty(self, kind: str, *many: int, device: Any = None) -> Tensor:
         part = self.parts[kind]
-        return torch.empty(*many, *part.shape, dtype=part.dtype, device=device or self.device)
+        return torch.empty(*many, *part.shape, dtype=part.dtype, device=device or self._where)
 
     def lying(self, rows: Sequence[int]) -> Rows:
         """The rows' numbers for the host's processor, each of `shape`: nothing is brought up."""
