@@ -6,7 +6,7 @@ after it. Nothing is recognised by a model's name: a module is replaced only if,
     RMSNorm    saves its input and one number per token, instead of several fp32 copies
     gated FFN  act(g) * u saves g and u, not act(g); with `recompute` it saves the FFN's input alone and multiplies by
                the gate and up weights once more in backward: 1/8 more work, three fifths of a block's activations less
-    attention  three batched products and a softmax in a 16-bit type, the weights' or autocast's, and again in backward:
+    attention  three batched products and a softmax in 16 bits (the weights' type or autocast's), again in backward:
                for the short sequences of fine-tuning on a CPU about twice as fast as the fused kernel. The scores are
                rounded to 16 bits before the softmax, as transformers' eager attention does. Long sequences, CUDA,
                inference, fp32, dropout and special kinds (sinks, soft caps) stay with transformers' SDPA.
