@@ -40,7 +40,7 @@ class Bench:
         try:
             found = child(command, timeout=LONGEST, through=self.through, threads=threads)
         except RuntimeError as error:
-            raise SystemExit(f"{job}: {error}") from None
+            raise SystemExit(str(error)) from None
         return self.kept.add(job, found)
 
     def each(self, do: Callable[[Any], Any], cases: Iterable[Any]) -> list[Any]:

@@ -40,7 +40,7 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
     import torch
     from transformers import TextStreamer
 
-    from .model.sampling import check_generation, prompt_ids, whole_head
+    from .model.sampling import check_generation, complete, prompt_ids
     from .runs import load_run
     from .stores import reading, said
 
@@ -59,15 +59,9 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
                 turns = list(first)
                 continue
             turns.append({"role": "user", "content": line})
-            ids = torch.tensor([prompt_ids(tokenizer, turns if tokenizer.chat_template else line)], device=model.device)
-            with torch.no_grad(), whole_head(model):
-                out = model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer,
-                    pad_token_id=tokenizer.pad_token_id, **settings,
-                )  # fmt: skip
-            turns.append(
-                {"role": "assistant", "content": tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)}
-            )
+            ids = torch.tensor([prompt_ids(tokenizer, turns if tokenizer.chat_template else line)])
+            reply = complete(model, tokenizer, ids, torch.ones_like(ids), streamer=streamer, **settings)[0]
+            turns.append({"role": "assistant", "content": tokenizer.decode(reply, skip_special_tokens=True)})
     if terminal and (found := reads()):
         print(said(found), file=sys.stderr)
 

@@ -110,14 +110,11 @@ class RowAdam:
             self.catch_up(rows)
             self.history.append(rates)
         self.steps += 1
-        if store.in_place:
-            self._step(rows, rates)
-        else:
-            by_device: dict[torch.device, list[int]] = {}  # hot rows lie on the accelerator
-            for row, held in zip(rows, store.each(VALUES, rows), strict=True):
-                by_device.setdefault(held.device, []).append(row)
-            for on_one in by_device.values():
-                self._step(on_one, rates)
+        by_device: dict[torch.device, list[int]] = {}  # hot rows may lie on an accelerator
+        for row, held in zip(rows, store.each(VALUES, rows), strict=True):
+            by_device.setdefault(held.device, []).append(row)
+        for on_one in by_device.values():
+            self._step(on_one, rates)
         rows = store.stepped()
         chosen = torch.tensor(rows, dtype=torch.int64)
         self.last[chosen], self.moved[chosen] = self.steps, True

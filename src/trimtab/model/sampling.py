@@ -38,22 +38,25 @@ def check_generation(values: dict[str, Any]) -> None:
             raise BadInput(f'generation: "{key}"', "transformers has no such setting", nearest(key, known))
 
 
-@contextlib.contextmanager
-def whole_head(model: PreTrainedModel) -> Iterator[None]:
-    """Until its end the head's input lies in one piece. transformers gives it a slice, each prompt's last position, of
-    which torch's linear on a CPU makes a product that takes 20 (one row) to 400 times as long in bf16 (docs/LOG.md)."""
-    head = model.get_output_embeddings()
-    hook = None
-    if head is not None:
-        hook = head.register_forward_pre_hook(lambda module, args: tuple(hidden.contiguous() for hidden in args))
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
-
-
 @torch.no_grad()
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor, **settings: Any
+) -> torch.Tensor:
+    """transformers' `generate`: prompts' ids and mask, (rows, tokens) -> the new ids, (rows, new tokens).
+
+    Meanwhile the head's input lies in one piece. transformers gives it a slice, each prompt's last position, of which
+    torch's linear on a CPU makes a product that takes 20 (one row) to 400 times as long in bf16 (docs/LOG.md).
+    """
+    head = model.get_output_embeddings()
+    in_one_piece = lambda module, args: tuple(hidden.contiguous() for hidden in args)  # noqa: E731
+    with contextlib.nullcontext() if head is None else head.register_forward_pre_hook(in_one_piece):
+        out = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=tokenizer.pad_token_id,
+            **settings,
+        )  # fmt: skip
+    return out[:, ids.shape[1] :]
+
+
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
     batch_size: int = 16, **settings: Any,
@@ -79,12 +82,7 @@ def sample(
             for row, i in enumerate(chosen):
                 batch[row, width - len(ids[i]) :] = torch.tensor(ids[i])
                 mask[row, width - len(ids[i]) :] = 1
-            with whole_head(model):
-                out = model.generate(
-                    input_ids=batch.to(model.device), attention_mask=mask.to(model.device),
-                    pad_token_id=tokenizer.pad_token_id, **settings,
-                )  # fmt: skip
-            for i, row in zip(chosen, out[:, width:], strict=True):
+            for i, row in zip(chosen, complete(model, tokenizer, batch, mask, **settings), strict=True):
                 answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
     finally:
         model.train(was_training)
