@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -305,7 +306,7 @@ def test_a_classifier_does_not_talk(call, world, tmp_path):
 
 def test_doctor_and_version(call, monkeypatch, tmp_path):
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
-    monkeypatch.setattr("trimtab.memory.measure.measure", lambda machine, folder: flat(machine=machine))
+    monkeypatch.setattr("trimtab.doctor.apart", lambda _, key: json.dumps(asdict(flat(machine=json.loads(key)))))
     held = Overhead(process=400 * 2**20, measured=True)
     monkeypatch.setattr("trimtab.calibrate.measure", lambda: held)
     assert call("version")[1].strip() == trimtab.__version__

@@ -7,15 +7,13 @@ the same verb as a user's, under the malloc that this process runs under.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .apart import apart
 from .memory.overhead import Overhead
 
 TOKENS, STEPS = 256, 7
@@ -41,22 +39,26 @@ PACED = 4  # rows from which a training says how fast steps are
 
 def measure() -> Overhead:
     """Less than two minutes, in processes one after the other; where one fails, what is not measured."""
-    environment = {**os.environ, "TRIMTAB_ALLOCATOR": "none", "HF_HUB_OFFLINE": "1"}
     points: dict[bool, list[tuple[int, int]]] = {False: [], True: []}  # by whether autocast was on
     processes, paces = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, training in enumerate(ALL):
-            command = [sys.executable, "-m", __name__, json.dumps(asdict(training)), f"{folder}/{number}"]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
+            told = json.dumps(asdict(training)), f"{folder}/{number}"
+            try:
+                said = apart(_run_here, *told, TRIMTAB_ALLOCATOR="none", HF_HUB_OFFLINE="1")
+            except RuntimeError:
                 return Overhead()
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = json.loads(said.splitlines()[-1])
             points[training.cast].append((round(found["tensors"]), round(found["held"])))
             processes.append(round(found["process"]))
             if training.rows >= PACED and found["expected"]:
                 paces.append(found["speed"] / found["expected"])
     pace = statistics.median(paces) if paces else Overhead.pace
     return Overhead.through(max(processes), points[False], points[True], pace)
+
+
+def _run_here(training: str, folder: str) -> None:
+    print(json.dumps(run(Training(**json.loads(training)), Path(folder))))
 
 
 def run(training: Training, folder: Path) -> dict[str, float]:
@@ -102,7 +104,3 @@ def _make(folder: Path) -> None:
     (folder / "text.jsonl").write_text(
         (json.dumps(row) + "\n") * max(t.rows for t in ALL) * (STEPS + 2), encoding="utf-8"
     )
-
-
-if __name__ == "__main__":
-    print(json.dumps(run(Training(**json.loads(sys.argv[1])), Path(sys.argv[2]))))

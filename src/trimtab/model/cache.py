@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..apart import apart
 from ..errors import BadInput, nearest
 
 Say = Callable[[str], None]
@@ -256,23 +257,21 @@ def _convert(gguf: Path, folder: Path) -> None:
     In a process of its own: the conversion holds the whole model several times over, and what an allocator once took
     for that would count as this process's memory from then on.
     """
-    command = [sys.executable, "-c", f"from {__name__} import _convert_here as c; c()", str(gguf), str(folder)]
-    paths = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise BadInput(f"convert {gguf}", f"it cannot be read ({said[-1][:300]})", "Fetch the file again")
+    try:
+        apart(_convert_here, str(gguf), str(folder))
+    except RuntimeError as error:
+        raise BadInput(f"convert {gguf}", f"it cannot be read ({str(error)[:300]})", "Fetch the file again") from None
 
 
-def _convert_here() -> None:
+def _convert_here(gguf: str, folder: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    gguf, folder = map(Path, sys.argv[1:])
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    beside, name = Path(gguf).parent, Path(gguf).name
+    tokenizer = AutoTokenizer.from_pretrained(beside, gguf_file=name)
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
+        beside,
+        gguf_file=name,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),  # else save_pretrained takes the model for quantised
     )

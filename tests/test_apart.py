@@ -1,0 +1,33 @@
+"""Work in a process of its own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from trimtab.apart import apart
+
+
+def tell(*words: str) -> None:
+    print(os.getpid(), os.environ.get("TREE"), *words)
+
+
+def fail(why: str) -> None:
+    raise ValueError(why)
+
+
+def die(code: str) -> None:
+    os._exit(int(code))
+
+
+def test_it_runs_elsewhere_and_what_it_prints_comes_back():
+    process, tree, *words = apart(tell, "a lake", "two", TREE="oak").split(maxsplit=2)
+    assert int(process) != os.getpid() and (tree, words) == ("oak", ["a lake two\n"])
+    assert "TREE" not in os.environ
+
+
+@pytest.mark.parametrize(("work", "told", "said"), [(fail, "no lake", "ValueError: no lake"), (die, "7", "code 7")])
+def test_what_fails_there_is_said_here(work, told, said):
+    with pytest.raises(RuntimeError, match=said):
+        apart(work, told)
