@@ -46,7 +46,7 @@ SETS = {  # by recipe
 }  # fmt: skip
 SIDES = {  # patch, its fields, learning rates
     "LoRA r 16": ("lora", {"r": 16}, (1e-3, 2e-3)),
-    "Parallel Adapter r 1600": ("parallel_adapter", {"r": 1600, "scale": 64.0}, (2.5e-4, 5e-4)),
+    "Parallel Adapter r 1600": ("parallel_adapter", {"r": 1600, "scale": 64.0}, (3.2e-5, 6.5e-5)),
     "MEFT r 1600": ("meft", {"r": 1600}, (2.5e-4, 5e-4)),
 }
 FURTHER = 2  # from the best rate to the next one that is tried, where the best was at an end
