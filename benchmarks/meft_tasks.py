@@ -182,6 +182,7 @@ NOTES = [
     "The rows of each set are a part of the original ones, and steps are few: the figures compare methods, not papers. "
     + " ".join(f"{name}: {of.steps} steps of {of.batch} rows." for name, of in SETS.items()),
     "Standard error of a share p of n questions: sqrt(p (1 - p) / n), 7 points at most for 48 questions, 4 for 200.",
+    "contains: the base replies at length, and so names an answer more often than it gives one (exact_match).",
     "summary: points of `contains` (nq, squad), `set_iou` (toolbench) and `final_number` (gsm8k).",
     "growth: anonymous memory of the process over the loaded model, by trimtab's meter.",
 ]
