@@ -66,7 +66,7 @@ def measured_rates(device: str = "auto", fresh: bool = False) -> Rates:
     """The rates that are kept, or those measured now and kept. The disk is that of the cache folder."""
     if not fresh and (known := known_rates(device)) is not None:
         return known
-    found = Rates(**json.loads(apart(_measure_here, json.dumps(_key(device)))))
+    found = Rates(**json.loads(apart(_measure_here, json.dumps(_key(device))).splitlines()[-1]))
     rates.save(found, cache_root())
     return found
 
