@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,18 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 
-def apart(work: Callable[..., Any], *arguments: str, **environment: str) -> str:
-    """What `work(*arguments)`, a function at the top of a module, prints in a fresh interpreter, which imports from
-    where this one does and has `environment` beside this one's.
+def apart(work: Callable[..., Any], *arguments: Any, **environment: str) -> Any:
+    """What `work(*arguments)`, a function at the top of a module, gives in a fresh interpreter, which imports from
+    where this one does and has `environment` beside this one's. Arguments and result go as JSON.
 
     Raises RuntimeError with the last line that it said where it fails.
     """
-    code = f"import sys; from {work.__module__} import {work.__name__} as work; work(*sys.argv[1:])"
+    code = f"import json, sys; from {work.__module__} import {work.__name__} as work; "
+    code += "print(json.dumps(work(*json.loads(sys.argv[1]))))"
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        [sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True, stdin=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": paths, **environment},
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    return done.stdout
+    return json.loads(done.stdout.splitlines()[-1])  # the lines before it are what `work` printed

@@ -5,7 +5,6 @@ The rates are measured once (about ten seconds) and kept (memory/rates.py); plan
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -66,21 +65,20 @@ def measured_rates(device: str = "auto", fresh: bool = False) -> Rates:
     """The rates that are kept, or those measured now and kept. The disk is that of the cache folder."""
     if not fresh and (known := known_rates(device)) is not None:
         return known
-    found = Rates(**json.loads(apart(_measure_here, json.dumps(_key(device))).splitlines()[-1]))
+    found = Rates(**apart(_measure_here, _key(device)))
     rates.save(found, cache_root())
     return found
 
 
-def _measure_here(key: str) -> None:
+def _measure_here(machine: dict[str, Any]) -> dict[str, Any]:
     """Apart, for what the products leave in an allocator would count against the budget of the run that asks."""
     import torch
 
     from .memory.measure import measure
 
-    machine = json.loads(key)
     torch.set_num_threads(machine["threads"])
     with hushed():
-        print(json.dumps(asdict(measure(machine, cache_root()))))
+        return asdict(measure(machine, cache_root()))
 
 
 def known_overhead() -> Overhead:
