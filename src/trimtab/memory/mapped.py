@@ -18,7 +18,6 @@ from ..errors import BadInput, DoesNotFit
 from .budget import free_bytes, gib, nearest_folder, room
 
 RAM = ("tmpfs", "ramfs")  # file systems
-FIXED = ("tmpfs", "ext2", "ext3", "ext4", "xfs")  # file systems where reserved space is written to where it lies
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # by the file system, of posix_fallocate
 ZEROS = 2**24  # bytes that are written at a time
@@ -57,31 +56,24 @@ def require_folder(folder: str) -> None:
 
 def in_ram(folder: str | Path) -> bool:
     """Whether files in `folder` (or the nearest folder above it) lie in RAM: a file there saves no memory."""
-    return _file_system(os.stat(nearest_folder(folder)).st_dev) in RAM
-
-
-def _file_system(number: int) -> str:
-    """The kind of the file system on device `number`; "" where that is not known."""
+    number = os.stat(nearest_folder(folder)).st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
     try:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # a system without it
-        return ""
-    kinds = [line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == device]
-    return kinds[0] if kinds else ""
+        return False
+    return any(line.split()[2] == device and line.partition(" - ")[2].split()[0] in RAM for line in mounts)
 
 
 class MappedFile:
     """`size` bytes of an open file, mapped to be read, and written through a descriptor of its own.
 
-    A write through the mapping costs a fault for each page that the kernel has written back since (measured:
-    docs/LOG.md); both see the same pages. Where the disk has no room it ends the process, so it is left alone unless
-    the file is `fixed`: its space was reserved, and a write takes no other.
+    A write through the mapping would cost a fault for each page that the kernel has written back since (measured:
+    docs/LOG.md); both see the same pages.
     """
 
     def __init__(self, descriptor: int, size: int):
         self.map = mmap.mmap(descriptor, size)
-        self.fixed = _file_system(os.fstat(descriptor).st_dev) in FIXED
         self._descriptor = os.dup(descriptor)
         weakref.finalize(self, os.close, self._descriptor)
 

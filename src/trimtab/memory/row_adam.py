@@ -19,9 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +27,11 @@ from torch import Tensor
 from ..errors import BadInput
 from . import moments
 from .store import GRADS, VALUES, M, TieredStore, V
-from .trial import Trial
 
 MODES = ("lazy", "exact")
 FORGOTTEN = 1e-10  # share of its momentum below which a row is no longer moved by it
 SMALL = 8 * 1024  # bytes of a row's numbers
 PIECE = 2**20  # bytes of rows that are copied at once
-COPIES, MAPPED = 0, 1  # how rows of a file step: as copies that are written back, or where they are mapped
-ALIKE = 64  # numbers of a row: of a multiple, both ways compute the same bits (vectors of the processor, whole)
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,6 @@ class RowAdam:
         self.last = torch.zeros(store.rows, dtype=torch.int32)  # the step that each row has come to
         self.moved = torch.zeros(store.rows, dtype=torch.bool)  # rows with a momentum
         self.history: list[Rates] = []  # of each step; kept where steps are made up
-        self.trial = Trial()
         store.optimiser = self
         if mode == "exact":
             store.catch_up = self.catch_up
@@ -93,7 +87,7 @@ class RowAdam:
     @property
     def copies(self) -> bool:
         """Whether rows step as copies, a piece at a time: small ones, whose views cost more than that, and those of a
-        file, which is written to in pieces (or where it is mapped, where that is quicker)."""
+        file, which is written to in pieces."""
         store = self.store
         small = store.parts[VALUES].nbytes <= SMALL
         return not moments.narrow(store) and (small or store.slow == "disk")
@@ -146,28 +140,10 @@ class RowAdam:
         elif not self.copies:
             fused(*(list(store.each(kind, rows)) for kind in (VALUES, GRADS, M, V)), [], [step] * len(rows))
         else:
-            with self.trial.round(len(rows)) if self._either else nullcontext(COPIES) as way:
-                self._step_mapped(rows, fused, step) if way == MAPPED else self._step_copies(rows, fused, step)
-
-    @property
-    def _either(self) -> bool:
-        """Whether rows of a file may step where they are mapped as well, to the same bits."""
-        return self.store.fixed and math.prod(self.store.shape) % ALIKE == 0
-
-    def _step_copies(self, rows: list[int], fused: Any, step: Tensor) -> None:
-        for part in self._pieces(rows):
-            copies = {kind: self.store.gather(kind, part) for kind in (VALUES, GRADS, M, V)}
-            fused(*([copy] for copy in copies.values()), [], [step])
-            self.store.write(part, {kind: copies[kind] for kind in (VALUES, M, V)})
-
-    def _step_mapped(self, rows: list[int], fused: Any, step: Tensor) -> None:
-        values, m, v = (self._pieces(list(self.store.each(kind, rows))) for kind in (VALUES, M, V))
-        for part, *held in zip(self._pieces(rows), values, m, v, strict=True):
-            held.insert(1, list(self.store.gather(GRADS, part)))  # copies: the step writes to them what is clipped
-            fused(*held, [], [step] * len(part))
-
-    def _pieces(self, rows: list[Any]) -> list[list[Any]]:
-        return [rows[at : at + self._piece] for at in range(0, len(rows), self._piece)]
+            for part in (rows[at : at + self._piece] for at in range(0, len(rows), self._piece)):
+                copies = {kind: store.gather(kind, part) for kind in (VALUES, GRADS, M, V)}
+                fused(*([copy] for copy in copies.values()), [], [step])
+                store.write(part, {kind: copies[kind] for kind in (VALUES, M, V)})
 
     @torch.no_grad()
     def catch_up(self, rows: Sequence[int] | None = None) -> None:

@@ -84,7 +84,6 @@ class TieredStore:
         else:
             self._table = self._file_table(folder, more) if slow == "disk" else self._ram_table(more)
             self._views = {kind: self._view(self._table, kind) for kind in self.parts}
-        self.fixed = self._file is not None and self._file.fixed  # may be written to where it is mapped
         self.slots = min(rows, cache_bytes // self.extent)
         self._cache = torch.zeros(0 if planned else self.slots, self.extent, dtype=torch.uint8, device=self._where)
         self._slots = {kind: self._view(self._cache, kind) for kind in self.parts}
@@ -95,7 +94,8 @@ class TieredStore:
 
     def _ram_table(self, more: int) -> Tensor:
         require_memory(self.rows * self.extent * (1 + more), f"{1 + more} tables of {self.rows} rows")
-        return torch.zeros(self.rows, self.extent, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        pinned = self.device.type == "cuda"
+        return torch.zeros(self.rows, self.extent, dtype=torch.uint8, pin_memory=pinned)
 
     def _file_table(self, folder: str | None, more: int) -> Tensor:
         size = self.rows * self.extent
