@@ -52,6 +52,16 @@ def test_rates_by_factors_of_two(tmp_path, monkeypatch, search, best, tried):
     assert all(job["fields"] == {"r": 2} and job["apart"] and job["facts"] == 9 for _, job in asked)
 
 
+@pytest.mark.parametrize("recall,fast,taken", [(0.9, 7, True), (0.9, 8, False), (0.8, 7, False)])
+def test_more_pairs_only_where_they_pay_and_fit(tmp_path, monkeypatch, recall, fast, taken):
+    bench = knowledge.Bench("real", tmp_path, tmp_path / "kept")
+    monkeypatch.setattr(bench, "run", lambda do, **job: {"recall": recall, "fast": fast})
+    meft = knowledge.Side("MEFT", "meft", {"r": 64, "k": 8}, 1e-3, recall=0.8, fast=5)
+    side = bench.wider(meft, {"k": 16, "probes": 4}, room=7, facts=9, apart=True)
+    assert side.fields == ({"r": 64, "k": 16, "probes": 4} if taken else {"r": 64, "k": 8})
+    assert (side.rate, side.name, side.patch) == (1e-3, "MEFT", "meft")
+
+
 def test_a_training_is_run_once_and_kept(tmp_path):
     """The trainings run through a script that notes each and answers with its rate, or fails where that is 0."""
     script, kept, noted = tmp_path / "train.py", tmp_path / "kept.jsonl", tmp_path / "noted"
