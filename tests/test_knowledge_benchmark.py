@@ -52,14 +52,23 @@ def test_rates_by_factors_of_two(tmp_path, monkeypatch, search, best, tried):
     assert all(job["fields"] == {"r": 2} and job["apart"] and job["facts"] == 9 for _, job in asked)
 
 
-@pytest.mark.parametrize("recall,fast,taken", [(0.9, 7, True), (0.9, 8, False), (0.8, 7, False)])
-def test_more_pairs_only_where_they_pay_and_fit(tmp_path, monkeypatch, recall, fast, taken):
+@pytest.mark.parametrize("recall", [0.9, 0.8])
+def test_more_pairs_where_they_pay_and_memory_for_the_others(tmp_path, monkeypatch, recall):
+    """A peer's r is a tenth of its budget here."""
     bench = knowledge.Bench("real", tmp_path, tmp_path / "kept")
-    monkeypatch.setattr(bench, "run", lambda do, **job: {"recall": recall, "fast": fast})
-    meft = knowledge.Side("MEFT", "meft", {"r": 64, "k": 8}, 1e-3, recall=0.8, fast=5)
-    side = bench.wider(meft, {"k": 16, "probes": 4}, room=7, facts=9, apart=True)
-    assert side.fields == ({"r": 64, "k": 16, "probes": 4} if taken else {"r": 64, "k": 8})
-    assert (side.rate, side.name, side.patch) == (1e-3, "MEFT", "meft")
+    monkeypatch.setattr(bench, "run", lambda do, **job: {"r": job["budget"] // 10} if do == "fit" else
+                        {"recall": recall, "fast": 200})  # fmt: skip
+    meft, full = knowledge.Side("MEFT", "meft", {"r": 64, "k": 8}, 1e-3, 0.8, 100), knowledge.Side("F", "full", {})
+    lora = knowledge.Side("LoRA", "lora", {"rslora": True, "r": 10}, 2e-3)
+    wide = bench.wider(meft, {"k": 16, "probes": 4}, facts=9, apart=True)
+    assert (wide is meft) == (recall == 0.8)
+    sides = knowledge.grown(bench, wide, [meft, lora, full])
+    if wide is meft:
+        assert sides == [meft, lora, full]
+    else:
+        assert (wide.fields, wide.rate, wide.fast) == ({"r": 64, "k": 16, "probes": 4}, 1e-3, 200)
+        assert sides[0] is wide and sides[2] is full
+        assert (sides[1].fields, sides[1].rate, sides[1].patch) == ({"rslora": True, "r": 21}, 2e-3, "lora")
 
 
 def test_a_training_is_run_once_and_kept(tmp_path):
