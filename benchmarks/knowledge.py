@@ -217,18 +217,12 @@ def real(bench: Bench, quick: bool, facts: int) -> dict[str, Any]:
 
 
 def grown(bench: Bench, meft: Side, sides: list[Side]) -> list[Side]:
-    """`sides` with `meft` for the first one: if it takes more fast memory, the others get as much, at their rates."""
+    """`sides` with `meft` for the first one: if it is another, the rest get its fast memory, at their rates."""
     if meft is sides[0]:
         return sides
-
-    def fitted(side: Side) -> Side:
-        if side.patch == "full":
-            return side
-        fields = {key: value for key, value in side.fields.items() if key != "r"}
-        r = bench.run("fit", patch=side.patch, fields=fields, budget=int(meft.fast * ROOM))["r"]
-        return Side(side.name, side.patch, {**fields, "r": r}, side.rate, side.recall)
-
-    return [meft, *bench.each(fitted, sides[1:])]
+    budget = int(meft.fast * ROOM)
+    fit = lambda side: side if side.patch == "full" else bench.fitted(side, budget)  # noqa: E731
+    return [meft, *bench.each(fit, sides[1:])]
 
 
 def router(bench: Bench, quick: bool) -> dict[str, Any]:
@@ -289,7 +283,8 @@ NOTES = [
     f"Real facts: forms are chosen on {TUNED} facts, with a first rate; rates on 1,000 facts set apart, by factors of "
     "two, in as many steps as are tested; for 4,000 they are halved, on as many, for as long as more is recalled.",
     "For 4,000 facts MEFT tries 112 pairs of 14 experts for each token, at the rate that it has; the others get the "
-    "fast memory that this takes, and 5 % more as before.",
+    "fast memory that this takes, and 5 % more as before. It came in after 64 pairs of 8 experts, tested with the same "
+    "seeds, had been 1.3 points behind PaCA.",
 ]
 
 

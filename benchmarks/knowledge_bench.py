@@ -79,6 +79,12 @@ class Bench:
         found = self.best(Side(side.name, side.patch, {**side.fields, **fields}), (side.rate,), **job)
         return found if found.recall > side.recall else side
 
+    def fitted(self, side: Side, budget: int) -> Side:
+        """`side` at the least r of which the fast memory is `budget` bytes or more."""
+        fields = {key: value for key, value in side.fields.items() if key != "r"}
+        r = self.run("fit", patch=side.patch, fields=fields, budget=budget)["r"]
+        return Side(side.name, side.patch, {**fields, "r": r}, side.rate, side.recall)
+
 
 def half(rate: float) -> float:
     return float(f"{rate / 2:.2g}")
@@ -104,12 +110,11 @@ class Side:
 def peers(bench: Bench, budget: int, tried: list[tuple[str, str, Job, tuple[float, ...], Job]]) -> list[Side]:
     """Each at the least r that takes the budget, and at its best rate; r is the field that they have in common."""
 
-    def fitted(case: tuple[str, str, Job, tuple[float, ...], Job]) -> Side:
+    def best(case: tuple[str, str, Job, tuple[float, ...], Job]) -> Side:
         name, patch, fields, rates, job = case
-        r = bench.run("fit", patch=patch, fields=fields, budget=budget)["r"]
-        return bench.best(Side(name, patch, {**fields, "r": r}), rates, **job)
+        return bench.best(bench.fitted(Side(name, patch, fields), budget), rates, **job)
 
-    return bench.each(fitted, tried)
+    return bench.each(best, tried)
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
