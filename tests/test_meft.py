@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from conftest import MODELS, logits, tiny_batch
@@ -42,16 +45,25 @@ def tables(made: Adapter) -> tuple[Tensor, Tensor, Tensor]:
 def naive_per_token(h: Tensor, y: Tensor, made: Adapter, keys: Tensor, values: Tensor, router: Tensor) -> Tensor:
     """Token by token and pair by pair, from the equations."""
     patch, block = made.patch, made.store.shape[0]
-    out = []
+    out, allowed = [], common(h.detach().reshape(-1, h.shape[-1]), router, patch)
     for h_D, y_D in zip(h.reshape(-1, h.shape[-1]), y.reshape(-1, h.shape[-1]), strict=True):
         logits_N = router @ h_D
-        probed = logits_N.topk(min(patch.probes, len(router))).indices.tolist()
+        probed = sorted(allowed, key=lambda e: -logits_N[e].item())[: patch.probes]
         gates = torch.softmax(logits_N[probed], 0) * len(probed) if patch.router == "gate" else torch.ones(len(probed))
         pairs = [(e * block + b, gates[p]) for p, e in enumerate(probed) for b in range(block)]
         fired = [(g * (keys[i] @ h_D)).relu() for i, g in pairs]
         best = sorted(range(len(pairs)), key=lambda c: -fired[c].item())[: patch.k]
         out.append(y_D + patch.scale * sum((fired[c] * values[pairs[c][0]] for c in best), torch.zeros_like(h_D)))
     return torch.stack(out).view(y.shape)
+
+
+def common(h: Tensor, router: Tensor, patch: Meft) -> list[int]:
+    """The experts that tokens may probe: all, or the `cap` that most tokens want."""
+    wants = [(router @ h_D).topk(min(patch.probes, len(router))).indices.tolist() for h_D in h]
+    wanted = Counter(expert for of in wants for expert in of)
+    if not 0 < patch.cap < len(wanted):
+        return list(range(len(router)))
+    return sorted(range(len(router)), key=lambda expert: (-wanted[expert], expert))[: patch.cap]
 
 
 def naive_union(h: Tensor, y: Tensor, made: Adapter, keys: Tensor, values: Tensor, router: Tensor) -> Tensor:
@@ -79,6 +91,7 @@ LAYERS = {
     "gate": {"r": 24, "experts": 6, "probes": 2, "k": 3},
     "gate, all candidates": {"r": 24, "experts": 6, "probes": 3, "k": 64, "scale": 1.5},
     "fixed": {"r": 24, "experts": 6, "probes": 2, "k": 3, "router": "fixed"},
+    "capped": {"r": 24, "experts": 8, "probes": 2, "k": 3, "cap": 3},
     "one pair each": {"r": 12, "experts": 12, "probes": 4, "k": 2, "router": "centroid"},
     "union": {"r": 24, "experts": 6, "probes": 2, "k": 3, "semantics": "union", "router": "fixed", "scale": 0.5},
 }
@@ -167,7 +180,24 @@ def test_a_tokens_output_does_not_depend_on_its_batch():
         assert torch.allclose(alone[0], together[row, :length], atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", [{}, {"semantics": "union", "router": "centroid"}, {"moments": "bf16"},
+@pytest.mark.parametrize("semantics", ["per_token", "union"])
+def test_a_cap_bounds_what_training_brings_up_and_nothing_else(semantics):
+    """In a pass of many tokens; few tokens probe what they want, and with the model in evaluation all do."""
+    router = {"semantics": semantics, "router": "gate" if semantics == "per_token" else "fixed"}
+    free, made = (adapter(r=96, experts=24, probes=4, k=6, cap=cap, **router) for cap in (0, 6))
+    h = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(3))
+    for each in (free, made):
+        each(h, h).sum().backward()
+    assert len(free.store.pending()) > 12 and 4 <= len(made.store.pending()) <= 6
+    assert made.store.traffic.misses <= 3 * 6 and made.which.probed(h) == made.which.route(h)[0].unique().tolist()
+    assert torch.equal(made(h[:1], h[:1]), free(h[:1], h[:1])), "a token alone wants no more than the cap"
+    assert not torch.allclose(made(h, h), free(h, h), atol=1e-3)
+    for each in (free, made):
+        each.eval()
+    assert torch.equal(made(h, h), free(h, h))
+
+
+@pytest.mark.parametrize("fields", [{}, {"semantics": "union", "router": "centroid"}, {"cap": 3}, {"moments": "bf16"},
                                     {"adam": "exact"}, {"balance": 0.1, "revive": 3}], ids=str)  # fmt: skip
 def test_ram_file_and_hot_slots_are_the_same_bit_for_bit(fields):
     ends = []
@@ -298,7 +328,7 @@ def test_the_store_survives_casts_and_moves(dtype):
     surgery = Meft(r=64).apply(model, PLACE)
     train(model, surgery, 3)
     rows = {name: made.store.whole(VALUES).clone() for name, made in surgery.adapters.items()}
-    model.to(dtype).to("cpu")
+    model = Accelerator(cpu=True).prepare(model.to(dtype).to("cpu"))
     batch = tiny_batch(model)
     assert logits(model, batch).isfinite().all()
     assert all(torch.equal(made.store.whole(VALUES), rows[name]) for name, made in surgery.adapters.items())
@@ -306,6 +336,7 @@ def test_the_store_survives_casts_and_moves(dtype):
 
 NAN, INF = float("nan"), float("inf")
 MISFITS = [{"r": 0}, {"probes": 0}, {"k": 0}, {"experts": 9, "r": 8}, {"router": "gates"}, {"adam": "fast"},
+           {"cap": 7, "probes": 8}, {"cap": -1},
            {"semantics": "union"}, {"moments": "int3"}, {"prefetch": "all"}, {"cache": -1.0}, {"revive": -1},
            *({"scale": x} for x in (0.0, -1.0, NAN, INF)), *({"balance": x} for x in (-1.0, NAN, INF)),
            {"cache": NAN}, {"cache": INF}]  # fmt: skip

@@ -71,6 +71,16 @@ def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, plac
     assert traced(recipe, real=False)[1] < 0.75 * seconds
 
 
+def test_no_more_experts_are_expected_at_work_than_the_cap(folders, monkeypatch):  # noqa: F811
+    """A pass of which 6 experts are expected takes as long as one that is capped at 6, whatever is expected."""
+    seconds = []
+    for cap, expected in ((0, 6.0), (6, 60.0), (0, 60.0)):
+        monkeypatch.setattr(experts, "touched", lambda *asked, many=expected: many)
+        recipe = recipe_of(folders("llama", torch.float32), {"meft": {**MEFT, "cap": cap}})
+        seconds.append(traced(recipe, real=False)[1])
+    assert seconds[0] == pytest.approx(seconds[1], rel=1e-6) and seconds[2] > 1.2 * seconds[1]
+
+
 def test_rows_step_once_for_accumulated_micro_batches(folders):  # noqa: F811
     once, twice = (
         plan(recipe_of(folders("llama", torch.float32), {"meft": MEFT}, training=training), process=0, rates=flat())

@@ -162,12 +162,12 @@ class PlannedStep:
         of the whole step are not."""
         from .memory.extent import VALUES
         from .memory.roofline import OPTIMISER, row_update
-        from .model.experts import touched
+        from .model.experts import at_work
 
         tokens, probes = store.asked
         clock.known = clock.known and bool(tokens) and store.optimiser.plain
         if tokens:
-            many = touched(store.rows, tokens * self.args.gradient_accumulation_steps, probes)
+            many = at_work(store, tokens, probes, self.args.gradient_accumulation_steps)
             size = store.parts[VALUES].nbytes
             clock.spend(row_update(clock.rates, size, many, store.optimiser.copies), OPTIMISER)
             clock.dirty += many * store.extent if store.slow == "disk" else 0.0

@@ -47,20 +47,12 @@ class TieredStore:
 
     def __init__(
         self,
-        name: str,
-        rows: int,
-        shape: tuple[int, ...],
-        *,
-        slow: str = "ram",
-        folder: str | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-        moments: torch.dtype | None = torch.float32,
-        cache_bytes: int = 0,
-        planned: bool = False,
-        more: int = 0,
-    ):
+        name: str, rows: int, shape: tuple[int, ...], *, slow: str = "ram", folder: str | None = None,
+        device: torch.device | None = None, dtype: torch.dtype = torch.float32,
+        moments: torch.dtype | None = torch.float32, cache_bytes: int = 0, planned: bool = False, more: int = 0,
+    ):  # fmt: skip
         self.name, self.rows, self.shape, self.slow, self.planned = name, rows, shape, slow, planned
+        self.most = rows  # that a pass in training brings up
         self.device = device or torch.device("cpu")
         self._where = torch.device("cpu") if planned else self.device  # a plan is traced there, for whatever device
         self.parts, self.extent = layout(shape, dtype, moments)

@@ -16,6 +16,8 @@ brought up, and of their keys the K that match a token best add their values to 
 What differs from the paper, and why:
 - `per_token` (default): a token sees its own pairs S_t, so that its output does not hang on what shares its batch.
   `union` is the paper's algorithm 1, where each token sees the pairs of all tokens.
+- `cap`, where it is asked for, bounds the experts that a pass in training brings up: of those that its tokens would
+  probe the most wanted, and each token probes the best of these. While it trains, a token then hangs on its batch.
 - Algorithm 1 gives the router no gradient. `gate` (default) multiplies each probed expert's scores by n_p times its
   share in a softmax over the probed ones: 1 on average, never negative (the authors' simulation multiplies by p itself,
   so that a negative score of a rejected expert fires). `centroid` sets W_g to the mean keys after each step, `fixed`
@@ -63,7 +65,7 @@ MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
            "moments": tuple(MOMENTS), "prefetch": ("guess", "known", "none"),
            "retrieval": ("fast", "slow")}  # fmt: skip
-LEAST = {"r": 1, "probes": 1, "k": 1, "balance": 0, "revive": 0, "cache": 0}
+LEAST = {"r": 1, "probes": 1, "k": 1, "cap": 0, "balance": 0, "revive": 0, "cache": 0}
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Meft(Patch):
     semantics: str = "per_token"  # or "union" (algorithm 1)
     router: str = "gate"  # how W_g is trained: "gate", "centroid" or "fixed"
     scale: float = 64.0  # s: values learn s times as fast as keys; 1 in the paper
+    cap: int = 0  # experts of a layer that a pass in training brings up at most; 0: all that are probed (the paper)
     balance: float = 0.0  # how far an expert's bias moves a step towards an equal load; 0: not at all (the paper)
     revive: int = 0  # steps after which an expert that no token probed is drawn anew; 0: never (the paper)
     adam: str = "lazy"  # rows without a gradient: left alone ("lazy"), or moved as dense Adam would ("exact")
@@ -153,6 +156,9 @@ class Meft(Patch):
         if self.semantics == "union" and self.router == "gate":
             raise BadInput("meft: semantics: union with router: gate", "algorithm 1 has no gate: a token sees pairs of "
                            "experts that it did not probe", "Say router: centroid")  # fmt: skip
+        if 0 < self.cap < self.probes:
+            raise BadInput(f"meft: cap: {self.cap}", f"each token probes {self.probes} experts",
+                           f"Say cap: {self.probes} or more")  # fmt: skip
         if self.experts is not None and not 1 <= self.experts <= self.r:
             raise BadInput(f"meft: experts: {self.experts}", f"there are {self.r} pairs", "Say fewer, or none at all")
         if self.experts:
@@ -210,7 +216,7 @@ class Adapter(RowPatch):
         self.patch, self.store, self.width = patch, store, store.shape[1] // 2
         self.which = Router(
             store, routers, probes=patch.probes, gate=patch.router == "gate", centroids=patch.router == "centroid",
-            balance=patch.balance, revive=patch.revive, seed=patch.seed,
+            cap=patch.cap, balance=patch.balance, revive=patch.revive, seed=patch.seed,
         )  # fmt: skip
         self.stores = self.which.stores
         for table in self.stores:

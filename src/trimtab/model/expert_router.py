@@ -23,18 +23,20 @@ REVIVED = 8  # dead experts of a layer that one step revives, at most
 class Router(nn.Module):
     """`table`: the rows of a trained router, one an expert; without one it stays as drawn, or follows the `centroids`.
 
-    `gate`: probed experts are weighted. `balance`, `revive`: as the fields of methods/meft.py. Its tensors are part of
-    what is saved: `router`, unless the table holds it, `bias` and `probed_at`.
+    `gate`: probed experts are weighted. `cap`, `balance`, `revive`: as the fields of methods/meft.py. Its tensors are
+    part of what is saved: `router`, unless the table holds it, `bias` and `probed_at`.
     """
 
     def __init__(
         self, store: TieredStore, table: TieredStore | None, *, probes: int, gate: bool, centroids: bool = False,
-        balance: float = 0.0, revive: int = 0, seed: int = 0,
+        cap: int = 0, balance: float = 0.0, revive: int = 0, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.store, self.table, self.gate, self.centroids = store, table, gate, centroids
         self.stores = [store] if table is None else [store, table]
         self.probes, self.balance, self.revive, self.seed = min(probes, store.rows), balance, revive, seed
+        for each in self.stores:
+            each.most = min(cap or each.rows, each.rows)
         rows, device = store.rows, torch.device("meta") if store.planned else store.device
         self.register_buffer("router", torch.empty(rows, store.shape[1] // 2, device=device), persistent=table is None)
         self.register_buffer("bias", torch.zeros(rows, device=device) if balance else None)
@@ -74,7 +76,7 @@ class Router(nn.Module):
     def route(self, h_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """-> the experts probed, (T, P), and their gates (T, P) or None."""
         logits_TN = h_TD @ self.router.to(h_TD.dtype).T
-        probed_TP = self._biased(logits_TN).topk(self.probes, sorted=False).indices
+        probed_TP = self._best(logits_TN)
         if self.load is not None and self.training and not self.store.planned:
             self.load += torch.bincount(probed_TP.flatten(), minlength=self.store.rows).cpu()
             served_X, worst_X = logits_TN.amax(1).topk(min(REVIVED, len(h_TD)), largest=False)
@@ -85,11 +87,19 @@ class Router(nn.Module):
 
     def probed(self, h_TD: Tensor) -> list[int]:
         """The experts that any of these tokens would probe."""
-        logits_TN = h_TD @ self.router.to(h_TD.dtype).T
-        return self._biased(logits_TN).topk(self.probes, sorted=False).indices.unique().tolist()
+        return self._best(h_TD @ self.router.to(h_TD.dtype).T).unique().tolist()
 
-    def _biased(self, logits_TN: Tensor) -> Tensor:
-        return logits_TN if self.bias is None else logits_TN + self.bias.to(logits_TN.dtype)
+    def _best(self, logits_TN: Tensor) -> Tensor:
+        """Each token's P experts. Where tokens in training want more than `cap`, of those that most of them want."""
+        scores_TN = logits_TN if self.bias is None else logits_TN + self.bias.to(logits_TN.dtype)
+        best_TP = scores_TN.topk(self.probes, sorted=False).indices
+        if self.store.planned or not self.training or self.store.most == self.store.rows:
+            return best_TP
+        wanted_N = torch.bincount(best_TP.flatten(), minlength=self.store.rows)
+        if wanted_N.count_nonzero() <= self.store.most:
+            return best_TP
+        common = wanted_N.argsort(descending=True, stable=True)[: self.store.most]
+        return common[scores_TN[:, common].topk(self.probes, sorted=False).indices]
 
     def back(self, h_TD: Tensor, grad_h: Tensor | None, probed_TP: Tensor, gate_TP: Tensor, grad_TP: Tensor) -> None:
         """The router's gradient into its table, and its part of that of h; `grad_TP`: that of the gates, times them.
@@ -109,7 +119,7 @@ class Router(nn.Module):
         grad_ED = embedding_bag(groups.tokens, h_TD, first_E, per_sample_weights=grad_X, mode="sum")
         if self.table.planned:
             tokens, probes = self.table.asked = tuple(probed_TP.shape)
-            with experts.standing_for(self.table, experts.touched(self.table.rows, tokens, probes)):
+            with experts.standing_for(self.table, experts.at_work(self.table, tokens, probes)):
                 self.table.accumulate([0], grad_ED[:1])
             return
         self.table.accumulate(groups.experts, grad_ED)

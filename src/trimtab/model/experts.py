@@ -84,7 +84,7 @@ class Groups(NamedTuple):
             yield bound
         if store.clock is None:
             return
-        many = touched(store.rows, tokens, len(self.order) // tokens)
+        many = at_work(store, tokens, len(self.order) // tokens)
         size = max(1, round(len(self.order) / many))
         few = max(1, min(room(store, tokens), max(tokens, FEW) // size, round(many)))
         at = slice(0, few * size)
@@ -150,6 +150,11 @@ def touched(experts: int, tokens: int, probes: int) -> float:
     mean = tokens**UNLIKE * probes / experts
     loads = (mean * math.exp(SKEW * z - SKEW**2 / 2) for z in QUANTILES)
     return max(1.0, experts * sum(1 - math.exp(-load) for load in loads) / len(QUANTILES))
+
+
+def at_work(store: TieredStore, tokens: int, probes: int, passes: int = 1) -> float:
+    """How many of the table's rows so many passes of training are expected to bring up."""
+    return min(touched(store.rows, tokens * passes, probes), store.most * passes)
 
 
 @contextlib.contextmanager
