@@ -15,17 +15,14 @@ brought up, and of their keys the K that match a token best add their values to 
 
 What differs from the paper, and why:
 - `per_token` (default): a token sees its own pairs S_t, so that its output does not hang on what shares its batch.
-  `union` is the paper's algorithm 1, where each token sees the pairs of all tokens.
-- `cap`, where it is asked for, bounds the experts that a pass in training brings up: of those that its tokens would
-  probe the most wanted, and each token probes the best of these. While it trains, a token then hangs on its batch.
+  `union` is the paper's algorithm 1, where each token sees the pairs of all tokens. `cap`, if asked for, lets a pass in
+  training bring up the most wanted experts only: there a token does hang on its batch.
 - Algorithm 1 gives the router no gradient. `gate` (default) multiplies each probed expert's scores by n_p times its
-  share in a softmax over the probed ones: 1 on average, never negative (the authors' simulation multiplies by p itself,
-  so that a negative score of a rejected expert fires). `centroid` sets W_g to the mean keys after each step, `fixed`
-  leaves it as drawn.
+  share in a softmax over the probed ones: 1 on average, never negative (in the authors' simulation it is p itself, and
+  the product of two negative ones fires). `centroid` sets W_g to the mean keys after each step, `fixed` leaves it.
 - A row of the store is an expert, each pair one record [key | value]. Rows are brought up again in the pass back, so
   that one layer's rows are in work at a time; for the pass back are kept h, the experts' numbers and the K scores.
-- A trained router lies in a table too, and fast memory has a copy to score with (model/expert_router.py).
-- Adam steps touched experts only (memory/row_adam.py).
+- A trained router lies in a table too, fast memory has a copy to score with, and Adam steps touched experts only.
 - s = 64, not 1: under Adam, values learn s times as fast as keys and router, which had better stay where they are.
 - n_p = 8, after the authors' code. Its N = 4 sqrt(r) makes a batch of a thousand tokens touch 70 % of all pairs at r
   16,384; here N is 12 sqrt(r), but no more than leaves a token K candidates. r is rounded up to whole experts.
@@ -65,7 +62,7 @@ MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
            "moments": tuple(MOMENTS), "prefetch": ("guess", "known", "none"),
            "retrieval": ("fast", "slow")}  # fmt: skip
-LEAST = {"r": 1, "probes": 1, "k": 1, "cap": 0, "balance": 0, "revive": 0, "cache": 0}
+LEAST = {"r": 1, "probes": 1, "k": 1, "balance": 0, "revive": 0, "cache": 0}
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class Meft(Patch):
         for field, words in CHOICES.items():
             if (said := getattr(self, field)) not in words:
                 raise BadInput(f'meft: {field}: "{said}"', "there is no such choice", nearest(said, words))
-        for field, least in LEAST.items():
+        for field, least in {**LEAST, "cap": self.cap and self.probes}.items():
             if not least <= (said := getattr(self, field)) < math.inf:  # which no NaN is
                 raise BadInput(f"meft: {field}: {said}", f"a number from {least} on is needed",
                                f"Say {field}: {getattr(Meft, field)}")  # fmt: skip
@@ -156,9 +153,6 @@ class Meft(Patch):
         if self.semantics == "union" and self.router == "gate":
             raise BadInput("meft: semantics: union with router: gate", "algorithm 1 has no gate: a token sees pairs of "
                            "experts that it did not probe", "Say router: centroid")  # fmt: skip
-        if 0 < self.cap < self.probes:
-            raise BadInput(f"meft: cap: {self.cap}", f"each token probes {self.probes} experts",
-                           f"Say cap: {self.probes} or more")  # fmt: skip
         if self.experts is not None and not 1 <= self.experts <= self.r:
             raise BadInput(f"meft: experts: {self.experts}", f"there are {self.r} pairs", "Say fewer, or none at all")
         if self.experts:
