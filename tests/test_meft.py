@@ -322,6 +322,12 @@ def test_a_dead_expert_is_revived_where_a_token_is_served_worst():
     assert made.which.route(h)[0].unique().numel() > probed.unique().numel()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_an_adapter_is_in_training_if_its_model_is(training):
+    surgery = Meft(r=64).apply(MODELS["llama"]().train(training), PLACE)
+    assert all(m.training == training for made in surgery.adapters.values() for m in made.modules())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_store_survives_casts_and_moves(dtype):
     model = MODELS["llama"]()

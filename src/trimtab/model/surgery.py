@@ -43,8 +43,11 @@ class Swaps:
         return old
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set `module.name = value` on the instance (a `forward`, a flag), shadowing or replacing what is there."""
+        """Set `module.name = value` on the instance (a `forward`, a flag, a module, which is then in training if
+        `module` is), shadowing or replacing what is there."""
         had, old = name in vars(module), vars(module).get(name)
+        if isinstance(value, nn.Module):
+            value.train(module.training)
         setattr(module, name, value)
         self._undo.append(lambda: setattr(module, name, old) if had else delattr(module, name))
 
