@@ -123,7 +123,7 @@ def headline(root: Path) -> str | None:
              f"{facts['facts_meft_to_lora']:.1f} x"],
             ["the dense Parallel Adapter of the same width", f"{facts['facts_meft_to_dense']:.2f} x"]]  # fmt: skip
     third = table(["random facts that MEFT holds (a transformer of two small blocks), to those of", "facts"], rows)
-    told = {"1,000 cities": "real", "4,000 cities": "real_4000"}  # parts
+    told = {"1,000 cities": "real", "4,000 cities, with more pairs a token": "real_4000"}  # parts
     rows = [[many, f"{facts[key]:+.1f}"] for many, part in told.items()
             if (key := f"{part}_meft_minus_best_points") in facts]  # fmt: skip
     peer = (
