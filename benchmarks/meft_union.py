@@ -5,7 +5,7 @@ the mean over the layers, the pairs that are among the K best of any token if al
 union of algorithm 1 without experts); the experts that any token probes, which come up on the way forward; and those
 of them with a pair that counts, which come up again. The last two before and after some steps of 4 x 256 tokens.
 
-    python benchmarks/meft_union.py --text FILE [--quick] [--steps 40] [--folder FOLDER] [--json FILE]
+    python benchmarks/meft_union.py --text FILE [--quick] [--steps 12] [--folder FOLDER] [--json FILE]
 
 `--text`: JSON lines (or .gz) with a field "text", enough for the steps and the largest batch.
 """
@@ -123,7 +123,7 @@ def union(h_TD: Tensor, adapter: Any) -> float:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--text", help="prose, as JSON lines with a field text")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=12)
     if (args := table_arguments(parser, worker)) is None:
         return
     if not args.text:
