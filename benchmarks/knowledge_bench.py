@@ -83,7 +83,7 @@ class Bench:
         """`side` at the least r of which the fast memory is `budget` bytes or more."""
         fields = {key: value for key, value in side.fields.items() if key != "r"}
         r = self.run("fit", patch=side.patch, fields=fields, budget=budget)["r"]
-        return Side(side.name, side.patch, {**fields, "r": r}, side.rate, side.recall)
+        return Side(side.name, side.patch, {**fields, "r": r}, side.rate)
 
 
 def half(rate: float) -> float:

@@ -12,6 +12,7 @@ of them with a pair that counts, which come up again. The last two before and af
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -36,8 +37,6 @@ NOTES = [
 
 
 def worker(job: dict[str, Any]) -> None:
-    import json
-
     from datasets import load_dataset
 
     import trimtab
@@ -49,7 +48,7 @@ def worker(job: dict[str, Any]) -> None:
     ids = tokenizer("\n".join(texts), return_tensors="pt").input_ids[0]
     rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    held_out, rest = rows[: max(1, max(BATCHES) // LENGTH)], rows[max(1, max(BATCHES) // LENGTH) :]
+    held_out, rest = rows.tensor_split([max(BATCHES) // LENGTH])
     if len(rest) < job["steps"] * ROWS:
         raise SystemExit(f"--text: {len(rows)} rows of {LENGTH} tokens, {job['steps'] * ROWS} more than 24 are needed")
     place = Place(fast="cpu", slow="disk", folder=job["folder"])
@@ -73,15 +72,16 @@ def worker(job: dict[str, Any]) -> None:
     losses = []
     for step, batch in zip(range(job["steps"]), rest.split(ROWS), strict=False):
         surgery.before_step(step)
-        losses.append(model(input_ids=batch, labels=batch).loss)
-        losses[-1].backward()
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         surgery.after_step(step, optimizer)
-        print(json.dumps({"step": step, "loss": losses[-1].item()}), file=sys.stderr, flush=True)
+        losses.append(loss.item())
+        print(json.dumps({"step": step, "loss": losses[-1]}), file=sys.stderr, flush=True)
     look("after")
     surgery.revert()
-    say("result", {**found, "first_loss": losses[0].item(), "last_loss": losses[-1].item()})
+    say("result", {**found, "first_loss": losses[0], "last_loss": losses[-1]})
 
 
 @contextmanager
@@ -90,24 +90,22 @@ def counted(adapters: list[Any], pairs: bool) -> Iterator[dict[str, list[float]]
     from trimtab.model import experts
 
     shares: dict[str, list[float]] = {"probed": [], "fired": [], "pairs": []}
-    of_store = {id(adapter.store): adapter for adapter in adapters}
-    by_expert, route = experts.by_expert, type(adapters[0].which).route
+    by_expert = experts.by_expert
 
     def seen(probed_TP: Tensor, store: Any, alive_TP: Tensor | None = None) -> Any:
         groups = by_expert(probed_TP, store, alive_TP)
         shares["probed" if alive_TP is None else "fired"].append(len(groups.experts) / store.rows)
         return groups
 
-    def routed(router: Any, h_TD: Tensor) -> Any:
-        if pairs:
-            shares["pairs"].append(union(h_TD, of_store[id(router.store)]))
-        return route(router, h_TD)
-
-    experts.by_expert, type(adapters[0].which).route = seen, routed
+    matched = lambda adapter, given: shares["pairs"].append(union(given[0].flatten(0, 1).float(), adapter))  # noqa: E731
+    hooks = [adapter.register_forward_pre_hook(matched) for adapter in adapters if pairs]
+    experts.by_expert = seen
     try:
         yield shares
     finally:
-        experts.by_expert, type(adapters[0].which).route = by_expert, route
+        experts.by_expert = by_expert
+        for hook in hooks:
+            hook.remove()
 
 
 def union(h_TD: Tensor, adapter: Any) -> float:
