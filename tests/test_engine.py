@@ -45,6 +45,7 @@ PATCHES = {
     "meft in ram": {"meft": TABLES},
     "meft with hot rows": {"meft": {**TABLES, "cache": 2e-5}},
     "meft int8": {"meft": {**TABLES, "moments": "int8"}},
+    "meft capped": {"meft": {**TABLES, "cap": 12}},  # of 32 experts
     "meft exact": {"meft": {**TABLES, "adam": "exact", "router": "centroid", "balance": 0.01, "revive": 4}},
     "full": {"full": {}},
 }

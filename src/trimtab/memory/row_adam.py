@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,15 +110,21 @@ class RowAdam:
             self.catch_up(rows)
             self.history.append(rates)
         self.steps += 1
-        by_device: dict[torch.device, list[int]] = {}  # hot rows may lie on an accelerator
-        for row, held in zip(rows, store.each(VALUES, rows), strict=True):
-            by_device.setdefault(held.device, []).append(row)
-        for on_one in by_device.values():
+        for on_one in self._by_device(rows):
             self._step(on_one, rates)
         rows = store.stepped()
         chosen = torch.tensor(rows, dtype=torch.int64)
         self.last[chosen], self.moved[chosen] = self.steps, True
         return rows
+
+    def _by_device(self, rows: list[int]) -> Iterable[list[int]]:
+        """The rows, apart by where they lie: hot ones may be on an accelerator."""
+        if self.store.in_place:
+            return [rows] if rows else []
+        found: dict[torch.device, list[int]] = {}
+        for row, held in zip(rows, self.store.each(VALUES, rows), strict=True):
+            found.setdefault(held.device, []).append(row)
+        return found.values()
 
     def _step(self, rows: list[int], rates: Rates) -> None:
         store = self.store

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..errors import BadInput
 from .mapped import MappedFile, require_room
 from .store import GRADS, TieredStore
+from .threads import side_by_side
 
 MEMORY = "/dev/shm"  # a file system in RAM
 PIECE = 2**24  # bytes of rows that go between hosts at a time
@@ -271,7 +272,7 @@ def exchange(stores: Sequence[TieredStore]) -> None:
 def grad_norm_squared(stores: Sequence[TieredStore]) -> float:
     """Of all rows' gradients together, which are exchanged first."""
     exchange(stores)
-    own = sum(store.grad_norm_squared() for store in stores)
+    own = sum(side_by_side(lambda store: store.grad_norm_squared(), stores))
     ranks = _ranks(stores)
     return own if ranks is None else summed(stores, [own])[0] / (ranks.size // ranks.here)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..memory.row_adam import Rates
 from ..memory.shared_rows import exchange, settle
 from ..memory.store import TieredStore
+from ..memory.threads import at_once, side_by_side
 from .surgery import ModulePatch, Swaps
 
 
@@ -61,19 +63,24 @@ def stepped(model: nn.Module, optimizer: Optimizer) -> None:
     """`optimizer` has made a step: the rows that stand behind its parameters make theirs."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     patches = [m for m in model.modules() if isinstance(m, RowPatch) and id(m.trained) in held]
-    for store in (store for patch in patches if patch.stores[0].planned for store in patch.stores):
-        torch.empty(store.optimiser.temporaries, dtype=torch.uint8)  # for the planner, which counts it
+    if planned := [patch for patch in patches if patch.stores[0].planned]:
+        copies = sorted(max(store.optimiser.temporaries for store in patch.stores) for patch in planned)
+        torch.empty(sum(copies[-at_once() :]), dtype=torch.uint8)  # for the planner, which counts it
     patches = [patch for patch in patches if not patch.stores[0].planned]
     stores = [store for patch in patches for store in patch.stores]
     exchange(stores)
-    coming = iter(stores)
+    coming, turn = iter(stores), Lock()
     _hasten(next(coming, None))
 
-    def step(patch: RowPatch, store: TieredStore) -> list[int]:
-        _hasten(next(coming, None))  # what the next table steps with is read while this one steps
-        return store.optimiser.step(Rates.of(optimizer, patch.trained))
+    def step(patch: RowPatch) -> list[list[int]]:
+        moved, rates = [], Rates.of(optimizer, patch.trained)
+        for store in patch.stores:
+            with turn:
+                _hasten(next(coming, None))  # what the next table steps with is read while this one steps
+            moved.append(store.optimiser.step(rates))
+        return moved
 
-    moved = [[step(patch, store) for store in patch.stores] for patch in patches]
+    moved = side_by_side(step, patches)
     settle(stores)
     for patch, rows in zip(patches, moved, strict=True):
         patch.tend(patch.stores[0].optimiser.steps - 1, rows)
