@@ -50,9 +50,10 @@ def test_no_more_than_so_many_are_worked_on(several):
 
 
 def test_what_is_raised_is_raised_and_all_that_was_begun_has_ended(several):
-    ended = []
+    together, ended = threading.Barrier(3), []
 
     def do(item: int) -> None:
+        together.wait(timeout=30)
         if item == 1:
             raise OSError(28, "no room")
         ended.append(item)
