@@ -75,7 +75,7 @@ def stepped(model: nn.Module, optimizer: Optimizer) -> None:
     def step(patch: RowPatch) -> list[list[int]]:
         moved, rates = [], Rates.of(optimizer, patch.trained)
         for store in patch.stores:
-            with turn:
+            with turn:  # a reader is asked by one thread at a time
                 _hasten(next(coming, None))  # what the next table steps with is read while this one steps
             moved.append(store.optimiser.step(rates))
         return moved
