@@ -22,6 +22,8 @@ from .model.cache import cache_root
 from .model.quiet import hushed
 from .runs import machine, versions
 
+MOST_PACE = 1.25  # of a step, beside its operations measured one by one
+
 
 def doctor(fresh: bool = False) -> dict[str, Any]:
     """Facts and rates: FLOP/s and bytes/s, memory and disk (bytes), allocator, advice. `fresh`: measure again."""
@@ -124,6 +126,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 def _advice(found: dict[str, Any]) -> Iterator[str]:
     if not found["process"]["measured"]:
         yield "A small training did not come to its end here: what a process holds beside tensors is another machine's"
+    if found["process"]["pace"] > MOST_PACE:
+        yield "The machine was busy while its operations were measured: steps were faster. --fresh measures again"
     if found["allocator_found"] == "none":
         yield "No mimalloc, jemalloc or tcmalloc was found: `pip install cmeel-mimalloc` makes training on a CPU faster"
     if found["gflops"]["bfloat16"] < found["gflops"]["float32"]:

@@ -176,6 +176,7 @@ def plan(
     from .doctor import known_overhead, known_rates
     from .engine import arguments_class, training_arguments
     from .memory.roofline import Stopwatch
+    from .memory.threads import beside as threads_beside
     from .memory.tracer import highest
 
     place, objective = recipe.load_place(), recipe.load_objective()
@@ -220,14 +221,15 @@ def plan(
         notes.append("traced without torch.compile")
     if watch.ahead:
         notes.append(f"{gib(watch.ahead)} of the overhead are room for rows that are copied ahead of the pass")
+    threads = threads_beside() if kinds.get(TABLES) and device.type == "cpu" else 0
     disk = None
     if slow_kind(place.slow, device) == "disk":
         if kinds.get(TABLES) and recipe.place.folder:
             require_folder(recipe.place.folder)
         disk = free_bytes(recipe.place.folder or recipe.output)
     return Plan(
-        kinds, phase, process, beside.of(_growth(kinds), watch.cast) + watch.ahead, budget, machine, rows, tokens,
-        counted, speed, watch.trained, beside.pace, read, notes, disk,
+        kinds, phase, process, beside.of(_growth(kinds), watch.cast, threads) + watch.ahead, budget, machine, rows,
+        tokens, counted, speed, watch.trained, beside.pace, read, notes, disk,
     )  # fmt: skip
 
 

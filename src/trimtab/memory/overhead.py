@@ -6,7 +6,8 @@
     cast      the same, which comes on top under autocast: its copies of weights live between the activations
     pace      what whole steps reach of the speed that their operations, measured one by one, would give
 
-`fixed` and `share` are the line through small trainings of unlike size and kind (calibrate.py). Imports no torch.
+Where tables are stepped, THREAD comes on top for each thread that does it. `fixed` and `share` are the line through
+small trainings of unlike size and kind (calibrate.py). Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .rates import path_of
 
 FORM = 3  # of the file
 MOST_SHARE = 0.5
+THREAD = 4 * 2**20  # bytes; two under mimalloc kept 5 to 10 MiB of what was freed (docs/LOG.md)
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,10 @@ class Overhead:
     pace: float = 0.85
     measured: bool = False
 
-    def of(self, growth: int, cast: bool = False) -> int:
-        """What comes on top of tensors that grow by `growth` bytes; `cast`: under autocast."""
-        return self.fixed + round((self.share + cast * self.cast) * max(0, growth))
+    def of(self, growth: int, cast: bool = False, threads: int = 0) -> int:
+        """What comes on top of tensors that grow by `growth` bytes; `cast`: under autocast; `threads`: that step
+        tables beside the one that trains."""
+        return self.fixed + threads * THREAD + round((self.share + cast * self.cast) * max(0, growth))
 
     @classmethod
     def through(

@@ -16,6 +16,11 @@ def at_once() -> int:
     return min(torch.get_num_threads(), MOST)
 
 
+def beside() -> int:
+    """How many threads are started for it."""
+    return at_once() if at_once() > 1 else 0
+
+
 def side_by_side(do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """What `do` gives for each item, in their order; `do` is called in several threads, where PyTorch has several.
 
