@@ -313,6 +313,9 @@ def test_doctor_and_version(call, monkeypatch, tmp_path):
     found = json.loads(call("doctor", "--json")[1])
     assert found["gflops"]["float32"] > 0 and found["machine"]["memory_bytes"] > 0
     assert found["process"]["process_bytes"] == held.process
+    assert "was busy" not in call("doctor")[1]
+    monkeypatch.setattr("trimtab.calibrate.measure", lambda: Overhead(process=400 * 2**20, pace=6.2, measured=True))
+    assert "The machine was busy" in call("doctor", "--fresh")[1]
     monkeypatch.setattr("trimtab.calibrate.measure", lambda: Overhead())
     assert call("doctor")[0] == 0, "both are kept"
     code, out, _ = call("doctor", "--fresh")

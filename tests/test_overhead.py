@@ -21,6 +21,7 @@ def test_the_line_through_trainings():
     assert found.cast == pytest.approx(0.175, rel=1e-3)
     assert found.of(200 * MIB) == pytest.approx(50 * MIB, rel=1e-4) and found.of(-1) == found.fixed
     assert found.of(200 * MIB, cast=True) == pytest.approx(85 * MIB, rel=1e-3)
+    assert found.of(200 * MIB, threads=3) - found.of(200 * MIB) == 3 * overhead.THREAD
     odd = Overhead.through(0, [(100, 300), (200, 350)], [(100, 200)], 1.0)  # a small training that was disturbed
     assert odd.share == 0 and 150 < odd.fixed < 200 and odd.cast == 0
 
@@ -57,6 +58,21 @@ def test_a_training_to_measure_by(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "TOKENS", 16)
     found = calibrate.run(calibrate.Training("full", 1), tmp_path / "new")
     assert found["process"] > found["tensors"] > 0 and found["held"] > 0 and found["speed"] > 0
+
+
+def test_one_of_three_that_held_more_changes_nothing(monkeypatch):
+    grown = {training: 50 * training.rows * MIB for training in calibrate.ALL}
+    odd = iter([1.35, *[1.0] * (len(calibrate.ALL) - 2), 1.35])
+
+    def apart(_, training, folder, **environment):
+        tensors = grown[calibrate.Training(**training)]
+        return {"process": 400 * MIB, "tensors": tensors, "held": next(odd) * (30 * MIB + 1.1 * tensors),
+                "speed": 8.0, "expected": 10.0}  # fmt: skip
+
+    monkeypatch.setattr(calibrate, "apart", apart)
+    found = calibrate.measure()
+    assert found.measured and found.pace == 0.8 and found.cast == pytest.approx(0, abs=1e-3)
+    assert found.share == pytest.approx(0.1) and found.fixed == pytest.approx(30 * MIB, rel=1e-4)
 
 
 def test_a_training_that_fails_measures_nothing(monkeypatch):

@@ -17,6 +17,7 @@ from trimtab.engine import arguments_class, prepared, training_arguments
 from trimtab.errors import BadInput, DoesNotFit, Untraceable
 from trimtab.memory import tracer
 from trimtab.memory.meter import LiveTensors
+from trimtab.memory.overhead import THREAD
 from trimtab.model.quant import quantised_state
 from trimtab.plan import plan
 from trimtab.plan_fit import require_fit
@@ -163,6 +164,39 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_pa
     extended = plan(recipe)
     assert extended.live_peak_bytes == tracer.live(whole[1])
     assert extended.slow_bytes == whole[1].get(tracer.MAPPED, 0) + whole[1].get(tracer.ROWS, 0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"probes": 2, "cap": 3},
+        {"semantics": "union", "router": "centroid"},
+        {"router": "fixed"},
+        {"adam": "exact"},
+        {"moments": "int8"},
+        {"balance": 0.01},
+    ],
+    ids=str,
+)
+def test_what_a_table_s_fields_change_is_traced(folders, fields):
+    recipe = recipe_of(folders("llama", torch.bfloat16), {"meft": CASES["meft"] | fields})
+    close(recipe, bound=BOUND["meft"])
+
+
+def test_tables_that_step_at_once_are_planned_so(folders, tmp_path, monkeypatch):
+    recipe = recipe_of(folders("llama", torch.bfloat16), {"meft": {"r": 1024}})
+    args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
+    held, beside = {}, {}
+    for threads in (1, 2, 8):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        held[threads] = tracer.live(PlannedStep(recipe, args, None).trace(ROWS, TOKENS)["optimiser"])
+        beside[threads] = plan(recipe).overhead
+    rows, parts = 1024 * 2 * 64 * 4, len(("values", "grads", "m", "v"))
+    assert held[2] - held[1] == parts * min(rows, 2**20), "a piece of the second of two tables"
+    assert held[8] == held[2], "there are no more tables"
+    more = [beside[n] - beside[1] for n in (2, 8)]
+    assert more == pytest.approx([2 * THREAD, 4 * THREAD], rel=0.03), "and a share of the copies"
+    assert plan(recipe_of(recipe.model.name, {"paca": {"r": 4}})).overhead < beside[8] - 3 * THREAD
 
 
 def test_a_cache_of_all_layers_is_counted_once(folders, tmp_path):
