@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,25 @@ def trimtab(*words: str, timeout: float = 600) -> tuple[int, str, str]:
 def say(word: str, content: Any) -> None:
     """A child's line to its parent: a mark by name, or the result."""
     print(f"@{word} {json.dumps(content)}", flush=True)
+
+
+@contextmanager
+def told_of_experts(tell: Callable[[Any, Any, Any], object]) -> Iterator[None]:
+    """Within it, `tell(probed_TP, store, alive_TP)` is called whenever MEFT groups a pass's tokens by their experts:
+    once for all that are probed (`alive_TP` is None), then for those with a pair that fired."""
+    from trimtab.model import experts
+
+    by_expert = experts.by_expert
+
+    def telling(probed_TP: Any, store: Any, alive_TP: Any = None) -> Any:
+        tell(probed_TP, store, alive_TP)
+        return by_expert(probed_TP, store, alive_TP)
+
+    experts.by_expert = telling
+    try:
+        yield
+    finally:
+        experts.by_expert = by_expert
 
 
 class Kept:

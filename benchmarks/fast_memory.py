@@ -17,24 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common import told_of_experts
 from trimtab.contracts import Surgery
-from trimtab.model import experts
 
 
 class Rows:
     """Counts the rows at work while it is open. `tokens` of a micro-batch: passes over more are counted in parts."""
 
     def __init__(self, tokens: int | None = None):
-        self.most, self.tokens, self._by_expert = 0, tokens, experts.by_expert
+        self.most, self.tokens, self._told = 0, tokens, told_of_experts(self._count)
 
     def __enter__(self) -> Rows:
-        experts.by_expert = self._counted
+        self._told.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        experts.by_expert = self._by_expert
+    def __exit__(self, *error: Any) -> None:
+        self._told.__exit__(*error)
 
-    def _counted(self, probed_TP: Tensor, store: Any, alive_TP: Tensor | None = None) -> experts.Groups:
+    def _count(self, probed_TP: Tensor, store: Any, alive_TP: Tensor | None) -> None:
         if not (torch.is_inference_mode_enabled() or store.planned):
             part_T1 = (
                 torch.arange(len(probed_TP)).div(self.tokens or len(probed_TP), rounding_mode="floor").unsqueeze(1)
@@ -43,7 +43,6 @@ class Rows:
             at_TP = at_TP if alive_TP is None else at_TP[alive_TP]
             count = int((at_TP.unique() // store.rows).bincount().max()) if at_TP.numel() else 0
             self.most = max(self.most, count * store.parts["values"].nbytes * (1 if alive_TP is None else 2))
-        return self._by_expert(probed_TP, store, alive_TP)
 
 
 def kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:

@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Clock, alternate, conclude, follow, itself, options, say, spread, table_arguments  # noqa: E402
+from common import (  # noqa: E402
+    Clock,
+    alternate,
+    conclude,
+    follow,
+    itself,
+    options,
+    say,
+    spread,
+    table_arguments,
+    told_of_experts,
+)
 from sft_speed import city_text, training  # noqa: E402
 
 LAYERS, WIDTH, GIB = 30, 576, 2**30
@@ -41,23 +52,19 @@ NOTES = [
 def worker(job: dict[str, Any]) -> None:
     """trimtab through its own verb's code, counting the experts that its passes bring up."""
     from trimtab import Recipe
-    from trimtab.model import experts
 
     clock, moves = Clock(warm=1), {"probed": 0, "fired": 0, "all": 0}
     follow(clock)
-    by_expert = experts.by_expert
 
-    def counted(probed, store, alive=None):
+    def count(probed: Any, store: Any, alive: Any) -> None:
         """Once a forward pass for all that is probed; once in each pass for the experts with a pair that fired. A
         router's rows, which are vectors, are those of experts counted before."""
         if not store.planned and len(store.shape) > 1:
             chosen = probed if alive is None else probed[alive]
             moves["probed" if alive is None else "fired"] += len(chosen.unique())
             moves["all"] += store.rows if alive is None else 0
-        return by_expert(probed, store, alive)
 
-    experts.by_expert = counted
-    with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
+    with tempfile.TemporaryDirectory(dir=job["folder"]) as folder, told_of_experts(count):
         run = Recipe(
             model="smollm2-135m", data={"train": job["text"]}, patches=[{job["patch"]: job["fields"]}],
             training=training(job["steps"], job["rate"], 0), place={"slow": "disk", "folder": job["folder"]},

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import conclude, itself, options, say, table_arguments  # noqa: E402
+from common import conclude, itself, options, say, table_arguments, told_of_experts  # noqa: E402
 
 R, LENGTH, ROWS, RATE = 16384, 256, 4, 2.2e-4
 BATCHES = (64, 256, 1024, 6144)  # tokens
@@ -87,23 +87,18 @@ def worker(job: dict[str, Any]) -> None:
 @contextmanager
 def counted(adapters: list[Any], pairs: bool) -> Iterator[dict[str, list[float]]]:
     """Shares of each layer's experts, and with `pairs` of its pairs without experts, in one pass."""
-    from trimtab.model import experts
-
     shares: dict[str, list[float]] = {"probed": [], "fired": [], "pairs": []}
-    by_expert = experts.by_expert
 
-    def seen(probed_TP: Tensor, store: Any, alive_TP: Tensor | None = None) -> Any:
-        groups = by_expert(probed_TP, store, alive_TP)
-        shares["probed" if alive_TP is None else "fired"].append(len(groups.experts) / store.rows)
-        return groups
+    def seen(probed_TP: Tensor, store: Any, alive_TP: Tensor | None) -> None:
+        chosen = probed_TP if alive_TP is None else probed_TP[alive_TP]
+        shares["probed" if alive_TP is None else "fired"].append(len(chosen.unique()) / store.rows)
 
     matched = lambda adapter, given: shares["pairs"].append(union(given[0].flatten(0, 1).float(), adapter))  # noqa: E731
     hooks = [adapter.register_forward_pre_hook(matched) for adapter in adapters if pairs]
-    experts.by_expert = seen
     try:
-        yield shares
+        with told_of_experts(seen):
+            yield shares
     finally:
-        experts.by_expert = by_expert
         for hook in hooks:
             hook.remove()
 
