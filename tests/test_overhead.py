@@ -24,6 +24,9 @@ def test_the_line_through_trainings():
     assert found.of(200 * MIB, threads=3) - found.of(200 * MIB) == 3 * overhead.THREAD
     odd = Overhead.through(0, [(100, 300), (200, 350)], [(100, 200)], 1.0)  # a small training that was disturbed
     assert odd.share == 0 and 150 < odd.fixed < 200 and odd.cast == 0
+    dense = Overhead.through(0, line, [(200 * MIB, 240 * MIB)], 1.0)  # of which the state makes no gaps
+    assert dense.cast == pytest.approx(-0.05, rel=1e-3)
+    assert dense.of(200 * MIB, cast=True) == pytest.approx(40 * MIB, rel=1e-3)
 
 
 def test_no_line_fits_better():
@@ -45,7 +48,7 @@ def test_what_was_measured_is_kept(tmp_path):
     (file,) = (tmp_path / "rates").iterdir()
     kept = json.loads(file.read_text())
     broken = ["{", "[]", json.dumps({**kept, "form": 0}), *(json.dumps(kept | bad) for bad in (
-        {"share": -1}, {"share": "a"}, {"cast": 2}, {"pace": 0}, {"fixed": float("inf")}, {"odd": 1}))]  # fmt: skip
+        {"share": -1}, {"share": "a"}, {"cast": 2}, {"cast": -0.3}, {"pace": 0}, {"fixed": float("inf")}, {"odd": 1}))]  # fmt: skip
     for text in broken:
         file.write_text(text)
         assert overhead.load(MACHINE, tmp_path) == Overhead(), text
@@ -62,7 +65,7 @@ def test_a_training_to_measure_by(tmp_path, monkeypatch):
 
 def test_two_of_three_that_held_more_change_nothing(monkeypatch):
     grown = {training: 50 * training.rows * MIB for training in calibrate.ALL}
-    odd = iter([*[1.35] * 3, *[1.0] * (len(calibrate.ALL) - 6), *[1.35] * 3])  # the first and the last three
+    odd = iter([*[1.35] * 4, *[1.0] * (len(calibrate.ALL) - 8), *[1.35] * 4])  # the first and the last four
 
     def apart(_, training, folder, **environment):
         tensors = grown[calibrate.Training(**training)]

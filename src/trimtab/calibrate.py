@@ -32,13 +32,13 @@ class Training:
         return self.patch == "full"  # fp32 copies of a bf16 base: under autocast
 
 
-SMALL = (Training("lora", 1), Training("lora", 4, True), Training("paca", 4))
-ALL = (*SMALL, Training("lora", 10), *SMALL, Training("full", 4), *SMALL)  # the small ones scatter by a third
+SOME = (Training("lora", 1), Training("lora", 4, True), Training("paca", 4), Training("lora", 10))
+ALL = (*SOME, *SOME, Training("full", 4), *SOME)  # what the same one holds scatters by up to a third
 PACED = 4  # rows from which a training says how fast steps are
 
 
 def measure() -> Overhead:
-    """Two to three minutes, in processes one after the other; where one fails, what is not measured."""
+    """Three to four minutes, in processes one after the other; where one fails, what is not measured."""
     points: dict[Training, list[tuple[int, int]]] = {}
     processes, paces = [], []
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,8 @@
     process   the interpreter, the libraries and the data, when training begins
     fixed     threads, generated code and the like, which come with the first steps
     share     of the tensors' growth: gaps between them, and freed memory that the malloc has not given back
-    cast      the same, which comes on top under autocast: its copies of weights live between the activations
+    cast      the same, which comes on top under autocast: its copies of weights live between the activations, which
+              makes gaps, beside state that is never freed, which has none
     pace      what whole steps reach of the speed that their operations, measured one by one, would give
 
 Where tables are stepped, THREAD comes on top for each thread that does it. `fixed` and `share` are the line through
@@ -56,11 +57,11 @@ class Overhead:
         share = _share(float(numpy.polyfit(grown, held, 1, w=held**-0.5)[0]) - 1)
         fixed = max(0, round(float(numpy.average(held - (1 + share) * grown, weights=1 / held))))
         more = [(whole - fixed) / growth - 1 - share for growth, whole in under_cast]
-        return cls(process, fixed, share, _share(sum(more) / len(more)), pace, measured=True)
+        return cls(process, fixed, share, _share(sum(more) / len(more), -share), pace, measured=True)
 
 
-def _share(found: float) -> float:
-    return min(max(found, 0.0), MOST_SHARE)
+def _share(found: float, least: float = 0.0) -> float:
+    return min(max(found, least), MOST_SHARE)
 
 
 def load(machine: dict[str, Any], folder: Path) -> Overhead:
@@ -69,7 +70,7 @@ def load(machine: dict[str, Any], folder: Path) -> Overhead:
     found.pop("machine", None)
     try:
         held = Overhead(**found)
-        numbers = (held.process, held.fixed, held.share, held.cast, held.pace)
+        numbers = (held.process, held.fixed, held.share, held.share + held.cast, held.pace)
         sound = all(math.isfinite(n) and n >= 0 for n in numbers) and held.pace
         sound = sound and max(held.share, held.cast) <= MOST_SHARE
     except TypeError:
