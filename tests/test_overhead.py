@@ -48,7 +48,8 @@ def test_what_was_measured_is_kept(tmp_path):
     (file,) = (tmp_path / "rates").iterdir()
     kept = json.loads(file.read_text())
     broken = ["{", "[]", json.dumps({**kept, "form": 0}), *(json.dumps(kept | bad) for bad in (
-        {"share": -1}, {"share": "a"}, {"cast": 2}, {"cast": -0.3}, {"pace": 0}, {"fixed": float("inf")}, {"odd": 1}))]  # fmt: skip
+        {"share": -1}, {"share": "a"}, {"cast": 2}, {"cast": -0.3}, {"pace": 0}, {"fixed": float("inf")},
+        {"odd": 1}))]  # fmt: skip
     for text in broken:
         file.write_text(text)
         assert overhead.load(MACHINE, tmp_path) == Overhead(), text
