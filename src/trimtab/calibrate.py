@@ -16,7 +16,7 @@ from typing import Any
 from .apart import apart
 from .memory.overhead import Overhead
 
-TOKENS, STEPS = 256, 7
+TOKENS, STEPS = 256, 5
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Training:
 
 
 SOME = (Training("lora", 1), Training("lora", 4, True), Training("paca", 4), Training("lora", 10))
-ALL = (*SOME, *SOME, Training("full", 4), *SOME)  # what the same one holds scatters by up to a third
+ALL = (*SOME, *SOME, Training("full", 4), *SOME, *SOME)  # what the same one holds scatters by up to a third
 PACED = 4  # rows from which a training says how fast steps are
 
 
