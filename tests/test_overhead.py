@@ -64,7 +64,7 @@ def test_a_training_to_measure_by(tmp_path, monkeypatch):
     assert found["process"] > found["tensors"] > 0 and found["held"] > 0 and found["speed"] > 0
 
 
-def test_two_of_three_that_held_more_change_nothing(monkeypatch):
+def test_of_the_same_training_the_least_counts(monkeypatch):
     grown = {training: 50 * training.rows * MIB for training in calibrate.ALL}
     odd = iter([*[1.35] * 4, *[1.0] * (len(calibrate.ALL) - 8), *[1.35] * 4])  # the first and the last four
 
