@@ -99,7 +99,7 @@ def know_machine() -> None:
     from trimtab.doctor import doctor, known_overhead
 
     if not known_overhead().measured:
-        progress("This machine is measured, once: it takes about two minutes")
+        progress("This machine is measured, once: it takes about five minutes")
         doctor()
 
 

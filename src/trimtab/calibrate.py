@@ -38,7 +38,7 @@ PACED = 4  # rows from which a training says how fast steps are
 
 
 def measure() -> Overhead:
-    """Three to four minutes, in processes one after the other; where one fails, what is not measured."""
+    """Less than five minutes, in processes one after the other; where one fails, what is not measured."""
     points: dict[Training, list[tuple[int, int]]] = {}
     processes, paces = [], []
     with tempfile.TemporaryDirectory() as folder:
