@@ -13,11 +13,12 @@ import yaml
 from helpers_run import make_world, tree
 from test_laws import CASES
 from tiny import tiny_folder
+from trimtab.doctor import known_overhead
 from trimtab.engine import arguments_class, prepared, training_arguments
 from trimtab.errors import BadInput, DoesNotFit, Untraceable
 from trimtab.memory import tracer
 from trimtab.memory.meter import LiveTensors
-from trimtab.memory.overhead import THREAD
+from trimtab.memory.overhead import CHURN, THREAD
 from trimtab.model.quant import quantised_state
 from trimtab.plan import plan
 from trimtab.plan_fit import require_fit
@@ -160,8 +161,10 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_pa
     folder = deeper(folders("llama", torch.bfloat16), tmp_path, 12)
     recipe = recipe_of(folder, {name: CASES[name]}, training={"activation_checkpointing": checkpointing})
     args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
-    whole = tracer.highest(PlannedStep(recipe, args, None).trace(ROWS, TOKENS))
+    step = PlannedStep(recipe, args, None)
+    whole = tracer.highest(step.trace(ROWS, TOKENS))
     extended = plan(recipe)
+    assert extended.churn == step.churn > 0
     assert extended.live_peak_bytes == tracer.live(whole[1])
     assert extended.slow_bytes == whole[1].get(tracer.MAPPED, 0) + whole[1].get(tracer.ROWS, 0)
 
@@ -197,6 +200,28 @@ def test_tables_that_step_at_once_are_planned_so(folders, tmp_path, monkeypatch)
     more = [beside[n] - beside[1] for n in (2, 8)]
     assert more == pytest.approx([2 * THREAD, 4 * THREAD], rel=0.03), "and a share of the copies"
     assert plan(recipe_of(recipe.model.name, {"paca": {"r": 4}})).overhead < beside[8] - 3 * THREAD
+
+
+def test_what_a_block_makes_and_drops_on_its_way_back(folders):
+    with tracer.Trace(fake=False) as trace:
+        kept = torch.empty(1000)
+        trace.enter("backward of the blocks between")
+        more = torch.empty(100)
+        torch.empty(50)
+        trace.enter("optimiser")
+        del more
+        torch.empty(5000)
+        trace.enter("end")
+        assert trace.churn == 4 * 150
+        del kept
+    plain, again = (
+        plan(recipe_of(folders("llama", torch.bfloat16), {"lora": {"r": 4}}, training={"activation_checkpointing": on}))
+        for on in (False, True)
+    )
+    beside = known_overhead()
+    assert again.churn > 1.5 * plain.churn, "what was kept without is made again"
+    growth = again.predicted()["live_growth_bytes"]
+    assert again.overhead == beside.of(growth) + round(CHURN * again.churn)
 
 
 def test_a_cache_of_all_layers_is_counted_once(folders, tmp_path):

@@ -36,7 +36,7 @@ def recipe(folder: str, **more) -> Recipe:
 
 
 def made(peak: int, speed: float | None, trained: int, fits: bool = True) -> plan_search.Candidate:
-    found = Plan({"adapter": peak}, "blocks", 0, 0, Budget(None if fits else 1), 10**9, 1, 1, None, speed, trained)
+    found = Plan({"adapter": peak}, "blocks", 0, 0, 0, Budget(None if fits else 1), 10**9, 1, 1, None, speed, trained)
     return plan_search.Candidate("paca", 1, False, "bf16", None, Recipe(), found)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .apart import apart
-from .memory.overhead import Overhead
+from .memory.overhead import CHURN, Overhead
 
 TOKENS, STEPS = 256, 5
 
@@ -67,8 +67,8 @@ def _run_here(training: dict[str, Any], folder: str) -> dict[str, float]:
 
 
 def run(training: Training, folder: Path) -> dict[str, float]:
-    """One training; -> bytes: `process` when it begins, growth of its `tensors`, growth that was `held`; and its
-    tokens/s (`speed`) beside what the rates of single operations let expect."""
+    """One training; -> bytes: `process` when it begins, growth of its `tensors`, growth that was `held` without the
+    CHURN in it; and its tokens/s (`speed`) beside what the rates of single operations let expect."""
     from .recipe import Recipe
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,8 @@ def run(training: Training, folder: Path) -> dict[str, float]:
     ).train()  # fmt: skip
     predicted, measured = made["predicted"], made["measured"]
     return {"process": predicted["process_bytes"], "tensors": predicted["live_growth_bytes"],
-            "held": measured["fast_growth_bytes"], "speed": measured["tokens_per_second"],
+            "held": measured["fast_growth_bytes"] - CHURN * predicted["churn_bytes"],
+            "speed": measured["tokens_per_second"],
             "expected": (predicted["tokens_per_second"] or 0) / predicted["pace"]}  # fmt: skip
 
 

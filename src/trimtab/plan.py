@@ -51,6 +51,7 @@ class Plan:
     phase: str  # where in the step the peak is
     process: int  # interpreter, libraries, data
     overhead: int  # beside the tensors, from the first step on (memory/overhead.py)
+    churn: int  # what a block makes and drops on its way back; a part of it counts in the overhead
     budget: Budget
     machine: int | None  # what the fast tier has; None where this machine has no such device
     rows: int
@@ -113,7 +114,7 @@ class Plan:
         """The `predicted` part of run.json."""
         return {
             "fast_peak_bytes": self.fast_peak_bytes, "fast_growth_bytes": self.fast_peak_bytes - self.start_bytes,
-            "process_bytes": self.process, "overhead_bytes": self.overhead,
+            "process_bytes": self.process, "overhead_bytes": self.overhead, "churn_bytes": self.churn,
             "live_peak_bytes": self.live_peak_bytes, "live_growth_bytes": _growth(self.kinds),
             "slow_bytes": self.slow_bytes, "phase": self.phase,
             "batch": {"rows": self.rows, "tokens": self.tokens}, "bytes": self.kinds,
@@ -222,14 +223,16 @@ def plan(
     if watch.ahead:
         notes.append(f"{gib(watch.ahead)} of the overhead are room for rows that are copied ahead of the pass")
     threads = threads_beside() if kinds.get(TABLES) and device.type == "cpu" else 0
+    churn = watch.churn if device.type == "cpu" else 0
+    held = beside.of(_growth(kinds), churn, watch.cast, threads) + watch.ahead
     disk = None
     if slow_kind(place.slow, device) == "disk":
         if kinds.get(TABLES) and recipe.place.folder:
             require_folder(recipe.place.folder)
         disk = free_bytes(recipe.place.folder or recipe.output)
     return Plan(
-        kinds, phase, process, beside.of(_growth(kinds), watch.cast, threads) + watch.ahead, budget, machine, rows,
-        tokens, counted, speed, watch.trained, beside.pace, read, notes, disk,
+        kinds, phase, process, held, churn, budget, machine, rows, tokens, counted, speed, watch.trained, beside.pace,
+        read, notes, disk,
     )  # fmt: skip
 
 
@@ -255,7 +258,9 @@ def _real_step(
         raise why
     step = PlannedStep(recipe, args, None, real=True)
     step.tell(watch)
-    return step.trace(rows, tokens, counted, watch.at(None))
+    found = step.trace(rows, tokens, counted, watch.at(None))
+    watch.churn = step.churn
+    return found
 
 
 def _speed(

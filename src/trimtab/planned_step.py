@@ -40,8 +40,12 @@ def peaks(
     low = SHALLOW if period == 1 else period + depth % period
     shallow = (low, low + SHALLOW * period)
     if depth <= shallow[1]:
-        return whole.trace(rows, tokens, counted, watch.at(None))
-    traces = [PlannedStep(recipe, args, n).trace(rows, tokens, counted, watch.at(n)) for n in shallow]
+        found = whole.trace(rows, tokens, counted, watch.at(None))
+        watch.churn = whole.churn
+        return found
+    steps = [PlannedStep(recipe, args, n) for n in shallow]
+    traces = [step.trace(rows, tokens, counted, watch.at(n)) for step, n in zip(steps, shallow, strict=True)]
+    watch.churn = max(step.churn for step in steps)
     return whole.with_tables(extend(*traces, shallow, depth))
 
 
@@ -52,7 +56,7 @@ class PlannedStep:
         from .model.load import empty_model, load_model
 
         self.recipe, self.args, self.objective, self.real = recipe, args, recipe.load_objective(), real
-        self.shallow = blocks is not None
+        self.shallow, self.churn = blocks is not None, 0
         self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
         if real:
             self.model = load_model(recipe.model, task=self.objective.task)[0]
@@ -122,7 +126,7 @@ class PlannedStep:
         return math.lcm(next(recurs, depth), every if self.args.activation_checkpointing else 1)
 
     def trace(self, rows: int, tokens: int, counted: int | None = None, clock: Any = None) -> Any:
-        """Peaks by phase and kind; those of a stack that was made shallow are without its tables."""
+        """Peaks by phase and kind; those of a stack that was made shallow are without its tables. Sets `churn`."""
         import torch
 
         from .engine import prepared
@@ -141,7 +145,7 @@ class PlannedStep:
         with prepared(model, self.objective, plain):
             if recipe.load_place().device.type != "cpu":  # the lean attention is the CPU's
                 model.set_attn_implementation("sdpa")
-            peaks = trace_steps(Step(
+            peaks, self.churn = trace_steps(Step(
                 model, torch.device("cpu"), functools.partial(self.batch, rows, tokens), self.loss,
                 self.optimizer, self.kind_of, self._evaluation(tokens),
                 micro_batches=min(2, self.args.gradient_accumulation_steps), clip=self.args.max_grad_norm or 0.0,

@@ -34,6 +34,7 @@ Peaks = dict[str, Bytes]  # phase -> what was held when that phase held the most
 
 WEIGHTS, MAPPED, ADAPTER, GRADIENTS = "weights", "mapped weights", "adapter", "gradients"
 ROWS = "rows in the slow tier"
+WAYS_BACK = ("backward of the last block", "backward of the blocks between")
 SLOW = (MAPPED, ROWS)  # what is not the fast tier's
 OPTIMISER, ACTIVATIONS, LOGITS, TEMPORARIES = "optimiser", "activations", "logits", "temporaries"
 
@@ -65,6 +66,7 @@ BOUNDS: dict[str, Callable[..., Any]] = {  # by name: bitsandbytes may not be th
 
 class Trace(LiveTensors):
     """Counts live storages by kind while active, and keeps `peaks[phase]`. The caller names `phase` and `kind`.
+    `churn`: bytes that a block on its way back held at most beside what was there when it began.
 
     `kind` is what storages made from now on are. `vocabulary`: tensors of so many columns are logits. `counted`: how
     many positions of a batch count in the loss, where that is known. Mapped storages cost nothing here until something
@@ -78,6 +80,7 @@ class Trace(LiveTensors):
         self.held: Bytes = {}
         self.peaks: Peaks = {}
         self.heights: dict[str, int] = {}
+        self.churn = self._entered = self._top = 0
         self._kinds: dict[int, str] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -108,7 +111,10 @@ class Trace(LiveTensors):
             self._move(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes(), kind)
 
     def enter(self, phase: str, kind: str | None = None) -> None:
+        if self.phase in WAYS_BACK:
+            self.churn = max(self.churn, self._top - self._entered)
         self.phase, self.kind = phase, kind or self.kind
+        self._entered = self._top = self.live
         self._peak()
 
     def forget_peaks(self) -> None:
@@ -144,6 +150,7 @@ class Trace(LiveTensors):
             self._peak()
 
     def _peak(self) -> None:
+        self._top = max(self._top, self.live)
         if self.live > self.heights.get(self.phase, -1):
             self.heights[self.phase] = self.live
             self.peaks[self.phase] = dict(self.held)
@@ -244,8 +251,8 @@ class Step:
     clock: Clock | None = None  # is shown the operations of that step
 
 
-def trace_steps(step: Step, fake: bool = True) -> Peaks:
-    """-> bytes by phase and kind at each phase's peak, in the second optimiser step of `step.model`.
+def trace_steps(step: Step, fake: bool = True) -> tuple[Peaks, int]:
+    """-> bytes by phase and kind at each phase's peak, in the second optimiser step of `step.model`; `Trace.churn`.
 
     The model is left with fake tensors in it; with `fake=False` real ones are stepped, which costs what is counted.
     """
@@ -280,7 +287,7 @@ def trace_steps(step: Step, fake: bool = True) -> Peaks:
                 f"the planner cannot follow it ({type(error).__name__}: {_operation(error)})",
                 "Take budget: out; run.json will say what was held",
             ) from error
-    return trace.peaks
+    return trace.peaks, trace.churn
 
 
 def _operation(error: Exception) -> str:
