@@ -2,9 +2,10 @@
 
 Each configuration is trained for real, a few steps in a fresh process under the chosen allocator. Predicted is what the
 planner said before the first step (run.json); measured are the live tensors of a step (the meter), the growth of the
-process's anonymous memory since training began (read from outside, the kernel's account) and tokens/s.
+process's anonymous memory since training began (read from outside, the kernel's account) and tokens/s. Each
+configuration has its turn in every round; medians of the rounds.
 
-    python benchmarks/plan_accuracy.py [--quick] [--only WORD] [--json FILE]
+    python benchmarks/plan_accuracy.py [--quick] [--rounds 3] [--only WORD] [--json FILE]
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import conclude, itself, options, say  # noqa: E402
+from common import alternate, conclude, itself, options, say  # noqa: E402
 
 GIB, STEPS = 2**30, 4
 SMOL, QWEN, ENCODER = "smollm2-135m", "qwen2", "minilm-l6"
@@ -32,6 +33,7 @@ def case(model: str, patch: dict, rows: int, tokens: int, precision: str = "auto
             "training": training}  # fmt: skip
 
 
+OF = {"live": "live", "growth": "process", "peak": "peak", "speed": "speed"}  # what is measured -> whose error it is
 AGAIN = {"activation_checkpointing": True}
 CASES = [
     case(SMOL, PACA, 4, 256), case(SMOL, PACA, 4, 256, **AGAIN), case(SMOL, PACA, 1, 512), case(SMOL, PACA, 8, 128),
@@ -120,35 +122,42 @@ def worker(job: dict[str, Any]) -> None:
     say("result", {"predicted": run["predicted"], "measured": run["measured"]})
 
 
-def error(predicted: float, measured: float) -> float:
-    return predicted / measured - 1
+def run(job: dict[str, Any]) -> dict[str, list[float]]:
+    """-> predicted and measured, by what they are of."""
+    found = itself(__file__, job)
+    plan, held = found["predicted"], found["measured"]
+    return {
+        "live": [plan["live_peak_bytes"] / GIB, held["live_peak_bytes"] / GIB],
+        "growth": [plan["fast_growth_bytes"] / GIB, found["anon_growth_since_train"] / GIB],
+        "peak": [plan["fast_peak_bytes"] / GIB, found["anon_peak"] / GIB],
+        "speed": [plan.get("tokens_per_second") or 1.0, held["tokens_per_second"]],
+    }
+
+
+def row_of(name: str, runs: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """Medians of the runs, and how far the growth of the process scatters."""
+    middle = {of: [statistics.median(side) for side in zip(*(run[of] for run in runs), strict=True)] for of in OF}
+    grown = [run["growth"][1] for run in runs]
+    errors = {kind: middle[of][0] / middle[of][1] - 1 for of, kind in OF.items()}
+    sizes = {f"{of} GiB": "{:.3f} / {:.3f}".format(*middle[of]) for of in OF if of != "speed"}
+    return {
+        "configuration": name, **sizes, "growth, least to most": f"{min(grown):.3f} to {max(grown):.3f}",
+        "tokens/s": "{:,.0f} / {:,.0f}".format(*middle["speed"]),
+        **{f"{kind} error": f"{value:+.1%}" for kind, value in errors.items()}, "errors": errors,
+    }  # fmt: skip
 
 
 def measure(args: argparse.Namespace) -> None:
     jobs = [CASES[i] for i in QUICK] if args.quick else [job for job in CASES if args.only in name_of(job)]
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder))
         second_family(Path(folder) / QWEN, 6)
         second_family(Path(folder) / (QWEN + "-deep"), 18)
-        for job in jobs:
-            found = itself(__file__, {**job, "folder": folder})
-            plan, held = found["predicted"], found["measured"]
-            errors = {
-                "live": error(plan["live_peak_bytes"], held["live_peak_bytes"]),
-                "process": error(plan["fast_growth_bytes"], found["anon_growth_since_train"]),
-                "peak": error(plan["fast_peak_bytes"], found["anon_peak"]),
-                "speed": error(plan.get("tokens_per_second") or 1.0, held["tokens_per_second"]),
-            }
-            rows.append({
-                "configuration": name_of(job),
-                "live GiB": f"{plan['live_peak_bytes'] / GIB:.3f} / {held['live_peak_bytes'] / GIB:.3f}",
-                "growth GiB": f"{plan['fast_growth_bytes'] / GIB:.3f} / {found['anon_growth_since_train'] / GIB:.3f}",
-                "peak GiB": f"{plan['fast_peak_bytes'] / GIB:.3f} / {found['anon_peak'] / GIB:.3f}",
-                "tokens/s": f"{plan.get('tokens_per_second') or 0:,.0f} / {held['tokens_per_second']:,.0f}",
-                **{f"{kind} error": f"{value:+.1%}" for kind, value in errors.items()}, "errors": errors,
-            })  # fmt: skip
-            print("  ".join(f"{key}: {value}" for key, value in rows[-1].items() if key != "errors"), flush=True)
+        turns = {name_of(job): (lambda job=job: run({**job, "folder": folder})) for job in jobs}
+        runs = alternate(turns, 1 if args.quick else args.rounds, show=lambda line: print(line, flush=True))
+    rows = [row_of(name, of) for name, of in runs.items()]
+    for row in rows:
+        print("  ".join(f"{key}: {value}" for key, value in row.items() if key != "errors"), flush=True)
     summary: dict[str, float] = {"rows": len(rows)}
     for kind in ("live", "process", "speed"):
         sizes = [abs(row["errors"][kind]) for row in rows]
@@ -174,10 +183,10 @@ NOTES = [
     "growth, process error: growth of the process's anonymous memory from the first step on, read from outside it.",
     "peak: anonymous memory of the whole process at its peak.",
     "speed: tokens/s from the rates that `trimtab doctor` measured on this machine once.",
-    "Process, what is left: a small run scatters (the same one held 152 to 175 MiB), and under autocast a checkpointed "
-    "run leaves fewer gaps than one share for all supposes.",
-    "Speed, what is left: the rates are measured once, and this machine's speed drifts by a third within hours; most "
-    "of the large misses are fp32 runs, which went faster than planned.",
+    "Process: beside the tensors, what the doctor's small trainings held on this machine once, and a third of what a "
+    "block makes and drops on its way back. The malloc gives back what was freed with the clock, so the same run "
+    "scatters: growth, least to most.",
+    "Speed: the rates are measured once, and this machine's speed drifts by a third within hours.",
 ]
 
 
@@ -185,6 +194,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="")
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     worker(json.loads(args.worker)) if args.worker else measure(args)
 
