@@ -183,7 +183,7 @@ NOTES = [
     "growth, process error: growth of the process's anonymous memory from the first step on, read from outside it.",
     "peak: anonymous memory of the whole process at its peak.",
     "speed: tokens/s from the rates that `trimtab doctor` measured on this machine once.",
-    "Process: beside the tensors, what the doctor's small trainings held on this machine once, and a third of what a "
+    "Process: beside the tensors, what the doctor's small trainings held on this machine once, and 15 % of what a "
     "block makes and drops on its way back. The malloc gives back what was freed with the clock, so the same run "
     "scatters: growth, least to most.",
     "Speed: the rates are measured once, and this machine's speed drifts by a third within hours.",

@@ -25,7 +25,7 @@ from .rates import path_of
 FORM = 4  # of the file
 MOST_SHARE = 0.5
 THREAD = 4 * 2**20  # bytes; two under mimalloc kept 5 to 10 MiB of what was freed (docs/LOG.md)
-CHURN = 1 / 3  # of 43 configurations none is more than 10 % off with 0.3 to 0.4, and one in ten with none (docs/LOG.md)
+CHURN = 0.15  # of a checkpointed encoder 0.1 of it stayed, or 0.35, by how its heap came to lie (docs/LOG.md)
 
 
 @dataclass(frozen=True)
