@@ -135,13 +135,14 @@ def run(job: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def row_of(name: str, runs: list[dict[str, list[float]]]) -> dict[str, Any]:
-    """Medians of the runs, and how far the growth of the process scatters."""
+    """Medians of the runs, and where there are several how far the growth of the process scatters."""
     middle = {of: [statistics.median(side) for side in zip(*(run[of] for run in runs), strict=True)] for of in OF}
     grown = [run["growth"][1] for run in runs]
     errors = {kind: middle[of][0] / middle[of][1] - 1 for of, kind in OF.items()}
     sizes = {f"{of} GiB": "{:.3f} / {:.3f}".format(*middle[of]) for of in OF if of != "speed"}
     return {
-        "configuration": name, **sizes, "growth, least to most": f"{min(grown):.3f} to {max(grown):.3f}",
+        "configuration": name, **sizes,
+        **({"growth, least to most": f"{min(grown):.3f} to {max(grown):.3f}"} if len(runs) > 1 else {}),
         "tokens/s": "{:,.0f} / {:,.0f}".format(*middle["speed"]),
         **{f"{kind} error": f"{value:+.1%}" for kind, value in errors.items()}, "errors": errors,
     }  # fmt: skip
@@ -169,7 +170,7 @@ def measure(args: argparse.Namespace) -> None:
     args.quick = args.quick or bool(args.only)
     conclude(
         "plan_accuracy", args, summary, TARGETS, title="What the plan says beside what the run holds", claim=CLAIM,
-        rows=rows, notes=NOTES,
+        rows=rows, notes=[*NOTES, f"Rounds: {args.rounds}."],
     )  # fmt: skip
 
 
@@ -185,7 +186,7 @@ NOTES = [
     "speed: tokens/s from the rates that `trimtab doctor` measured on this machine once.",
     "Process: beside the tensors, what the doctor's small trainings held on this machine once, and 15 % of what a "
     "block makes and drops on its way back. The malloc gives back what was freed with the clock, so the same run "
-    "scatters: growth, least to most.",
+    "scatters.",
     "Speed: the rates are measured once, and this machine's speed drifts by a third within hours.",
 ]
 
