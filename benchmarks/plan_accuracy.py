@@ -150,12 +150,13 @@ def row_of(name: str, runs: list[dict[str, list[float]]]) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> None:
     jobs = [CASES[i] for i in QUICK] if args.quick else [job for job in CASES if args.only in name_of(job)]
+    rounds = 1 if args.quick else args.rounds
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder))
         second_family(Path(folder) / QWEN, 6)
         second_family(Path(folder) / (QWEN + "-deep"), 18)
         turns = {name_of(job): (lambda job=job: run({**job, "folder": folder})) for job in jobs}
-        runs = alternate(turns, 1 if args.quick else args.rounds, show=lambda line: print(line, flush=True))
+        runs = alternate(turns, rounds, show=lambda line: print(line, flush=True))
     rows = [row_of(name, of) for name, of in runs.items()]
     for row in rows:
         print("  ".join(f"{key}: {value}" for key, value in row.items() if key != "errors"), flush=True)
@@ -170,7 +171,7 @@ def measure(args: argparse.Namespace) -> None:
     args.quick = args.quick or bool(args.only)
     conclude(
         "plan_accuracy", args, summary, TARGETS, title="What the plan says beside what the run holds", claim=CLAIM,
-        rows=rows, notes=[*NOTES, f"Rounds: {args.rounds}."],
+        rows=rows, notes=[*NOTES, f"Rounds: {rounds}."],
     )  # fmt: skip
 
 
