@@ -258,9 +258,7 @@ def _real_step(
         raise why
     step = PlannedStep(recipe, args, None, real=True)
     step.tell(watch)
-    found = step.trace(rows, tokens, counted, watch.at(None))
-    watch.churn = step.churn
-    return found
+    return step.watched(watch, rows, tokens, counted)
 
 
 def _speed(

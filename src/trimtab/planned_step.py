@@ -40,12 +40,8 @@ def peaks(
     low = SHALLOW if period == 1 else period + depth % period
     shallow = (low, low + SHALLOW * period)
     if depth <= shallow[1]:
-        found = whole.trace(rows, tokens, counted, watch.at(None))
-        watch.churn = whole.churn
-        return found
-    steps = [PlannedStep(recipe, args, n) for n in shallow]
-    traces = [step.trace(rows, tokens, counted, watch.at(n)) for step, n in zip(steps, shallow, strict=True)]
-    watch.churn = max(step.churn for step in steps)
+        return whole.watched(watch, rows, tokens, counted)
+    traces = [PlannedStep(recipe, args, n).watched(watch, rows, tokens, counted) for n in shallow]
     return whole.with_tables(extend(*traces, shallow, depth))
 
 
@@ -56,7 +52,7 @@ class PlannedStep:
         from .model.load import empty_model, load_model
 
         self.recipe, self.args, self.objective, self.real = recipe, args, recipe.load_objective(), real
-        self.shallow, self.churn = blocks is not None, 0
+        self.blocks, self.churn = blocks, 0
         self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
         if real:
             self.model = load_model(recipe.model, task=self.objective.task)[0]
@@ -125,6 +121,12 @@ class PlannedStep:
         recurs = (p for p in range(1, depth) if all(looks[i] == looks[i - p] for i in range(p, depth)))
         return math.lcm(next(recurs, depth), every if self.args.activation_checkpointing else 1)
 
+    def watched(self, watch: Any, rows: int, tokens: int, counted: int | None) -> Any:
+        """As `trace`, of which `watch` is told."""
+        found = self.trace(rows, tokens, counted, watch.at(self.blocks))
+        watch.churn = max(watch.churn, self.churn)
+        return found
+
     def trace(self, rows: int, tokens: int, counted: int | None = None, clock: Any = None) -> Any:
         """Peaks by phase and kind; those of a stack that was made shallow are without its tables. Sets `churn`."""
         import torch
@@ -159,7 +161,7 @@ class PlannedStep:
                 kind = MAPPED if self.mapped and _key(tensor) in self.in_file else WEIGHTS
                 kinds[kind] = kinds.get(kind, 0) + tensor.untyped_storage().nbytes()
         assert all(live(kinds) >= 0 for kinds in peaks.values())
-        return peaks if self.shallow else self.with_tables(peaks)
+        return peaks if self.blocks is not None else self.with_tables(peaks)
 
     def _update(self, store: Any, clock: Any) -> None:
         """The seconds in which the rows of `store` step, which the trace does not see; where they are not known, those
