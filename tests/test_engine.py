@@ -24,9 +24,10 @@ import trimtab
 from conftest import MODELS, logits, tiny_batch
 from helpers_run import films, forked, left, make_world, metrics, rows, same, tree, write_rows
 from test_laws import snapshot, values
-from trimtab import adapter, adapter_weights, engine, progress, session
+from trimtab import adapter, adapter_weights, progress, session
 from trimtab import train as train_verb
 from trimtab.adapter_weights import WEIGHTS
+from trimtab.engine import trainers as engine
 from trimtab.errors import BadInput, DoesNotFit, Interrupted
 from trimtab.memory import mapped, row_files
 from trimtab.model.load import load_model

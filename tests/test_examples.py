@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from tiny import tiny_folder
 from trimtab import Recipe
-from trimtab.engine import training_arguments
+from trimtab.engine.arguments import training_arguments
 from trimtab.errors import BadInput
 from trimtab.evaluate import evaluate
 from trimtab.model.quiet import NOISE, hushed, no_dataset_bars

@@ -18,8 +18,9 @@ from rich.console import Console
 import trimtab
 from helpers_run import forked, left, make_world, metrics, same, tree
 from test_engine import at_step
-from trimtab import engine, progress
+from trimtab import progress
 from trimtab.data_order import LongestFirst, filled
+from trimtab.engine import trainers as engine
 from trimtab.errors import BadInput, Stopped
 from trimtab.memory import guard, meter
 from trimtab.memory.guard import Guard, ran_out, reserve_bytes

@@ -9,7 +9,7 @@ import torch
 
 from test_plan import ROWS, TOKENS, folders, recipe_of  # noqa: F401 (a fixture)
 from test_rates import flat
-from trimtab.engine import arguments_class, training_arguments
+from trimtab.engine.arguments import arguments_class, training_arguments
 from trimtab.memory import roofline
 from trimtab.memory.roofline import OPTIMISER, Stopwatch, row_update, written_back
 from trimtab.model import experts

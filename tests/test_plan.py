@@ -14,7 +14,8 @@ from helpers_run import make_world, tree
 from test_laws import CASES
 from tiny import tiny_folder
 from trimtab.doctor import known_overhead
-from trimtab.engine import arguments_class, prepared, training_arguments
+from trimtab.engine.arguments import arguments_class, training_arguments
+from trimtab.engine.prepare import prepared
 from trimtab.errors import BadInput, DoesNotFit, Untraceable
 from trimtab.memory import tracer
 from trimtab.memory.meter import LiveTensors

@@ -130,7 +130,7 @@ def test_the_training_block_is_of_the_librarys_kinds(tmp_path):
     from transformers import TrainingArguments
     from trl import SFTConfig
 
-    from trimtab.engine import training_arguments
+    from trimtab.engine.arguments import training_arguments
 
     text = "{learning_rate: 1e-4, save_strategy: no, eval_strategy: no, max_steps: '3', packing: false, optim: sgd}"
     recipe = Recipe(model="x", training=yaml.safe_load(text))

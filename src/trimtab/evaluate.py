@@ -94,7 +94,9 @@ def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> 
     from trl import SFTConfig
 
     from .adapter import Base
-    from .engine import CausalTrainer, Job, as_it_was, prepared, quiet, training_arguments
+    from .engine.arguments import training_arguments
+    from .engine.prepare import as_it_was, prepared
+    from .engine.trainers import CausalTrainer, Job, quiet
 
     objective, stepper = recipe.load_objective(), recipe.load_stepper()
     with tempfile.TemporaryDirectory() as folder, as_it_was(model):

@@ -175,7 +175,7 @@ def plan(
     import torch
 
     from .doctor import known_overhead, known_rates
-    from .engine import arguments_class, training_arguments
+    from .engine.arguments import arguments_class, training_arguments
     from .memory.roofline import Stopwatch
     from .memory.threads import beside as threads_beside
     from .memory.tracer import highest

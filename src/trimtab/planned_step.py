@@ -131,7 +131,7 @@ class PlannedStep:
         """Peaks by phase and kind; those of a stack that was made shallow are without its tables. Sets `churn`."""
         import torch
 
-        from .engine import prepared
+        from .engine.prepare import prepared
         from .memory.tracer import MAPPED, WEIGHTS, Step, live, trace_steps
 
         model, recipe = self.model, self.recipe
@@ -232,7 +232,7 @@ class PlannedStep:
     @property
     def autocast(self) -> Any:
         """The type that autocast computes the step in, or None."""
-        from .engine import autocast_dtype
+        from .engine.prepare import autocast_dtype
 
         return autocast_dtype(self.surgeries, self.dtype, self.args.bf16)
 

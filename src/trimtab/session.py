@@ -17,8 +17,10 @@ from typing import Any
 from transformers import set_seed
 
 from . import adapter
-from .engine import CausalTrainer, ClassifierTrainer, Job, arguments_class, as_it_was, prepared, training_arguments
-from .engine import quiet as hush
+from .engine.arguments import arguments_class, training_arguments
+from .engine.prepare import as_it_was, prepared
+from .engine.trainers import CausalTrainer, ClassifierTrainer, Job
+from .engine.trainers import quiet as hush
 from .errors import BadInput
 from .memory.guard import Guard, hard_limit, ran_out
 from .memory.meter import Meter

@@ -8,34 +8,27 @@ and that packed rows stay rows. Formats, schedulers, optimisers, trackers, evalu
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
-from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from . import adapter
-from .contracts import Objective, Stepper, Surgery
-from .data import check_lengths
-from .data_order import longest_first
-from .errors import BadInput, nearest
-from .model import anatomy
-from .model.lean import lean
-from .model.surgery import Swaps, is_patch
-from .model.weights_ahead import read_weights_ahead
-from .recipe import Recipe
-from .runs import PARTIAL, STATE, checkpoints, discard, sync, sync_entry
-from .stores import ClipsRows
+from .. import adapter
+from ..contracts import Objective, Stepper, Surgery
+from ..data import check_lengths
+from ..data_order import longest_first
+from ..errors import BadInput
+from ..runs import PARTIAL, STATE, checkpoints, discard, sync, sync_entry
+from ..stores import ClipsRows
+from .prepare import autocast_dtype
 
 
 @dataclass
@@ -249,135 +242,6 @@ class PackedRows(DataCollatorForLanguageModeling):
             positions[row] = torch.cat([torch.arange(n) for n in lengths])
         labels[positions == 0] = -100
         return {"input_ids": ids, "labels": labels, "position_ids": positions}
-
-
-@contextlib.contextmanager
-def as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """What the libraries' trainers leave on a model (config values, tags, checkpointing, mode) is gone afterwards."""
-    owners = [c for c in (model.config, getattr(model, "generation_config", None)) if c is not None]
-    saved = [copy.deepcopy(vars(owner)) for owner in owners]
-    modules = [(m, set(vars(m)), m.training, vars(m).get("gradient_checkpointing")) for m in model.modules()]
-    handles = list(getattr(model, "_require_grads_hooks", ()))
-    try:
-        yield
-    finally:
-        for handle in getattr(model, "_require_grads_hooks", ()):
-            if handle not in handles:
-                handle.remove()
-        for module, had, training, checkpointing in modules:
-            for name in () if is_patch(module) else set(vars(module)) - had:
-                delattr(module, name)
-            module.training = training
-            if checkpointing is not None:
-                module.gradient_checkpointing = checkpointing
-        if handles:
-            model._require_grads_hooks = handles
-        for owner, values in zip(owners, saved, strict=True):
-            vars(owner).clear()
-            vars(owner).update(values)
-
-
-@contextlib.contextmanager
-def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> Iterator[None]:
-    """The model as the engine steps it: lean forms in, blocks compiled if asked, forward leading to the objective."""
-    swaps = Swaps(model)
-    again = recipe.engine.recompute == "ffn"
-    if recipe.engine.recompute == "auto":  # whoever quantises prefers memory to speed
-        again = bool(getattr(model, "is_quantized", False))
-    lean_swaps = lean(model, recompute=again) if recipe.engine.lean else Swaps(model)
-    original = model.forward
-
-    @functools.wraps(original)  # the trainers read from its signature which columns a batch may have
-    def forward(*args, objective_batch=None, objective_count=None, **kwargs):
-        if objective_batch is None:
-            return original(*args, **kwargs)
-        return objective.loss(model, objective_batch, objective_count)
-
-    try:
-        if recipe.engine.compile:
-            _compile(model, swaps)
-        elif recipe.engine.prefetch:
-            read_weights_ahead(model, swaps)
-        had = vars(model).get("forward")
-        model.forward = forward
-        swaps.on_undo(lambda: setattr(model, "forward", had) if had is not None else vars(model).pop("forward", None))
-        yield
-    finally:
-        swaps.undo()
-        lean_swaps.undo()
-
-
-def _compile(model: PreTrainedModel, swaps: Swaps) -> None:
-    """torch.compile for each block; what a patch put in runs uncompiled.
-
-    A patched linear is one autograd function with numbers of its own (which columns): compiled, it would be compiled
-    once for each linear of the model.
-    """
-    for module in model.modules():
-        if is_patch(module):
-            swaps.set_attribute(module, "forward", torch.compiler.disable(module.forward))
-    for block in anatomy.blocks(model)[1]:
-        swaps.set_attribute(block, "_compiled_call_impl", None)
-        block.compile()
-
-
-def autocast_dtype(surgeries: Sequence[Surgery], base: torch.dtype | None, asked: bool) -> torch.dtype | None:
-    """The type that autocast computes a step in; None: without it. `base`: the model's type before any patch.
-
-    Patches that multiply fp32 weights of their own beside a 16-bit base ask for autocast (full, DoRA); the others cast
-    by themselves, and run without its bookkeeping.
-    """
-    half = base if base in (torch.bfloat16, torch.float16) else None
-    wanted = half is not None and any(getattr(surgery.patch, "autocast", False) for surgery in surgeries)
-    return (half or torch.bfloat16) if asked or wanted else None
-
-
-def arguments_class(objective: Objective) -> type[TrainingArguments]:
-    """The library's own dataclass for the objective's trainer."""
-    return SFTConfig if objective.task == "causal-lm" else TrainingArguments
-
-
-def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:
-    """`training:` as the library's own dataclass; unknown fields and bad values are the user's to mend."""
-    import dataclasses
-
-    values = recipe.training_values()
-    known = {f.name for f in dataclasses.fields(cls) if f.init}
-    if cls is not SFTConfig:
-        for only_sft in ("max_length", "packing"):
-            values.pop(only_sft, None)
-    if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # the newer name of the same
-        values.setdefault("activation_checkpointing", values.pop("gradient_checkpointing"))
-    for key in values:
-        if key not in known:
-            raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(str(key), known))
-    kinds = get_type_hints(cls)
-    values = {key: _typed(key, value, kinds[key]) for key, value in values.items()}
-    ours = {"output_dir": str(output), "use_cpu": cpu, "disable_tqdm": True, "dataloader_pin_memory": not cpu}
-    if "output_dir" in values:
-        raise BadInput("training: output_dir", "a run writes into the recipe's output", "Say output: FOLDER")
-    if cls is SFTConfig:
-        values.setdefault("bf16", False)
-    try:
-        return cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
-    except (TypeError, ValueError, ImportError) as error:
-        raise BadInput("training", str(error).strip().splitlines()[0], "Mend the value") from error
-
-
-def _typed(key: str, value: Any, kind: Any) -> Any:
-    """`value` if it is of a training field's kind; YAML 1.1 reads 1e-4 as text and a bare `no` as false."""
-    try:
-        adapter_of = TypeAdapter(kind)
-    except PydanticSchemaGenerationError:
-        return value
-    for candidate in (value, "no") if value is False else (value,):
-        try:
-            read = adapter_of.validate_python(candidate)
-        except ValidationError as error:
-            why = error.errors()[0]["msg"].lower()
-        else:
-            return read if isinstance(candidate, str) and isinstance(read, int | float) else candidate
-    raise BadInput(f"training: {key}: {value!r}", why, "Give a value of that kind")
 
 
 def _admit_quantised(model: PreTrainedModel) -> None:

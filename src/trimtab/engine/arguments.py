@@ -1,0 +1,61 @@
+"""`training:` of a recipe as the libraries' own dataclass: SFTConfig or TrainingArguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from ..contracts import Objective
+from ..errors import BadInput, nearest
+from ..recipe import Recipe
+
+
+def arguments_class(objective: Objective) -> type[TrainingArguments]:
+    """The library's own dataclass for the objective's trainer."""
+    return SFTConfig if objective.task == "causal-lm" else TrainingArguments
+
+
+def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:
+    """`training:` as the library's own dataclass; unknown fields and bad values are the user's to mend."""
+    values = recipe.training_values()
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    if cls is not SFTConfig:
+        for only_sft in ("max_length", "packing"):
+            values.pop(only_sft, None)
+    if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # the newer name of the same
+        values.setdefault("activation_checkpointing", values.pop("gradient_checkpointing"))
+    for key in values:
+        if key not in known:
+            raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(str(key), known))
+    kinds = get_type_hints(cls)
+    values = {key: _typed(key, value, kinds[key]) for key, value in values.items()}
+    ours = {"output_dir": str(output), "use_cpu": cpu, "disable_tqdm": True, "dataloader_pin_memory": not cpu}
+    if "output_dir" in values:
+        raise BadInput("training: output_dir", "a run writes into the recipe's output", "Say output: FOLDER")
+    if cls is SFTConfig:
+        values.setdefault("bf16", False)
+    try:
+        return cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
+    except (TypeError, ValueError, ImportError) as error:
+        raise BadInput("training", str(error).strip().splitlines()[0], "Mend the value") from error
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """`value` if it is of a training field's kind; YAML 1.1 reads 1e-4 as text and a bare `no` as false."""
+    try:
+        adapter_of = TypeAdapter(kind)
+    except PydanticSchemaGenerationError:
+        return value
+    for candidate in (value, "no") if value is False else (value,):
+        try:
+            read = adapter_of.validate_python(candidate)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"].lower()
+        else:
+            return read if isinstance(candidate, str) and isinstance(read, int | float) else candidate
+    raise BadInput(f"training: {key}: {value!r}", why, "Give a value of that kind")
