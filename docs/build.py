@@ -24,6 +24,7 @@ from typing import Any
 
 from trimtab import methods, recipe
 from trimtab.data_spec import DataSpec
+from trimtab.engine.fields import REFUSED
 from trimtab.model.spec import ModelSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -195,12 +196,21 @@ def recipe_keys() -> str:
             if dataclasses.fields(cls):
                 parts.append(f"## {kind}: {{{name}: ...}}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
     defaults = [[f"`{key}`", shown(value)] for key, value in recipe.TRAINING_DEFAULTS.items()]
+    of_methods = [
+        [f"`{name}`", ", ".join(f"`{key}: {shown(value).strip('`')}`" for key, value in cls.defaults.items())]
+        for name, cls in ((name, methods.find(name)) for name in methods.names("patch")) if cls.defaults
+    ]  # fmt: skip
     parts += [
         "## training",
         "Any field of TRL's `SFTConfig` (of transformers' `TrainingArguments` for classification) under its own name;\n"
         "`gradient_checkpointing` and its new name `activation_checkpointing` are both taken. Where their defaults\n"
         "would surprise on a small machine, ours are:",
         table(["key", "default here"], defaults),
+        "A method may want others; of several patches the smallest learning rate counts:",
+        table(["method", "defaults"], of_methods),
+        "These fields are refused, since they would do nothing here or something else than they say: "
+        + ", ".join(f"`{name}`" for name in REFUSED)
+        + ".",
     ]
     return "\n\n".join(parts)
 

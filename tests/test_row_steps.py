@@ -78,7 +78,7 @@ def test_only_the_optimiser_that_has_their_parameter_steps_rows():
     other = torch.nn.Parameter(torch.ones(3))
     other.grad = torch.ones(3)
     torch.optim.SGD([other], lr=0.1).step()
-    torch.optim.SGD(stand[1:], lr=0.1).step()
+    torch.optim.AdamW(stand[1:], lr=0.1).step()
     found = [(store.optimiser.steps, bool(store.pending())) for store in surgery.stores]
     assert found == [(0, True)] * 2 + [(1, False)] * 2
 

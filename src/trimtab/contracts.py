@@ -131,6 +131,7 @@ class Patch(ABC):
     when: ClassVar[When] = When.TRAIN
     trains_base: ClassVar[bool] = False  # True where the base's own weights move (full fine-tuning)
     alone: ClassVar[str] = ""  # why it composes with no other trained patch; "" where it does
+    defaults: ClassVar[dict[str, Any]] = {}  # of `training:`, where the method wants others than the recipe's
     tables: ClassVar[bool] = False  # True where it keeps tables in the slow tier
     less: ClassVar[tuple[str, ...]] = ()  # fields of which a smaller number holds less, those that matter least first
 

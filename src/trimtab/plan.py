@@ -175,7 +175,7 @@ def plan(
     import torch
 
     from .doctor import known_overhead, known_rates
-    from .engine.arguments import arguments_class, training_arguments
+    from .engine.arguments import arguments_class, check_optimizer, training_arguments
     from .memory.roofline import Stopwatch
     from .memory.threads import beside as threads_beside
     from .memory.tracer import highest
@@ -192,6 +192,7 @@ def plan(
         )
     budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder or recipe.output))
     args = args or training_arguments(recipe, arguments_class(objective), Path(recipe.output), device.type == "cpu")
+    check_optimizer(recipe.load_patches(), args)
     notes = []
     if tokens is None:
         tokens = recipe.training_values()["max_length"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -45,6 +46,7 @@ class EngineSpec:
     lean: bool = True  # norms, gated FFNs and attention that keep less for backward (model/lean.py)
     compile: bool = False  # torch.compile each block
     prefetch: bool = True  # read a mapped base too large for memory ahead, by blocks; not with compile
+    stop_if_diverged: bool = True  # end a run whose loss is not finite, or far above a uniform guess's
     allocator: Literal["auto", "none", "mimalloc", "jemalloc", "tcmalloc"] = "auto"  # a malloc that gives memory back
 
 
@@ -166,11 +168,16 @@ class Recipe:
         return Place(**dataclasses.asdict(self.place))
 
     def training_values(self) -> dict[str, Any]:
-        """`training:` over our defaults (`max_steps` given: no default for epochs is needed)."""
+        """`training:` over the methods' defaults over ours; of several patches the smallest learning rate counts."""
         for old, new in RENAMED.items():
             if old in self.training and new in self.training:
                 raise BadInput(f'training: "{old}" and "{new}"', "they are two names of one field", f"Keep {new}")
-        return {**TRAINING_DEFAULTS, **{RENAMED.get(key, key): value for key, value in self.training.items()}}
+        given = {RENAMED.get(key, key): value for key, value in self.training.items()}
+        wanted: dict[str, Any] = {}
+        for of_patch in (methods.find(next(iter(entry))).defaults for entry in self.patches):
+            rate = min(of_patch.get("learning_rate", math.inf), wanted.get("learning_rate", math.inf))
+            wanted |= of_patch | ({"learning_rate": rate} if rate < math.inf else {})
+        return {**TRAINING_DEFAULTS, **wanted, **given}
 
     # --- doing ---------------------------------------------------------------------------------------------------
 

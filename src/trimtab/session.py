@@ -17,7 +17,8 @@ from typing import Any
 from transformers import set_seed
 
 from . import adapter
-from .engine.arguments import arguments_class, training_arguments
+from .engine.arguments import arguments_class, check_optimizer, training_arguments
+from .engine.divergence import Diverged, StopIfDiverged, chance_of
 from .engine.prepare import as_it_was, prepared
 from .engine.trainers import CausalTrainer, ClassifierTrainer, Job
 from .engine.trainers import quiet as hush
@@ -38,8 +39,9 @@ class Ended:
 
     step: int
     wanted: int
-    why: str = ""  # "" (done), "interrupt", "budget", "machine", or "refused": an allocation was
+    why: str = ""  # "" (done), "interrupt", "budget", "machine", "diverged", or "refused": an allocation was
     mean_loss: float = 0.0
+    diverged: Diverged | None = None
 
 
 class Session:
@@ -106,6 +108,7 @@ class Session:
     def _arguments(self) -> Any:
         cls = arguments_class(self.objective)
         args = training_arguments(self.recipe, cls, self.output, self.place.device.type == "cpu")
+        check_optimizer(self.patches, args)
         if (
             self.objective.task == "causal-lm"
             and args.completion_only_loss is None
@@ -205,11 +208,15 @@ class Session:
         for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter)):
             trainer.add_callback(callback)
         meter.watchers.append(self.guard.see)
-        why, loss = "", 0.0
+        if self.recipe.engine.stop_if_diverged:
+            trainer.add_callback(StopIfDiverged(trainer, chance_of(self.model, self.rows.labels, self.rows.regression)))
+        why, loss, diverged = "", 0.0, None
         with prepared(self.model, self.objective, self.recipe), interrupt:
             try:
                 with hard_limit(limit, self.place.device, meter) if hard and limit else contextlib.nullcontext():
                     loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
+            except Diverged as error:
+                why, diverged = "diverged", error
             except Exception as error:
                 if not ran_out(error, hard):
                     raise
@@ -221,7 +228,7 @@ class Session:
         done, wanted = trainer.state.global_step, trainer.state.max_steps
         if not why and done < wanted:
             why = "interrupt" if interrupt.asked else self.guard.why
-        return Ended(done, wanted, why, loss)
+        return Ended(done, wanted, why, loss, diverged)
 
 
 def sharded_by(args: Any) -> str:

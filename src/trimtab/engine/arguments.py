@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -10,9 +11,10 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from ..contracts import Objective
+from ..contracts import Objective, Patch
 from ..errors import BadInput, nearest
 from ..recipe import Recipe
+from .fields import check_fields
 
 
 def arguments_class(objective: Objective) -> type[TrainingArguments]:
@@ -25,8 +27,9 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
     values = recipe.training_values()
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     if cls is not SFTConfig:
-        for only_sft in ("max_length", "packing"):
-            values.pop(only_sft, None)
+        values.pop("max_length", None)  # rows are tokenised by trimtab, up to it
+        if values.pop("packing", False):
+            raise BadInput("training: packing: true", "a classifier reads one text a row", "Leave it out")
     if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # the newer name of the same
         values.setdefault("activation_checkpointing", values.pop("gradient_checkpointing"))
     for key in values:
@@ -35,14 +38,28 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
     kinds = get_type_hints(cls)
     values = {key: _typed(key, value, kinds[key]) for key, value in values.items()}
     ours = {"output_dir": str(output), "use_cpu": cpu, "disable_tqdm": True, "dataloader_pin_memory": not cpu}
-    if "output_dir" in values:
-        raise BadInput("training: output_dir", "a run writes into the recipe's output", "Say output: FOLDER")
+    check_fields(values, cls, recipe.training)
+    if values.get("activation_offloading") and cpu:
+        raise BadInput(
+            "training: activation_offloading: true", "on a CPU activations are where they would be moved to",
+            "Say activation_checkpointing: true",
+        )  # fmt: skip
     if cls is SFTConfig:
         values.setdefault("bf16", False)
     try:
         return cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
     except (TypeError, ValueError, ImportError) as error:
         raise BadInput("training", str(error).strip().splitlines()[0], "Mend the value") from error
+
+
+def check_optimizer(patches: Iterable[Patch], args: TrainingArguments) -> None:
+    """BadInput for an optimiser that the rows of a patch's tables cannot be stepped with."""
+    tables = [patch for patch in patches if patch.tables]
+    if tables and args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise BadInput(
+            f"training: optim: {getattr(args.optim, 'value', args.optim)} with {type(tables[0]).__name__}",
+            "rows in the slow tier are stepped by Adam only", "Say optim: adamw_torch",
+        )  # fmt: skip
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:

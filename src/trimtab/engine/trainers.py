@@ -28,6 +28,7 @@ from ..data_order import longest_first
 from ..errors import BadInput
 from ..runs import PARTIAL, STATE, checkpoints, discard, sync, sync_entry
 from ..stores import ClipsRows
+from .divergence import mean_of
 from .prepare import autocast_dtype
 
 
@@ -49,14 +50,37 @@ class _OurTrainer(ClipsRows):
 
     job: Job
 
+    grad_norm = 0.0  # of the newest step, before clipping
+
+    def _take(self, job: Job, args: Any) -> None:
+        self.job, self.counted, self.step_losses = job, {}, []
+        self.autocast_wanted, args.bf16 = bool(args.bf16), False  # autocast is ordered by compute_loss_context_manager
+
     def loss_of(self, model: Any, inputs: dict[str, Any], count: Any) -> torch.Tensor:
         """The objective's loss, through the model's own forward (so that DDP sees it), and the counts for the log."""
         value, correct, seen = model(objective_batch=inputs, objective_count=count)
         mode = "train" if self.model.training else "eval"
         self.counted.setdefault(mode, []).append(torch.stack([correct.detach(), seen, value.detach() * seen]).double())
+        if mode == "train":
+            self.step_losses.append(value.detach().float())
+            self.step_summed = count is not None
         if count is not None and self.args.average_tokens_across_devices:
             value = value * self.accelerator.num_processes  # `count` is over all ranks; DDP averages the gradients
         return value
+
+    def step_loss(self) -> float:
+        """The mean loss of the optimiser step whose gradients are ready, over all processes (each must call this)."""
+        loss = mean_of(self.step_losses, self.step_summed)
+        self.step_losses = []
+        if self.args.world_size > 1:
+            whole = self.step_summed and self.args.average_tokens_across_devices  # each has a share of one mean
+            loss = self.accelerator.reduce(loss, "sum" if whole else "mean")
+        return float(loss)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        found = super()._get_grad_norm(model, grad_norm)
+        self.grad_norm = 0.0 if found is None else float(found)
+        return found
 
     def counts(self, mode: str) -> dict[str, float]:
         """Share predicted right since the last call, over all processes; and in evaluation the loss per item."""
@@ -149,9 +173,8 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
     """SFTTrainer on an objective of ours."""
 
     def __init__(self, job: Job, **kwargs: Any):
-        self.job, self.counted, self.autocast_wanted = job, {}, bool(kwargs["args"].bf16)
+        self._take(job, kwargs["args"])
         _admit_quantised(kwargs["model"])
-        kwargs["args"].bf16 = False  # autocast is ours to order, see compute_loss_context_manager
         trained = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
         super().__init__(**kwargs)
         for parameter, data in trained:  # on a quantised base TRL rounds them to bf16, where small updates are lost
@@ -204,18 +227,22 @@ class ClassifierTrainer(_OurTrainer, Trainer):
     """transformers' Trainer on an objective of ours."""
 
     def __init__(self, job: Job, **kwargs: Any):
-        self.job, self.counted, self.autocast_wanted = job, {}, bool(kwargs["args"].bf16)
+        self._take(job, kwargs["args"])
         self._total_train_tokens = 0
         _admit_quantised(kwargs["model"])
-        kwargs["args"].bf16 = False
         super().__init__(**kwargs)
         self._set_signature_columns_if_needed()  # now, while the model's forward still names its arguments
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = True  # the mean is over all rows of a step, however they are cut into batches
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        """Rows of the whole optimiser step; the library would count labels, and take -100.0 for no label."""
+        rows = torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(rows).sum() if self.args.average_tokens_across_devices else rows
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
             self._total_train_tokens += int(inputs["attention_mask"].sum())
-        loss = self.loss_of(model, dict(inputs), None)
+        loss = self.loss_of(model, dict(inputs), num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
     prediction_step = CausalTrainer.prediction_step

@@ -46,17 +46,17 @@ class Rates:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, parameter: Tensor) -> Rates:
-        """The rates with which `optimizer` steps `parameter`. An optimiser without betas and eps gives its lr alone."""
-        groups = optimizer.param_groups
-        group = next((g for g in groups if any(p is parameter for p in g["params"])), groups[0])
+        """The rates with which `optimizer`, PyTorch's Adam or AdamW, steps `parameter`; BadInput for any other kind."""
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        odd = [name for name in ("amsgrad", "maximize") if group.get(name)]
+        if not isinstance(optimizer, torch.optim.Adam) or odd:  # AdamW is a subclass
+            raise BadInput(
+                f"step the rows of a table with {type(optimizer).__name__}{' and ' + odd[0] if odd else ''}",
+                "rows in the slow tier are stepped by Adam and AdamW only", "Take torch.optim.AdamW",
+            )  # fmt: skip
         decoupled = bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))
-        return cls(
-            float(group["lr"]),
-            tuple(group.get("betas", cls.betas)),
-            float(group.get("eps") or cls.eps),
-            float(group.get("weight_decay", 0.0)),
-            decoupled,
-        )
+        beta1, beta2 = map(float, group["betas"])
+        return cls(float(group["lr"]), (beta1, beta2), float(group["eps"]), float(group["weight_decay"]), decoupled)
 
 
 class RowAdam:

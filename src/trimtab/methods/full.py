@@ -34,6 +34,7 @@ class Full(Patch):
     """All weights, or those that `train` names, are trained in place."""
 
     trains_base: ClassVar[bool] = True
+    defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-5}
     alone: ClassVar[str] = "full fine-tuning moves the base weights, which every other trained patch holds still"
 
     dtype: Literal["fp32", "bf16", "keep"] = "fp32"  # of the weights while they are trained; bf16 loses small updates

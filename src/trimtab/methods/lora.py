@@ -42,6 +42,7 @@ class LoRA(Patch):
     """Low-rank adapters beside the targeted linears, computed by peft."""
 
     paper: ClassVar[str] = "2106.09685"
+    defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-4}  # QLoRA, arXiv 2305.14314, appendix B
 
     r: int = 8
     alpha: float | None = None  # None: 2 r

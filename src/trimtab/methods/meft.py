@@ -26,9 +26,9 @@ What differs from the paper, and why:
 - s = 64, not 1: under Adam, values learn s times as fast as keys and router, which had better stay where they are.
 - n_p = 8, after the authors' code. Its N = 4 sqrt(r) makes a batch of a thousand tokens touch 70 % of all pairs at r
   16,384; here N is 12 sqrt(r), but no more than leaves a token K candidates. r is rounded up to whole experts.
-"""
 
-# Shape letters: T tokens, D hidden size, N experts, B pairs of an expert, P probes, C = P * B candidates, K kept of C.
+Shape letters: T tokens, D hidden size, N experts, B pairs of an expert, P probes, C = P * B candidates, K kept of C.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ class Meft(Patch):
 
     paper: ClassVar[str] = "2406.04984"
     tables: ClassVar[bool] = True
+    defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2.5e-4, "warmup_steps": 0.02}  # paper: 1e-4, 2 % warm-up
     less: ClassVar[tuple[str, ...]] = ("cache", "probes", "r")
 
     r: int = 4096  # pairs per layer; the paper's "10 %" is 3,200 on LLaMA-7B

@@ -43,6 +43,7 @@ class ParallelAdapter(Patch):
     """A dense ReLU network of `r` key-value pairs beside each FFN."""
 
     paper: ClassVar[str] = "2110.04366"
+    defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-4, "warmup_steps": 0.02}
     less: ClassVar[tuple[str, ...]] = ("r",)
 
     r: int = 512  # pairs per layer; the paper's "bottleneck dimension" (512 in table 6, FFN rows)
