@@ -15,7 +15,7 @@ brought up, and of their keys the K that match a token best add their values to 
 
 What differs from the paper, and why:
 - `per_token` (default): a token sees its own pairs S_t, whatever shares its batch. `union` is the paper's algorithm 1:
-  each token sees the pairs of all. With `cap` a training pass fetches the most wanted experts only, whole batch in view.
+  each token sees the pairs of all. With `cap` a training pass fetches the batch's most wanted experts only.
 - Algorithm 1 gives the router no gradient. `gate` (default) multiplies each probed expert's scores by n_p times its
   share in a softmax over the probed ones: 1 on average, never negative (in the authors' simulation it is p itself, and
   the product of two negative ones fires). `centroid` sets W_g to the mean keys after each step, `fixed` leaves it.
