@@ -49,7 +49,7 @@ class PlannedStep:
     """One training step of a recipe on a model without values, `blocks` deep (None: as deep as it is)."""
 
     def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
-        from .model.load import empty_model, load_model
+        from .model.load import assembled, empty_model, load_model
 
         self.recipe, self.args, self.objective, self.real = recipe, args, recipe.load_objective(), real
         self.blocks, self.churn = blocks, 0
@@ -60,7 +60,8 @@ class PlannedStep:
         # `.data`: the storage, which stays when a patch puts another under the same parameter
         self.base = {_key(t): t.data for t in (*self.model.parameters(), *self.model.buffers())}
         fresh = [] if self.objective.task == "causal-lm" else self._fresh()
-        self.in_file = {_key(p) for p in self.model.parameters()} - {_key(p) for p in fresh}
+        copies = [*fresh, *assembled(self.model, recipe.model)]
+        self.in_file = {_key(p) for p in self.model.parameters()} - {_key(p) for p in copies}
         place = recipe.load_place()
         self.mapped = self.mapped and place.device.type == "cpu"  # another device gets copies
         try:

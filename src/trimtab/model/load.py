@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,25 @@ def _config_folder(spec: ModelSpec) -> Path:
     if (here / "config.json").is_file():
         return here
     return cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code)
+
+
+def assembled(model: PreTrainedModel, spec: ModelSpec) -> list[torch.nn.Parameter]:
+    """The parameters that loading makes from several tensors of the file, stacked experts above all: copies of our own,
+    not mapped."""
+    from transformers.conversion_mapping import WeightConverter, get_model_conversion_mapping
+
+    made = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+    targets = [re.compile(".*".join(map(re.escape, p.split("*")))) for c in made for p in c.target_patterns]
+    if not targets:
+        return []
+    there: set[str] = set()
+    for file in _config_folder(spec).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            there.update(tensors.keys())
+    return [
+        parameter for name, parameter in model.named_parameters()
+        if name not in there and any(target.search(name) for target in targets)
+    ]  # fmt: skip
 
 
 def weights_at_hand(spec: ModelSpec) -> bool:
