@@ -221,7 +221,7 @@ FILES = {
     "blank": (b"\n\n", "holds no rows"),
     "no known columns": (b'{"instruction": "a"}\n', "its columns are instruction"),
     "empty object": (b"{}\n", r"its columns are \(none\)"),
-    "no role": (b'{"messages": [{"from": "human", "value": "a"}]}\n', "line 1: messages has a message without a role"),
+    "no role": (b'{"messages": [{"by": "human", "value": "a"}]}\n', "line 1: messages has a message without a role"),
     "no messages": (b'{"messages": []}\n', "line 1: messages is a list"),
     "no answer turn": (b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: messages has no assistant turn"),
     "no answers": (b'{"question": "a", "answer": []}\n', "line 1: answer is an empty list"),

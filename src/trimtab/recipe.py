@@ -116,7 +116,7 @@ class Recipe:
         if isinstance(data, str):
             tree["data"] = data = {"train": data}
         if isinstance(data, dict):
-            for split in ("train", "test"):
+            for split in ("train", "test", "chat_template"):
                 value = data.get(split)
                 beside = [path.parent / v for v in ([value] if isinstance(value, str) else value or [])]
                 if beside and all(p.exists() for p in beside):

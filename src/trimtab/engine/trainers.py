@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
@@ -26,6 +27,8 @@ from ..contracts import Objective, Stepper, Surgery
 from ..data import check_lengths
 from ..data_order import longest_first
 from ..errors import BadInput
+from ..model.limits import check_dataset
+from ..model.sampling import refused_by_template
 from ..runs import PARTIAL, STATE, checkpoints, discard, sync, sync_entry
 from ..stores import ClipsRows
 from .prepare import autocast_dtype
@@ -150,6 +153,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
 
     def __init__(self, job: Job, **kwargs: Any):
         self.job, self.counted, self.autocast_wanted = job, {}, bool(kwargs["args"].bf16)
+        self.base_model = kwargs["model"]  # the library's constructor prepares the rows before it keeps the model
         _admit_quantised(kwargs["model"])
         kwargs["args"].bf16 = False  # autocast is ours to order, see compute_loss_context_manager
         trained = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
@@ -164,15 +168,19 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         """Tokenise without cutting, count what is longer than max_length, then pack or cut as TRL does."""
         limit, strategy = args.max_length, args.packing_strategy
         args.max_length = None
+        part = "train" if dataset_name == "train" else "test"
         try:
             rows = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        except TemplateError as error:
+            raise refused_by_template(f"data.{part}", error) from error
         finally:
             args.max_length = limit
         if limit is not None and not (packing and strategy != "bfd"):
-            rows, found = check_lengths(rows, limit, self.job.too_long, "train" if dataset_name == "train" else "test")
+            rows, found = check_lengths(rows, limit, self.job.too_long, part)
             if found.over:
                 what = f"{found.cut} cut, {found.dropped} left out"
                 self.job.say(f"{found.over} {dataset_name} rows are longer than max_length {limit}: {what}")
+        check_dataset(self.base_model, rows, part, limit)
         if not packing:
             return rows
         shuffle, args.shuffle_dataset = args.shuffle_dataset, False
