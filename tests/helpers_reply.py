@@ -40,7 +40,7 @@ def byte_folder(
     folder: Path, template: str | None = CHATML, eos: str = "<|im_end|>", stop: int = 258, family: str = "Llama",
     generation: dict[str, Any] | None = None, **config: Any,
 ) -> str:  # fmt: skip
-    """`eos`: the tokenizer's; `stop`: of generation_config, which has `generation` too; `config`: the model's fields."""
+    """`eos`: the tokenizer's; `stop`: of generation_config, which has `generation` too; `config`: of the model."""
     byte_tokenizer(template, eos).save_pretrained(folder)
     torch.manual_seed(0)
     made = getattr(transformers, f"{family}Config")(**{**SMALL, **config})

@@ -283,7 +283,7 @@ def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch):
     source = tiny_llama(tmp_path / "source")
     calls = []
 
-    def convert(gguf, folder):
+    def convert(gguf, folder, say):
         calls.append(gguf)
         for file in source.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())

@@ -30,6 +30,7 @@ from .adapter_weights import read_weights, write_weights
 from .contracts import Place, Surgery
 from .errors import BadInput
 from .memory.row_files import load_rows, save_rows
+from .model.cache import ordinary_modes
 from .model.reply import ReplyForm
 from .recipe import build
 
@@ -138,15 +139,6 @@ def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
         leaf = name.rpartition(".")[2]
         found.add(leaf if leaves.get(leaf, {name}) <= wanted else name)
     return sorted(found)
-
-
-def ordinary_modes(folder: Path) -> None:
-    """Each file as any program would have made it (safetensors writes files that only their owner can read)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.chmod(0o666 & ~mask)
 
 
 def _card(name: str, surgery: Surgery, base: Base, tensors: dict[str, Tensor]) -> str:

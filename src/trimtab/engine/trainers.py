@@ -8,6 +8,7 @@ and that packed rows stay rows. Formats, schedulers, optimisers, trackers, evalu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -157,7 +158,12 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         _admit_quantised(kwargs["model"])
         kwargs["args"].bf16 = False  # autocast is ours to order, see compute_loss_context_manager
         trained = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except ValueError as error:  # what the library refuses of its arguments it names
+            if not any(field.name in str(error) for field in dataclasses.fields(kwargs["args"])):
+                raise
+            raise BadInput("training", " ".join(str(error).split()).rstrip("."), "Change these fields") from error
         for parameter, data in trained:  # on a quantised base TRL rounds them to bf16, where small updates are lost
             parameter.data = data
         if self.padding_free and isinstance(self.data_collator, DataCollatorForLanguageModeling):

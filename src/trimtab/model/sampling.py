@@ -17,6 +17,7 @@ Prompt = str | list[dict[str, Any]]  # text, or the messages of a conversation
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 MORE_THAN_TEXT = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
                   "output_hidden_states")  # fmt: skip
+ELSEWHERE = ("num_beam_groups", "constraints", "force_words_ids", "penalty_alpha", "dola_layers")
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
@@ -76,6 +77,9 @@ def check_generation(values: dict[str, Any]) -> dict[str, Any]:
     for key in MORE_THAN_TEXT:
         if settings.pop(key, False):
             raise BadInput(f"generation: {key}", "replies are texts, and nothing else is returned", "Take it out")
+    if elsewhere := [key for key in ELSEWHERE if key in settings]:
+        have = "transformers runs code from the hub for this kind of search"
+        raise BadInput(f"generation: {elsewhere[0]}", have, "Take it out; num_beams and sampling are at hand")
     if "stop_strings" in settings:
         texts = settings["stop_strings"]
         settings["stop_strings"] = texts = [texts] if isinstance(texts, str) else texts
