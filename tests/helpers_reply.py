@@ -62,3 +62,47 @@ def learned(folder: Path, model: str, rows: list[dict[str, Any]], patches: Any =
     )  # fmt: skip
     recipe.train()
     return recipe
+
+
+def write_gguf(path: Path, folder: str) -> Path:
+    """The tiny Llama in `folder` as a GGUF file, as llama.cpp would write it."""
+    import gguf
+    import numpy
+
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), byte_tokenizer()
+    config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    known = [*tokenizer.convert_ids_to_tokens(list(range(260))), "qz"]  # a merge, since a file without is no BPE's
+    tokens = known + [f"<unused{index}>" for index in range(config.vocab_size - len(known))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1 if index < 256 or token == "qz" else 3 for index, token in enumerate(tokens)])
+    writer.add_token_merges(["q z"])
+    writer.add_eos_token_id(258)
+    writer.add_bos_token_id(256)
+    writer.add_pad_token_id(259)
+    writer.add_chat_template(CHATML)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        stem = name.removesuffix(".weight")
+        values = tensor.float().numpy()
+        if (count := heads.get(stem.rpartition(".")[2])) is not None:  # llama.cpp's order of the rotary halves
+            values = values.reshape(count, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+        if stem != "lm_head":
+            writer.add_tensor(f"{names.get_name(stem)}.weight", numpy.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

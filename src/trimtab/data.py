@@ -68,6 +68,9 @@ def read_rows(
     table = read_table([source] if isinstance(source, str) else list(source), spec.limit, part)
     renamed = name_columns(table, spec, task)
     if task == "classification":
+        for name in ("system", "chat_template", "chat"):
+            if getattr(spec, name):
+                raise BadInput(f"data.{name}", "the rows of a classifier are plain text, not a chat", "Leave it out")
         return _classification(Reader(table, renamed), like)
     return _causal(Reader(table, renamed), spec, tokenizer)
 
@@ -212,10 +215,10 @@ def _causal(reader: Reader, spec: DataSpec, tokenizer: PreTrainedTokenizerBase |
             row, accepted = _pair(reader, index, ask, reply, chat, spec.system)
             rows.append(row)
             answers.append(accepted)
-    if spec.system and not isinstance(rows[0].get("prompt", rows[0].get("messages")), list):
-        raise BadInput(
-            "data.system", f"the {form} rows are plain text, not a chat", "Set data.chat to true, or leave it out"
-        )
+    for name in ("system", "chat_template"):
+        if getattr(spec, name) and not isinstance(rows[0].get("prompt", rows[0].get("messages")), list):
+            have = f"the {form} rows are plain text, not a chat"
+            raise BadInput(f"data.{name}", have, "Set data.chat to true, or leave it out")
     if "tools" in reader.names:
         for index, row in enumerate(rows):
             tools = reader.get(index, "tools")

@@ -120,7 +120,7 @@ def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> 
         args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
         args.per_device_eval_batch_size = args.per_device_train_batch_size
         dataset = rows.dataset.select(range(size))
-        job = Job(objective, stepper, [], Base(recipe.model.name, ""), model.dtype, recipe.data.too_long)
+        job = Job(objective, stepper, [], Base(recipe.model.name, ""), model.dtype, recipe.data.too_long, part="test")
         trainer = CausalTrainer(
             job, model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
         )
@@ -144,12 +144,14 @@ def classify(recipe: Recipe, model: Any, tokenizer: Any, labels: list[str], limi
     from transformers import DataCollatorWithPadding
 
     from .data import Rows, read_rows, tokenize_classification
+    from .model.limits import check_dataset
 
     like = Rows(None, "", labels=labels) if labels else None  # type: ignore[arg-type]
     rows = read_rows(recipe.data, "test", tokenizer, "classification", like=like)
     dataset, _ = tokenize_classification(
         rows, tokenizer, recipe.training_values()["max_length"], recipe.data.too_long, "test"
     )
+    check_dataset(model, dataset, "test")
     size = min(len(dataset), limit or len(dataset))
     collate = DataCollatorWithPadding(tokenizer)
     scores, truth = [], []

@@ -126,17 +126,19 @@ def _card(folder: Path, form: str, recipe: Recipe, surgeries: list, base: Base, 
     """README.md: what it is, from what it was made, how to load it and how it wants to be asked."""
     from .adapter import surgery_name
 
-    name, named = recipe.model.name, loadable(recipe.model.name)
+    name = recipe.model.name
+    on_hub = "/" in name and loadable(name) == name and not Path(name).exists()
+    title = name if on_hub else Path(name).name
     patches = " + ".join(surgery_name(surgery) for surgery in surgeries)
     library = "peft" if form == "peft" else "transformers"
     loader = "AutoPeftModelFor" if form == "peft" else "AutoModelFor"
     loader += "CausalLM" if base.task == "causal-lm" else "SequenceClassification"
     what = "an adapter" if form == "peft" else "the base with what was trained merged into it"
-    front = [f"base_model: {name}"] if named == name and "/" in name else []  # a hub id
+    front = [f"base_model: {name}"] if on_hub else []
     text = "\n".join(["---", *front, f"library_name: {library}", "tags:", "- trimtab", "---", ""])
-    text += f"\n# {patches} on {Path(name).name if named != name else name}\n\nMade by trimtab {__version__}: {what}.\n"
+    text += f"\n# {patches} on {title}\n\nMade by trimtab {__version__}: {what}.\n"
     text += f'\n```python\nfrom {library} import {loader}\n\nmodel = {loader}.from_pretrained("FOLDER")\n```\n'
-    if form == "peft" and named != name:
+    if form == "peft" and not on_hub:
         text += "\n`base_model_name_or_path` in adapter_config.json is the base's folder on the machine where this was "
         text += "made. Elsewhere, write there where the base is.\n"
     if base.task == "causal-lm":

@@ -46,6 +46,7 @@ class Job:
     dtype: torch.dtype | None = None  # the base's, before any patch
     too_long: str = "error"
     say: Any = print
+    part: str | None = None  # which data its rows are of, "train" or "test", where the library's name for them misleads
 
 
 class _OurTrainer(ClipsRows):
@@ -174,7 +175,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         """Tokenise without cutting, count what is longer than max_length, then pack or cut as TRL does."""
         limit, strategy = args.max_length, args.packing_strategy
         args.max_length = None
-        part = "train" if dataset_name == "train" else "test"
+        part = self.job.part or ("train" if dataset_name == "train" else "test")
         try:
             rows = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         except TemplateError as error:

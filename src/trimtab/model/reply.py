@@ -37,8 +37,10 @@ class ReplyForm:
     def read(cls, values: Any) -> ReplyForm:
         """From JSON; TypeError or ValueError where it is no such thing."""
         form = cls(**values)
-        texts = [form.after, *form.stop, form.eos_token or "", form.template or ""]
-        if not isinstance(form.stop, list) or not all(isinstance(text, str) for text in texts):
+        maybe = [text for text in (form.eos_token, form.template) if text is not None]
+        if not isinstance(form.stop, list) or not all(
+            isinstance(text, str) for text in (form.after, *form.stop, *maybe)
+        ):
             raise TypeError("a text was expected")
         if not isinstance(form.chat, bool | None) or type(form.longest) is not int:
             raise TypeError("a flag and a number were expected")
