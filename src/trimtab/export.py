@@ -52,6 +52,7 @@ def _peft(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries: l
     from safetensors.torch import save_file
 
     from .adapter import short_targets
+    from .model.limits import vocabulary
 
     if len(surgeries) != 1:
         names = ", ".join(type(s.patch).__name__ for s in surgeries)
@@ -67,7 +68,7 @@ def _peft(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries: l
     save_file(
         {k: t.contiguous() for k, t in portable.tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
     )
-    if len(tokenizer) <= model.get_input_embeddings().num_embeddings:  # else peft would resize the base to it
+    if len(tokenizer) <= (vocabulary(model) or 0):  # else peft would resize the base to it
         tokenizer.save_pretrained(folder)  # with the run's chat template
     _card(folder, "peft", recipe, surgeries, base, model, tokenizer)
 

@@ -86,7 +86,9 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
             ids = torch.tensor([prompt_ids(tokenizer, asked)])
             limited = within_positions(model, ids.shape[1], settings)
             reply = complete(model, tokenizer, ids, torch.ones_like(ids), streamer=streamer, **limited)[0]
-            text, _ = reply_text(tokenizer, reply.tolist(), settings)
+            text, ended = reply_text(tokenizer, reply.tolist(), settings)
+            if not ended:
+                print(f"(cut at {len(reply)} tokens; --set max_new_tokens=N)", file=sys.stderr)
             turns.append({"role": "assistant", "content": text})
     if terminal and (found := reads()):
         print(said(found), file=sys.stderr)

@@ -26,10 +26,16 @@ def learned_positions(model: nn.Module) -> int | None:
     return min(found, default=None)
 
 
+def vocabulary(model: Any) -> int | None:
+    """How many tokens the model has embeddings of; None where its input is no table."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None or weight.dim() != 2 else weight.shape[0]
+
+
 def check_ids(model: Any, ids: Sequence[int], asked: str) -> None:
     """Refuse a token that the model has no embedding of."""
-    rows = model.get_input_embeddings().num_embeddings
-    if ids and max(ids) >= rows:
+    rows = vocabulary(model)
+    if rows is not None and ids and max(ids) >= rows:
         raise BadInput(
             asked, f"it holds the token {max(ids)}, and the model has embeddings of {rows} tokens (0 to {rows - 1})",
             "Use the tokenizer that the model was trained with",
@@ -45,8 +51,7 @@ def check_dataset(model: Any, dataset: Any, part: str, max_length: int | None = 
     import numpy
     from pyarrow import compute
 
-    places, embedding = learned_positions(model), model.get_input_embeddings()
-    rows, start = getattr(embedding, "num_embeddings", None), 0
+    places, rows, start = learned_positions(model), vocabulary(model), 0
     for batch in dataset.with_format("arrow").iter(1000):
         ids = batch["input_ids"].combine_chunks()
         sizes = numpy.asarray(compute.list_value_length(ids))
