@@ -69,6 +69,8 @@ def test_ends_of_a_reply():
     assert ends(byte_tokenizer(PLAIN), eos_token="<pad>") == [258, 259]
     assert stop_texts(byte_tokenizer(WORDS), ["blue"]) == ["END OF TURN"]
     assert stop_texts(byte_tokenizer(PLAIN), ["blue"]) == ["\n"] and not stop_texts(byte_tokenizer(PLAIN), ["a\nb"])
+    both = byte_tokenizer(CHATML.replace("<|im_end|>", " END<pad>"))
+    assert ends(both) == [258, 259] and stop_texts(both, []) == ["END"]
     refusing = byte_tokenizer("{{ raise_exception('no') }}")
     assert ends(refusing) == [258] and not stop_texts(refusing, [])
 
@@ -136,25 +138,18 @@ def test_a_plain_prompt_ends_where_its_reply_begins():
     assert prompt_ids(tokenizer, "paris") == tokenizer("paris")["input_ids"][:-1] == [3, tokenizer.vocab["paris"]]
 
 
-def test_a_template_of_ones_own(tmp_path):
+@pytest.mark.parametrize("name, made", [("chatml", "<|im_start|>assistant\n"), ("own.jinja", "<|im_start|>bot\n")])
+def test_a_template_of_ones_own(tmp_path, name, made):
+    """The run keeps its text: the file may change afterwards."""
     own = tmp_path / "own.jinja"
     own.write_text(CHATML.replace("assistant", "bot").replace("m['role']", "m['role'].replace('assistant', 'bot')"))
-    for name, made in (("chatml", "<|im_start|>assistant\n"), (str(own), "<|im_start|>bot\n")):
-        folder = tmp_path / ("own" if made.endswith("bot\n") else "chatml")
-        folder.mkdir()
-        model = byte_folder(folder / "m", None, eos="<|endoftext|>", stop=256)
-        recipe = learned(folder, model, SKY, patches=["lora"], data={"chat_template": name},
-                         training={"max_steps": 120, "learning_rate": 0.02})  # fmt: skip
-        own.unlink(missing_ok=name != "chatml")
-        own.write_text("{{ raise_exception('changed since') }}")
-        assert asked(recipe, "sky") == ["blue"] and right(recipe) == 1.0
-        for to in ("peft", "merged"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(export(recipe, to))
-            turn = tokenizer.apply_chat_template(
-                [{"role": "user", "content": "sky"}], add_generation_prompt=True, tokenize=False
-            )
-            assert turn.endswith(made)
-        own.write_text(CHATML.replace("assistant", "bot").replace("m['role']", "m['role'].replace('assistant', 'bot')"))
+    model = byte_folder(tmp_path / "m", None, eos="<|endoftext|>", stop=256)
+    recipe = learned(tmp_path, model, SKY, data={"chat_template": name if name == "chatml" else str(own)})
+    own.write_text("{{ raise_exception('changed since') }}")
+    assert asked(recipe, "sky") == ["blue"] and right(recipe) == 1.0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export(recipe, "merged"))
+    talk = [{"role": "user", "content": "sky"}]
+    assert tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False).endswith(made)
 
 
 @pytest.mark.parametrize("name, words", [("chatmll", 'Did you mean "chatml"'), ("bad.jinja", "refuses it"),

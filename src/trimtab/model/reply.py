@@ -92,7 +92,10 @@ def stop_texts(tokenizer: Any, answers: list[str]) -> list[str]:
 
 
 def _turn_end(tokenizer: Any) -> tuple[int | None, str]:
-    """-> (the token, or else the text) that the chat template puts after an assistant's words; (None, "") for none."""
+    """-> (the first token of its own, the text before it) that the chat template puts after an assistant's words.
+
+    A text of spaces and line ends alone counts only where no token follows it. (None, "") where nothing ends a turn.
+    """
     if not tokenizer.chat_template:
         return None, ""
     turns = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
@@ -105,10 +108,12 @@ def _turn_end(tokenizer: Any) -> tuple[int | None, str]:
         return None, ""
     if not after.strip():
         return None, after
-    first = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"][0]
-    if first in tokenizer.added_tokens_decoder or first in tokenizer.all_special_ids:
-        return first, ""
-    return None, after.strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    own = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    at = next((at for at, token in enumerate(ids) if token in own), None)
+    if at is None:
+        return None, after.strip()
+    return ids[at], tokenizer.decode(ids[:at]).strip()
 
 
 def longest_answer(tokenizer: Any, answers: list[list[str]], most: int | None = 256) -> int:
