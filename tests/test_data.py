@@ -86,6 +86,64 @@ def test_messages(tmp_path):
     assert eval_pairs(marked) == [(talk[:3], ["d"])]
 
 
+ALPACA = {"instruction": "add", "input": "1 2", "output": "3", "text": "Below is an instruction"}
+SHARE = [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
+         {"from": "tool", "value": "c"}, {"from": "gpt", "value": "d"}]  # fmt: skip
+
+
+def test_alpaca(tmp_path):
+    """Its input may be empty or missing; its ready-made text is not what is trained on."""
+    bare = {"instruction": "say hi", "output": "hi"}
+    path = write(tmp_path / "d.jsonl", [ALPACA, bare | {"input": ""}, bare])
+    rows = read(path, tiny_tokenizer(None))
+    assert rows.form == "instruction + output"
+    assert rows.dataset[0] == {"prompt": "add\n\n1 2\n", "completion": "3"}
+    assert rows.dataset[1] == rows.dataset[2] == {"prompt": "say hi\n", "completion": "hi"}
+    rows = read(path, tiny_tokenizer(), system="s")
+    talk = [{"role": "system", "content": "s"}, user("add\n\n1 2")]
+    assert rows.dataset[0] == {"prompt": talk, "completion": [assistant("3")]}
+    assert eval_pairs(rows)[0] == (talk, ["3"])
+    renamed = write(tmp_path / "r.jsonl", [{"ask": "a", "more": "b", "say": "c"}])
+    columns = {"instruction": "ask", "input": "more", "output": "say"}
+    assert read(renamed, tiny_tokenizer(None), columns=columns).dataset[0]["prompt"] == "a\n\nb\n"
+
+
+def test_alpaca_with_history_and_system(tmp_path):
+    row = {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "s"}
+    path = write(tmp_path / "d.jsonl", [row])
+    talk = [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("c")]
+    assert read(path, tiny_tokenizer()).dataset[0] == {"prompt": talk, "completion": [assistant("d")]}
+    with pytest.raises(BadInput, match="line 1: system is given, and no chat template"):
+        read(path, tiny_tokenizer(None))
+    with pytest.raises(BadInput, match="line 1: history has"):
+        read(write(tmp_path / "d.jsonl", [row | {"history": ["a"]}]), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+def test_conversations(tmp_path, column):
+    rows = read(write(tmp_path / "d.jsonl", [{column: SHARE}]), tiny_tokenizer())
+    roles = ["system", "user", "assistant", "tool"]
+    assert rows.form == column and [m["role"] for m in rows.dataset[0]["prompt"]] == roles
+    assert rows.dataset[0]["completion"] == [assistant("d")] and rows.answers == [["d"]]
+    path = write(tmp_path / "o.jsonl", [{column: [user("a"), assistant("b")], "system": "s"}])
+    assert read(path, tiny_tokenizer()).dataset[0]["prompt"][0] == {"role": "system", "content": "s"}
+    odd = [{column: [*SHARE[1:3], {"from": "narrator", "value": "x"}]}]
+    with pytest.raises(BadInput, match=f'line 1: {column} has a message from "narrator"'):
+        read(write(tmp_path / "d.jsonl", odd), tiny_tokenizer())
+
+
+def test_text_parts_are_joined(tmp_path):
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]
+    rows = read(write(tmp_path / "d.jsonl", [{"messages": talk}]), tiny_tokenizer())
+    assert rows.dataset[0] == {"prompt": [user("hello")], "completion": [assistant("hel")]}
+    for part, words in (({"type": "image", "url": "x"}, 'a part of the type "image"'), ("x", "has a str"),
+                        ({"type": "text"}, "is null, not a text")):  # fmt: skip
+        path = write(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": [part]}, *talk[1:]]}])
+        with pytest.raises(BadInput, match=f"line 1: messages .*{words}"):
+            read(path, tiny_tokenizer())
+
+
 def test_tool_calls_are_not_merged_across_rows(tmp_path):
     call = [{"function": {"name": "f", "arguments": {"x": 1}}}]
     other = [{"function": {"name": "g", "arguments": {"y": "two"}}}]
@@ -150,6 +208,31 @@ def test_kinds_of_labels(tmp_path, values, names):
     rows = read(path, task="classification")
     assert rows.labels == names
     assert [names[i] for i in rows.dataset["label"]] == [str(value).removesuffix(".0") for value in values]
+
+
+QUOTED = {
+    "d.jsonl": [(["007", "7"], ["007", "7"]), (["10", "9"], ["9", "10"]), (["1.0", "1"], ["1", "1.0"])],
+    "d.csv": [(["007", "7"], ["007", "7"]), (["10", "9"], ["9", "10"]), (["1.0", "0"], ["0", "1"])],
+}
+
+
+@pytest.mark.parametrize("name, values, names", [(name, *case) for name in QUOTED for case in QUOTED[name]])
+def test_quoted_numbers_stay_apart(tmp_path, name, values, names):
+    path = tmp_path / name
+    if name == "d.csv":
+        path.write_text("text,label\n" + "".join(f"a,{value}\n" for value in values))
+    else:
+        write(path, [{"text": "a", "label": value} for value in values])
+    rows = read(str(path), task="classification")
+    assert rows.labels == names
+    one = write(tmp_path / "one.jsonl", [{"text": "a", "label": values[0]}])
+    like = read(one, task="classification", like=rows)
+    assert like.dataset["label"][0] == rows.dataset["label"][0]
+
+
+def test_numbers_in_csv_are_numbers(tmp_path):
+    (tmp_path / "d.csv").write_text("text,label\na,1\nb,1.0\nc,2.5\n")
+    assert read(str(tmp_path / "d.csv"), task="classification").dataset["label"][:] == [1.0, 1.0, 2.5]
 
 
 def test_regression(tmp_path):
@@ -221,9 +304,14 @@ FILES = {
     "blank": (b"\n\n", "holds no rows"),
     "no known columns": (b'{"instruction": "a"}\n', "its columns are instruction"),
     "empty object": (b"{}\n", r"its columns are \(none\)"),
-    "no role": (b'{"messages": [{"from": "human", "value": "a"}]}\n', "line 1: messages has a message without a role"),
+    "no role": (b'{"messages": [{"by": "human", "value": "a"}]}\n', "line 1: messages has a message without a role"),
     "no messages": (b'{"messages": []}\n', "line 1: messages is a list"),
     "no answer turn": (b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: messages has no assistant turn"),
+    "empty text": (GOOD + b'{"text": ""}\n', "line 2: text is empty"),
+    "tools no list": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": "{x"}\n',
+        "line 1: tools is a str",
+    ),
     "no answers": (b'{"question": "a", "answer": []}\n', "line 1: answer is an empty list"),
     "answer a number": (b'{"question": "a", "answer": 7}\n', "line 1: answer is a int"),
 }

@@ -283,7 +283,7 @@ def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch):
     source = tiny_llama(tmp_path / "source")
     calls = []
 
-    def convert(gguf, folder):
+    def convert(gguf, folder, say):
         calls.append(gguf)
         for file in source.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
@@ -294,6 +294,18 @@ def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch):
     first = cached_folder(str(gguf))
     gguf.rename(moved)
     assert cached_folder(str(moved)) == first == cached_folder(str(moved)) and len(calls) == 1
+
+
+def test_a_conversion_tells_how_far_it_is(tmp_path, monkeypatch):
+    def convert(work, *arguments, hear):
+        for done in (0, 10, 26, 30, 49, 51, 80, 99, 100):
+            hear(f"Converting and de-quantizing GGUF tensors...: {done:3}%|##   | 1/9 [00:01<00:02, 4.1it/s]\n")
+        hear("Writing model shards:  50%|##  | 1/2 [00:01<00:02, 4.1it/s]\n")
+
+    monkeypatch.setattr(cache, "apart", convert)
+    said: list[str] = []
+    cache._convert(tmp_path / "a.gguf", tmp_path, said.append)
+    assert said[1:] == [f"converting a.gguf: {done} %" for done in (25, 50, 75)]
 
 
 @pytest.mark.real

@@ -151,3 +151,14 @@ def test_errors_have_three_parts_and_a_code():
         "BadInput": 2, "DoesNotFit": 3, "Stopped": 4, "Interrupted": 130}  # fmt: skip
     assert nearest("lora_", ["lora", "paca"]) == 'Did you mean "lora"'
     assert nearest("zzz", ["lora", "paca"]) == "Known: lora, paca"
+
+
+def test_a_chat_template_is_looked_for_beside_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "own.jinja").write_text("x")
+    recipe = tmp_path / "folder" / "r.yaml"
+    recipe.write_text("data: {train: t.jsonl, chat_template: own.jinja}\npatches: [full]\n")
+    assert Recipe.load(recipe).data.chat_template == str(recipe.parent / "own.jinja")
+    recipe.write_text("data: {train: t.jsonl, chat_template: chatml}\npatches: [full]\n")
+    assert Recipe.load(recipe).data.chat_template == "chatml"

@@ -3,7 +3,7 @@
     adapter/adapter_config.json         what PEFT reads (a LoRA is a plain PEFT LoRA)
     adapter/adapter_model.safetensors   the patch's own tensors, `base_model.model.<path>`, nothing of the base;
     adapter/checksums.json              in several files where they are large (adapter_weights.py)
-    adapter/trimtab.json                the patch, its fields, the base's name and hash, labels
+    adapter/trimtab.json                the patch, its fields, the base's name and hash, labels, the form of replies
     adapter/README.md                   a model card
 
 Several patches lie in sub-folders, `adapter/0-paca`, `adapter/1-head`, each as above. Everything is JSON or
@@ -12,16 +12,17 @@ safetensors; what comes from others is checked and never executed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import __version__, methods
@@ -29,6 +30,8 @@ from .adapter_weights import read_weights, write_weights
 from .contracts import Place, Surgery
 from .errors import BadInput
 from .memory.row_files import load_rows, save_rows
+from .model.cache import ordinary_modes
+from .model.reply import ReplyForm
 from .recipe import build
 
 CONFIG, OURS = "adapter_config.json", "trimtab.json"
@@ -39,13 +42,15 @@ RANK = 4096  # ranks up to here are believed without looking at the tensors
 
 @dataclass(frozen=True)
 class Base:
-    """Whose adapter it is: the base's name as the user wrote it, its hash, its task and precision, and class labels."""
+    """Whose adapter it is: the base's name as the user wrote it, its hash, its task and precision, class labels, and
+    the form in which it was trained to reply."""
 
     name: str
     hash: str
     task: str = "causal-lm"
     precision: str = "auto"
     labels: list[str] = field(default_factory=list)
+    reply: ReplyForm = field(default_factory=ReplyForm)
 
 
 def save_adapter(folder: str | Path, surgeries: Sequence[Surgery], base: Base) -> Path:
@@ -95,7 +100,7 @@ def write_adapter(
     parts = [f"{index}-{surgery_name(surgery)}" for index, surgery in enumerate(surgeries)]
     for part, surgery in zip(parts, surgeries, strict=True):
         _write_one(folder / part, surgery, base, (before[0] and before[0] / part,) if before else None)
-    _write_json(folder / OURS, {"trimtab": __version__, "parts": parts, "base": vars(base)})
+    _write_json(folder / OURS, {"trimtab": __version__, "parts": parts, "base": dataclasses.asdict(base)})
 
 
 def surgery_name(surgery: Surgery) -> str:
@@ -112,10 +117,28 @@ def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | 
         last = before[0] / ROWS / store.name if before and before[0] else None
         save_rows(store, folder / ROWS / store.name, last if last and last.is_dir() else None)
     config = {**surgery.adapter_config(), "base_model_name_or_path": base.name}
+    if config.get("target_modules") and (model := getattr(surgery, "model", None)) is not None:
+        config["target_modules"] = short_targets(model, config["target_modules"])
     _write_json(folder / CONFIG, config)
-    ours = {"trimtab": __version__, "patch": name, "config": surgery.patch.config(), "base": vars(base)}
+    ours = {"trimtab": __version__, "patch": name, "config": surgery.patch.config(),
+            "base": dataclasses.asdict(base)}  # fmt: skip
     _write_json(folder / OURS, ours)
     (folder / "README.md").write_text(_card(name, surgery, base, tensors), encoding="utf-8")
+    ordinary_modes(folder)
+
+
+def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The fewest words by which peft finds exactly the modules `names`: their last names, where no other has them."""
+    wanted = set(names)
+    leaves: dict[str, set[str]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            leaves.setdefault(path.rpartition(".")[2], set()).add(path)
+    found = set()
+    for name in wanted:
+        leaf = name.rpartition(".")[2]
+        found.add(leaf if leaves.get(leaf, {name}) <= wanted else name)
+    return sorted(found)
 
 
 def _card(name: str, surgery: Surgery, base: Base, tensors: dict[str, Tensor]) -> str:
@@ -166,7 +189,8 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
         raise BadInput(f"adapter {folder}", f"it has no {OURS}", "Name the adapter/ folder of a trimtab run")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        base = Base(**meta["base"])
+        known = dict(meta["base"])
+        base = Base(**{**known, "reply": ReplyForm.read(known.get("reply", {}))})
         words = [base.name, base.hash, base.task, base.precision, *base.labels, *meta.get("parts", [])]
         fits = all(isinstance(word, str) for word in words) and isinstance(base.labels, list)
         fits = fits and (bool(meta["parts"]) if "parts" in meta else isinstance(meta["patch"], str))

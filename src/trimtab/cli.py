@@ -122,7 +122,8 @@ def eval_(
     from .evaluate import evaluate
     from .stores import said
 
-    result = evaluate(loaded, adapter, base, [t for t in tasks.split(",") if t], limit)
+    say = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    result = evaluate(loaded, adapter, base, [t for t in tasks.split(",") if t], limit, say)
     if as_json:
         print(json.dumps(result, indent=2, default=str))
         return
@@ -153,8 +154,6 @@ def generate(
     settings: dict[str, Any] = {}
     for item in setting or ():
         override(settings, item)
-    if "temperature" in settings or "top_p" in settings or "top_k" in settings:
-        settings.setdefault("do_sample", True)
     from . import generate as verb
 
     if not prompt:

@@ -11,16 +11,19 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .data_chat import check_renders, use_template
 from .data_columns import Reader, kind, name_columns
 from .data_files import read_table
 from .data_spec import DataSpec
 from .errors import BadInput, nearest
+from .model.reply import QUESTION_END
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+PADDED = re.compile(r"[+-]?0\d")  # "007" is a name, not seven
 
 
 @dataclass
@@ -58,18 +61,25 @@ def read_rows(
     like: Rows | None = None,
 ) -> Rows:
     """-> the "train" or "test" rows of a spec. `like`: the training rows, whose classes the test rows must share."""
+    use_template(spec, tokenizer)
     source = spec.train if part == "train" else spec.test
     if not source:
         raise BadInput(f"read data.{part}", "the recipe names none", f"Add data.{part}: a file or a hub id")
     table = read_table([source] if isinstance(source, str) else list(source), spec.limit, part)
     renamed = name_columns(table, spec, task)
     if task == "classification":
+        for name in ("system", "chat_template", "chat"):
+            if getattr(spec, name):
+                raise BadInput(f"data.{name}", "the rows of a classifier are plain text, not a chat", "Leave it out")
         return _classification(Reader(table, renamed), like)
     return _causal(Reader(table, renamed), spec, tokenizer)
 
 
 def eval_pairs(rows: Rows) -> list[tuple[Any, list[str]]]:
-    """-> (prompt, accepted answers) of each row. A prompt is text, or messages where the row is a conversation."""
+    """-> (prompt, accepted answers) of each row. A prompt is text, or messages where the row is a conversation.
+
+    `row_tools` has what the template is handed beside it.
+    """
     if not rows.answers:
         raise BadInput(
             f"ask the questions of {rows.form} rows", "they hold no answers", "Use question and answer columns"
@@ -79,6 +89,13 @@ def eval_pairs(rows: Rows) -> list[tuple[Any, list[str]]]:
     else:
         prompts = list(rows.dataset["prompt"])
     return list(zip(prompts, rows.answers, strict=True))
+
+
+def row_tools(rows: Rows) -> list[Any]:
+    """The tools of each row, as the chat template takes them; None for a row without."""
+    if "tools" not in rows.dataset.column_names:
+        return [None] * len(rows.dataset)
+    return [json.loads(tools) if isinstance(tools, str) else tools for tools in rows.dataset["tools"]]
 
 
 def tokenize_classification(
@@ -166,42 +183,58 @@ def _causal(reader: Reader, spec: DataSpec, tokenizer: PreTrainedTokenizerBase |
     rows: list[dict[str, Any]] = []
     answers: list[list[str]] = []
     assistant_only = False
-    if "messages" in reader.names:
-        form, assistant_only = "messages", bool(template) and marks_answers(template)
+    talk = next((name for name in ("messages", "conversations") if name in reader.names), None)
+    if talk:
+        form, assistant_only = talk, bool(template) and marks_answers(template)
         if spec.chat is False or not template:
             raise BadInput(
-                "train on messages", "no chat template is in use", "Use a chat model, and leave data.chat out"
+                f"train on {talk}",
+                "no chat template is in use",
+                "Use a chat model, or set data.chat_template: chatml, and leave data.chat out",
             )
         for index in range(len(reader)):
-            messages = _with_system(reader.messages(index, "messages"), spec.system)
+            system = reader.optional_text(index, "system") or spec.system
+            messages = _with_system(reader.messages(index, talk), system)
             last = _last_assistant(messages)
             if last < 1:
-                raise reader.wrong(
-                    index, "messages", "has no assistant turn after a prompt", "Each row must hold an answer"
-                )
+                raise reader.wrong(index, talk, "has no assistant turn after a prompt", "Each row must hold an answer")
             rows.append({"messages": messages} if assistant_only
                         else {"prompt": messages[:last], "completion": [messages[last]]})  # fmt: skip
             answers.append([messages[last].get("content") or ""])
     elif "text" in reader.names:
         form = "text"
         rows = [{"text": reader.text(index, "text")} for index in range(len(reader))]
+        if (empty := next((index for index, row in enumerate(rows) if not row["text"]), None)) is not None:
+            raise reader.wrong(empty, "text", "is empty", "Leave the row out")
     else:
-        form = "question + answer" if "question" in reader.names else "prompt + completion"
+        form = next(" + ".join(pair) for pair in (("question", "answer"), ("instruction", "output"),
+                                                  ("prompt", "completion")) if pair[0] in reader.names)  # fmt: skip
         ask, reply = form.split(" + ")
-        chat = bool(template) if spec.chat is None and ask == "question" else bool(spec.chat)
+        chat = bool(template) if spec.chat is None and ask != "prompt" else bool(spec.chat)
         for index in range(len(reader)):
             row, accepted = _pair(reader, index, ask, reply, chat, spec.system)
             rows.append(row)
             answers.append(accepted)
-    if spec.system and not isinstance(rows[0].get("prompt", rows[0].get("messages")), list):
-        raise BadInput(
-            "data.system", f"the {form} rows are plain text, not a chat", "Set data.chat to true, or leave it out"
-        )
+    for name in ("system", "chat_template"):
+        if getattr(spec, name) and not isinstance(rows[0].get("prompt", rows[0].get("messages")), list):
+            have = f"the {form} rows are plain text, not a chat"
+            raise BadInput(f"data.{name}", have, "Set data.chat to true, or leave it out")
     if "tools" in reader.names:
         for index, row in enumerate(rows):
             tools = reader.get(index, "tools")
             row["tools"] = tools if isinstance(tools, str) or tools is None else json.dumps(tools)
+            _check_tools(reader, index, row["tools"])
+    check_renders(reader, rows, tokenizer)
     return Rows(_dataset(rows, reader), form, assistant_only, answers=answers)
+
+
+def _check_tools(reader: Reader, index: int, tools: str | None) -> None:
+    try:
+        read = json.loads(tools or "null")
+    except (ValueError, RecursionError):
+        read = tools
+    if read is not None and not isinstance(read, list):
+        raise reader.wrong(index, "tools", f"is {kind(read)}, not a list of schemas", "Give a list, or its JSON")
 
 
 def _pair(
@@ -217,10 +250,30 @@ def _pair(
         accepted = reader.texts(index, reply)
         return {"prompt": messages, "completion": [_turn("assistant", accepted[0])]}, accepted
     question, accepted = reader.text(index, ask), reader.texts(index, reply)
+    before: list[dict[str, str]] = []
+    if ask == "instruction":
+        more = reader.optional_text(index, "input")
+        question = f"{question}\n\n{more}" if more else question
+        before, own = _history(reader, index), reader.optional_text(index, "system")
+        if (before or own) and not chat:
+            name = "system" if own else "history"
+            raise reader.wrong(index, name, "is given, and no chat template is in use", "Set data.chat_template")
+        system = own or system
     if chat:
-        prompt = _with_system([_turn("user", question)], system)
+        prompt = _with_system([*before, _turn("user", question)], system)
         return {"prompt": prompt, "completion": [_turn("assistant", accepted[0])]}, accepted
-    return {"prompt": question + "\n" if ask == "question" else question, "completion": accepted[0]}, accepted
+    return {"prompt": question if ask == "prompt" else question + QUESTION_END, "completion": accepted[0]}, accepted
+
+
+def _history(reader: Reader, index: int) -> list[dict[str, str]]:
+    """Earlier turns of an Alpaca row: `history`, a list of [question, answer]."""
+    turns = []
+    for pair in reader.optional(index, "history") or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise reader.wrong(index, "history", f"has {kind(pair)}, not a pair", "Give [question, answer] pairs")
+        asked, said = (reader.check_text(index, "history", text) for text in pair)
+        turns += [_turn("user", asked), _turn("assistant", said)]
+    return turns
 
 
 def marks_answers(template: str | dict[str, str]) -> bool:
@@ -262,7 +315,7 @@ def _classification(reader: Reader, like: Rows | None) -> Rows:
         for name in ("text", "text_pair")
         if name in reader.names
     }
-    values = [_label(reader, index) for index in range(len(reader))]
+    values = _labels(reader, like)
     kinds = {type(value) for value in values}
     if str in kinds and len(kinds) > 1:
         odd = next(i for i, value in enumerate(values) if type(value) is not type(values[0]))
@@ -284,17 +337,35 @@ def _classification(reader: Reader, like: Rows | None) -> Rows:
     return Rows(_columns(texts, [number[str(value)] for value in values]), "text + label", labels=names)
 
 
-def _label(reader: Reader, index: int) -> str | int | float:
-    value = reader.get(index, "label")
-    if isinstance(value, str) and NUMBER.fullmatch(value):
-        value = float(value)
+def _labels(reader: Reader, like: Rows | None) -> list[str | int | float]:
+    """The labels, each a text or a number.
+
+    Quoted numbers are read as numbers where nothing is lost by it: all are numbers, none begins with a zero that a
+    number has not ("007"), and outside CSV, which knows no types, no two texts are one number.
+    """
+    found = [reader.get(index, "label") for index in range(len(reader))]
+    texts = {value for value in found if isinstance(value, str)}
+    numeric = all(NUMBER.fullmatch(text) and not PADDED.match(text) for text in texts)
+    numeric = numeric and (reader.table.untyped or len({float(text) for text in texts}) == len(texts))
+    known = set(like.labels or ()) if like else set()
+    values = []
+    for index, value in enumerate(found):
+        if isinstance(value, str):
+            value = reader.check_text(index, "label", value)
+            values.append(float(value) if numeric and value not in known else value)
+        else:
+            values.append(value)
+        _check_label(reader, index, values[-1])
+    return values
+
+
+def _check_label(reader: Reader, index: int, value: Any) -> None:
     if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
         raise reader.wrong(index, "label", f"is {value}", "Give a finite number")
     if not isinstance(value, (str, int, float)):
         raise reader.wrong(index, "label", f"is {kind(value)}", "Give a text or a number")
     if value == -1:
         raise reader.wrong(index, "label", "is -1, which marks rows without one", "Leave unlabelled rows out")
-    return reader.check_text(index, "label", value) if isinstance(value, str) else value
 
 
 def _columns(texts: dict[str, list[str]], labels: list[int] | list[float]) -> Dataset:

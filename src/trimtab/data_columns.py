@@ -1,7 +1,8 @@
 """Which of a file's columns is which of ours, and the reading of single values, each fault told with file and line.
 
-A row's form is one of `messages`, `prompt`+`completion`, `question`+`answer`, `text` (causal-lm), or `text`+`label`
-(classification, where `sentence`, `sentence1`+`sentence2` and their like serve as the text too).
+A row's form is one of `messages`, `conversations`, `prompt`+`completion`, `question`+`answer`, `instruction`+`output`,
+`text` (causal-lm), or `text`+`label` (classification, where `sentence`, `sentence1`+`sentence2` and their like serve as
+the text too).
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from .errors import BadInput, nearest
 
 MESSAGE = 'Each message is {"role": ..., "content": ...}'
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
-FORMS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))  # of causal-lm, in order of choice
+# Of causal-lm, in order of choice. Alpaca's own rows have a text column beside instruction + output.
+FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("question", "answer"),
+         ("instruction", "output"), ("text",))  # fmt: skip
+OPTIONAL = {"messages": ("tools", "system"), "conversations": ("tools", "system"),
+            "instruction": ("input", "tools", "system", "history")}  # fmt: skip
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+         "system": "system", "tool": "tool", "observation": "tool"}  # fmt: skip
 
 
 def name_columns(table: Table, spec: DataSpec, task: str) -> dict[str, str]:
@@ -44,7 +51,7 @@ def name_columns(table: Table, spec: DataSpec, task: str) -> dict[str, str]:
             f"its columns are {', '.join(map(str, there)) or '(none)'}, and {wanted} is needed",
             "Say which is which, as in data.columns: {" + ", ".join(f"{name}: ..." for name in forms[0]) + "}",
         )
-    optional = [name for name in ("tools", "text_pair") if name in names]
+    optional = [name for name in OPTIONAL.get(form[0], ("tools", "text_pair")) if name in names]
     return {name: names[name] for name in [*form, *optional]}
 
 
@@ -90,16 +97,44 @@ class Reader:
             raise self.wrong(index, ours, "is an empty list", "Give one answer or more")
         return [self.check_text(index, ours, item) for item in values]
 
+    def optional(self, index: int, ours: str) -> Any:
+        """A value of a column that not every row must have; None where it is missing or empty."""
+        return self.table.rows[index].get(self.names[ours]) or None if ours in self.names else None
+
+    def optional_text(self, index: int, ours: str) -> str:
+        value = self.optional(index, ours)
+        return "" if value is None else self.check_text(index, ours, value)
+
     def messages(self, index: int, ours: str) -> list[dict[str, Any]]:
+        """Messages with `role` and `content`, of whichever of the two forms there are the row has."""
         value = self.get(index, ours)
         if not isinstance(value, list) or not value:
             raise self.wrong(index, ours, f"is {kind(value)}, not a list of messages", MESSAGE)
-        for message in value:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise self.wrong(index, ours, "has a message without a role", MESSAGE)
-            if message.get("content") is not None or not message.get("tool_calls"):
-                self.check_text(index, ours, message.get("content"))
-        return value
+        return [self._message(index, ours, message) for message in value]
+
+    def _message(self, index: int, ours: str, message: Any) -> dict[str, Any]:
+        if isinstance(message, dict) and "role" not in message and isinstance(message.get("from"), str):
+            if message["from"] not in ROLES:
+                have = f'has a message from "{message["from"]}"'
+                raise self.wrong(index, ours, have, nearest(message["from"], ROLES))
+            rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+            message = {"role": ROLES[message["from"]], "content": message.get("value"), **rest}
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise self.wrong(index, ours, "has a message without a role", MESSAGE)
+        content = message.get("content")
+        if isinstance(content, list):
+            message = {**message, "content": "".join(self._part(index, ours, part) for part in content)}
+        elif content is not None or not message.get("tool_calls"):
+            self.check_text(index, ours, content)
+        return message
+
+    def _part(self, index: int, ours: str, part: Any) -> str:
+        """The text of one part of a message's content."""
+        if not isinstance(part, dict) or part.get("type") != "text":
+            named = part.get("type") if isinstance(part, dict) else None
+            have = f'has a part of the type "{named}" in a message' if named else f"has {kind(part)} in a message"
+            raise self.wrong(index, ours, have, 'Only texts are trained on: {"type": "text", "text": ...}')
+        return self.check_text(index, ours, part.get("text"))
 
 
 def kind(value: Any) -> str:

@@ -31,6 +31,11 @@ class Table:
         _, name, unit = max(source for source in self.sources if source[0] <= index)
         return f"{name}, {unit} {self.numbers[index]}"
 
+    @property
+    def untyped(self) -> bool:
+        """Whether all values are text since the format knows nothing else (CSV)."""
+        return any(Path(name.removesuffix(".gz")).suffix.lower() == ".csv" for _, name, _ in self.sources)
+
 
 def read_table(names: list[str], limit: int | None, part: str) -> Table:
     """The first `limit` rows of all sources in turn. `part` ("train" or "test") is a hub id's default split."""

@@ -7,6 +7,7 @@ correlation for numbers. `tasks`: benchmarks of lm-eval, if installed.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any
 from .errors import BadInput
 from .metrics import METRICS
 from .model.quiet import hushed, no_dataset_bars
+from .model.reply import ReplyForm, longest_answer
 from .recipe import Recipe
 
 Say = Callable[[str], None]
-ROOM = 24  # tokens of a reply beyond the longest answer: a base model talks its way to it
 
 
 @hushed()
@@ -48,7 +49,7 @@ def evaluate(
         elif meta.task == "classification":
             result |= classify(recipe, model, tokenizer, meta.labels, limit)
         else:
-            result |= answer(recipe, model, tokenizer, limit, say)
+            result |= answer(recipe, model, tokenizer, limit, say, meta.reply)
     if found := reads():
         result["reads"] = found
     folder = Path(recipe.output)
@@ -63,27 +64,42 @@ def evaluate(
 
 
 def answer(
-    recipe: Recipe, model: Any, tokenizer: Any, limit: int | None, say: Say = lambda line: None
-) -> dict[str, Any]:
-    """Loss over the test rows and, where they hold answers, how many questions are answered right by greedy search."""
-    from .data import eval_pairs, read_rows
+    recipe: Recipe, model: Any, tokenizer: Any, limit: int | None, say: Say = lambda line: None,
+    form: ReplyForm | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Loss over the test rows and, where they hold answers, how many questions are answered right by greedy search.
+
+    `form`: of the run's training rows, whose turns end as it says; None where no run is known.
+    """
+    from .data import eval_pairs, read_rows, row_tools
+    from .data_chat import reply_form
     from .model.sampling import sample
 
-    rows = read_rows(recipe.data, "test", tokenizer, "causal-lm")
+    # the tokenizer has the template by now, perhaps the run's own
+    rows = read_rows(dataclasses.replace(recipe.data, chat_template=None), "test", tokenizer, "causal-lm")
     metrics: dict[str, float] = {}
     samples: list[dict[str, Any]] = []
     size = min(len(rows.dataset), limit or len(rows.dataset))
     metrics.update(losses(recipe, rows, model, tokenizer, size))
     if rows.answers and recipe.data.metrics:
         pairs = eval_pairs(rows)[:size]
-        longest = max(len(tokenizer(text)["input_ids"]) for _, accepted in pairs for text in accepted)
-        scores = dict.fromkeys(recipe.data.metrics, 0.0)
-        replies = sample(model, tokenizer, [prompt for prompt, _ in pairs], max_new_tokens=min(256, longest + ROOM))
+        if form is None or form.chat is None:
+            form = reply_form(rows, recipe.data, tokenizer, recipe.training.get("eos_token"))
+        longest = max(form.longest, longest_answer(tokenizer, [accepted for _, accepted in pairs], most=None))
+        room = dataclasses.replace(form, longest=longest).room(recipe.data.reply_tokens)
+        scores, cut = dict.fromkeys(recipe.data.metrics, 0.0), set[int]()
+        replies = sample(
+            model, tokenizer, [prompt for prompt, _ in pairs], form=form, tools=row_tools(rows)[:size], cut=cut,
+            max_new_tokens=room,
+        )  # fmt: skip
         for (prompt, accepted), reply in zip(pairs, replies, strict=True):
             for name in scores:
                 scores[name] += METRICS[name](reply, accepted)
             samples.append({"prompt": _shown(prompt), "reply": reply, "answers": accepted})
         metrics |= {name: score / size for name, score in scores.items()}
+        if cut:
+            say(f"{len(cut)} of {size} replies were cut at {room} tokens; data.reply_tokens sets how long they may be")
+        return {"rows": size, "metrics": metrics, "samples": samples[:20], "cut_replies": len(cut)}
     return {"rows": size, "metrics": metrics, "samples": samples[:20]}
 
 
@@ -104,7 +120,7 @@ def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> 
         args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
         args.per_device_eval_batch_size = args.per_device_train_batch_size
         dataset = rows.dataset.select(range(size))
-        job = Job(objective, stepper, [], Base(recipe.model.name, ""), model.dtype, recipe.data.too_long)
+        job = Job(objective, stepper, [], Base(recipe.model.name, ""), model.dtype, recipe.data.too_long, part="test")
         trainer = CausalTrainer(
             job, model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
         )
@@ -128,12 +144,14 @@ def classify(recipe: Recipe, model: Any, tokenizer: Any, labels: list[str], limi
     from transformers import DataCollatorWithPadding
 
     from .data import Rows, read_rows, tokenize_classification
+    from .model.limits import check_dataset
 
     like = Rows(None, "", labels=labels) if labels else None  # type: ignore[arg-type]
     rows = read_rows(recipe.data, "test", tokenizer, "classification", like=like)
     dataset, _ = tokenize_classification(
         rows, tokenizer, recipe.training_values()["max_length"], recipe.data.too_long, "test"
     )
+    check_dataset(model, dataset, "test")
     size = min(len(dataset), limit or len(dataset))
     collate = DataCollatorWithPadding(tokenizer)
     scores, truth = [], []

@@ -11,11 +11,17 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from . import __version__
 from .errors import BadInput, nearest
+from .model.cache import SHORT_NAMES, cached_folder, ordinary_modes
 from .model.quiet import hushed
+from .model.reply import stop_ids
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .adapter import Base
 
 FORMS = ("peft", "merged")
 
@@ -33,27 +39,50 @@ def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str 
         raise BadInput(f"export to {out}", "it is there already", "Say --overwrite, or name another folder with --out")
     model, tokenizer, surgeries, base = load_run(recipe, adapter)
     write = {"peft": _peft, "merged": _merged}[to]
-    _whole(out, lambda folder: write(folder, model, tokenizer, surgeries, base))
+
+    def fill(folder: Path) -> None:
+        write(folder, recipe, model, tokenizer, surgeries, base)
+        ordinary_modes(folder)
+
+    _whole(out, fill)
     return out
 
 
-def _peft(folder: Path, model: Any, tokenizer: Any, surgeries: list, base: Any) -> None:
+def _peft(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries: list, base: Base) -> None:
     from safetensors.torch import save_file
+
+    from .adapter import short_targets
+    from .model.limits import vocabulary
 
     if len(surgeries) != 1:
         names = ", ".join(type(s.patch).__name__ for s in surgeries)
         raise BadInput("export to peft", f"the adapter has several parts ({names})", "Export it as merged")
     portable = surgeries[0].portable()
-    portable.config.base_model_name_or_path = base.name
+    portable.config.base_model_name_or_path = loadable(recipe.model.name)
+    portable.config.revision = recipe.model.revision
     portable.config.inference_mode = True
     portable.config.task_type = portable.config.task_type or "CAUSAL_LM"
+    if isinstance(portable.config.target_modules, list | set):
+        portable.config.target_modules = short_targets(model, portable.config.target_modules)
     portable.config.save_pretrained(folder)
     save_file(
         {k: t.contiguous() for k, t in portable.tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
     )
+    if len(tokenizer) <= (vocabulary(model) or 0):  # else peft would resize the base to it
+        tokenizer.save_pretrained(folder)  # with the run's chat template
+    _card(folder, "peft", recipe, surgeries, base, model, tokenizer)
 
 
-def _merged(folder: Path, model: Any, tokenizer: Any, surgeries: list, base: Any) -> None:
+def loadable(name: str) -> str:
+    """What `from_pretrained` takes for a base: a hub id as it is, a folder by its whole path, and for a GGUF file or a
+    short name the folder that it was converted to."""
+    path = Path(name).expanduser()
+    if path.is_file() or name.lower() in SHORT_NAMES:
+        return str(cached_folder(name))
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def _merged(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries: list, base: Base) -> None:
     from .model.quant import dense_linear, is_quantised
     from .model.surgery import Swaps
 
@@ -69,11 +98,68 @@ def _merged(folder: Path, model: Any, tokenizer: Any, surgeries: list, base: Any
                 delattr(model.config, attribute)
         model.hf_quantizer, model.is_quantized = None, False
         vars(model).pop("_hf_peft_config_loaded", None)
+    if base.task == "causal-lm":
+        _reply_as_measured(model, tokenizer, base)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)  # a path of this machine tells a stranger nothing
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _card(folder, "merged", recipe, surgeries, base, model, tokenizer)
+
+
+def _reply_as_measured(model: Any, tokenizer: Any, base: Base) -> None:
+    """Greedy replies of the exported model are those that `eval` measured: the same ends of a reply in each file, and
+    nothing in generation_config that bends greedy search. How the base is sampled stays."""
+    from transformers import GenerationConfig
+
+    from .model.sampling import SAMPLED, TOKENS
+
+    own = model.generation_config.to_dict()
+    kept = {key: own[key] for key in (*TOKENS, "do_sample", *SAMPLED) if own.get(key) is not None}
+    ends = stop_ids(model, tokenizer, base.reply)
+    kept["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
+    model.generation_config = GenerationConfig(**kept)
+    model.config.get_text_config().eos_token_id = kept["eos_token_id"]
+
+
+def _card(folder: Path, form: str, recipe: Recipe, surgeries: list, base: Base, model: Any, tokenizer: Any) -> None:
+    """README.md: what it is, from what it was made, how to load it and how it wants to be asked."""
+    from .adapter import surgery_name
+
+    name = recipe.model.name
+    on_hub = "/" in name and loadable(name) == name and not Path(name).exists()
+    title = name if on_hub else Path(name).name
+    patches = " + ".join(surgery_name(surgery) for surgery in surgeries)
+    library = "peft" if form == "peft" else "transformers"
+    loader = "AutoPeftModelFor" if form == "peft" else "AutoModelFor"
+    loader += "CausalLM" if base.task == "causal-lm" else "SequenceClassification"
+    what = "an adapter" if form == "peft" else "the base with what was trained merged into it"
+    front = [f"base_model: {name}"] if on_hub else []
+    text = "\n".join(["---", *front, f"library_name: {library}", "tags:", "- trimtab", "---", ""])
+    text += f"\n# {patches} on {title}\n\nMade by trimtab {__version__}: {what}.\n"
+    text += f'\n```python\nfrom {library} import {loader}\n\nmodel = {loader}.from_pretrained("FOLDER")\n```\n'
+    if form == "peft" and not on_hub:
+        text += "\n`base_model_name_or_path` in adapter_config.json is the base's folder on the machine where this was "
+        text += "made. Elsewhere, write there where the base is.\n"
+    if base.task == "causal-lm":
+        text += f"\n{_how_to_ask(base, model, tokenizer)}\n"
+    if base.labels:
+        text += f"\nClasses: {', '.join(base.labels)}.\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _how_to_ask(base: Base, model: Any, tokenizer: Any) -> str:
+    form = base.reply
+    asked = {
+        None: "The form of its training rows is not known.",
+        True: "It was trained on conversations: put prompts through the tokenizer's chat template.",
+        False: "It was trained on plain text: give prompts as they are" + ", each with a line end." * bool(form.after),
+    }[form.chat].rstrip(".")
+    ends = tokenizer.convert_ids_to_tokens(stop_ids(model, tokenizer, form))
+    said = ", ".join(f"`{token}`" for token in [*ends, *map(repr, form.stop)])
+    longest = f" The longest answer it was trained on has {form.longest} tokens." if form.longest else ""
+    return f"{asked}. A reply ends at {said}.{longest}"
 
 
 def _whole(out: Path, write: Callable[[Path], None]) -> None:

@@ -14,8 +14,23 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from fractions import Fraction
+from unicodedata import name as name_of
+from unicodedata import normalize
 
-NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)")
+SPACES = " \u00a0\u2007\u2009\u202f"  # between the thousands of a number; "10 200 300" after another number is a list
+NUMBER = re.compile(
+    rf"""(?P<sign>(?<![\w)])-)?
+    (?: (?:(?P<whole>\d+)[{SPACES}]+)? (?<![/\d.,])(?P<over>\d+)/(?P<under>\d+)(?![\d/]|\.\d)
+      | (?P<plain>
+          (?:(?<![\d][{SPACES}])\d{{1,3}}(?P<gap>[{SPACES}])\d{{3}}(?:(?P=gap)\d{{3}})*(?!\d)
+            | \d+(?:,\d{{3}})*) (?:\.\d+)?
+          | \.\d+)
+        (?:[eE](?P<power>[+-]?\d{{1,3}})(?!\d))?
+    )""",
+    re.VERBOSE,
+)
+LATEX = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 MARK = "####"  # before the final number in GSM8K's answers
 
 
@@ -49,11 +64,34 @@ def final_number(reply: str, accepted: Sequence[str]) -> float:
     return float(said is not None and said in [number(answer) for answer in accepted])
 
 
-def number(text: str) -> Decimal | None:
-    """The first number after the first mark, or the last one where there is no mark; None where there is none."""
+def number(text: str) -> Fraction | None:
+    """The first number after the first mark, or the last one where there is no mark; None where there is none.
+
+    Also a fraction (3/4, 1 1/2, ¾, LaTeX's), a power of ten (1e3), groups of three digits after commas or spaces
+    (1,234 or 1 234), and a minus sign of its own (U+2212). A fraction over 0 is no number.
+    """
+    text = LATEX.sub(r" \1/\2 ", "".join(_ascii(ch) for ch in text))
     _, mark, after = text.partition(MARK)
-    found = NUMBER.findall(after if mark else text)
-    return Decimal(found[0 if mark else -1].replace(",", "")) if found else None
+    found = list(NUMBER.finditer(after if mark else text))
+    return _value(found[0 if mark else -1]) if found else None
+
+
+def _ascii(ch: str) -> str:
+    """Vulgar fractions as digits, and the signs that Unicode has for minus and division as - and /."""
+    if ch.isascii():
+        return ch
+    if name_of(ch, "").startswith("VULGAR FRACTION"):
+        return f" {normalize('NFKC', ch)}".replace("\u2044", "/")
+    return {"\u2212": "-", "\u2044": "/"}.get(ch, ch)
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    sign = -1 if match["sign"] else 1
+    if match["over"] is not None:
+        over, under = Fraction(Decimal(match["over"])), Fraction(Decimal(match["under"]))
+        return sign * (Fraction(Decimal(match["whole"] or 0)) + over / under) if under else None
+    plain = re.sub(f"[,{SPACES}]", "", match["plain"])
+    return sign * Fraction(Decimal(plain)) * Fraction(10) ** int(match["power"] or 0)
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .data_chat import template_of
 from .errors import BadInput, Untraceable
 from .memory.budget import Budget, fast_bytes, free_bytes, gib, ram, slow_bytes
 from .memory.mapped import require_folder, slow_kind
@@ -294,6 +295,7 @@ def _speed(
 
 def _covered(recipe: Recipe) -> None:
     """What the planner cannot trace yet is said, not guessed."""
+    template_of(recipe.data)  # a file that is not there is refused here as it is by `train`
     if not recipe.load_stepper().by_trainer:
         raise BadInput(
             f"plan stepper {recipe.stepper}", "the planner follows back-propagation only", "Take budget: out"

@@ -118,10 +118,10 @@ class Recipe:
         if isinstance(data, str):
             tree["data"] = data = {"train": data}
         if isinstance(data, dict):
-            for split in ("train", "test"):
+            for split in ("train", "test", "chat_template"):
                 value = data.get(split)
                 beside = [path.parent / v for v in ([value] if isinstance(value, str) else value or [])]
-                if beside and all(p.exists() for p in beside):
+                if beside and value != "chatml" and all(p.exists() for p in beside):
                     data[split] = str(beside[0]) if isinstance(value, str) else [str(p) for p in beside]
         return cls.from_dict(tree)
 

@@ -89,7 +89,7 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
 
     # the working folder may be another one: files of the same name are taken for the same
     files = lambda value: [Path(v).name for v in ([value] if isinstance(value, str) else value or [])]  # noqa: E731
-    data = lambda r: {**vars(r.data), "train": files(r.data.train), "test": files(r.data.test)}  # noqa: E731
+    data = lambda r: vars(r.data) | {k: files(getattr(r.data, k)) for k in ("train", "test", "chat_template")}  # noqa: E731
     for name, before, now in [
         ("patches", old.load_patches(), new.load_patches()),
         ("model", old.model, new.model),
@@ -161,6 +161,7 @@ def load_run(
     `base_only`: the model as it was before. The labels and the task come from the adapter where there is one.
     """
     from .adapter import Base, load_adapter, read_meta
+    from .data_chat import use_template
     from .model.load import load_model
 
     folder = Path(adapter_folder) if adapter_folder else Path(recipe.output) / "adapter"
@@ -176,6 +177,10 @@ def load_run(
     place = place_of(recipe)
     labels = len(meta.labels) or (1 if meta.task == "classification" else None)
     model, tokenizer = load_model(recipe.model, task=meta.task, labels=labels, device=place.device)
+    if meta.reply.template is not None:  # the run's own, also where the file it came from has changed
+        tokenizer.chat_template = meta.reply.template
+    else:
+        use_template(recipe.data, tokenizer)
     if meta.labels:
         model.config.id2label = dict(enumerate(meta.labels))
         model.config.label2id = {label: index for index, label in enumerate(meta.labels)}

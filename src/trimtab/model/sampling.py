@@ -10,65 +10,160 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import BadInput, nearest
+from .limits import check_ids, learned_positions
+from .reply import ReplyForm, stop_ids
 
 Prompt = str | list[dict[str, Any]]  # text, or the messages of a conversation
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+MORE_THAN_TEXT = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
+                  "output_hidden_states")  # fmt: skip
+ELSEWHERE = ("num_beam_groups", "constraints", "force_words_ids", "penalty_alpha", "dola_layers")
+SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt; messages go through the chat template, ready for the assistant's turn."""
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """Token ids of a prompt; messages (and `tools`) go through the chat template, ready for the assistant's turn.
+
+    A text ends where its reply begins: what the tokenizer would put after a whole text (an eos, say) is left out.
+    """
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
+        whole = tokenizer(prompt)["input_ids"]
+        plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), None)
+        ids = list(whole if start is None else whole[: start + len(plain)])
+    else:
+        try:
+            encoded = tokenizer.apply_chat_template(
+                prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except Exception as error:  # a template is a stranger's program
+            raise refused_by_template("a prompt", error) from None
+        ids = list(encoded["input_ids"])
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    if not ids:
+        raise BadInput(f"reply to {prompt!r}", "it has no tokens, and the tokenizer no bos token", "Give a longer one")
+    return ids
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None = None) -> Prompt:
-    """`text` as a user's turn where the tokenizer has a chat template, else as it is."""
-    if not tokenizer.chat_template:
-        return text
-    before = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": text}]
+def refused_by_template(what: str, error: Exception) -> BadInput:
+    """The error for `what` ("d.jsonl, line 3") whose messages the chat template refuses."""
+    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    return BadInput(
+        f"put {what} through the chat template", f"the template refuses it ({reason})",
+        "Use the roles and their order that the template knows, or set data.chat_template",
+    )  # fmt: skip
 
 
-def check_generation(values: dict[str, Any]) -> None:
-    """Refuse unknown generation settings with the nearest known name."""
+def check_generation(values: dict[str, Any]) -> dict[str, Any]:
+    """-> generation settings made consistent; an unknown or impossible one is refused in a sentence.
+
+    A temperature of 0 is greedy search. One of 1 reply per prompt is returned, as text, and nothing else.
+    """
     known = set(GenerationConfig().to_dict()) | {"max_new_tokens"}
-    for key in values:
+    settings = {key: value for key, value in values.items() if value is not None}
+    for key in settings:
         if key not in known:
             raise BadInput(f'generation: "{key}"', "transformers has no such setting", nearest(key, known))
+    for key in ("max_new_tokens", "max_length", "num_beams"):
+        if key in settings and (type(settings[key]) is not int or settings[key] < 1):
+            raise BadInput(f"generation: {key}: {settings[key]!r}", "it is no number of 1 or more", "Give 1 or more")
+    if settings.pop("num_return_sequences", 1) != 1:
+        raise BadInput(
+            "generation: num_return_sequences", "each prompt gets one reply", "Give the prompt several times"
+        )
+    for key in MORE_THAN_TEXT:
+        if settings.pop(key, False):
+            raise BadInput(f"generation: {key}", "replies are texts, and nothing else is returned", "Take it out")
+    if elsewhere := [key for key in ELSEWHERE if key in settings]:
+        have = "transformers runs code from the hub for this kind of search"
+        raise BadInput(f"generation: {elsewhere[0]}", have, "Take it out; num_beams and sampling are at hand")
+    if "stop_strings" in settings:
+        texts = settings["stop_strings"]
+        settings["stop_strings"] = texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+            raise BadInput(f"generation: stop_strings: {texts!r}", "it is no list of texts", 'Give, say, ["END"]')
+    if "temperature" in settings:
+        value = settings["temperature"]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise BadInput(f"generation: temperature: {value!r}", "it is no number of 0 or more", "Give, say, 0.7")
+        if value == 0:
+            settings = {key: v for key, v in settings.items() if key not in SAMPLED}
+            settings["do_sample"] = False
+    if any(key in settings for key in SAMPLED):
+        settings.setdefault("do_sample", True)
+    try:
+        GenerationConfig(**settings).validate()
+    except (ValueError, TypeError) as error:
+        raise _refused(settings, error) from None
+    return settings
+
+
+def _refused(settings: dict[str, Any], error: Exception) -> BadInput:
+    have = " ".join(str(error).split())[:200].rstrip(".")
+    return BadInput(f"generate with {settings}", f"transformers refuses it ({have})", "Change these settings")
+
+
+def configured(model: PreTrainedModel, settings: dict[str, Any]) -> GenerationConfig:
+    """The whole of what generation does: `settings`, over the model's own generation_config where it samples.
+
+    Greedy search takes nothing from that file but the special tokens: a repetition penalty, forbidden n-grams, beams
+    or forced tokens in it would change what the model says.
+    """
+    own = model.generation_config.to_dict()
+    if not settings.get("do_sample"):
+        own = {key: own.get(key) for key in TOKENS}
+    own = {key: value for key, value in own.items() if value is not None and key != "transformers_version"}
+    if "max_new_tokens" in settings:
+        own.pop("max_length", None)
+    return GenerationConfig(**{**own, **settings})
 
 
 @torch.no_grad()
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor, **settings: Any
-) -> torch.Tensor:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor,
+    streamer: Any = None, **settings: Any,
+) -> torch.Tensor:  # fmt: skip
     """transformers' `generate`: prompts' ids and mask, (rows, tokens) -> the new ids, (rows, new tokens).
 
     Meanwhile the head's input lies in one piece. transformers gives it a slice, each prompt's last position, of which
     torch's linear on a CPU makes a product that takes 20 (one row) to 400 times as long in bf16 (docs/LOG.md).
     """
-    head = model.get_output_embeddings()
+    head, own = model.get_output_embeddings(), model.generation_config
+    config = configured(model, {"pad_token_id": tokenizer.pad_token_id, **settings})
     in_one_piece = lambda module, args: tuple(hidden.contiguous() for hidden in args)  # noqa: E731
-    with contextlib.nullcontext() if head is None else head.register_forward_pre_hook(in_one_piece):
-        out = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=tokenizer.pad_token_id,
-            **settings,
-        )  # fmt: skip
+    model.generation_config = GenerationConfig()  # transformers fills what `config` leaves open from here
+    try:
+        with contextlib.nullcontext() if head is None else head.register_forward_pre_hook(in_one_piece):
+            out = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
+                tokenizer=tokenizer if config.stop_strings else None, streamer=streamer,
+            )  # fmt: skip
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise _refused(settings, error) from error
+    finally:
+        model.generation_config = own
     return out[:, ids.shape[1] :]
 
 
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
-    batch_size: int = 16, **settings: Any,
+    batch_size: int = 16, form: ReplyForm | None = None, tools: Sequence[list[dict[str, Any]] | None] | None = None,
+    cut: set[int] | None = None, **settings: Any,
 ) -> Iterator[str]:  # fmt: skip
     """Yield one completion per prompt, in order. Greedy unless `settings` (transformers' names) say otherwise.
 
-    Prompts of similar length share a batch, padded on the left and masked by attention, never by token id.
+    Prompts of similar length share a batch, padded on the left and masked by attention, never by token id. A reply ends
+    at every token and text that `form` and the model's files know as an end, which are no part of it. `tools`: of each
+    prompt. `cut` receives the numbers of the prompts whose replies reached the limit of tokens.
     """
-    settings = {"do_sample": False, "max_new_tokens": 64, **settings}
-    if not settings["do_sample"]:
-        settings.update({name: None for name in ("temperature", "top_p", "top_k") if name not in settings})
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    form = form or ReplyForm()
+    settings = settings_of(model, tokenizer, form, settings)
+    ids = [prompt_ids(tokenizer, prompt, tools[i] if tools else None) for i, prompt in enumerate(prompts)]
+    for i, row in enumerate(ids):
+        check_ids(model, row, f"reply to prompt {i + 1}")
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     answers: dict[int, str] = {}
     was_training = model.training
@@ -82,9 +177,47 @@ def sample(
             for row, i in enumerate(chosen):
                 batch[row, width - len(ids[i]) :] = torch.tensor(ids[i])
                 mask[row, width - len(ids[i]) :] = 1
-            for i, row in zip(chosen, complete(model, tokenizer, batch, mask, **settings), strict=True):
-                answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            limited = within_positions(model, width, settings)
+            for i, row in zip(chosen, complete(model, tokenizer, batch, mask, **limited), strict=True):
+                answers[i], ended = reply_text(tokenizer, row.tolist(), settings)
+                if not ended and cut is not None:
+                    cut.add(i)
     finally:
         model.train(was_training)
     for i in range(len(ids)):
         yield answers[i]
+
+
+def settings_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: ReplyForm, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """`asked`, with the ends of a reply and, where nothing is said of them, greedy search and 64 tokens."""
+    settings = {"do_sample": False, **check_generation(asked)}
+    if "max_length" not in settings:
+        settings.setdefault("max_new_tokens", 64)
+    settings.setdefault("eos_token_id", stop_ids(model, tokenizer, form))
+    if stop := [*settings.get("stop_strings", []), *form.stop]:
+        settings["stop_strings"] = stop
+    return settings
+
+
+def within_positions(model: PreTrainedModel, width: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with no more new tokens than a model of learned positions has places for."""
+    places = learned_positions(model)
+    if places is None:
+        return settings
+    if width >= places:
+        raise BadInput(
+            f"reply to a prompt of {width} tokens", f"the model has learned {places} positions", "Give a shorter prompt"
+        )
+    return {**settings, "max_new_tokens": min(settings.get("max_new_tokens", places), places - width)}
+
+
+def reply_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], settings: dict[str, Any]) -> tuple[str, bool]:
+    """-> (the text of the new tokens up to where the reply ends, whether it ended of itself)."""
+    stops = settings["eos_token_id"]
+    stops = stops if isinstance(stops, list | tuple) else [stops]
+    end = next((at for at, token in enumerate(ids) if token in stops), None)
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    found = [at for stop in settings.get("stop_strings", []) if (at := text.find(stop)) >= 0]
+    return text[: min(found, default=len(text))].strip(), end is not None or bool(found)

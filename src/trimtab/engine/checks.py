@@ -1,0 +1,45 @@
+"""What of a recipe's wishes cannot be met by its data or this machine: told before the model is loaded or trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..data import Rows, marks_answers
+from ..errors import BadInput
+from ..recipe import Recipe
+
+
+def check_wishes(args: Any, recipe: Recipe, rows: Rows, tokenizer: Any) -> None:
+    """Refuse training arguments that the rows or the installed packages do not allow.
+
+    `args`: SFTConfig or TrainingArguments. `rows`: of `data.train`.
+    """
+    if args.eval_strategy != "no" and not recipe.data.test:
+        raise BadInput(
+            f"training: eval_strategy: {getattr(args.eval_strategy, 'value', args.eval_strategy)}",
+            "the recipe names no data.test",
+            "Add data.test, or take eval_strategy out",
+        )
+    if getattr(args, "assistant_only_loss", False):
+        chat = "messages" in rows.dataset.column_names or not isinstance(rows.dataset[0].get("prompt", ""), str)
+        if not chat:
+            raise BadInput(
+                "training: assistant_only_loss: true", f"the {rows.form} rows of data.train are no conversations",
+                "Take it out: of a prompt and its answer, only the answer counts anyway",
+            )  # fmt: skip
+        if not marks_answers(tokenizer.chat_template):
+            raise BadInput(
+                "training: assistant_only_loss: true", "the chat template does not mark the assistant's turns",
+                "Take it out (the last turn then counts), or name a data.chat_template with {% generation %}",
+            )  # fmt: skip
+
+
+def check_batches(trainer: Any) -> None:
+    """Refuse a run that would train on nothing, since `dataloader_drop_last` leaves out its only batch."""
+    args, rows = trainer.args, len(trainer.train_dataset)
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        raise BadInput(
+            "training: dataloader_drop_last: true", f"{rows} rows make no whole batch of {batch}",
+            "Take it out, or lower per_device_train_batch_size",
+        )  # fmt: skip
