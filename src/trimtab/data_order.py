@@ -33,6 +33,19 @@ def filled(lengths: numpy.ndarray, batch: int, step: int = 1) -> float:
     return float(rows.sum() / padded.sum())
 
 
+def batch_lengths(lengths: numpy.ndarray, batch: int, step: int, batches: int) -> int:
+    """How many lengths so many shuffled batches have, each as long as its longest row, rounded up to `step`."""
+    random, seen = numpy.random.default_rng(0), set()
+    batch = min(batch, len(lengths))
+    while batches > 0:
+        rows = lengths[random.permutation(len(lengths))[: len(lengths) // batch * batch]].reshape(-1, batch)[:batches]
+        seen |= set((-(-rows.max(1) // step)).tolist())
+        batches -= max(1, len(rows))
+        if len(seen) == len(set((-(-lengths // step)).tolist())):
+            break
+    return max(1, len(seen))
+
+
 class LongestFirst(Sampler):
     """`inner`'s order, but that in the first epoch's first two steps the first micro-batch has a longest row.
 

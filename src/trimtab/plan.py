@@ -160,13 +160,14 @@ def plan(
     tokens: int | None = None,
     counted: int | None = None,
     filled: float = 1.0,
+    lengths: int = 1,
     process: int | None = None,
     args: Any = None,
     rates: Any = None,
 ) -> Plan:
     """Trace the recipe's step. `rows`, `tokens`: the largest batch (default: the recipe's batch size and max_length).
     `counted`: how many tokens of a row count in the loss, at most (default: all). `filled`: what share of a batch's
-    tokens is no padding; the speed is that of these.
+    tokens is no padding; the speed is that of these. `lengths`: how many lengths the batches of a run have.
 
     `process`: anonymous bytes that the process holds beside the tensors (default: `process_bytes`). `args`: the
     training arguments where a trainer has them already (making them anew would take its accelerator from it). `rates`:
@@ -226,7 +227,8 @@ def plan(
         notes.append(f"{gib(watch.ahead)} of the overhead are room for rows that are copied ahead of the pass")
     threads = threads_beside() if kinds.get(TABLES) and device.type == "cpu" else 0
     churn = watch.churn if device.type == "cpu" else 0
-    held = beside.of(_growth(kinds), churn, watch.cast, threads) + watch.ahead
+    shapes = watch.products * (lengths - 1) if device.type == "cpu" else 0
+    held = beside.of(_growth(kinds), churn, watch.cast, threads, shapes) + watch.ahead
     disk = None
     if slow_kind(place.slow, device) == "disk":
         if kinds.get(TABLES) and recipe.place.folder:

@@ -52,7 +52,7 @@ class PlannedStep:
         from .model.load import assembled, empty_model, load_model
 
         self.recipe, self.args, self.objective, self.real = recipe, args, recipe.load_objective(), real
-        self.blocks, self.churn = blocks, 0
+        self.blocks, self.churn, self.products = blocks, 0, 0
         self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
         if real:
             self.model = load_model(recipe.model, task=self.objective.task)[0]
@@ -125,11 +125,14 @@ class PlannedStep:
     def watched(self, watch: Any, rows: int, tokens: int, counted: int | None) -> Any:
         """As `trace`, of which `watch` is told."""
         found = self.trace(rows, tokens, counted, watch.at(self.blocks))
-        watch.churn = max(watch.churn, self.churn)
+        watch.churn, watch.products = max(watch.churn, self.churn), max(watch.products, self.products)
         return found
 
     def trace(self, rows: int, tokens: int, counted: int | None = None, clock: Any = None) -> Any:
-        """Peaks by phase and kind; those of a stack that was made shallow are without its tables. Sets `churn`."""
+        """Peaks by phase and kind; those of a stack that was made shallow are without its tables.
+
+        Sets `churn` and `products`.
+        """
         import torch
 
         from .engine.prepare import prepared
@@ -148,7 +151,7 @@ class PlannedStep:
         with prepared(model, self.objective, plain):
             if recipe.load_place().device.type != "cpu":  # the lean attention is the CPU's
                 model.set_attn_implementation("sdpa")
-            peaks, self.churn = trace_steps(Step(
+            peaks, self.churn, self.products = trace_steps(Step(
                 model, torch.device("cpu"), functools.partial(self.batch, rows, tokens), self.loss,
                 self.optimizer, self.kind_of, self._evaluation(tokens),
                 micro_batches=min(2, self.args.gradient_accumulation_steps), clip=self.args.max_grad_norm or 0.0,

@@ -7,6 +7,7 @@ told to, and leaves the model as it was. What a run is allowed to hold and what 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -186,19 +187,19 @@ class Session:
             job,
             train_dataset=parts["train"],
             eval_dataset=parts["test"],
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=args.pad_to_multiple_of),
             **common,
         )
 
     # --- training ------------------------------------------------------------------------------------------------
 
     def largest_batch(self) -> dict[str, Any]:
-        """Rows, tokens of the longest one, the most tokens of a row that count, and what share of a batch's tokens is
-        no padding; without decoding the table."""
+        """Rows, tokens of the longest one, the most tokens of a row that count, what share of a batch's tokens is no
+        padding, and how many lengths batches have; without decoding the table."""
         import numpy
         from pyarrow import compute
 
-        from .data_order import filled, row_lengths
+        from .data_order import batch_lengths, filled, row_lengths
 
         dataset, counted = self.trainer.train_dataset, None
         if "labels" in dataset.column_names and "List" in str(dataset.features["labels"]):
@@ -206,11 +207,16 @@ class Session:
                 labels = part["labels"].combine_chunks()
                 row = compute.list_parent_indices(labels).to_numpy()[labels.flatten().to_numpy() != -100]
                 counted = max(counted or 0, int(numpy.bincount(row, minlength=1).max()))
-        step = getattr(self.args, "pad_to_multiple_of", None) or 1
+        step = self.args.pad_to_multiple_of or 1
         rows = min(self.args.per_device_train_batch_size, len(dataset))
         lengths = row_lengths(dataset)
         share = 1.0 if getattr(self.trainer, "padding_free", False) else filled(lengths, rows, step)
-        return {"rows": rows, "tokens": -(-int(lengths.max()) // step) * step, "counted": counted, "filled": share}
+        batches = self.args.max_steps * self.args.gradient_accumulation_steps
+        if batches < 0:
+            batches = math.ceil(self.args.num_train_epochs * len(dataset) / rows)
+        many = batch_lengths(lengths, rows, step, batches)
+        tokens = -(-int(lengths.max()) // step) * step
+        return {"rows": rows, "tokens": tokens, "counted": counted, "filled": share, "lengths": many}
 
     def fit(self, checkpoint: Path | None, limit: int | None, hard: bool = False) -> Ended:
         """Train, from `checkpoint` on where one is given, within `limit` bytes of the fast tier."""

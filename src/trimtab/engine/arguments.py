@@ -25,9 +25,10 @@ def arguments_class(objective: Objective) -> type[TrainingArguments]:
 def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:
     """`training:` as the library's own dataclass; unknown fields and bad values are the user's to mend."""
     values = recipe.training_values()
+    length = values["max_length"] if isinstance(values["max_length"], int) else 512
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     if cls is not SFTConfig:
-        values.pop("max_length", None)  # rows are tokenised by trimtab, up to it
+        values.pop("max_length")  # rows are tokenised by trimtab, up to it
         if values.pop("packing", False):
             raise BadInput("training: packing: true", "a classifier reads one text a row", "Leave it out")
     if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # the newer name of the same
@@ -47,7 +48,11 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
     if cls is SFTConfig:
         values.setdefault("bf16", False)
     try:
-        return cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
+        made = cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
+        if values.get("pad_to_multiple_of", "auto") == "auto":
+            # oneDNN keeps code for each shape that it meets: few lengths of batches cost less than some padding
+            made.pad_to_multiple_of = (16 if length >= 128 else 8) if cpu else None
+        return made
     except (TypeError, ValueError, ImportError) as error:
         raise BadInput("training", str(error).strip().splitlines()[0], "Mend the value") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from ..contracts import Objective, Stepper, Surgery
 from ..data import check_lengths
 from ..data_order import longest_first
 from ..errors import BadInput
-from ..model.limits import check_dataset
+from ..model.limits import check_dataset, learned_positions
 from ..model.sampling import refused_by_template
 from ..runs import PARTIAL, STATE, checkpoints, discard, sync, sync_entry
 from ..stores import ClipsRows
@@ -57,8 +58,10 @@ class _OurTrainer(ClipsRows):
 
     grad_norm = 0.0  # of the newest step, before clipping
 
-    def _take(self, job: Job, args: Any) -> None:
+    def _take(self, job: Job, model: Any, args: Any) -> None:
         self.job, self.counted, self.step_losses = job, {}, []
+        if places := learned_positions(model):  # padding may not go beyond them
+            args.pad_to_multiple_of = math.gcd(places, args.pad_to_multiple_of or 1)
         self.autocast_wanted, args.bf16 = bool(args.bf16), False  # autocast is ordered by compute_loss_context_manager
 
     def loss_of(self, model: Any, inputs: dict[str, Any], count: Any) -> torch.Tensor:
@@ -178,7 +181,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
     """SFTTrainer on an objective of ours."""
 
     def __init__(self, job: Job, **kwargs: Any):
-        self._take(job, kwargs["args"])
+        self._take(job, kwargs["model"], kwargs["args"])
         self.base_model = kwargs["model"]  # the library's constructor prepares the rows before it keeps the model
         _admit_quantised(kwargs["model"])
         trained = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
@@ -191,7 +194,9 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         for parameter, data in trained:  # on a quantised base TRL rounds them to bf16, where small updates are lost
             parameter.data = data
         if self.padding_free and isinstance(self.data_collator, DataCollatorForLanguageModeling):
-            self.data_collator = PackedRows(pad_token_id=self.data_collator.pad_token_id)
+            self.data_collator = PackedRows(
+                self.data_collator.pad_token_id, pad_to_multiple_of=kwargs["args"].pad_to_multiple_of
+            )
         self.model_accepts_loss_kwargs = True
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
@@ -242,7 +247,7 @@ class ClassifierTrainer(_OurTrainer, Trainer):
     """transformers' Trainer on an objective of ours."""
 
     def __init__(self, job: Job, **kwargs: Any):
-        self._take(job, kwargs["args"])
+        self._take(job, kwargs["model"], kwargs["args"])
         self._total_train_tokens = 0
         _admit_quantised(kwargs["model"])
         super().__init__(**kwargs)
@@ -272,7 +277,8 @@ class PackedRows(DataCollatorForLanguageModeling):
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        width = max(len(e["input_ids"]) for e in examples)
+        step = self.pad_to_multiple_of or 1
+        width = -(-max(len(e["input_ids"]) for e in examples) // step) * step
         ids = torch.full((len(examples), width), self.pad_token_id)
         labels = torch.full((len(examples), width), -100)
         positions = torch.zeros((len(examples), width), dtype=torch.int64)

@@ -25,6 +25,7 @@ from .rates import path_of
 FORM = 4  # of the file
 MOST_SHARE = 0.5
 THREAD = 4 * 2**20  # bytes; two under mimalloc kept 5 to 10 MiB of what was freed (docs/LOG.md)
+PRODUCT = 512 * 2**10  # bytes of code that oneDNN keeps for each new shape of a 16-bit product (docs/LOG.md)
 CHURN = 0.15  # of a checkpointed encoder 0.1 of it stayed, or 0.35, by how its heap came to lie (docs/LOG.md)
 
 
@@ -39,11 +40,12 @@ class Overhead:
     pace: float = 0.85
     measured: bool = False
 
-    def of(self, growth: int, churn: int = 0, cast: bool = False, threads: int = 0) -> int:
+    def of(self, growth: int, churn: int = 0, cast: bool = False, threads: int = 0, shapes: int = 0) -> int:
         """What comes on top of tensors that grow by `growth` bytes; `churn`: what a block makes and drops on its way
-        back; `cast`: under autocast; `threads`: that step tables beside the one that trains."""
+        back; `cast`: under autocast; `threads`: that step tables beside the one that trains; `shapes`: of 16-bit
+        products, beyond those of batches of one length."""
         gaps = round((self.share + cast * self.cast) * max(0, growth))
-        return self.fixed + gaps + round(CHURN * churn) + threads * THREAD
+        return self.fixed + gaps + round(CHURN * churn) + threads * THREAD + shapes * PRODUCT
 
     @classmethod
     def through(

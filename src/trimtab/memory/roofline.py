@@ -93,12 +93,13 @@ class Stopwatch:
     """The seconds of a whole step, from clocks at one depth or two. `rates` None: it measures no time.
 
     The planner sets `depth`, `trained` (the numbers that are trained in the model at its whole depth), `cast`: under
-    autocast, `ahead`: bytes of rows on their way to a device, `churn`: what a block makes and drops on its way back
-    (tracer.py), and `notes`: what its patches have to say.
+    autocast, `ahead`: bytes of rows on their way to a device, `churn`: what a block makes and drops on its way back,
+    `products`: the forms of products in 16 bits (tracer.py), and `notes`: what its patches have to say.
     """
 
     def __init__(self, rates: Rates | None):
         self.rates, self.depth, self.trained, self.cast, self.ahead, self.churn = rates, 0, 0, False, 0, 0
+        self.products = 0
         self.notes: list[str] = []
         self.clocks: dict[int | None, Clock] = {}
 

@@ -29,6 +29,8 @@ from .meter import LiveTensors, file_ranges, is_mapped
 from .roofline import Clock
 
 aten = torch.ops.aten
+PRODUCTS = {op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)}
+PRODUCTS |= {op.out for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)}
 Bytes = dict[str, int]  # kind -> bytes
 Peaks = dict[str, Bytes]  # phase -> what was held when that phase held the most
 
@@ -66,7 +68,8 @@ BOUNDS: dict[str, Callable[..., Any]] = {  # by name: bitsandbytes may not be th
 
 class Trace(LiveTensors):
     """Counts live storages by kind while active, and keeps `peaks[phase]`. The caller names `phase` and `kind`.
-    `churn`: bytes that a block on its way back held at most beside what was there when it began.
+    `churn`: bytes that a block on its way back held at most beside what was there when it began. `products`: the
+    matrix products in 16 bits, each form once.
 
     `kind` is what storages made from now on are. `vocabulary`: tensors of so many columns are logits. `counted`: how
     many positions of a batch count in the loss, where that is known. Mapped storages cost nothing here until something
@@ -81,10 +84,13 @@ class Trace(LiveTensors):
         self.peaks: Peaks = {}
         self.heights: dict[str, int] = {}
         self.churn = self._entered = self._top = 0
+        self.products: set[tuple] = set()
         self._kinds: dict[int, str] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, asked = kwargs or {}, func
+        if func in PRODUCTS:
+            self._product(func, args)
         if self.fake and (bound := BOUNDS.get(func.name())):
             func = functools.partial(bound, self.counted)
         elif MAPPED in self.held and func._schema.is_mutable:
@@ -154,6 +160,11 @@ class Trace(LiveTensors):
         if self.live > self.heights.get(self.phase, -1):
             self.heights[self.phase] = self.live
             self.peaks[self.phase] = dict(self.held)
+
+    def _product(self, func: Any, args: tuple) -> None:
+        factors = [a for a in args if isinstance(a, Tensor)][-2:]
+        if factors[0].dtype in (torch.bfloat16, torch.float16):
+            self.products.add((func, *((tuple(f.shape), f.stride()[-1]) for f in factors)))
 
     def _written(self, schema: Any, args: tuple) -> None:
         for argument, value in zip(schema.arguments, args, strict=False):
@@ -251,8 +262,9 @@ class Step:
     clock: Clock | None = None  # is shown the operations of that step
 
 
-def trace_steps(step: Step, fake: bool = True) -> tuple[Peaks, int]:
-    """-> bytes by phase and kind at each phase's peak, in the second optimiser step of `step.model`; `Trace.churn`.
+def trace_steps(step: Step, fake: bool = True) -> tuple[Peaks, int, int]:
+    """-> bytes by phase and kind at each phase's peak, in the second optimiser step of `step.model`; `Trace.churn`;
+    how many `Trace.products` there were.
 
     The model is left with fake tensors in it; with `fake=False` real ones are stepped, which costs what is counted.
     """
@@ -287,7 +299,7 @@ def trace_steps(step: Step, fake: bool = True) -> tuple[Peaks, int]:
                 f"the planner cannot follow it ({type(error).__name__}: {_operation(error)})",
                 "Take budget: out; run.json will say what was held",
             ) from error
-    return trace.peaks, trace.churn
+    return trace.peaks, trace.churn, len(trace.products)
 
 
 def _operation(error: Exception) -> str:
