@@ -56,6 +56,7 @@ class PlannedStep:
         self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
         if real:
             self.model = load_model(recipe.model, task=self.objective.task)[0]
+        self._as_trained()
         self.dtype = self.model.dtype
         # `.data`: the storage, which stays when a patch puts another under the same parameter
         self.base = {_key(t): t.data for t in (*self.model.parameters(), *self.model.buffers())}
@@ -70,6 +71,15 @@ class PlannedStep:
             raise Untraceable(f"plan {', '.join(map(str, recipe.patches))}", why, "Take budget: out") from error
         if (head := self.objective.prepare(self.model)) is not None:
             self.surgeries.append(head)
+
+    def _as_trained(self) -> None:
+        """What a run does to the model before it is patched and decides how its loss is computed."""
+        from .engine.prepare import weigh_router
+        from .model.head import READ, read_head
+
+        if self.objective.task == "causal-lm":
+            weigh_router(self.model, self.args)
+            setattr(self.model, READ, read_head(self.model))
 
     def _fresh(self) -> list[Any]:
         from .model import anatomy
