@@ -201,6 +201,8 @@ class PlannedStep:
         """Ids and labels as the collators make them: padded rows, rows packed with their positions, or full rows."""
         import torch
 
+        from .engine.prepare import BLOCK
+
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         if self.real:  # where the data decide what runs, they should differ
             ids.random_(self.model.config.get_text_config().vocab_size)
@@ -210,6 +212,8 @@ class PlannedStep:
         made = {"input_ids": ids, "labels": torch.zeros_like(ids)}
         if self.args.padding_free or (self.args.packing and self.args.packing_strategy.startswith("bfd")):
             made["position_ids"] = torch.ones_like(ids)
+            if (dtype := getattr(self.args, BLOCK, None)) is not None:
+                made["attention_mask"] = torch.zeros(rows, 1, tokens, tokens, dtype=dtype)
         else:
             made["attention_mask"] = torch.ones_like(ids)
         return made

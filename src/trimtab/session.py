@@ -18,7 +18,9 @@ from transformers import set_seed
 
 from . import adapter
 from .engine.arguments import arguments_class, training_arguments
-from .engine.prepare import as_it_was, prepared
+from .engine.prepare import as_it_was, autocast_dtype, prepared
+from .engine.probe import head_read, loss_now, require_unchanged
+from .engine.start import checked
 from .engine.trainers import CausalTrainer, ClassifierTrainer, Job
 from .engine.trainers import quiet as hush
 from .errors import BadInput
@@ -72,8 +74,15 @@ class Session:
             way_back.callback(self.meter.stop)
             held = (*self.model.parameters(), *self.model.buffers())
             self.as_loaded = [weakref.ref(t.untyped_storage()) for t in held]  # a patch may keep some of it aside
+            causal = self.objective.task == "causal-lm"
+            if causal:
+                way_back.enter_context(head_read(self.model))
+                before = loss_now(self.model)
             for patch in self.patches:
                 self.surgeries.append(patch.apply(self.model, self.place))
+            half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
+            if causal:
+                require_unchanged(self.model, before, self.surgeries, half)
             if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
                 raise BadInput(
                     f"train {', '.join(map(str, self.recipe.patches))} with {sharder}",
@@ -91,6 +100,9 @@ class Session:
             )
             self.trainer = self._trainer(job)
             hush(self.trainer)
+            if causal:
+                self.recipe = checked(self.trainer, self.recipe, self.say, gradients=True, autocast=half)
+                self.objective = job.objective = self.recipe.load_objective()
             self._way_back = way_back.pop_all()
         return self
 

@@ -19,6 +19,8 @@ from ..model.surgery import Swaps, is_patch
 from ..model.weights_ahead import read_weights_ahead
 from ..recipe import Recipe
 
+BLOCK = "trimtab_block_mask"  # on training arguments: the type of the packed rows' explicit mask, for the planner
+
 
 @contextlib.contextmanager
 def as_it_was(model: PreTrainedModel) -> Iterator[None]:

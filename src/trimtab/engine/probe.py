@@ -34,7 +34,7 @@ from .prepare import lean_forms
 ROWS, TOKENS = 2, 16
 NAMES = {"norm": "norms", "ffn": "gated FFNs", "attention": "attention"}
 # of the loss (nats) and, relative to their norm, of gradients; a fault of form is far above both
-TOLERANCE = {torch.float32: (1e-4, 2e-3), torch.float16: (2e-2, 0.1), torch.bfloat16: (5e-2, 0.25)}
+TOLERANCE = {torch.float32: (1e-4, 2e-3), torch.float16: (2e-2, 0.1), torch.bfloat16: (5e-2, 0.35)}
 
 Batch = dict[str, Tensor]
 
