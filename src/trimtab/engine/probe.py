@@ -105,7 +105,7 @@ def read(
                 value = loss()
             value.backward(inputs=[*inputs, *trained.values()])
         found = tuple(torch.zeros_like(x) if x.grad is None else x.grad.float() for x in inputs)
-        return Reading(float(value), found, norms)
+        return Reading(float(value.detach()), found, norms)
 
 
 def tolerance(model: PreTrainedModel, autocast: torch.dtype | None = None) -> tuple[float, float]:
