@@ -42,8 +42,7 @@ class EngineSpec:
     """How steps are computed; none of it changes what is computed beyond rounding."""
 
     recompute: Literal["auto", "none", "ffn"] = "auto"  # gated FFNs again in backward; auto: on a 4/8-bit base
-    # norms, gated FFNs and attention that keep less for backward (model/lean.py); a list: only these of them
-    lean: bool | list[Literal["norm", "ffn", "attention"]] = True
+    lean: bool | list[Literal["norm", "ffn", "attention"]] = True  # forms that keep less for backward; or only these
     compile: bool = False  # torch.compile each block
     prefetch: bool = True  # read a mapped base too large for memory ahead, by blocks; not with compile
     allocator: Literal["auto", "none", "mimalloc", "jemalloc", "tcmalloc"] = "auto"  # a malloc that gives memory back
