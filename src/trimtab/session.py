@@ -21,7 +21,9 @@ from . import adapter
 from .engine.arguments import arguments_class, check_optimizer, training_arguments
 from .engine.checks import check_batches, check_wishes
 from .engine.divergence import Diverged, StopIfDiverged, chance_of
-from .engine.prepare import as_it_was, prepared
+from .engine.prepare import as_it_was, autocast_dtype, prepared
+from .engine.probe import head_read, loss_now, require_unchanged
+from .engine.start import checked
 from .engine.trainers import CausalTrainer, ClassifierTrainer, Job
 from .engine.trainers import quiet as hush
 from .errors import BadInput
@@ -80,8 +82,15 @@ class Session:
             way_back.callback(self.meter.stop)
             held = (*self.model.parameters(), *self.model.buffers())
             self.as_loaded = [weakref.ref(t.untyped_storage()) for t in held]  # a patch may keep some of it aside
+            causal = self.objective.task == "causal-lm"
+            if causal:
+                way_back.enter_context(head_read(self.model))
+                before = loss_now(self.model)
             for patch in self.patches:
                 self.surgeries.append(patch.apply(self.model, self.place))
+            half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
+            if causal:
+                require_unchanged(self.model, before, self.surgeries, half)
             if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
                 raise BadInput(
                     f"train {', '.join(map(str, self.recipe.patches))} with {sharder}",
@@ -100,6 +109,9 @@ class Session:
             self.trainer = self._trainer(job)
             check_batches(self.trainer)
             hush(self.trainer)
+            if causal:
+                self.recipe = checked(self.trainer, self.recipe, self.say, gradients=True, autocast=half)
+                self.objective = job.objective = self.recipe.load_objective()
             self._way_back = way_back.pop_all()
         return self
 

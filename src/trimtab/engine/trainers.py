@@ -226,7 +226,9 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
-            self._total_train_tokens += int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
+            mask = inputs.get("attention_mask")
+            rows = mask is not None and mask.dim() == 2
+            self._total_train_tokens += int(mask.sum()) if rows else inputs["input_ids"].numel()
         loss = self.loss_of(model, dict(inputs), num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
@@ -274,7 +276,13 @@ class PackedRows(DataCollatorForLanguageModeling):
 
     transformers builds the block mask from the position ids, and attention over B rows of T costs a B-th of attention
     over one row of B x T. The first token of each document is no target (its label is masked).
+
+    For models that make no mask of position ids (packing_probe.py): `block`, the type of an explicit mask (B, 1, T, T),
+    which is added to the scores; `positions`: whether the rows have position ids.
     """
+
+    block: torch.dtype | None = None
+    positions: bool = True
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         step = self.pad_to_multiple_of or 1
@@ -289,7 +297,20 @@ class PackedRows(DataCollatorForLanguageModeling):
             lengths = list(example.get("seq_lengths", [size])) + ([width - size] if size < width else [])
             positions[row] = torch.cat([torch.arange(n) for n in lengths])
         labels[positions == 0] = -100
-        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+        batch = {"input_ids": ids, "labels": labels}
+        if self.positions:
+            batch["position_ids"] = positions
+        if self.block is not None:
+            batch["attention_mask"] = block_mask(positions, self.block)
+        return batch
+
+
+def block_mask(positions_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, T, T), to be added to attention scores: 0 where a token sees another of its document, else the lowest."""
+    document_BT = (positions_BT == 0).cumsum(1)
+    sees = (document_BT[:, :, None] == document_BT[:, None, :]).tril_()
+    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+    return mask[:, None]
 
 
 def _admit_quantised(model: PreTrainedModel) -> None:

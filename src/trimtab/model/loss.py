@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from . import anatomy
+from .head import Head, before_head, head_of, router_loss
 
 CHUNK_BYTES = 48 * 2**20  # of logits and their fp32 softmax, per chunk; below 128 positions the GEMMs get slow
 
@@ -105,24 +106,41 @@ def chunked_cross_entropy(
 
 def next_token_loss(
     model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, count: Tensor | int | None = None,
-    chunk: int | None = None,
+    chunk: int | None = None, whole: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> mean loss over the counted next tokens (shape ()), how many the argmax hit, how many there were.
 
-    Runs the backbone, drops the positions whose next label is -100, and projects only the rest. `count` is the number
-    of tokens that the whole optimiser step averages over (default: those of this batch).
+    Runs the model's own forward up to its last linear, drops the positions whose next label is -100, and projects only
+    the rest. `count` is the number of tokens that the whole optimiser step averages over (default: those of this
+    batch). `whole`: all logits at once, as the model makes them; so too where the head is of no known form (head.py).
+
+    With gradients, the router's loss of a mixture of experts is added if its config says `output_router_logits`;
+    accumulated, each batch's by its share of the counted tokens, so that the step has their mean.
     """
-    head = anatomy.head(model)
-    hidden_BTH = anatomy.backbone(model)(**inputs, use_cache=False).last_hidden_state
+    head = Head() if whole else head_of(model)
     target_N = labels_BT[:, 1:].reshape(-1)
     keep_N = (target_N != -100).nonzero().squeeze(1)
-    hidden_NH = hidden_BTH[:, :-1].reshape(-1, hidden_BTH.shape[-1])
+    if head.linear is None:
+        output = model.forward(**inputs, use_cache=False)
+        rows_BTX = output.logits
+    else:
+        rows_BTX, output = before_head(model, head.linear, inputs)
+    rows_NX = rows_BTX[:, :-1].reshape(-1, rows_BTX.shape[-1])
     if keep_N.numel() < target_N.numel():
-        hidden_NH, target_N = hidden_NH.index_select(0, keep_N), target_N[keep_N]
-    total, correct = chunked_cross_entropy(
-        hidden_NH, head.weight, target_N, getattr(head, "bias", None),
-        chunk=chunk, softcap=anatomy.logit_softcap(model), scale=anatomy.logit_scale(model),
-    )  # fmt: skip
+        rows_NX, target_N = rows_NX.index_select(0, keep_N), target_N[keep_N]
+    if head.linear is None:
+        total = F.cross_entropy(rows_NX.float(), target_N, reduction="sum")
+        correct = (rows_NX.argmax(-1) == target_N).sum()
+    else:
+        weight_VH, bias_V = head.linear.weight, head.linear.bias
+        if head.words is not None:
+            weight_VH, bias_V = weight_VH[: head.words], None if bias_V is None else bias_V[: head.words]
+        total, correct = chunked_cross_entropy(
+            rows_NX, weight_VH, target_N, bias_V, chunk=chunk, softcap=head.softcap, scale=head.scale
+        )
     seen = torch.as_tensor(target_N.numel(), device=total.device)
     divisor = seen if count is None else torch.as_tensor(count, device=total.device)
-    return total / divisor.clamp(min=1), correct, seen
+    loss = total / divisor.clamp(min=1)
+    if torch.is_grad_enabled() and (balance := router_loss(model, output)) is not None:
+        loss = loss + balance * (1.0 if count is None else seen / divisor.clamp(min=1))
+    return loss, correct, seen
