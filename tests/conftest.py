@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -85,6 +86,27 @@ def quantise(model: PreTrainedModel, kind: str = "nf4", dtype: torch.dtype = tor
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+USERS_CACHE = os.environ.get("TRIMTAB_CACHE")  # as it was before any test
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """An empty cache folder for these tests and the processes they start: what the user's machine was measured to do,
+    and what lies in its cache, changes no test."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TRIMTAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def users_cache(monkeypatch) -> None:
+    """The user's own cache folder, for a test that needs a real model: fetched once, then shared by all workers."""
+    if USERS_CACHE is None:
+        monkeypatch.delenv("TRIMTAB_CACHE")
+    else:
+        monkeypatch.setenv("TRIMTAB_CACHE", USERS_CACHE)
 
 
 @pytest.fixture(autouse=True)
