@@ -221,7 +221,9 @@ def _final_loss(trainer: Any) -> float | None:
 def _tell(run: dict[str, Any], output: Path, say: Callable[[str], None]) -> None:
     measured = run["measured"]
     loss = "" if run["final_loss"] is None else f", loss {run['final_loss']:.3f}"
-    say(f"{run['steps']} steps, {run['tokens']:,} tokens{loss}, {measured['tokens_per_second']:,.0f} tokens/s")
+    rate = measured["tokens_per_second"]  # 0 where no step was timed
+    speed = f", {rate:,.0f} tokens/s" if rate else ""
+    say(f"{run['steps']} steps, {run['tokens']:,} tokens{loss}{speed}")
     growth = measured["fast_growth_bytes"] / GIB
     say(f"fast tier: {measured['fast_peak_bytes'] / GIB:.2f} GiB at the peak, {growth:.2f} GiB of it for this run")
     if "store_up_bytes_per_step" in measured:
