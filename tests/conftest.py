@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -123,11 +124,13 @@ def call(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["trimtab", *map(str, arguments)])
         monkeypatch.setenv("TRIMTAB_ALLOCATOR", "none")
         capfd.readouterr()
-        code = 0
+        code, handler = 0, signal.getsignal(signal.SIGINT)
         try:
             cli.main()
         except SystemExit as done:
             code = int(done.code or 0)
+        finally:
+            signal.signal(signal.SIGINT, handler)  # once interrupted, a program that ends takes no more of them
         return (code, *capfd.readouterr())
 
     return run
