@@ -221,7 +221,9 @@ def report(
 def doctor(
     as_json: AsJson = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
-) -> None:
+    thorough: Annotated[bool, typer.Option("--thorough", help="Take five minutes, not 20 seconds: plans are closer.")]
+    = False,
+) -> None:  # fmt: skip
     """What this machine has, and how fast it is: measured once, and kept for plans."""
     from .memory.allocator import restart_under
 
@@ -229,7 +231,7 @@ def doctor(
     from .doctor import doctor as run
     from .doctor import lines
 
-    found = run(fresh)
+    found = run(fresh, thorough, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
 
 

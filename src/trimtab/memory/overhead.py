@@ -38,12 +38,20 @@ class Overhead:
     cast: float = 0.07
     pace: float = 0.85
     measured: bool = False
+    quick: bool = False  # by one training: `share` and `cast` are another machine's
 
     def of(self, growth: int, churn: int = 0, cast: bool = False, threads: int = 0) -> int:
         """What comes on top of tensors that grow by `growth` bytes; `churn`: what a block makes and drops on its way
         back; `cast`: under autocast; `threads`: that step tables beside the one that trains."""
         gaps = round((self.share + cast * self.cast) * max(0, growth))
         return self.fixed + gaps + round(CHURN * churn) + threads * THREAD
+
+    @classmethod
+    def by_one(cls, process: int, grown: int, held: int, pace: float) -> Overhead:
+        """From a single training whose tensors grew by `grown` bytes, and its process (without CHURN) by `held`: one
+        point gives no line, so that the share stays the default."""
+        fixed = max(0, round(held - (1 + cls.share) * grown))
+        return cls(process, fixed, pace=pace, measured=True, quick=True)
 
     @classmethod
     def through(
