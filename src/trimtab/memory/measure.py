@@ -1,7 +1,7 @@
 """Measures the rates of this machine (memory/rates.py) under the allocator that training uses.
 
 Each figure is the median of a few repeats, taken in two rounds some seconds apart of which the faster counts: another
-program's burst then spoils neither. In a hurry it is one round, without the largest products. Results are written into
+program's burst then spoils neither. In a hurry the largest products are left out. Results are written into
 memory that was used before, as in a step of training that is not the first.
 """
 
@@ -42,12 +42,12 @@ def measure(machine: dict[str, Any], folder: Path | None = None, quick: bool = F
     """The rates of this machine now; `machine`: `rates.key(...)`. `folder`: where the disk is measured (None: not)."""
     began = time.perf_counter()
     device = torch.device(machine["device"])
-    rounds = [_one_round(device, MOST_QUICK if quick else MOST) for _ in range(1 if quick else 2)]
+    rounds = [_one_round(device, MOST_QUICK if quick else MOST) for _ in range(2)]
     products, traffic = (
         {name: [max(pair) for pair in zip(rows, second[name], strict=True)] for name, rows in first.items()}
-        for first, second in ((rounds[0][part], rounds[-1][part]) for part in range(2))
+        for first, second in ((rounds[0][part], rounds[1][part]) for part in range(2))
     )
-    attention = {name: max(rounds[0][2][name], rounds[-1][2][name]) for name in rounds[0][2]}
+    attention = {name: max(rounds[0][2][name], rounds[1][2][name]) for name in rounds[0][2]}
     update = max(_update(device) for _ in range(2))
     partly = Rates(machine, products, traffic, attention, update, overhead=1e-9)
     return Rates(
