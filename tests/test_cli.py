@@ -200,7 +200,8 @@ def test_resume_goes_on_and_overwrite_begins_anew(call, ran, world, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("kept")
     assert call("train", recipe, "overwrite=true", "training.save_strategy=no", "-q")[0] == 0
     assert not list((tmp_path / "out").glob("checkpoint-*")) and (tmp_path / "out" / "mine.txt").exists()
-    refused(call("train", recipe, "resume=true"), ["no complete checkpoint"])
+    assert "is finished after 3 steps" in call("train", recipe, "resume=true")[2]
+    refused(call("train", recipe, "resume=true", "training.max_steps=5"), ["no complete checkpoint"])
 
 
 # --- the other verbs -------------------------------------------------------------------------------------------------
