@@ -53,6 +53,8 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
         run.name = name
     target = Path(out) if out else folders[0] / "report.html"
     text = page(found)
+    if not target.parent.is_dir():
+        raise BadInput(f"write {target}", f"there is no folder {target.parent}", "Name another file with --out")
     do = "Wait until it is done, or name another file with --out"
     inside = any(target.parent.resolve() == folder.resolve() for folder in folders)
     lock = lock_run(target.parent, f"write {target}", do) if inside else locked(lock_beside(target), f"write {target}")
