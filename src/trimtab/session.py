@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from . import adapter
+from .checkpoint_files import STATE, read_state
 from .engine.arguments import arguments_class, check_optimizer, training_arguments
 from .engine.checks import check_batches, check_wishes
 from .engine.divergence import Diverged, StopIfDiverged, chance_of
@@ -33,7 +34,7 @@ from .model.limits import check_dataset
 from .model.reply import ReplyForm
 from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
 from .recipe import Recipe
-from .runs import place_of
+from .runs import nothing_left, place_of
 from .stores import notes_of
 
 Say = Callable[[str], None]
@@ -242,6 +243,8 @@ class Session:
             trainer.add_callback(MetricsFile(self.output / "metrics.jsonl"))
         for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter)):
             trainer.add_callback(callback)
+        if checkpoint and nothing_left(read_state(checkpoint), self.args.max_steps, self.args.num_train_epochs):
+            return self._reached(checkpoint)
         meter.watchers.append(self.guard.see)
         if self.recipe.engine.stop_if_diverged:
             trainer.add_callback(StopIfDiverged(trainer, chance_of(self.model, self.rows.labels, self.rows.regression)))
@@ -264,6 +267,18 @@ class Session:
         if not why and done < wanted:
             why = "interrupt" if interrupt.asked else self.guard.why
         return Ended(done, wanted, why, loss, diverged)
+
+    def _reached(self, checkpoint: Path) -> Ended:
+        """No step is left after `checkpoint`: the run was killed before it wrote what it had trained. Load that."""
+        trainer = self.trainer
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        if self.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
+        self.steps.first = trainer.state.global_step
+        trainer._total_train_tokens = trainer.state.num_input_tokens_seen if self.main else 0
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        return Ended(self.steps.first, self.steps.first, mean_loss=sum(losses) / max(1, len(losses)))
 
 
 def sharded_by(args: Any) -> str:

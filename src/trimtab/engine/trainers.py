@@ -25,13 +25,14 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import adapter
+from ..checkpoint_files import EARLIER, STATE, check_optimizer, check_scheduler, write_sums
 from ..contracts import Objective, Stepper, Surgery
 from ..data import check_lengths
 from ..data_order import longest_first
 from ..errors import BadInput
 from ..model.limits import check_dataset, learned_positions
 from ..model.sampling import refused_by_template
-from ..runs import PARTIAL, STATE, checkpoints, discard, sync, sync_entry
+from ..runs import PARTIAL, checkpoints, discard, sync, sync_entry
 from ..stores import ClipsRows
 from .divergence import mean_of
 from .prepare import autocast_dtype
@@ -116,6 +117,22 @@ class _OurTrainer(ClipsRows):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         adapter.load_into(self.job.surgeries, resume_from_checkpoint, self.job.base)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Only states that fit: a fused step with a moment of another shape writes over memory that is not its own."""
+        if checkpoint and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            folder = Path(checkpoint)
+            check_optimizer(folder / "optimizer.pt", self.optimizer)
+            check_scheduler(folder / "scheduler.pt", self.lr_scheduler, self.state.global_step)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:  # torch, zipfile and pickle each raise kinds of their own
+            raise BadInput(
+                f"resume from {checkpoint}", "the state of random numbers cannot be read", EARLIER
+            ) from error
+
     def _load_best_model(self) -> None:
         adapter.load_into(self.job.surgeries, str(self.state.best_model_checkpoint), self.job.base)
 
@@ -167,6 +184,7 @@ class _OurTrainer(ClipsRows):
             if best == whole.name or (run / best).is_dir():
                 self.state.best_model_checkpoint = str(run / best)
             self.state.save_to_json(str(whole / STATE))
+        write_sums(whole)
         sync(whole)
         discard(run / whole.name)
         os.replace(whole, run / whole.name)
@@ -179,6 +197,9 @@ class _OurTrainer(ClipsRows):
 
 class CausalTrainer(_OurTrainer, SFTTrainer):
     """SFTTrainer on an objective of ours."""
+
+    def _send_telemetry(self) -> None:
+        """TRL's trainers report to the hub that they were made. Ours send nothing."""
 
     def __init__(self, job: Job, **kwargs: Any):
         self._take(job, kwargs["model"], kwargs["args"])
