@@ -112,7 +112,7 @@ def losses(
     from trl import SFTConfig
 
     from .adapter import Base
-    from .engine.arguments import training_arguments
+    from .engine.arguments import training_arguments, unweighed
     from .engine.prepare import as_it_was, autocast_dtype, prepared
     from .engine.start import checked
     from .engine.trainers import CausalTrainer, Job, quiet
@@ -130,7 +130,7 @@ def losses(
         quiet(trainer)
         half = autocast_dtype([], model.dtype, trainer.autocast_wanted)
         recipe = checked(trainer, recipe, say, gradients=False, autocast=half)
-        with prepared(model, recipe.load_objective(), recipe):
+        with prepared(model, unweighed(recipe.load_objective()), recipe):
             found = trainer.evaluate()
     loss = found["eval_loss"]
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": found["eval_accuracy"]}

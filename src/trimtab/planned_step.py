@@ -49,9 +49,11 @@ class PlannedStep:
     """One training step of a recipe on a model without values, `blocks` deep (None: as deep as it is)."""
 
     def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
+        from .engine.arguments import weighed
         from .model.load import assembled, empty_model, load_model
 
-        self.recipe, self.args, self.objective, self.real = recipe, args, recipe.load_objective(), real
+        self.recipe, self.args, self.real = recipe, args, real
+        self.objective = weighed(recipe.load_objective(), args)
         self.blocks, self.churn, self.products = blocks, 0, 0
         self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
         if real:

@@ -19,7 +19,7 @@ from transformers import TrainerState, set_seed
 
 from . import adapter
 from .checkpoint_files import STATE, read_state
-from .engine.arguments import arguments_class, check_optimizer, training_arguments
+from .engine.arguments import arguments_class, check_optimizer, training_arguments, weighed
 from .engine.checks import check_batches, check_wishes
 from .engine.divergence import Diverged, StopIfDiverged, chance_of
 from .engine.prepare import as_it_was, autocast_dtype, prepared
@@ -62,6 +62,9 @@ class Session:
         self.args = self._arguments()
         self._read()
         set_seed(self.args.seed)
+        self.objective = weighed(self.objective, self.args)
+        if self.rows.regression and getattr(self.objective, "smoothing", 0.0):
+            raise BadInput("label smoothing", "the labels of data.train are numbers, not classes", "Take it out")
         self.model = self._model()
         self.main = self.args.process_index == 0  # of several processes one writes and speaks
         if not self.main:
@@ -112,7 +115,7 @@ class Session:
             hush(self.trainer)
             if causal:
                 self.recipe = checked(self.trainer, self.recipe, self.say, gradients=True, autocast=half)
-                self.objective = job.objective = self.recipe.load_objective()
+                self.objective = job.objective = weighed(self.recipe.load_objective(), self.args)
             self._way_back = way_back.pop_all()
         return self
 

@@ -29,6 +29,7 @@ from ..model.head import READ, read_head, router_loss
 from ..model.lean import FORMS
 from ..model.undisturbed import undisturbed
 from ..recipe import Recipe
+from .arguments import unweighed
 from .prepare import lean_forms
 
 ROWS, TOKENS = 2, 16
@@ -161,7 +162,7 @@ def probe(
     batch, within, name = batch or batch_of(model), tolerance(model, autocast), type(model).__name__
 
     def apart(recipe: Recipe, own: Reading) -> str:
-        how = recipe.load_objective()
+        how = unweighed(recipe.load_objective())
         with _fused(model, recipe):
             try:
                 ours = read(model, lambda: how.loss(model, batch).value, gradients, autocast)

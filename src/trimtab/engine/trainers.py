@@ -232,7 +232,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         finally:
             args.max_length = limit
         if limit is not None and not (packing and strategy != "bfd"):
-            rows, found = check_lengths(rows, limit, self.job.too_long, part)
+            rows, found = check_lengths(rows, limit, self.job.too_long, part, args.truncation_mode)
             if found.over:
                 what = f"{found.cut} cut, {found.dropped} left out"
                 self.job.say(f"{found.over} {dataset_name} rows are longer than max_length {limit}: {what}")

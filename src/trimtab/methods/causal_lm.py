@@ -25,7 +25,11 @@ class CausalLM(Objective):
 
     chunk: int | None = None
     whole: bool = False
+    smoothing: float = 0.0  # of labels; TRL's name in `training:` is label_smoothing_factor
+    dft: bool = False  # weights each token by its probability (arXiv 2508.05629); in `training:` loss_type: dft
 
     def loss(self, model: PreTrainedModel, batch: dict[str, Any], count: Tensor | int | None = None) -> Loss:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        return Loss(*next_token_loss(model, inputs, batch["labels"], count, self.chunk, self.whole))
+        return Loss(
+            *next_token_loss(model, inputs, batch["labels"], count, self.chunk, self.whole, self.smoothing, self.dft)
+        )
