@@ -36,7 +36,7 @@ BFD = {"packing_strategy": "bfd"}
 CASES = [
     case("Gemma2", PACA, 4, 256), case("GPTNeoX", LORA, 4, 256), case("Phi", PACA, 8, 512, **AGAIN),
     case("Olmo2", LORA, 8, 128), case("Bloom", LORA, 4, 256), case("Falcon", PACA, 4, 256),
-    case("StableLm", PACA, 2, 512), case("Mixtral", PACA, 4, 256), case("Mixtral", LORA, 8, 512, **AGAIN),
+    case("StableLm", PACA, 4, 512), case("Mixtral", PACA, 8, 256), case("Mixtral", LORA, 8, 512, **AGAIN),
     {**case(SMOL, PACA, 2, 256, gradient_accumulation_steps=3, **BFD), **LENGTHS},
     {**case(SMOL, LORA, 1, 700, **AGAIN, **BFD), **LENGTHS},
     {**case(SMOL, PACA, 4, 256, packing=False), **LENGTHS},
