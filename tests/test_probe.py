@@ -308,3 +308,20 @@ def test_the_head_is_read_once():
     with head_read(model):
         assert head.head_of(model) is head.head_of(model)
     assert head.READ not in vars(model)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("precision", ["auto", "nf4", "int8", "fp16"])
+def test_nothing_is_taken_from_a_real_model_in_16_bits(precision, users_cache):
+    """Deep, in bf16, on random tokens: the first tokens' gradients are rounding alone."""
+    from trimtab.engine.packing_probe import leak
+    from trimtab.engine.trainers import PackedRows
+    from trimtab.model.load import load_model
+    from trimtab.model.spec import ModelSpec
+
+    model, _ = load_model(ModelSpec("smollm2-135m", precision=precision))
+    assert leak(model, PackedRows(pad_token_id=0)) == ""
+    surgery = PaCA(r=8).apply(model, Place("cpu"))
+    found = probe(model.train(), Recipe(model="smollm2-135m", patches=["paca"]))
+    assert not found.notes
+    surgery.revert()

@@ -37,6 +37,9 @@ NAMES = {"norm": "norms", "ffn": "gated FFNs", "attention": "attention", "expert
 # of the loss (nats) and, relative to their norm, of gradients; a fault of form is far above both
 TOLERANCE = {torch.float32: (1e-4, 2e-3), torch.float16: (2e-2, 0.1), torch.bfloat16: (5e-2, 0.35)}
 
+HALF = 0.05  # tolerances of gradients from which on it is 16 bits that are compared
+TIMES = 4.0  # there: between the norms of a parameter's gradient
+
 Batch = dict[str, Tensor]
 
 
@@ -123,15 +126,29 @@ def difference(ours: Reading, own: Reading, within: tuple[float, float]) -> str:
         return f"its loss is {ours.loss:.4g} instead of {own.loss:.4g}"
     if len(ours.inputs) != len(own.inputs):
         return "it embeds the tokens another number of times"
-    for a, b in zip(ours.inputs, own.inputs, strict=True):
-        if not (a - b).norm() <= slope * b.norm() + 1e-7:
-            return f"the gradient of its inputs is {float((a - b).norm() / b.norm().clamp(min=1e-9)):.0%} off"
+    far = [_off(a, b, middle=slope >= HALF) for a, b in zip(ours.inputs, own.inputs, strict=True)]
+    if not max(far, default=0.0) <= slope:
+        return f"the gradient of its inputs is {max(far):.0%} off"
     whole = sum(norm**2 for norm in own.norms.values()) ** 0.5
     for name in own.norms.keys() | ours.norms.keys():
         a, b = ours.norms.get(name, 0.0), own.norms.get(name, 0.0)
-        if not abs(a - b) <= slope * (b + 0.02 * whole) + 1e-7:
+        room = 0.02 * whole + 1e-7
+        same = b / TIMES - room <= a <= b * TIMES + room if slope >= HALF else abs(a - b) <= slope * (b + room)
+        if not same:
             return f"the gradient of {name} has the norm {a:.4g} instead of {b:.4g}"
     return ""
+
+
+def _off(a_BTH: Tensor, b_BTH: Tensor, middle: bool) -> float:
+    """How far a is from b, of b's norm. `middle`: the median over tokens. In 16 bits the first tokens of a row have
+    gradients that are rounding alone (SmolLM2's are 117 % off those of fp32, a later token's 7 %); a fault of form moves
+    them all."""
+    if not middle:
+        return float((a_BTH - b_BTH).norm() / (b_BTH.norm() + 1e-7))
+    size_BT = b_BTH.norm(dim=-1)
+    if not size_BT.any():
+        return float(a_BTH.norm())
+    return float(((a_BTH - b_BTH).norm(dim=-1)[size_BT > 0] / size_BT[size_BT > 0]).median())
 
 
 @dataclass(frozen=True)
