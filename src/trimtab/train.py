@@ -50,6 +50,7 @@ def train(
     say = say or speaker(quiet)
     output, checkpoint = open_run(recipe)
     from .adapter import save_adapter
+    from .plan_shown import shown
     from .session import Session  # imports TRL: after the cheap checks
 
     session = Session(recipe, output, say, quiet)
@@ -72,6 +73,7 @@ def train(
             "recipe": recipe.hash, "finished": now(), "output": str(output),
             "trainable_parameters": trainable, "adapter_numbers": total, "mean_loss": ended.mean_loss,
             **_record(session, began), "predicted": made.predicted() if made else {},
+            "shown": shown(recipe),
             "budget": dataclasses.asdict(made.budget) if made else {},
             "processes": session.args.world_size, "machine": machine(), "versions": versions(),
         }  # fmt: skip
