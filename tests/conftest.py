@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -87,6 +89,27 @@ def quantise(model: PreTrainedModel, kind: str = "nf4", dtype: torch.dtype = tor
     return model.eval()
 
 
+USERS_CACHE = os.environ.get("TRIMTAB_CACHE")  # as it was before any test
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """An empty cache folder for these tests and the processes they start: what the user's machine was measured to do,
+    and what lies in its cache, changes no test."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TRIMTAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def users_cache(monkeypatch) -> None:
+    """The user's own cache folder, for a test that needs a real model: fetched once, then shared by all workers."""
+    if USERS_CACHE is None:
+        monkeypatch.delenv("TRIMTAB_CACHE")
+    else:
+        monkeypatch.setenv("TRIMTAB_CACHE", USERS_CACHE)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed():
     torch.set_num_threads(1)
@@ -101,11 +124,13 @@ def call(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["trimtab", *map(str, arguments)])
         monkeypatch.setenv("TRIMTAB_ALLOCATOR", "none")
         capfd.readouterr()
-        code = 0
+        code, handler = 0, signal.getsignal(signal.SIGINT)
         try:
             cli.main()
         except SystemExit as done:
             code = int(done.code or 0)
+        finally:
+            signal.signal(signal.SIGINT, handler)  # once interrupted, a program that ends takes no more of them
         return (code, *capfd.readouterr())
 
     return run

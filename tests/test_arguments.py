@@ -201,3 +201,62 @@ def test_what_counts_as_diverged():
     assert fed(2.0, 1.9, 12.0, 12.0) is None, "no worse than a guess"
     assert fed(2.0, math.nan) == (2, 1) and fed(math.inf) == (1, 0)
     assert fed(0.5, 100.0, 200.0, 300.0, chance=None) is None, "regression has no scale of its own"
+
+
+# --- options of the loss and of rows (N6 of the outside review) ------------------------------------------------------
+
+
+def first_loss(world, output, **training) -> float:
+    keys = tree(world, output, {"full": {}}, max_steps=1, per_device_train_batch_size=15, **training)
+    recipe = Recipe.from_dict({**keys, "data": {**keys["data"], "too_long": "cut"}})
+    recipe.train()
+    return next(row["loss"] for row in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()))
+
+
+@pytest.mark.parametrize("training", [
+    {"label_smoothing_factor": 0.5}, {"loss_type": "dft"}, {"max_length": 16},
+    {"max_length": 6, "truncation_mode": "keep_end"},
+])  # fmt: skip
+def test_options_of_the_loss_give_what_trl_gives(training, world, tmp_path):
+    """The first step's loss on all rows beside TRL's own trainer with the same fields."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTTrainer
+
+    ours = first_loss(world, tmp_path / "run", **training)
+    rows = [json.loads(line) for line in (world / "facts.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(world / "llama")
+    recipe = Recipe.from_dict(tree(world, tmp_path / "x", {"full": {}}))
+    from trimtab.data import read_rows
+
+    theirs = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(world / "llama", dtype=torch.float32),
+        SFTConfig(output_dir=str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=len(rows), use_cpu=True,
+                  bf16=False, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
+                  **{"max_length": 48, **training}),
+        train_dataset=Dataset.from_list(list(read_rows(recipe.data, "train", tokenizer).dataset)),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    theirs.train()
+    wanted = next(row["loss"] for row in theirs.state.log_history if "loss" in row)
+    plain = first_loss(world, tmp_path / "plain")
+    assert ours == pytest.approx(wanted, abs=2e-4) and abs(ours - plain) > 1e-3
+
+
+def test_smoothing_and_dft_do_not_go_together_and_numbers_are_not_smoothed(world, tmp_path):
+    with pytest.raises(BadInput, match="label_smoothing_factor with loss_type: dft"):
+        first_loss(world, tmp_path / "run", label_smoothing_factor=0.1, loss_type="dft")
+    rows = write_rows(tmp_path / "n.jsonl", [{"text": "the film", "label": 0.5}, {"text": "a name", "label": 1.5}])
+    keys = films(world, tmp_path / "numbers", {"full": {}}, max_steps=1, label_smoothing_factor=0.1)
+    with pytest.raises(BadInput, match="label smoothing: the labels of data.train are numbers"):
+        Recipe.from_dict({**keys, "data": {"train": str(rows)}}).train()
+
+
+def test_evaluation_is_of_plain_cross_entropy(world, tmp_path):
+    keys = tree(world, tmp_path / "run", {"paca": {"r": 4}})
+    data = {"train": keys["data"]["train"], "test": keys["data"]["train"], "metrics": []}
+    plain, smoothed = (
+        Recipe.from_dict({**keys, "data": data, "training": {**keys["training"], **more}}).evaluate(base_only=True)
+        for more in ({}, {"label_smoothing_factor": 0.5})
+    )
+    assert plain["metrics"] == smoothed["metrics"]

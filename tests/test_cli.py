@@ -200,7 +200,8 @@ def test_resume_goes_on_and_overwrite_begins_anew(call, ran, world, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("kept")
     assert call("train", recipe, "overwrite=true", "training.save_strategy=no", "-q")[0] == 0
     assert not list((tmp_path / "out").glob("checkpoint-*")) and (tmp_path / "out" / "mine.txt").exists()
-    refused(call("train", recipe, "resume=true"), ["no complete checkpoint"])
+    assert "is finished after 3 steps" in call("train", recipe, "resume=true")[2]
+    refused(call("train", recipe, "resume=true", "training.max_steps=5"), ["no complete checkpoint"])
 
 
 # --- the other verbs -------------------------------------------------------------------------------------------------
@@ -306,17 +307,17 @@ def test_a_classifier_does_not_talk(call, world, tmp_path):
 
 def test_doctor_and_version(call, monkeypatch, tmp_path):
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
-    monkeypatch.setattr("trimtab.doctor.apart", lambda _, machine: asdict(flat(machine=machine)))
+    monkeypatch.setattr("trimtab.doctor.apart", lambda _, machine, thorough: asdict(flat(machine=machine)))
     held = Overhead(process=400 * 2**20, measured=True)
-    monkeypatch.setattr("trimtab.calibrate.measure", lambda: held)
+    monkeypatch.setattr("trimtab.calibrate.measure", lambda *_: held)
     assert call("version")[1].strip() == trimtab.__version__
     found = json.loads(call("doctor", "--json")[1])
     assert found["gflops"]["float32"] > 0 and found["machine"]["memory_bytes"] > 0
     assert found["process"]["process_bytes"] == held.process
     assert "was busy" not in call("doctor")[1]
-    monkeypatch.setattr("trimtab.calibrate.measure", lambda: Overhead(process=400 * 2**20, pace=6.2, measured=True))
+    monkeypatch.setattr("trimtab.calibrate.measure", lambda *_: Overhead(process=400 * 2**20, pace=6.2, measured=True))
     assert "The machine was busy" in call("doctor", "--fresh")[1]
-    monkeypatch.setattr("trimtab.calibrate.measure", lambda: Overhead())
+    monkeypatch.setattr("trimtab.calibrate.measure", lambda *_: Overhead())
     assert call("doctor")[0] == 0, "both are kept"
     code, out, _ = call("doctor", "--fresh")
     assert code == 0 and "did not come to its end" in out

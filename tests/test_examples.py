@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from test_rates import flat
 from tiny import tiny_folder
 from trimtab import Recipe
 from trimtab.engine.arguments import training_arguments
@@ -149,8 +150,11 @@ def test_only_noise_is_silenced(caplog):
     assert caplog.records[-1].getMessage() == NOISE[0][1], "outside a verb nothing is changed"
 
 
-def test_demo(folders, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("measured", [False, True], ids=["of an unknown machine", "of a measured one"])
+def test_demo(measured, folders, tmp_path, monkeypatch, capsys):
     demo = script(EXAMPLES / "demo.py")
+    if measured:
+        monkeypatch.setattr("trimtab.doctor.known_rates", lambda device="auto": flat())
     for name, value in {"MODEL": folders["causal-lm"], "FACTS": 20, "STEPS": 3, "BATCH": 2,
                         "FOLDER": tmp_path / "demo"}.items():  # fmt: skip
         monkeypatch.setattr(demo, name, value)
@@ -159,9 +163,11 @@ def test_demo(folders, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "recall on wordings never trained on: " in printed.out
     assert "tokens/s" in printed.out and "   fits: " in printed.out
-    assert re.search(r"planned for the longest rows there are: \d.\d\d GiB; held: \d.\d\d GiB", printed.out)
+    speed = r" and [\d,]+ tokens/s" if measured else ""
+    assert re.search(rf"planned for the longest rows there are: \d.\d\d GiB{speed}; held: \d.\d\d GiB", printed.out)
     table = printed.out[printed.out.index("city  ") :].splitlines()
     assert len(table[1 : 1 + demo.SHOWN]) == demo.SHOWN and all(table[1 : 1 + demo.SHOWN])
     assert f"generate {tmp_path / 'demo'}" in printed.out
     assert all(line.startswith("   step ") for line in printed.err.splitlines())
-    demo.main()  # a second demo replaces the first
+    if measured:
+        demo.main()  # a second demo replaces the first

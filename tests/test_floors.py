@@ -15,12 +15,12 @@ import trimtab
 
 ROOT = Path(trimtab.__file__).parent
 FLOORS = (  # from the ground up; a module belongs to the first line that fits
-    r"errors|metrics|apart",
+    r"errors|metrics|apart|folder_lock|interrupt|yaml_text",
     r"(memory|model)(\..+)?|data\w*|demo",
     r"contracts",
     r"methods(\..+)?",
     r"recipe|adapter(_weights)?|rehearsal|integrations(\..+)?",
-    r"engine(\..+)?|progress|runs|planned_step|session|stores",
+    r"engine(\..+)?|progress|runs|checkpoint_files|planned_step|session|stores",
     r"doctor|plan(_search|_fit|_shown)?|calibrate|train|evaluate|generate|export|report\w*",
     r"cli|__main__",
 )

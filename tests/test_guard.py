@@ -301,7 +301,7 @@ def test_the_share_of_a_batch_that_is_no_padding(step):
 
 def shown(width: int, held: float, limit: float | None) -> tuple[list[str], progress.Live]:
     holder = SimpleNamespace(held=lambda: int(held * GIB), total=24 * GIB)
-    steps = SimpleNamespace(meter=holder, tokens_per_second=1234.0)
+    steps = SimpleNamespace(meter=holder, tokens_per_second=1234.0, seconds=[0.5])
     live = progress.Live(steps, print, quiet=True, limit=None if limit is None else int(limit * GIB))
     state = SimpleNamespace(global_step=0, max_steps=100)
     live.on_train_begin(None, state, None)

@@ -21,7 +21,7 @@ from trimtab.model.spec import ModelSpec
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+def empty_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -309,8 +309,7 @@ def test_a_conversion_tells_how_far_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.real
-def test_smollm2_from_its_wheel(monkeypatch):
-    monkeypatch.delenv("TRIMTAB_CACHE")
+def test_smollm2_from_its_wheel(users_cache):
     model, tokenizer = load_model("smollm2-135m")
     ids = tokenizer("The capital of France is", return_tensors="pt")
     assert tokenizer.decode(model(**ids).logits[0, -1].argmax()).strip() == "Paris"
@@ -318,7 +317,6 @@ def test_smollm2_from_its_wheel(monkeypatch):
 
 
 @pytest.mark.real
-def test_minilm_from_its_wheel(monkeypatch):
-    monkeypatch.delenv("TRIMTAB_CACHE")
+def test_minilm_from_its_wheel(users_cache):
     model, tokenizer = load_model("minilm-l6", task="classification", labels=2)
     assert model(**tokenizer("a good film", return_tensors="pt")).logits.shape == (1, 2)

@@ -108,3 +108,72 @@ def test_fp32_weights_under_autocast():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(BadInput):
         CausalLM().loss(MODELS["bert"](), tiny_batch(MODELS["bert"]()))
+
+
+def variant(logits, target, smoothing: float, dft: bool):
+    """By the definitions, from whole logits: transformers' LabelSmoother, and equation 8 of arXiv 2508.05629."""
+    log_p = logits.float().log_softmax(-1)
+    nll = -log_p.gather(1, target[:, None]).squeeze(1)
+    if dft:
+        nll = nll * (-nll).exp().detach()
+    return ((1 - smoothing) * nll + smoothing * -log_p.mean(-1)).sum() if smoothing else nll.sum()
+
+
+@pytest.mark.parametrize("smoothing,dft", [(0.1, False), (0.5, False), (0.0, True)])
+@pytest.mark.parametrize("softcap,scale,bias", [(None, 1.0, False), (2.0, 1.5, True)])
+def test_smoothed_labels_and_dft(smoothing, dft, softcap, scale, bias):
+    hidden, weight, offset, target = parts(bias)
+    logits = F.linear(hidden, weight, offset) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    plain = variant(logits, target, smoothing, dft)
+    plain.backward()
+    leaves = [t for t in (hidden, weight, offset) if t is not None]
+    wanted = [t.grad.clone() for t in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    total, _ = chunked_cross_entropy(
+        hidden, weight, target, offset, chunk=4, softcap=softcap, scale=scale, smoothing=smoothing, dft=dft
+    )
+    total.backward()
+    assert total.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert all(torch.allclose(leaf.grad, grad, atol=1e-5) for leaf, grad in zip(leaves, wanted, strict=True))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("fields", [{"smoothing": 0.3}, {"dft": True}])
+def test_a_models_loss_in_these_forms(whole, fields):
+    model = MODELS["gemma2"]()
+    batch = tiny_batch(model)
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1].flatten(0, 1)
+    target = batch["labels"][:, 1:].flatten()
+    keep = target != -100
+    wanted = variant(logits[keep], target[keep], fields.get("smoothing", 0.0), fields.get("dft", False)) / keep.sum()
+    assert CausalLM(whole=whole, **fields).loss(model, batch).value.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_rows_that_fill_a_product_up_count_nowhere():
+    """In 16 bits on a CPU the rows are rounded up to a multiple of 64."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(70, 16, generator=random).bfloat16().requires_grad_()
+    weight = torch.randn(40, 16, generator=random).bfloat16().requires_grad_()
+    target = torch.randint(0, 40, (70,), generator=random)
+    seen = set()
+
+    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
+                seen.add(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    with Shapes():
+        total, correct = chunked_cross_entropy(hidden, weight, target, chunk=64)
+    total.backward()
+    grads = [hidden.grad.float(), weight.grad.float()]
+    hidden.grad = weight.grad = None
+    logits = (hidden @ weight.t()).float()
+    plain = F.cross_entropy(logits, target, reduction="sum")
+    plain.backward()
+    assert 70 not in seen and 6 not in seen and 64 in seen
+    assert total.item() == pytest.approx(plain.item(), rel=1e-2) and correct == (logits.argmax(-1) == target).sum()
+    for ours, own in zip(grads, (hidden.grad.float(), weight.grad.float()), strict=True):
+        assert (ours - own).norm() < 2e-2 * own.norm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -78,6 +79,52 @@ def test_of_the_same_training_the_least_counts(monkeypatch):
     found = calibrate.measure()
     assert found.measured and found.pace == 0.8 and found.cast == pytest.approx(0, abs=1e-3)
     assert found.share == pytest.approx(0.1) and found.fixed == pytest.approx(30 * MIB, rel=1e-4)
+
+
+def test_in_a_hurry_one_training_counts(monkeypatch):
+    said: list[str] = []
+
+    def apart(_, training, folder, **environment):
+        return {"process": 400 * MIB, "tensors": 100 * MIB, "held": 130 * MIB, "speed": 8.0, "expected": 10.0}
+
+    monkeypatch.setattr(calibrate, "apart", apart)
+    found = calibrate.measure(thorough=False, say=said.append)
+    assert found.quick and found.measured and found.pace == 0.8 and len(said) == 1
+    assert found.share == Overhead.share and found.of(100 * MIB) == pytest.approx(30 * MIB, abs=1)
+
+
+def test_what_was_measured_thoroughly_stays(monkeypatch):
+    """Quick measures only what is missing; thorough replaces quick; fresh is as thorough as what it replaces."""
+    from test_rates import flat
+    from trimtab import doctor
+    from trimtab.memory import rates
+
+    measured: list[tuple[str, bool]] = []
+
+    def quick_rates(_, machine, thorough):
+        measured.append(("rates", thorough))
+        return asdict(flat(machine=machine, quick=not thorough))
+
+    def quick_overhead(thorough, say):
+        measured.append(("process", thorough))
+        return Overhead(7, 8, 0.25, 0.125, 0.5, measured=True, quick=not thorough)
+
+    kept = {"rates": None, "process": Overhead()}
+    monkeypatch.setattr(doctor, "apart", quick_rates)
+    monkeypatch.setattr(calibrate, "measure", quick_overhead)
+    monkeypatch.setattr(rates, "load", lambda *_: kept["rates"])
+    monkeypatch.setattr(rates, "save", lambda found, _: kept.update(rates=found))
+    monkeypatch.setattr(overhead, "load", lambda *_: kept["process"])
+    monkeypatch.setattr(overhead, "save", lambda found, *_: kept.update(process=found))
+    said: list[str] = []
+    for how, wanted in [({}, [False, False]), ({}, []), ({"fresh": True}, [False, False]),
+                        ({"thorough": True}, [True, True]), ({"thorough": True}, []), ({}, []),
+                        ({"fresh": True}, [True, True])]:  # fmt: skip
+        measured.clear(), said.clear()
+        held, beside, _ = doctor.know(**how, say=said.append)
+        assert [thorough for _, thorough in measured] == wanted, how
+        assert bool(said) == bool(wanted)
+    assert not held.quick and not beside.quick and not kept["rates"].quick
 
 
 def test_a_training_that_fails_measures_nothing(monkeypatch):

@@ -12,9 +12,9 @@ from plotly.offline import get_plotlyjs
 
 from helpers_run import make_world, tree
 from trimtab.errors import BadInput
+from trimtab.plan_shown import remember
 from trimtab.recipe import Recipe
 from trimtab.report import POINTS, Run, read, report
-from trimtab.plan_shown import remember
 from trimtab.report_figures import HOWS, bars, curves, throughput, timeline, timelines
 
 pytestmark = pytest.mark.filterwarnings("ignore")

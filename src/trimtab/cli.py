@@ -14,6 +14,7 @@ import typer
 
 from . import __version__, methods
 from .errors import TrimtabError
+from .interrupt import INTERRUPTED, stopped_by_interrupt
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Fine-tune and run language models inside a memory budget you state.")  # fmt: skip
@@ -30,18 +31,33 @@ BaseOnly = Annotated[bool, typer.Option("--base", help="The base model, without 
 
 def main() -> None:
     """Entry point: run a verb; a user's mistake becomes one message and an exit code, never a traceback."""
-    try:
-        app(standalone_mode=False)
-    except TrimtabError as error:
-        print(f"trimtab: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except typer.TyperException as error:  # an unknown option or verb
-        error.show()
-        sys.exit(2)
+    with stopped_by_interrupt("trimtab: stopped"):
+        try:
+            code = app(standalone_mode=False)  # typer returns the code of an Exit, and turns Ctrl-C into one
+        except TrimtabError as error:
+            print(f"trimtab: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except typer.TyperException as error:  # an unknown option or verb
+            error.show()
+            sys.exit(2)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        if isinstance(code, int) and code:
+            sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and leave.")
+    ] = False,
+) -> None: ...
 
 
 def _epilog() -> str:
@@ -206,7 +222,9 @@ def report(
 def doctor(
     as_json: AsJson = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
-) -> None:
+    thorough: Annotated[bool, typer.Option("--thorough", help="Take five minutes, not 20 seconds: plans are closer.")]
+    = False,
+) -> None:  # fmt: skip
     """What this machine has, and how fast it is: measured once, and kept for plans."""
     from .memory.allocator import restart_under
 
@@ -214,7 +232,7 @@ def doctor(
     from .doctor import doctor as run
     from .doctor import lines
 
-    found = run(fresh)
+    found = run(fresh, thorough, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
 
 

@@ -71,6 +71,7 @@ class Surgery(ABC):
 
     patch: Patch
     stores: list = []  # tables in the slow tier (TieredStore), when a method keeps any
+    starts_at_zero: bool = True  # the patched model computes at first what it computed without the patch
     notes: tuple[str, ...] = ()  # what a user should know of how the patch was applied, a line each
 
     @abstractmethod

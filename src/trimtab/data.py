@@ -123,9 +123,11 @@ def tokenize_classification(
 
 
 def check_lengths(
-    dataset: Dataset, max_length: int | None, too_long: str = "error", where: str = "train"
-) -> tuple[Dataset, Lengths]:
+    dataset: Dataset, max_length: int | None, too_long: str = "error", where: str = "train",
+    truncation_mode: str = "keep_start",
+) -> tuple[Dataset, Lengths]:  # fmt: skip
     """Rows of `input_ids` longer than `max_length` tokens: refused ("error"), cut ("cut") or left out ("drop").
+    `truncation_mode`: which part of a cut row is kept, "keep_start" or "keep_end".
 
     A row whose trained tokens are all cut away is left out too, and counted as dropped.
     """
@@ -140,14 +142,14 @@ def check_lengths(
             f"{len(over)} of {len(sizes)} rows have more than {max_length} tokens, the longest {longest}",
             f"Set training.max_length to {longest}, or say data.too_long=cut or data.too_long=drop",
         )
-    gone = set(over)
+    gone, kept_part = set(over), slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
     if too_long == "cut":
         mask = next(
             (name for name in ("completion_mask", "assistant_masks", "labels") if name in dataset.column_names), None
         )
         off = -100 if mask == "labels" else 0
         trained = dataset[mask] if mask else None
-        gone = {i for i in over if trained is not None and all(value == off for value in trained[i][:max_length])}
+        gone = {i for i in over if trained is not None and all(value == off for value in trained[i][kept_part])}
     if len(gone) == len(sizes):
         raise BadInput(
             f"use data.{where}",
@@ -156,18 +158,18 @@ def check_lengths(
         )
     kept = dataset.select([index for index in range(len(sizes)) if index not in gone]) if gone else dataset
     if too_long == "cut":
-        kept = _cut(kept, max_length)
+        kept = _cut(kept, kept_part)
     return kept, Lengths(len(over), longest, cut=len(over) - len(gone), dropped=len(gone))
 
 
-def _cut(dataset: Dataset, max_length: int) -> Dataset:
+def _cut(dataset: Dataset, kept_part: slice) -> Dataset:
     from datasets import Dataset
 
     columns = {name: list(dataset[name]) for name in dataset.column_names}
     sizes = [len(ids) for ids in columns["input_ids"]]
     for name, values in columns.items():
         if all(isinstance(v, list) and len(v) == n for v, n in zip(values, sizes, strict=True)):
-            columns[name] = [value[:max_length] for value in values]
+            columns[name] = [value[kept_part] for value in values]
     return Dataset.from_dict(columns, features=dataset.features)
 
 

@@ -1,12 +1,13 @@
 """`trimtab doctor`: what this machine has, how fast it is, and what could be better.
 
-The rates are measured once (about ten seconds) and kept (memory/rates.py); plans predict speed from them.
+What is measured is kept (memory/rates.py, memory/overhead.py), and plans predict from it: in a hurry at first, in about
+20 seconds; `--thorough` takes five minutes and predicts better.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -22,22 +23,16 @@ from .model.cache import cache_root
 from .model.quiet import hushed
 from .runs import machine, versions
 
+Say = Callable[[str], None]
 MOST_PACE = 1.25  # of a step, beside its operations measured one by one
 
 
-def doctor(fresh: bool = False) -> dict[str, Any]:
-    """Facts and rates: FLOP/s and bytes/s, memory and disk (bytes), allocator, advice. `fresh`: measure again."""
+def doctor(fresh: bool = False, thorough: bool = False, say: Say | None = None) -> dict[str, Any]:
+    """Facts and rates: FLOP/s and bytes/s, memory and disk (bytes), allocator, advice; see `know` for the rest."""
     found: dict[str, Any] = {"machine": machine(), "versions": versions()}
-    known = None if fresh else known_rates()
-    found["rates_were_kept"] = known is not None
-    held = known or measured_rates(fresh=True)
-    beside = known_overhead()
-    if fresh or not beside.measured:
-        from . import calibrate
-
-        beside = calibrate.measure()
-        if beside.measured:
-            overhead.save(beside, _key("cpu"), cache_root())
+    held, beside, kept = know(fresh, thorough, say)
+    found["rates_were_kept"] = kept
+    found["quick"] = held.quick or beside.quick
     found["process"] = {
         "process_bytes": beside.process, "fixed_bytes": beside.fixed, "share": round(beside.share, 4),
         "cast": round(beside.cast, 4), "pace": round(beside.pace, 4), "measured": beside.measured,
@@ -58,21 +53,49 @@ def doctor(fresh: bool = False) -> dict[str, Any]:
     return found
 
 
+def know(fresh: bool = False, thorough: bool = False, say: Say | None = None) -> tuple[Rates, Overhead, bool]:
+    """The rates of this machine, what a process holds on it, and whether the rates were kept from before.
+
+    What is not kept yet is measured now: in a hurry (about 20 seconds), or `thorough` (about five minutes), which
+    replaces what was measured in a hurry, and is never replaced by it. `fresh`: measure again, as thoroughly as before.
+    `say` gets a line for each part.
+    """
+    say = say or (lambda line: None)
+    rates_kept, beside = known_rates(), known_overhead()
+    thorough = thorough or (rates_kept is not None and not rates_kept.quick) and fresh
+    thorough = thorough or (beside.measured and not beside.quick) and fresh
+    new_rates = fresh or rates_kept is None or (thorough and rates_kept.quick)
+    new_beside = fresh or not beside.measured or (thorough and beside.quick)
+    if new_rates or new_beside:
+        say(f"Measuring this machine, once: about {'five minutes' if thorough else '20 seconds'} if nothing else runs")
+    if new_rates:
+        say("  products, memory, disk ...")
+    held = measured_rates(fresh=True, thorough=thorough) if new_rates or rates_kept is None else rates_kept
+    if new_beside:
+        from . import calibrate
+
+        found = calibrate.measure(thorough, lambda line: say(f"  {line}"))
+        if found.measured:
+            overhead.save(found, _key("cpu"), cache_root())
+        beside = found
+    return held, beside, not new_rates
+
+
 def known_rates(device: str = "auto") -> Rates | None:
     """The rates of "cpu" or "cuda" under the allocator and threads of this process, if they were measured before."""
     return rates.load(_key(device), cache_root())
 
 
-def measured_rates(device: str = "auto", fresh: bool = False) -> Rates:
+def measured_rates(device: str = "auto", fresh: bool = False, thorough: bool = False) -> Rates:
     """The rates that are kept, or those measured now and kept. The disk is that of the cache folder."""
     if not fresh and (known := known_rates(device)) is not None:
         return known
-    found = Rates(**apart(_measure_here, _key(device)))
+    found = Rates(**apart(_measure_here, _key(device), thorough))
     rates.save(found, cache_root())
     return found
 
 
-def _measure_here(machine: dict[str, Any]) -> dict[str, Any]:
+def _measure_here(machine: dict[str, Any], thorough: bool) -> dict[str, Any]:
     """Apart, for what the products leave in an allocator would count against the budget of the run that asks."""
     import torch
 
@@ -80,7 +103,7 @@ def _measure_here(machine: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(machine["threads"])
     with hushed():
-        return asdict(measure(machine, cache_root()))
+        return asdict(measure(machine, cache_root(), quick=not thorough))
 
 
 def known_overhead() -> Overhead:
@@ -99,6 +122,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     """For people, from what `doctor` found."""
     facts, each = found["machine"], lambda rates: ", ".join(f"{way} {gib(rate)}/s" for way, rate in rates.items())
     measured = "kept from before; --fresh measures again" if found["rates_were_kept"] else "kept for plans to come"
+    measured += "; in a hurry: --thorough takes five minutes, and plans are closer then" if found["quick"] else ""
     yield f"processor   {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads"
     free, pages = gib(found["memory_free_bytes"]), found["page_bytes"]
     yield f"memory      {gib(facts['memory_bytes'])}, {free} free, pages of {pages:,} bytes"

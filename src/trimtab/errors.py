@@ -7,7 +7,10 @@ prints it and leaves without a traceback. Anything else that escapes is a bug of
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST = 1200  # characters of a sentence
 
 
 class TrimtabError(Exception):
@@ -16,6 +19,7 @@ class TrimtabError(Exception):
     exit_code = 2
 
     def __init__(self, asked: str, have: str, do: str):
+        asked, have, do = map(shortened, (asked, have, do))
         super().__init__(asked, have, do)
         self.asked, self.have, self.do = asked, have, do
 
@@ -47,6 +51,13 @@ class Interrupted(TrimtabError):
     """Ctrl-C: the step was finished and a checkpoint written (exit code 130)."""
 
     exit_code = 130
+
+
+def shortened(text: str) -> str:
+    """`text`, of which a word or the whole is cut in its middle where it is long: values come from files of others."""
+    cut = lambda part, most: f"{part[: most // 2]} ... {part[-most // 4 :]} ({len(part):,} characters)"  # noqa: E731
+    text = re.sub(r"\S{301,}", lambda word: cut(word[0], 80), text) if len(text) > 300 else text
+    return text if len(text) <= LONGEST else cut(text, LONGEST)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

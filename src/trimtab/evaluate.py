@@ -80,7 +80,7 @@ def answer(
     metrics: dict[str, float] = {}
     samples: list[dict[str, Any]] = []
     size = min(len(rows.dataset), limit or len(rows.dataset))
-    metrics.update(losses(recipe, rows, model, tokenizer, size))
+    metrics.update(losses(recipe, rows, model, tokenizer, size, say))
     if rows.answers and recipe.data.metrics:
         pairs = eval_pairs(rows)[:size]
         if form is None or form.chat is None:
@@ -103,15 +103,18 @@ def answer(
     return {"rows": size, "metrics": metrics, "samples": samples[:20]}
 
 
-def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> dict[str, float]:
+def losses(
+    recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int, say: Say = lambda line: None
+) -> dict[str, float]:
     """Mean next-token loss (nats) over the tokens that count, its perplexity, and the share predicted right."""
     import tempfile
 
     from trl import SFTConfig
 
     from .adapter import Base
-    from .engine.arguments import training_arguments
-    from .engine.prepare import as_it_was, prepared
+    from .engine.arguments import training_arguments, unweighed
+    from .engine.prepare import as_it_was, autocast_dtype, prepared
+    from .engine.start import checked
     from .engine.trainers import CausalTrainer, Job, quiet
 
     objective, stepper = recipe.load_objective(), recipe.load_stepper()
@@ -125,7 +128,9 @@ def losses(recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int) -> 
             job, model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
         )
         quiet(trainer)
-        with prepared(model, objective, recipe):
+        half = autocast_dtype([], model.dtype, trainer.autocast_wanted)
+        recipe = checked(trainer, recipe, say, gradients=False, autocast=half)
+        with prepared(model, unweighed(recipe.load_objective()), recipe):
             found = trainer.evaluate()
     loss = found["eval_loss"]
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": found["eval_accuracy"]}

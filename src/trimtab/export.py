@@ -6,6 +6,7 @@ transformers, vLLM or llama.cpp; a 4/8-bit base is written de-quantised, so that
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import BadInput, nearest
+from .folder_lock import beside, locked
 from .model.cache import SHORT_NAMES, cached_folder, ordinary_modes
 from .model.quiet import hushed
 from .model.reply import stop_ids
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .adapter import Base
 
 FORMS = ("peft", "merged")
+MARK = "trimtab_export.json"  # in what export writes: what it is, and its files
 
 
 @hushed()
@@ -32,20 +35,49 @@ def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str 
     """Write the run's adapter as `to` into `out` (default: beside it, `<output>/peft` or `<output>/merged`)."""
     if to not in FORMS:
         raise BadInput(f"export to {to}", "there is no such form", nearest(to, FORMS))
-    from .runs import load_run
+    from .runs import load_run, lock_run
 
     out = Path(out) if out else Path(recipe.output) / to
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
-        raise BadInput(f"export to {out}", "it is there already", "Say --overwrite, or name another folder with --out")
-    model, tokenizer, surgeries, base = load_run(recipe, adapter)
-    write = {"peft": _peft, "merged": _merged}[to]
+    with contextlib.ExitStack() as locks:
+        if os.access(recipe.output, os.W_OK):  # others may read a run, and write elsewhere
+            locks.enter_context(lock_run(recipe.output, f"export {recipe.output}"))
+        locks.enter_context(locked(beside(out), f"export to {out}"))
+        _replaceable(out, overwrite)
+        model, tokenizer, surgeries, base = load_run(recipe, adapter)
+        write = {"peft": _peft, "merged": _merged}[to]
 
-    def fill(folder: Path) -> None:
-        write(folder, recipe, model, tokenizer, surgeries, base)
-        ordinary_modes(folder)
+        def fill(folder: Path) -> None:
+            write(folder, recipe, model, tokenizer, surgeries, base)
+            ordinary_modes(folder)
 
-    _whole(out, fill)
+        _whole(out, fill, {"to": to, "recipe": recipe.hash})
     return out
+
+
+def _replaceable(out: Path, overwrite: bool) -> None:
+    """Refuse what is there already, but for an earlier export of ours where the user says so: it is removed whole."""
+    asked = f"export to {out}"
+    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()) or not (out.exists() or out.is_symlink()):
+        return
+    other = "Name another folder with --out"
+    if not overwrite:
+        raise BadInput(asked, "it is there already", f"Say --overwrite, or n{other[1:]}")
+    if out.is_symlink() or not out.is_dir():
+        raise BadInput(f"{asked} --overwrite", "it is no folder", other)
+    try:
+        written = {MARK, *json.loads((out / MARK).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise BadInput(
+            f"{asked} --overwrite", f"it is no export of trimtab's (it has no readable {MARK})",
+            f"{other}, or remove it yourself",
+        ) from None  # fmt: skip
+    if more := sorted(set(_names(out)) - written):
+        some = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
+        raise BadInput(f"{asked} --overwrite", f"it holds what no export wrote ({some})", f"Move that away. {other}")
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
 
 
 def _peft(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries: list, base: Base) -> None:
@@ -162,18 +194,33 @@ def _how_to_ask(base: Base, model: Any, tokenizer: Any) -> str:
     return f"{asked}. A reply ends at {said}.{longest}"
 
 
-def _whole(out: Path, write: Callable[[Path], None]) -> None:
-    """The folder appears complete or not at all."""
-    partial = out.with_name(f".{out.name}.partial")
+def _whole(out: Path, write: Callable[[Path], None], mark: dict[str, str]) -> None:
+    """The folder appears complete or not at all; what it replaces goes once it is in place.
+
+    `mark` is left in it, with the names of its files: by it a later export knows what it may replace.
+    """
+    from .adapter import unwritten
+
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         write(partial)
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(partial, out)
-    except OSError as error:
-        raise BadInput(
-            f"write {out}", error.strerror or str(error), "Free some space, or name another folder"
-        ) from error
+        content = {"trimtab": __version__, **mark, "files": sorted(_names(partial))}
+        (partial / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(old, ignore_errors=True)
+        if had := out.exists():
+            os.replace(out, old)
+        try:
+            os.replace(partial, out)
+        except OSError:
+            if had:
+                os.replace(old, out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        if (why := unwritten(error)) is None:
+            raise
+        raise BadInput(f"write {out}", why, "Free some space, or name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

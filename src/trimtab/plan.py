@@ -207,10 +207,13 @@ def plan(
         notes += CUDA
         process = 0
     elif not beside.measured:
-        notes.append("what a process holds beside tensors is another machine's: `trimtab doctor` measures this one's")
+        notes.append("what a process holds beside tensors is another machine's: `trimtab doctor` measures this one")
     if process is None:
         process = process_bytes(beside)
-    watch = Stopwatch(rates or known_rates(device.type))
+    rates = rates or known_rates(device.type)
+    if beside.quick or (rates and rates.quick):
+        notes.append("this machine was measured in a hurry: `trimtab doctor --thorough` makes plans more accurate")
+    watch = Stopwatch(rates)
     with torch.random.fork_rng(devices=[]):
         try:
             found = peaks(recipe, args, rows, tokens, counted, watch)

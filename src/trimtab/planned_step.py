@@ -49,13 +49,16 @@ class PlannedStep:
     """One training step of a recipe on a model without values, `blocks` deep (None: as deep as it is)."""
 
     def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
+        from .engine.arguments import weighed
         from .model.load import assembled, empty_model, load_model
 
-        self.recipe, self.args, self.objective, self.real = recipe, args, recipe.load_objective(), real
+        self.recipe, self.args, self.real = recipe, args, real
+        self.objective = weighed(recipe.load_objective(), args)
         self.blocks, self.churn, self.products = blocks, 0, 0
         self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
         if real:
             self.model = load_model(recipe.model, task=self.objective.task)[0]
+        self._as_trained()
         self.dtype = self.model.dtype
         # `.data`: the storage, which stays when a patch puts another under the same parameter
         self.base = {_key(t): t.data for t in (*self.model.parameters(), *self.model.buffers())}
@@ -71,6 +74,15 @@ class PlannedStep:
             raise Untraceable(f"plan {', '.join(map(str, recipe.patches))}", why, "Take budget: out") from error
         if (head := self.objective.prepare(self.model)) is not None:
             self.surgeries.append(head)
+
+    def _as_trained(self) -> None:
+        """What a run does to the model before it is patched and decides how its loss is computed."""
+        from .engine.prepare import weigh_router
+        from .model.head import READ, read_head
+
+        if self.objective.task == "causal-lm":
+            weigh_router(self.model, self.args)
+            setattr(self.model, READ, read_head(self.model))
 
     def _fresh(self) -> list[Any]:
         from .model import anatomy
@@ -195,6 +207,8 @@ class PlannedStep:
         """Ids and labels as the collators make them: padded rows, rows packed with their positions, or full rows."""
         import torch
 
+        from .engine.prepare import BLOCK
+
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         if self.real:  # where the data decide what runs, they should differ
             ids.random_(self.model.config.get_text_config().vocab_size)
@@ -204,6 +218,8 @@ class PlannedStep:
         made = {"input_ids": ids, "labels": torch.zeros_like(ids)}
         if self.args.padding_free or (self.args.packing and self.args.packing_strategy.startswith("bfd")):
             made["position_ids"] = torch.ones_like(ids)
+            if (dtype := getattr(self.args, BLOCK, None)) is not None:
+                made["attention_mask"] = torch.zeros(rows, 1, tokens, tokens, dtype=dtype)
         else:
             made["attention_mask"] = torch.ones_like(ids)
         return made

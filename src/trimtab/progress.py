@@ -157,7 +157,7 @@ class Live(TrainerCallback):
         self._next, self._pause = 0.0, 5.0  # seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began, self.first, self.step, self.last = time.monotonic(), *(state.global_step,) * 2, state.max_steps
+        self.step, self.last = state.global_step, state.max_steps
         if not self.quiet and sys.stderr.isatty():
             # no thread of its own: it is drawn when a step ends
             self.live = LiveDisplay(self, console=Console(stderr=True), auto_refresh=False)
@@ -177,11 +177,14 @@ class Live(TrainerCallback):
         elif time.monotonic() >= self._next or state.global_step == state.max_steps:
             self._next = time.monotonic() + self._pause
             self._pause = min(60.0, 1.5 * self._pause)
-            self.say(f"step {state.global_step}/{state.max_steps}  {self.loss}  {self.speed}  {self.memory}")
+            parts = (f"step {state.global_step}/{state.max_steps}", self.loss, self.speed, self.memory)
+            self.say("  ".join(part for part in parts if part))
 
     @property
     def speed(self) -> str:
-        return f"{self.steps.tokens_per_second:,.0f} tokens/s"
+        """Nothing until a step has been timed: the first two are no measure."""
+        rate = self.steps.tokens_per_second
+        return f"{rate:,.0f} tokens/s" if rate else ""
 
     @property
     def memory(self) -> str:
@@ -190,11 +193,11 @@ class Live(TrainerCallback):
 
     @property
     def left(self) -> str:
-        """Time left, from the steps of this run so far."""
-        done = self.step - self.first
-        if not done:
+        """Time left, from the steps that were timed; nothing until there are some."""
+        taken = self.steps.seconds
+        if not taken:
             return ""
-        seconds = int((time.monotonic() - self.began) / done * (self.last - self.step))
+        seconds = int(sum(taken) / len(taken) * (self.last - self.step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

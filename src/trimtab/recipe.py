@@ -24,6 +24,7 @@ from . import methods
 from .data_spec import DataSpec
 from .errors import BadInput, nearest
 from .model.spec import ModelSpec
+from .yaml_text import LONGEST, read_yaml
 
 if TYPE_CHECKING:
     from .contracts import Objective, Patch, Place, Stepper
@@ -43,7 +44,7 @@ class EngineSpec:
     """How steps are computed; none of it changes what is computed beyond rounding."""
 
     recompute: Literal["auto", "none", "ffn"] = "auto"  # gated FFNs again in backward; auto: on a 4/8-bit base
-    lean: bool = True  # norms, gated FFNs and attention that keep less for backward (model/lean.py)
+    lean: bool | list[Literal["norm", "ffn", "attention"]] = True  # forms that keep less for backward; or only these
     compile: bool = False  # torch.compile each block
     prefetch: bool = True  # read a mapped base too large for memory ahead, by blocks; not with compile
     stop_if_diverged: bool = True  # end a run whose loss is not finite, or far above a uniform guess's
@@ -99,6 +100,13 @@ class Recipe:
         put("engine", _as(EngineSpec, self.engine, "engine"))
         put("patches", [_patch_entry(entry) for entry in self.patches])
         put("output", str(self.output))
+        data = [
+            name for of in (self.data.train, self.data.test) for name in ([of] if isinstance(of, str) else of or [])
+        ]
+        for where, name in (("model", self.model.name), *(("data", name) for name in data), ("output", self.output),
+                            ("place: folder", self.place.folder or "")):  # fmt: skip
+            if not _nameable(name):
+                raise BadInput(f"{where}: {name!r}", "no file can have such a name", "Check the value")
 
     # --- reading and writing -------------------------------------------------------------------------------------
 
@@ -120,7 +128,10 @@ class Recipe:
         if isinstance(data, dict):
             for split in ("train", "test", "chat_template"):
                 value = data.get(split)
-                beside = [path.parent / v for v in ([value] if isinstance(value, str) else value or [])]
+                names = [value] if isinstance(value, str) else value
+                if not isinstance(names, list) or not all(isinstance(name, str) and _nameable(name) for name in names):
+                    continue  # refused with the data's other keys
+                beside = [path.parent / name for name in names]
                 if beside and value != "chatml" and all(p.exists() for p in beside):
                     data[split] = str(beside[0]) if isinstance(value, str) else [str(p) for p in beside]
         return cls.from_dict(tree)
@@ -212,11 +223,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         have = f"there is no such file; the folder has {', '.join(there[:8])}" if there else "there is no such file"
         raise BadInput(f"recipe {path}", have, "Check the path")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise BadInput(f"recipe {path}", f"{where}{getattr(error, 'problem', error)}", "Write it as YAML") from None
+        if path.stat().st_size > 4 * LONGEST:
+            raise BadInput(f"recipe {path}", f"it has {path.stat().st_size:,} bytes", "Keep data in files of their own")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"recipe {path}", f"it cannot be read ({error})", "Write it as YAML, in UTF-8") from None
+    tree = read_yaml(text, f"recipe {path}")
     if not isinstance(tree, dict):
         raise BadInput(f"recipe {path}", "it holds no keys", 'Start with "model:", "data:" and "patches:"')
     return tree
@@ -247,15 +259,20 @@ def override(tree: dict[str, Any], order: str) -> None:
         if not isinstance(node, dict | list):
             raise BadInput(f'"{order}"', f"{parent} holds a value, not keys", "Check the key")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text, order)
         value = float(text) if isinstance(value, str) and _is_float(text) else value  # YAML 1.1 reads 1e-4 as text
-    except yaml.YAMLError:
+    except BadInput:  # it is no YAML: text
         value = text
     if isinstance(node, list):
         raise BadInput(
             f'"{order}"', f"{key.rpartition('.')[0]} holds a list", "Name a field of a patch: patches.paca.r=8"
         )
     node[last] = value
+
+
+def _nameable(name: str) -> bool:
+    """Whether a file system may know `name`: others raise errors of their own where they are looked for."""
+    return "\0" not in name and len(name) < 4096 and all(len(part.encode()) < 256 for part in name.split("/"))
 
 
 def _is_float(text: str) -> bool:

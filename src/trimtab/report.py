@@ -16,9 +16,11 @@ from typing import Any
 import yaml
 
 from .errors import BadInput
+from .folder_lock import beside as lock_beside
+from .folder_lock import locked
 from .report_figures import number
 from .report_page import page
-from .runs import write_text
+from .runs import lock_run, write_text
 
 READ = ("run.json", "metrics.jsonl", "memory.jsonl", "recipe.yaml")
 POINTS = 2000  # at most so many of a curve are drawn
@@ -51,8 +53,14 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
         run.name = name
     target = Path(out) if out else folders[0] / "report.html"
     text = page(found)
+    if not target.parent.is_dir():
+        raise BadInput(f"write {target}", f"there is no folder {target.parent}", "Name another file with --out")
+    do = "Wait until it is done, or name another file with --out"
+    inside = any(target.parent.resolve() == folder.resolve() for folder in folders)
+    lock = lock_run(target.parent, f"write {target}", do) if inside else locked(lock_beside(target), f"write {target}")
     try:
-        write_text(target, text)
+        with lock:
+            write_text(target, text)
     except OSError as error:
         raise BadInput(f"write {target}", error.strerror or str(error), "Name another file with --out") from None
     return target

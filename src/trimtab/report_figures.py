@@ -61,7 +61,7 @@ def curves(runs: list[Any], key: str, title: str) -> dict[str, Any] | None:
 
 
 def _log_ticks(low: float, high: float) -> dict[str, Any]:
-    """Round values between 10**low and 10**high, written out: plotly's own are single digits of what power is unsaid."""
+    """Round values between 10**low and 10**high, written out: plotly writes single digits without their power."""
     for heads in ([10], [10, 20, 50], range(10, 100, 10), range(10, 100, 5), range(10, 100)):
         ticks = [head * 10.0 ** (power - 1) for power in range(math.floor(low), math.ceil(high)) for head in heads]
         ticks = [float(f"{tick:.2g}") for tick in ticks if low <= math.log10(tick) <= high]

@@ -25,9 +25,8 @@ def page(runs: list[Any]) -> str:
         height = made["layout"].get("height", 320)
         head = f"<h3>{escape(title)}</h3>"
         if switch := made.get("switch"):
-            head += (
-                f'<button type="button" data-figure="{name}" aria-pressed="false">{escape(switch["label"])}</button>'
-            )
+            label = escape(switch["label"])
+            head += f'<button type="button" data-figure="{name}" aria-pressed="false">{label}</button>'
         return (
             f'<div class="card"><div class="head">{head}</div>'
             f'<div class="figure" id="{name}" style="min-height:{height}px"></div></div>'
@@ -75,20 +74,16 @@ def _section(title: str, inner: str) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]], kind: str = "", numbers: bool = False) -> str:
-    """`rows` of HTML, the first cell of each a heading."""
+    """`rows` of HTML, the first cell of each a heading. On a narrow screen a row of several values is stacked."""
     mark = ' class="n"' if numbers else ""
+    kinds = " ".join([kind] * bool(kind) + ["stack"] * (len(head) > 2))
+    labels = [f' data-label="{escape(name)}"' if name else "" for name in head]
     top = "".join(f"<th{mark if index else ''}>{escape(name)}</th>" for index, name in enumerate(head))
-    lines = "".join(
-        f"<tr><th>{row[0]}</th>"
-        + "".join(
-            f"<td{mark}{f' data-label={chr(34)}{escape(name)}{chr(34)}' if name else ''}>{cell}</td>"
-            for name, cell in zip(head[1:], row[1:], strict=True)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    kind = f"{kind} stack" if len(head) > 2 else kind  # on a narrow screen, one value below the other
-    table = f"<table{f' class={chr(34)}{kind.strip()}{chr(34)}' if kind else ''}><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>"
+    lines = ""
+    for first, *cells in rows:
+        inner = "".join(f"<td{mark}{label}>{cell}</td>" for label, cell in zip(labels[1:], cells, strict=True))
+        lines += f"<tr><th>{first}</th>{inner}</tr>"
+    table = f'<table class="{kinds}"><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>'
     return f'<div class="wide">{table}</div>'
 
 

@@ -24,8 +24,10 @@ button[aria-pressed="true"] { background: var(--text); color: var(--back); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
          overflow-wrap: anywhere; }
-th { font-weight: 600; } thead th { overflow-wrap: normal; } tbody th { color: var(--quiet); font-weight: 400; white-space: nowrap; }
-td.n, th.n { text-align: right; } td.n { white-space: nowrap; } .right { color: var(--good); } .wrong { color: var(--bad); }
+th { font-weight: 600; } thead th { overflow-wrap: normal; }
+tbody th { color: var(--quiet); font-weight: 400; white-space: nowrap; }
+td.n, th.n { text-align: right; } td.n { white-space: nowrap; }
+.right { color: var(--good); } .wrong { color: var(--bad); }
 table.answers td, table.facts td { min-width: 8rem; } tbody th { min-width: 6rem; overflow-wrap: normal; }
 details { margin: .6rem 0; } summary { cursor: pointer; } pre { overflow-x: auto; font-size: .85rem; margin: .4rem 0; }
 @media (max-width: 600px) {

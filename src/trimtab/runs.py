@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,7 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint_files import STATE, read_state
 from .errors import BadInput
+from .folder_lock import NAME as LOCK
+from .folder_lock import locked
 from .memory.budget import nearest_folder
 from .recipe import Recipe
 
@@ -21,29 +25,38 @@ if TYPE_CHECKING:
 
 PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html",
          "eval.json")  # fmt: skip
-STATE = "trainer_state.json"
 PARTIAL, OLD = ".checkpoint.partial", ".checkpoint.old"  # a checkpoint being written, and one being thrown away
 
 
+def lock_run(folder: str | Path, asked: str, do: str = "Wait until it is done, or name another output") \
+        -> contextlib.AbstractContextManager[None]:  # fmt: skip
+    """Within it, no other process of ours writes into the run's folder; BadInput where one does already."""
+    folder = Path(folder)
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise BadInput(f"output: {folder}", f"{place} is a file", "Name a folder")
+    if int(os.environ.get("RANK", 0)):  # of several processes of one run the first holds the lock
+        return contextlib.nullcontext()
+    return locked(folder / LOCK, asked, do)
+
+
 def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
-    """-> the output folder, made ready, and the checkpoint to resume from (None for a new run).
+    """-> the output folder and the checkpoint to resume from (None for a new run).
 
     A folder that holds a run is refused unless `resume` or `overwrite` is set; `overwrite` removes only what a run of
     ours writes, and only once everything else about the recipe has been found good.
     """
     output = Path(recipe.output)
-    for place in (output, *output.parents):
-        if place.exists() and not place.is_dir():
-            raise BadInput(f"output: {output}", f"{place} is a file", "Name a folder")
     held = output.is_dir() and (
         (output / "recipe.yaml").exists() or (output / "run.json").exists() or checkpoints(output)
     )
     if recipe.resume:
         found = checkpoints(output) if output.is_dir() else []
-        if held and not found:
+        if held:
+            _same_recipe(output, recipe)
+        if held and not found and finished_run(recipe) is None:
             raise BadInput(f"resume {output}", "it holds no complete checkpoint", "Run it again with overwrite=true")
         if found:
-            _same_recipe(output, recipe)
             return output, found[-1]
     elif held and not recipe.overwrite:
         raise BadInput(
@@ -51,6 +64,35 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
             "Say resume=true to go on with it, overwrite=true to replace it, or name another folder",
         )  # fmt: skip
     return output, None
+
+
+def finished_run(recipe: Recipe, checkpoint: Path | None = None) -> dict[str, Any] | None:
+    """What run.json holds where the run in the recipe's folder has come to the end that the recipe asks for, else None.
+
+    `checkpoint`: its newest one. A run that was killed between its last step and run.json is not finished.
+    """
+    output, values = Path(recipe.output), recipe.training_values()
+    state = read_state(checkpoint) if checkpoint else {"global_step": 0}
+    try:
+        run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        steps, same = int(run["steps"]), run["recipe"] == recipe.hash
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not (output / "adapter").is_dir() or steps < state["global_step"]:
+        return None
+    limit = values.get("max_steps", -1)
+    if isinstance(limit, int) and limit > 0:
+        return run if steps >= limit else None
+    return run if same or nothing_left(state, -1, values.get("num_train_epochs")) else None
+
+
+def nothing_left(state: dict[str, Any], max_steps: int, epochs: Any) -> bool:
+    """Whether training that reached `state` (a checkpoint's trainer_state.json) has no step left to do."""
+    if max_steps > 0:
+        return state["global_step"] >= max_steps
+    reached = state.get("epoch")
+    known = isinstance(reached, int | float) and isinstance(epochs, int | float)
+    return known and reached >= epochs - 1e-9
 
 
 def begin_run(output: Path, recipe: Recipe, resumed: bool) -> None:

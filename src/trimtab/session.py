@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from . import adapter
-from .engine.arguments import arguments_class, check_optimizer, training_arguments
+from .checkpoint_files import STATE, read_state
+from .engine.arguments import arguments_class, check_optimizer, training_arguments, weighed
 from .engine.checks import check_batches, check_wishes
 from .engine.divergence import Diverged, StopIfDiverged, chance_of
-from .engine.prepare import as_it_was, prepared
+from .engine.prepare import as_it_was, autocast_dtype, prepared
+from .engine.probe import head_read, loss_now, require_unchanged
+from .engine.start import checked
 from .engine.trainers import CausalTrainer, ClassifierTrainer, Job
 from .engine.trainers import quiet as hush
 from .errors import BadInput
@@ -31,7 +34,7 @@ from .model.limits import check_dataset
 from .model.reply import ReplyForm
 from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
 from .recipe import Recipe
-from .runs import place_of
+from .runs import nothing_left, place_of
 from .stores import notes_of
 
 Say = Callable[[str], None]
@@ -59,6 +62,9 @@ class Session:
         self.args = self._arguments()
         self._read()
         set_seed(self.args.seed)
+        self.objective = weighed(self.objective, self.args)
+        if self.rows.regression and getattr(self.objective, "smoothing", 0.0):
+            raise BadInput("label smoothing", "the labels of data.train are numbers, not classes", "Take it out")
         self.model = self._model()
         self.main = self.args.process_index == 0  # of several processes one writes and speaks
         if not self.main:
@@ -80,8 +86,15 @@ class Session:
             way_back.callback(self.meter.stop)
             held = (*self.model.parameters(), *self.model.buffers())
             self.as_loaded = [weakref.ref(t.untyped_storage()) for t in held]  # a patch may keep some of it aside
+            causal = self.objective.task == "causal-lm"
+            if causal:
+                way_back.enter_context(head_read(self.model))
+                before = loss_now(self.model)
             for patch in self.patches:
                 self.surgeries.append(patch.apply(self.model, self.place))
+            half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
+            if causal:
+                require_unchanged(self.model, before, self.surgeries, half)
             if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
                 raise BadInput(
                     f"train {', '.join(map(str, self.recipe.patches))} with {sharder}",
@@ -100,6 +113,9 @@ class Session:
             self.trainer = self._trainer(job)
             check_batches(self.trainer)
             hush(self.trainer)
+            if causal:
+                self.recipe = checked(self.trainer, self.recipe, self.say, gradients=True, autocast=half)
+                self.objective = job.objective = weighed(self.recipe.load_objective(), self.args)
             self._way_back = way_back.pop_all()
         return self
 
@@ -230,6 +246,8 @@ class Session:
             trainer.add_callback(MetricsFile(self.output / "metrics.jsonl"))
         for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter)):
             trainer.add_callback(callback)
+        if checkpoint and nothing_left(read_state(checkpoint), self.args.max_steps, self.args.num_train_epochs):
+            return self._reached(checkpoint)
         meter.watchers.append(self.guard.see)
         if self.recipe.engine.stop_if_diverged:
             trainer.add_callback(StopIfDiverged(trainer, chance_of(self.model, self.rows.labels, self.rows.regression)))
@@ -252,6 +270,18 @@ class Session:
         if not why and done < wanted:
             why = "interrupt" if interrupt.asked else self.guard.why
         return Ended(done, wanted, why, loss, diverged)
+
+    def _reached(self, checkpoint: Path) -> Ended:
+        """No step is left after `checkpoint`: the run was killed before it wrote what it had trained. Load that."""
+        trainer = self.trainer
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        if self.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
+        self.steps.first = trainer.state.global_step
+        trainer._total_train_tokens = trainer.state.num_input_tokens_seen if self.main else 0
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        return Ended(self.steps.first, self.steps.first, mean_loss=sum(losses) / max(1, len(losses)))
 
 
 def sharded_by(args: Any) -> str:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import methods
+from .checkpoint_files import check_files
 from .errors import BadInput, Interrupted, Stopped
 from .memory.meter import GIB
 from .model.quiet import hushed, no_dataset_bars
 from .recipe import Recipe
-from .runs import begin_run, checkpoints, machine, now, open_run, versions, write_json
+from .runs import begin_run, checkpoints, finished_run, lock_run, machine, now, open_run, versions, write_json
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -45,13 +46,27 @@ def train(
     if hard and not (recipe.budget or {}).get("fast"):
         raise BadInput("train --hard", "the recipe states no budget.fast", "Say, for example, budget.fast=2GiB")
     from .progress import speaker
-    from .stores import row_numbers
 
     say = say or speaker(quiet)
-    output, checkpoint = open_run(recipe)
+    with lock_run(recipe.output, f"train into {recipe.output}"):
+        output, checkpoint = open_run(recipe)
+        if recipe.resume and (done := finished_run(recipe, checkpoint)):
+            say(f"{output} is finished after {done['steps']} steps: nothing is left to train, and nothing was changed")
+            return done
+        if checkpoint is not None:
+            check_files(checkpoint)
+        return _run(recipe, output, checkpoint, quiet, say, hard, began)
+
+
+def _run(
+    recipe: Recipe, output: Path, checkpoint: Path | None, quiet: bool, say: Callable[[str], None], hard: bool,
+    began: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Load, train from `checkpoint` on, and save; -> what run.json holds."""
     from .adapter import save_adapter
     from .plan_shown import shown
     from .session import Session  # imports TRL: after the cheap checks
+    from .stores import row_numbers
 
     session = Session(recipe, output, say, quiet)
     _possible(session)
@@ -229,7 +244,9 @@ def _tell(run: dict[str, Any], output: Path, say: Callable[[str], None]) -> None
     loss = "" if run["final_loss"] is None else f", loss {run['final_loss']:.3f}"
     if run["kept_step"] != run["steps"]:
         loss += f" at step {run['kept_step']}, the best, whose weights are kept"
-    say(f"{run['steps']} steps, {run['tokens']:,} tokens{loss}, {measured['tokens_per_second']:,.0f} tokens/s")
+    rate = measured["tokens_per_second"]  # 0 where no step was timed
+    speed = f", {rate:,.0f} tokens/s" if rate else ""
+    say(f"{run['steps']} steps, {run['tokens']:,} tokens{loss}{speed}")
     growth = measured["fast_growth_bytes"] / GIB
     say(f"fast tier: {measured['fast_peak_bytes'] / GIB:.2f} GiB at the peak, {growth:.2f} GiB of it for this run")
     if "store_up_bytes_per_step" in measured:

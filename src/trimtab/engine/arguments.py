@@ -57,6 +57,27 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
         raise BadInput("training", str(error).strip().splitlines()[0], "Mend the value") from error
 
 
+def weighed(objective: Objective, args: TrainingArguments) -> Objective:
+    """The objective with what `training:` says of how labels and tokens are weighted."""
+    changes: dict[str, Any] = {}
+    if args.label_smoothing_factor:
+        changes["smoothing"] = args.label_smoothing_factor
+    if getattr(args, "loss_type", "nll") == "dft":
+        changes["dft"] = True
+    made = dataclasses.replace(objective, **changes)  # type: ignore[type-var]
+    if getattr(made, "smoothing", 0.0) and getattr(made, "dft", False):
+        raise BadInput("training: label_smoothing_factor with loss_type: dft", "DFT has no form with smoothed labels",
+                       "Keep one of the two")  # fmt: skip
+    return made
+
+
+def unweighed(objective: Objective) -> Objective:
+    """The objective as plain cross-entropy: what perplexity is of, and what a model's own loss is compared with."""
+    plain = {"smoothing": 0.0, "dft": False}
+    have = {f.name for f in dataclasses.fields(objective)}  # type: ignore[arg-type]
+    return dataclasses.replace(objective, **{k: v for k, v in plain.items() if k in have})  # type: ignore[type-var]
+
+
 def check_optimizer(patches: Iterable[Patch], args: TrainingArguments) -> None:
     """BadInput for an optimiser that the rows of a patch's tables cannot be stepped with."""
     tables = [patch for patch in patches if patch.tables]

@@ -6,16 +6,20 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..contracts import Objective, Surgery
 from ..model import anatomy
-from ..model.lean import lean
+from ..model.head import READ, read_head
+from ..model.lean import FORMS, lean
 from ..model.surgery import Swaps, is_patch
 from ..model.weights_ahead import read_weights_ahead
 from ..recipe import Recipe
+
+BLOCK = "trimtab_block_mask"  # on training arguments: the type of the packed rows' explicit mask, for the planner
 
 
 @contextlib.contextmanager
@@ -48,10 +52,9 @@ def as_it_was(model: PreTrainedModel) -> Iterator[None]:
 def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> Iterator[None]:
     """The model as the engine steps it: lean forms in, blocks compiled if asked, forward leading to the objective."""
     swaps = Swaps(model)
-    again = recipe.engine.recompute == "ffn"
-    if recipe.engine.recompute == "auto":  # whoever quantises prefers memory to speed
-        again = bool(getattr(model, "is_quantized", False))
-    lean_swaps = lean(model, recompute=again) if recipe.engine.lean else Swaps(model)
+    if objective.task == "causal-lm" and not getattr(objective, "whole", False) and not hasattr(model, READ):
+        swaps.set_attribute(model, READ, read_head(model))
+    lean_swaps = lean_forms(model, recipe)
     original = model.forward
 
     @functools.wraps(original)  # the trainers read from its signature which columns a batch may have
@@ -72,6 +75,26 @@ def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> It
     finally:
         swaps.undo()
         lean_swaps.undo()
+
+
+def weigh_router(model: PreTrainedModel, args: Any) -> None:
+    """What TRL's trainer writes into the config of a mixture of experts: whether its router's loss is added, and how it
+    is weighted (`router_aux_loss_coef` of the training arguments, else of the config)."""
+    config = model.config.get_text_config()
+    asked = getattr(args, "router_aux_loss_coef", None)
+    weight = getattr(config, "router_aux_loss_coef", 0.0) if asked is None else asked
+    if hasattr(config, "router_aux_loss_coef"):
+        config.output_router_logits = hasattr(config, "output_router_logits") and weight != 0.0
+        config.router_aux_loss_coef = weight
+
+
+def lean_forms(model: PreTrainedModel, recipe: Recipe) -> Swaps:
+    """The lean forms that the recipe asks for, put into `model`."""
+    again = recipe.engine.recompute == "ffn"
+    if recipe.engine.recompute == "auto":  # whoever quantises prefers memory to speed
+        again = bool(getattr(model, "is_quantized", False))
+    chosen = recipe.engine.lean
+    return lean(model, recompute=again, forms=(FORMS if chosen else ()) if isinstance(chosen, bool) else chosen)
 
 
 def _compile(model: PreTrainedModel, swaps: Swaps) -> None:

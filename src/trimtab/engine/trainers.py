@@ -25,13 +25,14 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import adapter
+from ..checkpoint_files import EARLIER, STATE, check_optimizer, check_scheduler, write_sums
 from ..contracts import Objective, Stepper, Surgery
 from ..data import check_lengths
 from ..data_order import longest_first
 from ..errors import BadInput
 from ..model.limits import check_dataset, learned_positions
 from ..model.sampling import refused_by_template
-from ..runs import PARTIAL, STATE, checkpoints, discard, sync, sync_entry
+from ..runs import PARTIAL, checkpoints, discard, sync, sync_entry
 from ..stores import ClipsRows
 from .divergence import mean_of
 from .prepare import autocast_dtype
@@ -116,6 +117,22 @@ class _OurTrainer(ClipsRows):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         adapter.load_into(self.job.surgeries, resume_from_checkpoint, self.job.base)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Only states that fit: a fused step with a moment of another shape writes over memory that is not its own."""
+        if checkpoint and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            folder = Path(checkpoint)
+            check_optimizer(folder / "optimizer.pt", self.optimizer)
+            check_scheduler(folder / "scheduler.pt", self.lr_scheduler, self.state.global_step)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:  # torch, zipfile and pickle each raise kinds of their own
+            raise BadInput(
+                f"resume from {checkpoint}", "the state of random numbers cannot be read", EARLIER
+            ) from error
+
     def _load_best_model(self) -> None:
         adapter.load_into(self.job.surgeries, str(self.state.best_model_checkpoint), self.job.base)
 
@@ -167,6 +184,7 @@ class _OurTrainer(ClipsRows):
             if best == whole.name or (run / best).is_dir():
                 self.state.best_model_checkpoint = str(run / best)
             self.state.save_to_json(str(whole / STATE))
+        write_sums(whole)
         sync(whole)
         discard(run / whole.name)
         os.replace(whole, run / whole.name)
@@ -179,6 +197,9 @@ class _OurTrainer(ClipsRows):
 
 class CausalTrainer(_OurTrainer, SFTTrainer):
     """SFTTrainer on an objective of ours."""
+
+    def _send_telemetry(self) -> None:
+        """TRL's trainers report to the hub that they were made. Ours send nothing."""
 
     def __init__(self, job: Job, **kwargs: Any):
         self._take(job, kwargs["model"], kwargs["args"])
@@ -211,7 +232,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         finally:
             args.max_length = limit
         if limit is not None and not (packing and strategy != "bfd"):
-            rows, found = check_lengths(rows, limit, self.job.too_long, part)
+            rows, found = check_lengths(rows, limit, self.job.too_long, part, args.truncation_mode)
             if found.over:
                 what = f"{found.cut} cut, {found.dropped} left out"
                 self.job.say(f"{found.over} {dataset_name} rows are longer than max_length {limit}: {what}")
@@ -226,7 +247,9 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
-            self._total_train_tokens += int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
+            mask = inputs.get("attention_mask")
+            rows = mask is not None and mask.dim() == 2
+            self._total_train_tokens += int(mask.sum()) if rows else inputs["input_ids"].numel()
         loss = self.loss_of(model, dict(inputs), num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
@@ -274,7 +297,13 @@ class PackedRows(DataCollatorForLanguageModeling):
 
     transformers builds the block mask from the position ids, and attention over B rows of T costs a B-th of attention
     over one row of B x T. The first token of each document is no target (its label is masked).
+
+    For models that make no mask of position ids (packing_probe.py): `block`, the type of an explicit mask (B, 1, T, T),
+    which is added to the scores; `positions`: whether the rows have position ids.
     """
+
+    block: torch.dtype | None = None
+    positions: bool = True
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         step = self.pad_to_multiple_of or 1
@@ -289,7 +318,20 @@ class PackedRows(DataCollatorForLanguageModeling):
             lengths = list(example.get("seq_lengths", [size])) + ([width - size] if size < width else [])
             positions[row] = torch.cat([torch.arange(n) for n in lengths])
         labels[positions == 0] = -100
-        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+        batch = {"input_ids": ids, "labels": labels}
+        if self.positions:
+            batch["position_ids"] = positions
+        if self.block is not None:
+            batch["attention_mask"] = block_mask(positions, self.block)
+        return batch
+
+
+def block_mask(positions_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, T, T), to be added to attention scores: 0 where a token sees another of its document, else the lowest."""
+    document_BT = (positions_BT == 0).cumsum(1)
+    sees = (document_BT[:, :, None] == document_BT[:, None, :]).tril_()
+    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+    return mask[:, None]
 
 
 def _admit_quantised(model: PreTrainedModel) -> None:

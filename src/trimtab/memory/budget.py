@@ -21,6 +21,7 @@ UNITS = {"b": 1} | {
     for power, letter in enumerate("KMGT", 1)
     for kind, base in (("iB", 1024), ("B", 1000))
 }
+MOST = 10**15  # of any unit
 EXAMPLES = 'Write, say, "6GiB", "512MiB", "80%" or "-2GiB"'
 _FORM = re.compile(r"(?P<minus>-?)\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|[a-z]*)", re.IGNORECASE)
 
@@ -41,6 +42,8 @@ def parse(text: str | int, total: int | None, where: str = "budget") -> int:
     number, unit = float(found["number"]), found["unit"].lower()
     if total is None and (unit == "%" or found["minus"]):
         raise BadInput(asked, "this machine has no such device to take it of", 'Write a size, say "24GiB"')
+    if number > MOST:
+        raise BadInput(asked, "it is more than any machine has", EXAMPLES)
     total = sys.maxsize if total is None else total
     if not unit and number:
         raise BadInput(asked, "it has no unit", f'Write "{found["number"]}GiB", or a whole number of bytes unquoted')

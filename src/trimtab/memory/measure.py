@@ -1,8 +1,8 @@
-"""Measures the rates of this machine (memory/rates.py), in about ten seconds, under the allocator that training uses.
+"""Measures the rates of this machine (memory/rates.py) under the allocator that training uses.
 
 Each figure is the median of a few repeats, taken in two rounds some seconds apart of which the faster counts: another
-program's burst then spoils neither. Results are written into memory that was used before, as in a step of training that
-is not the first.
+program's burst then spoils neither. In a hurry the largest products are left out. Results are written into
+memory that was used before, as in a step of training that is not the first.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ AXIS = (
     2048,
     32768,
 )  # dimensions of the products that are measured, below the next line
-MOST = 1.1e9  # multiplications in one of them
+MOST, MOST_QUICK = 1.1e9, 1.4e8  # multiplications in one of them
 SIZES = (2**18, 2**22, 2**26)  # bytes of the operand in the traffic: in a core's cache, in all caches, in memory
 FILE_BYTES = 128 * 2**20
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def measure(machine: dict[str, Any], folder: Path | None = None) -> Rates:
+def measure(machine: dict[str, Any], folder: Path | None = None, quick: bool = False) -> Rates:
     """The rates of this machine now; `machine`: `rates.key(...)`. `folder`: where the disk is measured (None: not)."""
     began = time.perf_counter()
     device = torch.device(machine["device"])
-    rounds = [_one_round(device) for _ in range(2)]
+    rounds = [_one_round(device, MOST_QUICK if quick else MOST) for _ in range(2)]
     products, traffic = (
         {name: [max(pair) for pair in zip(rows, second[name], strict=True)] for name, rows in first.items()}
         for first, second in ((rounds[0][part], rounds[1][part]) for part in range(2))
@@ -54,6 +54,7 @@ def measure(machine: dict[str, Any], folder: Path | None = None) -> Rates:
         machine, products, traffic, attention, update,
         overhead=_overhead(partly, device), disk=disk(folder) if folder else {}, link=_link(device),
         quantised=_quantised(device), page_bytes=mmap.PAGESIZE, seconds=round(time.perf_counter() - began, 2),
+        quick=quick,
     )  # fmt: skip
 
 
@@ -78,13 +79,13 @@ def _wait(device: torch.device) -> None:
 # --- products, traffic, attention ------------------------------------------------------------------------------------
 
 
-def _one_round(device: torch.device) -> tuple[dict, dict, dict]:
+def _one_round(device: torch.device, most: float) -> tuple[dict, dict, dict]:
     products: dict[str, list[list[float]]] = {}
     traffic: dict[str, list[list[float]]] = {}
     attention: dict[str, float] = {}
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        for shape in _shapes():
+        for shape in _shapes(most):
             for layout in LAYOUTS:
                 products.setdefault(f"{name} {layout}", []).append([*shape, _product(shape, layout, dtype, device)])
         for size in SIZES:
@@ -97,8 +98,8 @@ def _one_round(device: torch.device) -> tuple[dict, dict, dict]:
     return products, traffic, attention
 
 
-def _shapes() -> Iterator[tuple[int, int, int]]:
-    return ((m, k, n) for m, k, n in itertools.product(AXIS, AXIS, AXIS) if m * k * n <= MOST)
+def _shapes(most: float = MOST) -> Iterator[tuple[int, int, int]]:
+    return ((m, k, n) for m, k, n in itertools.product(AXIS, AXIS, AXIS) if m * k * n <= most)
 
 
 def _product(shape: tuple[int, int, int], layout: str, dtype: torch.dtype, device: torch.device) -> float:

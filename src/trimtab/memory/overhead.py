@@ -39,6 +39,7 @@ class Overhead:
     cast: float = 0.07
     pace: float = 0.85
     measured: bool = False
+    quick: bool = False  # by one training: `share` and `cast` are another machine's
 
     def of(self, growth: int, churn: int = 0, cast: bool = False, threads: int = 0, shapes: int = 0) -> int:
         """What comes on top of tensors that grow by `growth` bytes; `churn`: what a block makes and drops on its way
@@ -46,6 +47,13 @@ class Overhead:
         products, beyond those of batches of one length."""
         gaps = round((self.share + cast * self.cast) * max(0, growth))
         return self.fixed + gaps + round(CHURN * churn) + threads * THREAD + shapes * PRODUCT
+
+    @classmethod
+    def by_one(cls, process: int, grown: int, held: int, pace: float) -> Overhead:
+        """From a single training whose tensors grew by `grown` bytes, and its process (without CHURN) by `held`: one
+        point gives no line, so that the share stays the default."""
+        fixed = max(0, round(held - (1 + cls.share) * grown))
+        return cls(process, fixed, pace=pace, measured=True, quick=True)
 
     @classmethod
     def through(

@@ -37,6 +37,7 @@ class Rates:
     quantised: dict[str, float] = field(default_factory=dict)  # "nf4", "int8" -> weights a second brought to 16 bits
     page_bytes: int = 4096
     seconds: float = 0.0  # that measuring took
+    quick: bool = False  # measured in a hurry
 
     def __post_init__(self):
         object.__setattr__(self, "_grids", {name: _Grid(rows) for name, rows in self.products.items()})

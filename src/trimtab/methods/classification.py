@@ -54,6 +54,8 @@ class Classification(Objective):
 
     task: ClassVar[str] = "classification"
 
+    smoothing: float = 0.0  # of labels; in `training:` label_smoothing_factor
+
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
         if all(p.requires_grad for p in anatomy.fresh_parameters(model).values()):
             return None  # full fine-tuning has the head among its weights
@@ -67,6 +69,6 @@ class Classification(Objective):
             total = nn.functional.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
             correct = torch.zeros_like(seen)
         else:
-            total = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            total = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.smoothing)
             correct = (logits.argmax(-1) == labels).sum()
         return Loss(total / (seen if count is None else count), correct, seen)

@@ -32,37 +32,10 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return model.base_model
 
 
-def head(model: PreTrainedModel) -> nn.Linear:
-    """The language-model head, a linear hidden -> vocabulary."""
-    found = model.get_output_embeddings()
-    if type(found) is not nn.Linear:
-        raise BadInput(
-            f"a next-token loss on {type(model).__name__}",
-            "it has no language-model head" if found is None else f"its head is a {type(found).__name__}",
-            "Use a causal language model whose head is not quantised or patched",
-        )
-    return found
-
-
 def fresh_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Name -> parameter of a classifier's head: what lies outside the pretrained backbone."""
     inside = {id(parameter) for parameter in backbone(model).parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in inside}
-
-
-def logit_softcap(model: PreTrainedModel) -> float | None:
-    """Gemma 2 and 3 squash their logits: cap * tanh(logits / cap)."""
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-
-
-def logit_scale(model: PreTrainedModel) -> float:
-    """What a family multiplies its logits by (Cohere, Falcon-H1 multiply; Granite and MiniCPM3 divide)."""
-    config = model.config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    divisor = getattr(config, "logits_scaling", None)
-    return 1.0 if divisor is None else 1.0 / float(divisor)
 
 
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,28 +33,29 @@ from transformers.masking_utils import sdpa_mask
 from .surgery import Swaps
 
 ATTENTION = "trimtab_lean"
+FORMS = ("norm", "ffn", "attention")
 SCORES_BYTES = 32 * 2**20  # above this many bytes of attention probabilities the fused kernel holds less
 
 
-def lean(model: PreTrainedModel, recompute: bool = False) -> Swaps:
+def lean(model: PreTrainedModel, recompute: bool = False, forms: Collection[str] = FORMS) -> Swaps:
     """Put the lean forms into `model`; `undo()` of what is returned takes them out.
 
-    `recompute`: gated FFNs keep only their input for backward.
+    `recompute`: gated FFNs keep only their input for backward. `forms`: which of them.
     """
     swaps = Swaps(model)
     fits: dict[tuple, str | None] = {}
     for module in model.modules():
         kind = (type(module), getattr(getattr(module, "weight", None), "dtype", None))
         if _looks_like_norm(module):
-            if kind not in fits:
+            if "norm" in forms and kind not in fits:
                 fits[kind] = _which_norm(module)
-            if fits[kind]:
+            if fits.get(kind):
                 swaps.set_attribute(module, "forward", _norm_forward(module, fits[kind] == "shifted"))
         elif all(isinstance(getattr(module, leaf, None), nn.Module) for leaf in ("gate_proj", "up_proj", "down_proj")):
-            act = _which_activation(getattr(module, "act_fn", None))
+            act = _which_activation(getattr(module, "act_fn", None)) if "ffn" in forms else None
             if act and type(module).__name__.endswith("MLP") and _is_gated(module):
                 swaps.set_attribute(module, "forward", _gated_forward(module, act, recompute))
-    if model.config._attn_implementation == "sdpa":
+    if "attention" in forms and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(ATTENTION, lean_attention)
         AttentionMaskInterface.register(ATTENTION, lean_mask)
         model.set_attn_implementation(ATTENTION)
@@ -93,6 +95,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
     return (
         isinstance(weight, Tensor) and weight.dim() == 1 and getattr(module, "bias", None) is None
         and _eps(module) is not None and not isinstance(module, nn.LayerNorm) and not list(module.children())
+        and len(inspect.signature(type(module).forward).parameters) == 2  # itself and x: some take a gate as well
     )  # fmt: skip
 
 
@@ -332,7 +335,7 @@ def lean_attention(module, query, key, value, attention_mask, dropout=0.0, scali
         )
     with torch.autocast("cpu", enabled=False):
         out = _Attention.apply(query, key, value, bias, D**-0.5 if scaling is None else scaling)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # some models view it
 
 
 def _autocast(tensor: Tensor) -> Tensor:

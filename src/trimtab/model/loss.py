@@ -6,6 +6,12 @@ projected, turned into its loss *and* its gradient with respect to the hidden st
 stays is one (N, H) gradient. Two matrix products per chunk instead of the three of a recomputing head; nothing is
 computed for masked positions, and a frozen head gets no gradient buffer.
 
+Two variants of TRL's: label smoothing, (1 - e) (lse - z_y) + e (lse - mean z), whose slope is p - (1 - e) 1_y - e / V;
+and DFT (arXiv 2508.05629), p_y (lse - z_y) with p_y held constant, whose slope is p_y (p - 1_y).
+
+On a CPU oneDNN keeps code for each number of rows that a 16-bit product meets (docs/LOG.md), and N differs in each
+batch: N is rounded up to a multiple of 64 there, with rows that count nowhere.
+
 Legend: N positions that count, C of them in a chunk, H hidden size, V vocabulary.
 """
 
@@ -13,16 +19,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from . import anatomy
+from .head import Head, before_head, head_of, router_loss
 
+ROWS = 64
 CHUNK_BYTES = 48 * 2**20  # of logits and their fp32 softmax, per chunk; below 128 positions the GEMMs get slow
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, bias_V, target_N, chunk, cap, scale):
+    def forward(ctx, hidden_NH, weight_VH, bias_V, target_N, chunk, cap, scale, smoothing, dft, counted):
         wants = ctx.needs_input_grad
         grad_NH = torch.empty_like(hidden_NH) if wants[0] else None
         grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants[1] else None
@@ -43,16 +51,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if cap is not None:  # logits <- cap * tanh(logits / cap)
                 logits_CV.div_(cap).tanh_().mul_(cap)
             top_C1, argmax_C1 = logits_CV.max(-1, keepdim=True)
-            wanted_C1 = logits_CV.gather(1, target_C1)
+            live = min(max(counted - start, 0), hidden_CH.shape[0])  # rows after these are padding
+            wanted_C1 = logits_CV.gather(1, target_C1).float()
             probability_CV = probabilities[: hidden_CH.shape[0]].copy_(logits_CV)
             torch.softmax(probability_CV, -1, out=probability_CV)
             # log-sum-exp through the largest probability, which is never tiny: lse = max - log p(argmax)
             lse_C1 = top_C1.float() - probability_CV.gather(1, argmax_C1).log_()
-            loss += (lse_C1 - wanted_C1.float()).sum()
-            correct += (argmax_C1 == target_C1).sum()
+            loss_C1 = lse_C1 - wanted_C1
+            if smoothing:
+                loss_C1 = loss_C1 + smoothing * (wanted_C1 - logits_CV.mean(-1, keepdim=True, dtype=torch.float32))
+            weight_C1 = torch.exp(-loss_C1) if dft else torch.ones_like(loss_C1)
+            loss += (weight_C1 * loss_C1)[:live].sum()
+            correct += (argmax_C1 == target_C1)[:live].sum()
             if not any(wants[:3]):
                 continue
-            probability_CV.scatter_add_(1, target_C1, -torch.ones_like(lse_C1))
+            probability_CV.scatter_add_(1, target_C1, torch.full_like(lse_C1, smoothing - 1.0))
+            if smoothing:
+                probability_CV.sub_(smoothing / probability_CV.shape[1])
+            if dft:
+                probability_CV.mul_(weight_C1)
+            probability_CV[live:] = 0.0
             if cap is not None:
                 probability_CV.mul_(1 - (logits_CV.float() / cap).square_())
             if scale != 1.0:
@@ -77,7 +95,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             scaled[1] = scaled[1].to(ctx.weight_dtype)
         if scaled[2] is not None:
             scaled[2] = scaled[2].to(ctx.weight_dtype)
-        return (*scaled, None, None, None, None)
+        return (*scaled, *[None] * 7)
 
 
 def chunked_cross_entropy(
@@ -89,40 +107,68 @@ def chunked_cross_entropy(
     chunk: int | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    smoothing: float = 0.0,
+    dft: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy (nats) of `target_N` under softmax(cap(scale * (hidden W^T + b))), and how many argmax hit.
 
     `chunk`: positions projected at once (default: `CHUNK_BYTES` worth). Gradients flow to hidden, weight and bias,
-    whichever require them. Second derivatives are not supported.
+    whichever require them. Second derivatives are not supported. `smoothing`: of labels, in [0, 1); `dft`: each
+    position is weighted by its target's probability.
     """
     if chunk is None:
         chunk = max(128, CHUNK_BYTES // (weight_VH.shape[0] * (4 + weight_VH.element_size())) // 64 * 64)
     if torch.is_autocast_enabled(hidden_NH.device.type):  # here, not inside: `out=` products know no autocast
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
     weight_VH = weight_VH.to(hidden_NH.dtype)
-    return _ChunkedCrossEntropy.apply(hidden_NH, weight_VH, bias_V, target_N, chunk, softcap, scale)
+    counted = hidden_NH.shape[0]
+    if hidden_NH.device.type == "cpu" and hidden_NH.element_size() == 2 and (more := -counted % ROWS):
+        hidden_NH, target_N = F.pad(hidden_NH, (0, 0, 0, more)), F.pad(target_N, (0, more))
+    return _ChunkedCrossEntropy.apply(
+        hidden_NH, weight_VH, bias_V, target_N, chunk, softcap, scale, smoothing, dft, counted
+    )
 
 
 def next_token_loss(
     model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, count: Tensor | int | None = None,
-    chunk: int | None = None,
+    chunk: int | None = None, whole: bool = False, smoothing: float = 0.0, dft: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> mean loss over the counted next tokens (shape ()), how many the argmax hit, how many there were.
 
-    Runs the backbone, drops the positions whose next label is -100, and projects only the rest. `count` is the number
-    of tokens that the whole optimiser step averages over (default: those of this batch).
+    Runs the model's own forward up to its last linear, drops the positions whose next label is -100, and projects only
+    the rest. `count` is the number of tokens that the whole optimiser step averages over (default: those of this
+    batch). `smoothing`, `dft`: as in `chunked_cross_entropy`. `whole`: all logits at once, as the model makes them; so
+    too where the head is of no known form (head.py).
+
+    With gradients, the router's loss of a mixture of experts is added if its config says `output_router_logits`;
+    accumulated, each batch's by its share of the counted tokens, so that the step has their mean.
     """
-    head = anatomy.head(model)
-    hidden_BTH = anatomy.backbone(model)(**inputs, use_cache=False).last_hidden_state
+    head = Head() if whole else head_of(model)
     target_N = labels_BT[:, 1:].reshape(-1)
     keep_N = (target_N != -100).nonzero().squeeze(1)
-    hidden_NH = hidden_BTH[:, :-1].reshape(-1, hidden_BTH.shape[-1])
+    if head.linear is None:
+        output = model.forward(**inputs, use_cache=False)
+        rows_BTX = output.logits
+    else:
+        rows_BTX, output = before_head(model, head.linear, inputs)
+    rows_NX = rows_BTX[:, :-1].reshape(-1, rows_BTX.shape[-1])
     if keep_N.numel() < target_N.numel():
-        hidden_NH, target_N = hidden_NH.index_select(0, keep_N), target_N[keep_N]
-    total, correct = chunked_cross_entropy(
-        hidden_NH, head.weight, target_N, getattr(head, "bias", None),
-        chunk=chunk, softcap=anatomy.logit_softcap(model), scale=anatomy.logit_scale(model),
-    )  # fmt: skip
+        rows_NX, target_N = rows_NX.index_select(0, keep_N), target_N[keep_N]
+    if head.linear is None:
+        loss_N = F.cross_entropy(rows_NX.float(), target_N, reduction="none", label_smoothing=smoothing)
+        total = (loss_N * torch.exp(-loss_N.detach()) if dft else loss_N).sum()
+        correct = (rows_NX.argmax(-1) == target_N).sum()
+    else:
+        weight_VH, bias_V = head.linear.weight, head.linear.bias
+        if head.words is not None:
+            weight_VH, bias_V = weight_VH[: head.words], None if bias_V is None else bias_V[: head.words]
+        total, correct = chunked_cross_entropy(
+            rows_NX, weight_VH, target_N, bias_V, chunk=chunk, softcap=head.softcap, scale=head.scale,
+            smoothing=smoothing, dft=dft,
+        )  # fmt: skip
     seen = torch.as_tensor(target_N.numel(), device=total.device)
     divisor = seen if count is None else torch.as_tensor(count, device=total.device)
-    return total / divisor.clamp(min=1), correct, seen
+    loss = total / divisor.clamp(min=1)
+    if torch.is_grad_enabled() and (balance := router_loss(model, output)) is not None:
+        loss = loss + balance * (1.0 if count is None else seen / divisor.clamp(min=1))
+    return loss, correct, seen

@@ -5,9 +5,12 @@ Progress bars go (trimtab shows its own), and of log lines only those in NOISE. 
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 
 # logger, how the line starts, why it is noise here
 NOISE = (
@@ -19,6 +22,7 @@ NOISE = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """No bars and no load reports of transformers: while trimtab loads a model."""
+    no_kernel_lookup()
     from transformers.utils import logging as library
 
     level = library.get_verbosity()
@@ -33,11 +37,31 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def hushed() -> Iterator[None]:
     """No noise of libraries while a verb runs; a context manager, or a decorator of a function that is no generator."""
+    no_kernel_lookup()
     with ExitStack() as stack:
         for name, start, _ in NOISE:
             stack.enter_context(_without(logging.getLogger(name), start))
         stack.enter_context(_no_bars())
         yield
+
+
+def no_kernel_lookup() -> None:
+    """Import bitsandbytes now, in such a way that it looks up no kernel on the hub.
+
+    On processors with AVX512-BF16 it does that when it is first imported (which peft does too), where the package
+    `kernels` is installed: then that package is hidden from it for the length of the import.
+    """
+    if "bitsandbytes" in sys.modules or not all(map(find_spec, ("kernels", "bitsandbytes"))):
+        return
+    had = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # an import then raises ImportError
+    try:
+        with _without(logging.getLogger(NOISE[0][0]), NOISE[0][1]):
+            importlib.import_module("bitsandbytes")
+    finally:
+        sys.modules.pop("kernels")
+        if had is not None:
+            sys.modules["kernels"] = had
 
 
 @contextmanager

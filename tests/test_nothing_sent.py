@@ -1,0 +1,104 @@
+"""Nothing is sent anywhere: connections and look-ups are counted over the verbs, with no variable that forbids them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import trimtab
+from helpers_run import make_world, tree
+
+FORBID = ("CI", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY",
+          "DISABLE_TELEMETRY", "DO_NOT_TRACK")  # fmt: skip
+
+VERBS = """
+import socket, sys
+asked = []
+
+def no_network(name):
+    def refuse(*arguments, **_):
+        asked.append((name, str(arguments[-1])[:200]))
+        raise OSError("no network in this test")
+    return refuse
+
+for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo"),
+                    (socket, "create_connection")):
+    setattr(owner, name, no_network(name))
+
+from trimtab import cli
+
+def verb(*arguments):
+    sys.argv = ["trimtab", *arguments]
+    try:
+        cli.main()
+    except SystemExit as done:
+        assert not done.code, (arguments, done.code)
+
+def waited_for():
+    from huggingface_hub.utils import _telemetry
+    if _telemetry._TELEMETRY_THREAD is not None:
+        _telemetry._TELEMETRY_QUEUE.join()
+    return list(asked)
+
+recipe, folder = sys.argv[1:3]
+for arguments in (["plan", recipe], ["train", recipe, "-q"], ["eval", recipe, "-q"],
+                  ["generate", recipe, "-p", "paris", "--set", "max_new_tokens=2"], ["export", recipe, "--to", "peft"],
+                  ["export", recipe, "--to", "merged"], ["report", folder]):
+    verb(*arguments)
+ours = waited_for()
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+args = SFTConfig(folder + "/theirs", report_to="none", use_cpu=True, bf16=False)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv_model)
+SFTTrainer(AutoModelForCausalLM.from_pretrained(sys.argv_model), args, processing_class=tokenizer,
+           train_dataset=Dataset.from_list([{"text": "paris"}]))
+theirs = waited_for()[len(ours):]
+print("COUNTED", len(ours), len(theirs), ours, theirs[:3])
+"""
+
+
+def environment(*paths: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in FORBID}
+    source = [str(path) for path in paths] + [str(Path(trimtab.__file__).parents[1])]
+    return {**kept, "PYTHONPATH": os.pathsep.join(source), "TRIMTAB_ALLOCATOR": "none"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_verb_connects_to_anything(tmp_path):
+    world = make_world(tmp_path)
+    keys = tree(world, tmp_path / "run", {"paca": {"r": 4}}, max_steps=2)
+    keys["data"]["test"] = keys["data"]["train"]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys))
+    code = VERBS.replace("sys.argv_model", repr(keys["model"]))
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "r.yaml", tmp_path / "run"], env=environment(),
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    counted = next(line for line in done.stdout.splitlines() if line.startswith("COUNTED"))
+    _, ours, theirs, *what = counted.split(maxsplit=3)
+    assert int(ours) == 0, what
+    assert int(theirs) > 0, "a trainer of TRL's own still reports as its user has set it, and the count sees it"
+
+
+def test_importing_bitsandbytes_looks_up_no_kernel(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(
+        "def get_kernel(*a, **k):\n    print('LOOKED UP')\n    raise OSError"
+    )
+
+    def imported(code: str) -> str:
+        done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    if "LOOKED UP" not in imported("import bitsandbytes"):
+        pytest.skip("bitsandbytes looks for kernels on processors with AVX512-BF16 only")
+    ours = "from trimtab.model.quiet import hushed\nwith hushed(): import bitsandbytes, peft\n"
+    found = imported(ours + "import kernels\nprint(kernels)")
+    assert "LOOKED UP" not in found and str(tmp_path) in found, "others find the package as before"
