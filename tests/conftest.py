@@ -111,6 +111,13 @@ def users_cache(monkeypatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _interrupts():
+    """Ctrl-C as a terminal gives it: a shell starts what it puts into the background with it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
 def _one_thread_and_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -262,7 +262,8 @@ def test_evaluation_on_the_way_is_part_of_the_run(folders):
         recipe_of(folders("llama", torch.bfloat16), {"paca": {"r": 4}}, data=data, training=training)
         for training in ({}, eager)
     )
-    assert plan(big).phase == "evaluation" and plan(big).live_peak_bytes > plan(small).live_peak_bytes
+    small, big = (plan(recipe, tokens=TOKENS) for recipe in (small, big))
+    assert big.phase == "evaluation" and big.live_peak_bytes > small.live_peak_bytes
 
 
 def test_another_device_is_planned_from_here(folders):
@@ -389,7 +390,7 @@ def test_tables_need_room_on_their_disk(folders, tmp_path, monkeypatch, call):
     assert plan(in_ram, process=0).disk is None
     monkeypatch.setattr("trimtab.plan.free_bytes", lambda folder: 1000)
     path = tmp_path / "recipe.json"
-    path.write_text(json.dumps({"model": recipe.model.name, "patches": recipe.patches, "data": "none.jsonl"}))
+    path.write_text(json.dumps({"model": recipe.model.name, "patches": recipe.patches}))
     code, out, err = call("plan", path, "place.slow=disk", "training.max_length=32")
     assert code == 3 and "does not fit" in out and "are free on that disk" in err
 
@@ -408,7 +409,8 @@ def test_a_run_is_told_the_speed_of_tokens_that_are_no_padding(tmp_path, monkeyp
         if not training.get("packing"):
             share = run["tokens"] / (run["steps"] * batch["rows"] * batch["tokens"])
             assert share < 0.5
-        assert share < run["predicted"]["tokens_per_second"] / whole.tokens_per_second < 1.1 * share
+        # the rows of the head's products are rounded up to 64, which few counted tokens feel most
+        assert 0.99 * share < run["predicted"]["tokens_per_second"] / whole.tokens_per_second < 1.1 * share
 
 
 def test_a_run_within_its_budget_says_what_was_predicted(tmp_path):

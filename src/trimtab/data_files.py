@@ -57,6 +57,15 @@ def read_table(names: list[str], limit: int | None, part: str) -> Table:
     return table
 
 
+def is_hub(name: str) -> bool:
+    """Whether a name that is no file here names a data set of the hub."""
+    path = Path(name).expanduser()
+    kind = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"][-1:]
+    packed = path.suffix.lower() == ".gz"
+    local = packed or kind and kind[0] in SUFFIXES or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return not path.exists() and not local
+
+
 def _open(name: str, part: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
     path = Path(name).expanduser()
     if path.is_dir():
@@ -74,7 +83,7 @@ def _open(name: str, part: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]
         raise BadInput(
             f"read {name}", "its name ends in none of " + ", ".join(SUFFIXES), "Use .jsonl(.gz), .csv(.gz) or .parquet"
         )
-    if packed or kind and kind[0] in SUFFIXES or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if not is_hub(name):
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = nearest(path.name, beside) if beside else "Check the path"
         raise BadInput(f"read {name}", "there is no such file", hint)

@@ -11,16 +11,19 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .data_chat import template_of
 from .errors import BadInput, Untraceable
 from .memory.budget import Budget, fast_bytes, free_bytes, gib, ram, slow_bytes
 from .memory.mapped import require_folder, slow_kind
 from .memory.overhead import Overhead
-from .model.quiet import hushed
+from .model.quiet import hushed, no_dataset_bars
 from .planned_step import PlannedStep, peaks
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .engine.inputs import Foreseen
 
 WHY = {
     "weights": "the base where it is a copy of our own: buffers, and weights that are converted or written into",
@@ -153,6 +156,7 @@ class Plan:
 
 
 @hushed()
+@no_dataset_bars()
 def plan(
     recipe: Recipe,
     *,
@@ -165,7 +169,8 @@ def plan(
     args: Any = None,
     rates: Any = None,
 ) -> Plan:
-    """Trace the recipe's step. `rows`, `tokens`: the largest batch (default: the recipe's batch size and max_length).
+    """Trace the recipe's step. `rows`, `tokens`: the largest batch (default: that of `data.train`, or else
+    the recipe's batch size and max_length).
     `counted`: how many tokens of a row count in the loss, at most (default: all). `filled`: what share of a batch's
     tokens is no padding; the speed is that of these. `lengths`: how many lengths the batches of a run have.
 
@@ -195,14 +200,16 @@ def plan(
     budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder or recipe.output))
     args = args or training_arguments(recipe, arguments_class(objective), Path(recipe.output), device.type == "cpu")
     check_optimizer(recipe.load_patches(), args)
-    notes = []
-    if tokens is None:
-        tokens = recipe.training_values()["max_length"]
-        if tokens is None:
-            raise BadInput("plan: max_length: none", "rows may then have any length", "Give training: max_length")
-        notes.append(f"for rows of {tokens} tokens (max_length); where all rows are shorter, the run holds less")
-    rows = rows or args.per_device_train_batch_size
+    notes: list[str] = []
     beside = Overhead(fixed=0, share=0.0) if device.type == "cuda" else known_overhead()
+    if tokens is None:
+        begins = process_bytes(beside)
+        if (seen := foreseen(recipe, notes)) is not None:
+            tokens, counted, filled, lengths = (seen.batch[key] for key in ("tokens", "counted", "filled", "lengths"))
+            rows, process = rows or seen.batch["rows"], begins + seen.nbytes if process is None else process
+        else:
+            tokens = longest_allowed(recipe)
+    rows = rows or args.per_device_train_batch_size
     if device.type == "cuda":
         notes += CUDA
         process = 0
@@ -241,6 +248,26 @@ def plan(
         kinds, phase, process, held, churn, budget, machine, rows, tokens, counted, speed, watch.trained, beside.pace,
         read, notes, disk,
     )  # fmt: skip
+
+
+def foreseen(recipe: Recipe, notes: list[str]) -> Foreseen | None:
+    """What the run will read (engine/inputs.py); None, with a note, where that cannot be read now."""
+    from .engine.inputs import foresee, unread
+
+    length = recipe.training_values()["max_length"]
+    if why := unread(recipe):
+        notes.append(f"{why}: for rows of {length} tokens (max_length); where all are shorter, the run uses less")
+        return None
+    seen = foresee(recipe)
+    notes.append(f"for the longest rows of data.train: {seen.batch['tokens']} tokens")
+    return seen
+
+
+def longest_allowed(recipe: Recipe) -> int:
+    """`max_length`, where rows are not at hand."""
+    if (length := recipe.training_values()["max_length"]) is None:
+        raise BadInput("plan: max_length: none", "rows may then have any length", "Give training: max_length")
+    return length
 
 
 def process_bytes(beside: Overhead) -> int:

@@ -22,7 +22,7 @@ from .errors import BadInput, DoesNotFit, TrimtabError
 from .memory.budget import gib
 from .memory.rates import Rates
 from .model.quiet import hushed
-from .plan import Plan, plan, process_bytes
+from .plan import Plan, foreseen, plan, process_bytes
 from .plan_fit import CHECKPOINTING, MICRO, TIMES, halves
 from .recipe import Recipe
 from .runs import write_text
@@ -139,8 +139,11 @@ def search(
     device = recipe.load_place().device.type
     if rates is None and (device == "cpu" or torch.cuda.is_available()):  # a plan for another machine has no speed
         rates = measured_rates(device)
-    if process is None:  # once for all: a process that plans many grows
-        process = process_bytes(known_overhead())
+    notes: list[str] = []
+    begins = process_bytes(known_overhead())  # once for all: a process that plans many grows
+    if tokens is None and (seen := foreseen(recipe, notes)) is not None:
+        tokens, begins = seen.batch["tokens"], begins + seen.nbytes
+    process = begins if process is None else process
     wanted = list(_combinations(recipe))
     asked, left_out = wanted[:MOST], len(wanted) - MOST
     work = _Work(rates, tokens, process)
@@ -151,7 +154,6 @@ def search(
         held.sort(key=lambda c: (c.fits, c.plan.fast_peak_bytes if c.plan else 0))
         chunked = work.all([_with_chunk(c, SMALL_CHUNK) for c in held[:MOST_CHUNKS]], workers)
     planned = [c for c in (*tried, *chunked) if c.plan is not None]
-    notes = []
     refused = [c for c in tried if c.plan is None]
     for said in dict.fromkeys(f"not possible: {c.method} on {c.precision}: {c.refused}" for c in refused):
         notes.append(said)

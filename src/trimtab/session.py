@@ -7,7 +7,6 @@ told to, and leaves the model as it was. What a run is allowed to hold and what 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import weakref
 from collections.abc import Callable
@@ -20,17 +19,16 @@ from transformers import TrainerState, set_seed
 from . import adapter
 from .checkpoint_files import STATE, read_state
 from .engine.arguments import arguments_class, check_optimizer, training_arguments, weighed
-from .engine.checks import check_batches, check_wishes
 from .engine.divergence import Diverged, StopIfDiverged, chance_of
+from .engine.inputs import largest_batch, make_trainer, read_inputs
 from .engine.prepare import as_it_was, autocast_dtype, prepared
 from .engine.probe import head_read, loss_now, require_unchanged
 from .engine.start import checked
-from .engine.trainers import CausalTrainer, ClassifierTrainer, Job
+from .engine.trainers import Job
 from .engine.trainers import quiet as hush
 from .errors import BadInput
 from .memory.guard import Guard, hard_limit, ran_out
 from .memory.meter import Meter
-from .model.limits import check_dataset
 from .model.reply import ReplyForm
 from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
 from .recipe import Recipe
@@ -60,7 +58,8 @@ class Session:
         self.objective, self.stepper = recipe.load_objective(), recipe.load_stepper()
         self.patches, self.place = recipe.load_patches(), place_of(recipe)
         self.args = self._arguments()
-        self._read()
+        self.inputs = read_inputs(recipe, self.objective, self.args, say)
+        self.tokenizer, self.rows = self.inputs.tokenizer, self.inputs.rows
         set_seed(self.args.seed)
         self.objective = weighed(self.objective, self.args)
         if self.rows.regression and getattr(self.objective, "smoothing", 0.0):
@@ -110,8 +109,7 @@ class Session:
             job = Job(
                 self.objective, self.stepper, self.surgeries, self.base, dtype, self.recipe.data.too_long, self.say
             )
-            self.trainer = self._trainer(job)
-            check_batches(self.trainer)
+            self.trainer = make_trainer(job, self.recipe, self.model, self.args, self.inputs)
             hush(self.trainer)
             if causal:
                 self.recipe = checked(self.trainer, self.recipe, self.say, gradients=True, autocast=half)
@@ -141,18 +139,6 @@ class Session:
             raise BadInput("training: packing: true", "max_length is None", "Give max_length")
         return args
 
-    def _read(self) -> None:
-        from .data import read_rows
-        from .model.load import cached_folder, load_tokenizer
-
-        recipe, spec, task = self.recipe, self.recipe.model, self.objective.task
-        folder = cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code, say=self.say)
-        self.tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
-        self.rows, self.test = read_rows(recipe.data, "train", self.tokenizer, task), None
-        check_wishes(self.args, recipe, self.rows, self.tokenizer)
-        if recipe.data.test and self.args.eval_strategy != "no":
-            self.test = read_rows(recipe.data, "test", self.tokenizer, task, like=self.rows)
-
     def _reply_form(self) -> ReplyForm:
         """The form of reply that the rows teach, which the adapter's folder keeps."""
         from .data_chat import reply_form
@@ -174,65 +160,11 @@ class Session:
             model.config.label2id = {label: index for index, label in enumerate(names)}
         return model
 
-    def _trainer(self, job: Job) -> Any:
-        rows, test, args, tokenizer = self.rows, self.test, self.args, self.tokenizer
-        common = {"model": self.model, "args": args, "processing_class": tokenizer}
-        if self.objective.task == "causal-lm":
-            args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
-            return CausalTrainer(job, train_dataset=rows.dataset, eval_dataset=test.dataset if test else None, **common)
-        from transformers import DataCollatorWithPadding
-
-        from .data import tokenize_classification
-
-        length = self.recipe.training_values()["max_length"]
-        parts = {}
-        for name, part in (("train", rows), ("test", test)):
-            parts[name], found = (
-                tokenize_classification(part, tokenizer, length, self.recipe.data.too_long, name)
-                if part
-                else (None, None)
-            )
-            if part:
-                check_dataset(self.model, parts[name], name)
-            if found and found.over:
-                job.say(
-                    f"{found.over} {name} rows are longer than max_length {length}: "
-                    f"{found.cut} cut, {found.dropped} left out"
-                )
-        return ClassifierTrainer(
-            job,
-            train_dataset=parts["train"],
-            eval_dataset=parts["test"],
-            data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=args.pad_to_multiple_of),
-            **common,
-        )
-
     # --- training ------------------------------------------------------------------------------------------------
 
     def largest_batch(self) -> dict[str, Any]:
-        """Rows, tokens of the longest one, the most tokens of a row that count, what share of a batch's tokens is no
-        padding, and how many lengths batches have; without decoding the table."""
-        import numpy
-        from pyarrow import compute
-
-        from .data_order import batch_lengths, filled, row_lengths
-
-        dataset, counted = self.trainer.train_dataset, None
-        if "labels" in dataset.column_names and "List" in str(dataset.features["labels"]):
-            for part in dataset.with_format("arrow").iter(1000):
-                labels = part["labels"].combine_chunks()
-                row = compute.list_parent_indices(labels).to_numpy()[labels.flatten().to_numpy() != -100]
-                counted = max(counted or 0, int(numpy.bincount(row, minlength=1).max()))
-        step = self.args.pad_to_multiple_of or 1
-        rows = min(self.args.per_device_train_batch_size, len(dataset))
-        lengths = row_lengths(dataset)
-        share = 1.0 if getattr(self.trainer, "padding_free", False) else filled(lengths, rows, step)
-        batches = self.args.max_steps * self.args.gradient_accumulation_steps
-        if batches < 0:
-            batches = math.ceil(self.args.num_train_epochs * len(dataset) / rows)
-        many = batch_lengths(lengths, rows, step, batches)
-        tokens = -(-int(lengths.max()) // step) * step
-        return {"rows": rows, "tokens": tokens, "counted": counted, "filled": share, "lengths": many}
+        """Of the rows that it trains on (engine/inputs.py)."""
+        return largest_batch(self.trainer)
 
     def fit(self, checkpoint: Path | None, limit: int | None, hard: bool = False) -> Ended:
         """Train, from `checkpoint` on where one is given, within `limit` bytes of the fast tier."""

@@ -65,6 +65,10 @@ class _OurTrainer(ClipsRows):
             args.pad_to_multiple_of = math.gcd(places, args.pad_to_multiple_of or 1)
         self.autocast_wanted, args.bf16 = bool(args.bf16), False  # autocast is ordered by compute_loss_context_manager
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not any(parameter.is_meta for parameter in model.parameters()):  # a plan's has no values to move
+            super()._move_model_to_device(model, device)  # type: ignore[misc]
+
     def loss_of(self, model: Any, inputs: dict[str, Any], count: Any) -> torch.Tensor:
         """The objective's loss, through the model's own forward (so that DDP sees it), and the counts for the log."""
         value, correct, seen = model(objective_batch=inputs, objective_count=count)

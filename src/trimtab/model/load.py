@@ -92,7 +92,7 @@ def empty_model(
 
     Shapes without values, from config.json alone; the weights need not be there. `blocks`: so many of its blocks only.
     """
-    folder = _config_folder(spec)
+    folder = config_folder(spec)
     config = _config(folder, spec, task, labels)
     text = config.get_text_config()
     if blocks is not None:
@@ -116,12 +116,12 @@ def empty_model(
     return model.eval(), stored in (None, dtype)
 
 
-def _config_folder(spec: ModelSpec) -> Path:
+def config_folder(spec: ModelSpec, say: Say | None = None) -> Path:
     """Where config.json is; the weights need not be there."""
     here = Path(spec.name).expanduser()
     if (here / "config.json").is_file():
         return here
-    return cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code)
+    return cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code, say=say)
 
 
 def assembled(model: PreTrainedModel, spec: ModelSpec) -> list[torch.nn.Parameter]:
@@ -134,7 +134,7 @@ def assembled(model: PreTrainedModel, spec: ModelSpec) -> list[torch.nn.Paramete
     if not targets:
         return []
     there: set[str] = set()
-    for file in _config_folder(spec).glob("*.safetensors"):
+    for file in config_folder(spec).glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             there.update(tensors.keys())
     return [
@@ -144,7 +144,13 @@ def assembled(model: PreTrainedModel, spec: ModelSpec) -> list[torch.nn.Paramete
 
 
 def weights_at_hand(spec: ModelSpec) -> bool:
-    return any(_config_folder(spec).glob("*.safetensors"))
+    return any(config_folder(spec).glob("*.safetensors"))
+
+
+def has_tokenizer(spec: ModelSpec) -> bool:
+    """Whether a tokenizer's files are with the config; a name that is no folder is taken to have one."""
+    folder = Path(spec.name).expanduser()
+    return not folder.is_dir() or any(folder.glob("tokenizer*"))
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:

@@ -1,0 +1,159 @@
+"""What a run reads before it has a model: tokenizer and rows, then the trainer with its tokenised table.
+
+A plan reads the same, on a model without values: it refuses what the run would refuse, knows the longest batch, and
+counts what tokenizer and table use of the process.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..contracts import Objective
+from ..data import Rows, read_rows, tokenize_classification
+from ..data_files import is_hub
+from ..memory.meter import process_memory
+from ..model.limits import check_dataset
+from ..recipe import Recipe
+from .arguments import arguments_class, training_arguments
+from .checks import check_batches, check_wishes
+from .trainers import CausalTrainer, ClassifierTrainer, Job
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Inputs:
+    """The tokenizer, and the rows of `data.train` and, where the run evaluates on the way, of `data.test`."""
+
+    tokenizer: Any
+    rows: Rows
+    test: Rows | None
+
+    @property
+    def labels(self) -> int | None:
+        """How many classes a classifier's head has: 1 for regression."""
+        return 1 if self.rows.regression else len(self.rows.labels) if self.rows.labels else None
+
+
+def read_inputs(recipe: Recipe, objective: Objective, args: Any, say: Say) -> Inputs:
+    """Reads them, and refuses what of the training arguments they do not allow."""
+    from ..model.load import config_folder, load_tokenizer
+
+    spec, task = recipe.model, objective.task
+    tokenizer = load_tokenizer(config_folder(spec, say), trust_remote_code=spec.trust_remote_code)
+    rows, test = read_rows(recipe.data, "train", tokenizer, task), None
+    check_wishes(args, recipe, rows, tokenizer)
+    if recipe.data.test and args.eval_strategy != "no":
+        test = read_rows(recipe.data, "test", tokenizer, task, like=rows)
+    return Inputs(tokenizer, rows, test)
+
+
+def make_trainer(job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs) -> Any:
+    """The objective's trainer, with the tokenised rows."""
+    made = (_causal if job.objective.task == "causal-lm" else _classifier)(job, recipe, model, args, inputs)
+    check_batches(made)
+    return made
+
+
+def _causal(job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs) -> CausalTrainer:
+    rows, test = inputs.rows, inputs.test
+    args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
+    return CausalTrainer(
+        job, model=model, args=args, processing_class=inputs.tokenizer, train_dataset=rows.dataset,
+        eval_dataset=test.dataset if test else None,
+    )  # fmt: skip
+
+
+def _classifier(job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs) -> ClassifierTrainer:
+    from transformers import DataCollatorWithPadding
+
+    length, parts = recipe.training_values()["max_length"], {}
+    for name, part in (("train", inputs.rows), ("test", inputs.test)):
+        if part is None:
+            continue
+        parts[name], found = tokenize_classification(part, inputs.tokenizer, length, recipe.data.too_long, name)
+        check_dataset(model, parts[name], name)
+        if found.over:
+            what = f"{found.cut} cut, {found.dropped} left out"
+            job.say(f"{found.over} {name} rows are longer than max_length {length}: {what}")
+    return ClassifierTrainer(
+        job, model=model, args=args, processing_class=inputs.tokenizer, train_dataset=parts["train"],
+        eval_dataset=parts.get("test"),
+        data_collator=DataCollatorWithPadding(inputs.tokenizer, pad_to_multiple_of=args.pad_to_multiple_of),
+    )  # fmt: skip
+
+
+def largest_batch(trainer: Any) -> dict[str, Any]:
+    """Rows, tokens of the longest one, the most tokens of a row that count, what share of a batch's tokens is no
+    padding, and how many lengths batches have; without decoding the table."""
+    import numpy
+    from pyarrow import compute
+
+    from ..data_order import batch_lengths, filled, row_lengths
+
+    args, dataset, counted = trainer.args, trainer.train_dataset, None
+    if "labels" in dataset.column_names and "List" in str(dataset.features["labels"]):
+        for part in dataset.with_format("arrow").iter(1000):
+            labels = part["labels"].combine_chunks()
+            row = compute.list_parent_indices(labels).to_numpy()[labels.flatten().to_numpy() != -100]
+            counted = max(counted or 0, int(numpy.bincount(row, minlength=1).max()))
+    step = args.pad_to_multiple_of or 1
+    rows = min(args.per_device_train_batch_size, len(dataset))
+    lengths = row_lengths(dataset)
+    share = 1.0 if getattr(trainer, "padding_free", False) else filled(lengths, rows, step)
+    batches = args.max_steps * args.gradient_accumulation_steps
+    if batches < 0:
+        batches = math.ceil(args.num_train_epochs * len(dataset) / rows)
+    many = batch_lengths(lengths, rows, step, batches)
+    tokens = -(-int(lengths.max()) // step) * step
+    return {"rows": rows, "tokens": tokens, "counted": counted, "filled": share, "lengths": many}
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """The batch that a run will need the most memory for (`largest_batch`), and what its tokenizer and rows use."""
+
+    batch: dict[str, Any]
+    nbytes: int
+
+
+def foresee(recipe: Recipe) -> Foreseen:
+    """Reads what a run of the recipe will read, and builds its trainer on a model without values.
+
+    BadInput for what the run would refuse of its rows: columns, chat template, lengths, token ids.
+    """
+    import tempfile
+
+    from ..adapter import Base
+    from ..model.load import empty_model
+
+    objective, stepper = recipe.load_objective(), recipe.load_stepper()
+    quiet: Say = lambda line: None  # noqa: E731
+    gc.collect()
+    before = process_memory()["anon"]
+    with tempfile.TemporaryDirectory() as folder:  # the library makes it
+        cpu = recipe.load_place().device.type == "cpu"
+        args = training_arguments(recipe, arguments_class(objective), Path(folder), cpu)
+        inputs = read_inputs(recipe, objective, args, quiet)
+        model, _ = empty_model(recipe.model, task=objective.task, labels=inputs.labels)
+        job = Job(objective, stepper, [], Base(recipe.model.name, ""), model.dtype, recipe.data.too_long, quiet)
+        trainer = make_trainer(job, recipe, model, args, inputs)
+        gc.collect()
+        return Foreseen(largest_batch(trainer), max(0, process_memory()["anon"] - before))
+
+
+def unread(recipe: Recipe) -> str:
+    """Why a plan cannot read the rows now, where a run could or would not have to; "" where it can."""
+    from ..model.load import has_tokenizer
+
+    names = [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train or []
+    if not names:
+        return "the recipe names no data.train"
+    if any(is_hub(name) for name in names):
+        return "data.train is on the hub, and a plan fetches nothing"
+    return "" if has_tokenizer(recipe.model) else f"{recipe.model.name} has no tokenizer here"
