@@ -37,7 +37,10 @@ def page(runs: list[Any]) -> str:
         f"<header><h1>{escape(names)}</h1>",
         *(f'<p class="quiet">{escape(run.name)}: {escape(note)}</p>' for run in runs for note in run.notes),
         "</header>",
-        _section("What was run", _facts(runs)),
+        _section("What was run", _facts(runs) +
+            '<p class="quiet">The fast tier is the memory where the model computes: the GPU\'s, or on a CPU the memory of '
+            "the process without mapped files. The slow tier is the larger memory below it: mapped files, or the memory "
+            "of the machine below a GPU.</p>"),
         _section("Learning", '<div class="grid">' + figure(
             curves(runs, "loss", "loss"), "Loss", "No losses were logged.") + figure(
             throughput(runs), "Throughput", "No speed can be told from what was logged.") + "</div>"),
@@ -149,9 +152,9 @@ def _facts(runs: list[Any]) -> str:
         ("budget", lambda run: "" if _budget(run) is None else gib(_budget(run) or 0)),
         ("fast tier at the peak", size("measured", "fast_peak_bytes")),
         ("of it for the run", size("measured", "fast_growth_bytes")), ("slow tier", size("measured", "slow_bytes")),
-        ("tables, up a step", size("measured", "store_up_bytes_per_step")),
-        ("tables, down a step", size("measured", "store_down_bytes_per_step")),
-        ("rows read ahead in time", figure("{:.0%}", "measured", "store_prefetch_hit_rate")),
+        ("fetched from tables per step", size("measured", "store_up_bytes_per_step")),
+        ("written to tables per step", size("measured", "store_down_bytes_per_step")),
+        ("rows prefetched in time", figure("{:.0%}", "measured", "store_prefetch_hit_rate")),
         ("finished", text("finished")), ("recipe's hash", text("recipe")), ("processor", text("machine", "cpu")),
         ("threads", text("machine", "threads")), ("machine's memory", size("machine", "memory_bytes")),
         ("gpu", text("machine", "gpu")), ("allocator", text("machine", "allocator")), ("versions", versions),
