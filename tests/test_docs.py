@@ -192,6 +192,31 @@ def test_the_peer_gets_its_best_setting(monkeypatch):
     assert (build.PLAIN, build.CHECKPOINTING) == (PLAIN, CHECKPOINTING)
 
 
+def test_a_result_of_speed_has_both_settings_of_the_peer(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sft_speed
+
+    def run(job: dict, malloc: str) -> dict:
+        memory = 1.2 if job.get("checkpointing") else 2.0 if job["side"] == "peer" else 0.4
+        tokens = 210.0 if job.get("checkpointing") else 200.0 if job["side"] == "peer" else 420.0
+        return {sft_speed.ANON: memory * sft_speed.GIB, sft_speed.RSS: sft_speed.GIB, sft_speed.SPEED: tokens}
+
+    monkeypatch.setattr(sft_speed, "run", run)
+    monkeypatch.setattr(sft_speed, "city_text", lambda path: None)
+    monkeypatch.setattr("sys.argv", ["sft_speed.py", "--rounds", "2", "--json", str(tmp_path / "speed.json")])
+    sft_speed.main()
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["summary"]["paca_memory_ratio_checkpointing"] == pytest.approx(1 / 3)
+    assert found["summary"]["paca_memory_ratio"] == pytest.approx(0.2)
+    assert found["summary"]["lora_speed_ratio_checkpointing"] == pytest.approx(2.0)
+    assert found["targets"].keys() <= found["summary"].keys()
+    assert [row["side"] for row in found["rows"] if "peer's setting" in row] == [sft_speed.CHECKPOINTING]
+    shown = build.against_trl(found)
+    assert _cells(shown, "PaCA r 8 | with activation checkpointing")[2:] == ["2.00 x", "0.33 x"]
+    assert "Tokens/s of it: 210 with (runs: 2), 200 without (runs: 2)" in shown
+    assert build.results([tmp_path / "speed.json"])
+
+
 def test_libraries_have_upper_bounds_that_hold_what_is_pinned():
     """trimtab reaches into these; a new release must not come in untested."""
     needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]

@@ -38,9 +38,9 @@ def page(runs: list[Any]) -> str:
         *(f'<p class="quiet">{escape(run.name)}: {escape(note)}</p>' for run in runs for note in run.notes),
         "</header>",
         _section("What was run", _facts(runs) +
-            '<p class="quiet">The fast tier is the memory where the model computes: the GPU\'s, or on a CPU the memory of '
-            "the process without mapped files. The slow tier is the larger memory below it: mapped files, or the memory "
-            "of the machine below a GPU.</p>"),
+            '<p class="quiet">The fast tier is the memory where the model computes: the GPU\'s, or on a CPU that of '
+            "the process without mapped files. The slow tier is the larger memory below it: mapped files, or below a "
+            "GPU the machine's memory.</p>"),
         _section("Learning", '<div class="grid">' + figure(
             curves(runs, "loss", "loss"), "Loss", "No losses were logged.") + figure(
             throughput(runs), "Throughput", "No speed can be told from what was logged.") + "</div>"),
@@ -206,7 +206,9 @@ def _batches(run: Any, runs: list[Any]) -> str:
     if "predicted" not in found:
         return ""
     told = f"the run planned for {found['predicted']}, the largest in its data"
-    if "shown" in found:
+    if found.get("shown") == found["predicted"]:
+        told = f"both plans are for {found['shown']}, the largest in the data"
+    elif "shown" in found:
         told = f"the plan shown before was for {found['shown']}; {told}"
     else:
         told += "; no plan of this recipe was shown before the run (trimtab plan)"
