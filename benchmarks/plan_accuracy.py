@@ -95,11 +95,12 @@ def recipe_of(job: dict[str, Any], output: str) -> dict[str, Any]:
     training = {"max_steps": STEPS, "per_device_train_batch_size": job["rows"], "max_length": job["tokens"],
                 "learning_rate": 1e-4, "save_strategy": "no", "logging_steps": 1, **job["training"]}  # fmt: skip
     if not encoder:
-        training |= {"packing": True, "packing_strategy": "wrapped"}
-    model = str(folder / job["model"]) if job["model"].startswith(QWEN) else job["model"]
+        training = {"packing": True, "packing_strategy": "wrapped", **training}
+    model = str(folder / job["model"]) if (folder / job["model"]).is_dir() else job["model"]
+    text = "labels.jsonl" if encoder else job.get("text", "text.jsonl")
     return {
         "model": {"name": model, "precision": job["precision"]},
-        "data": {"train": str(folder / ("labels.jsonl" if encoder else "text.jsonl")), "too_long": "cut"},
+        "data": {"train": str(folder / text), "too_long": "cut"},
         "patches": [job["patch"]], "objective": "classification" if encoder else "causal_lm", "training": training,
         "output": output,
     }  # fmt: skip
@@ -184,6 +185,7 @@ NOTES = [
     "live: bytes of live tensors at the peak of a step, by the planner's trace and by the meter.",
     "growth, process error: growth of the process's anonymous memory from the first step on, read from outside it.",
     "peak: anonymous memory of the whole process at its peak.",
+    "Constants of the plan were chosen on these configurations; plan_held_out has others, used for none.",
     "speed: tokens/s from the rates that `trimtab doctor` measured on this machine once.",
     "Process: beside the tensors, what the doctor's small trainings held on this machine once, and 15 % of what a "
     "block makes and drops on its way back. The malloc gives back what was freed with the clock, so the same run "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 
+import numpy
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -386,3 +387,14 @@ def test_hub_splits(monkeypatch):
     for name, part in [("o/n", "train"), ("o/n", "test"), ("o/n:dev", "test"), ("o/n:c:dev", "train")]:
         read_rows(DataSpec(name, name), part)
     assert asked == [("o/n", None, "train"), ("o/n", None, "validation"), ("o/n", None, "dev"), ("o/n", "c", "dev")]
+
+
+def test_how_many_lengths_batches_have():
+    from trimtab.data_order import batch_lengths
+
+    same, mixed = numpy.full(50, 20), numpy.arange(1, 101)
+    assert batch_lengths(same, 4, 16, 1000) == 1
+    assert batch_lengths(mixed, 1, 1, 10_000) == 100 and batch_lengths(mixed, 1, 16, 10_000) == 7
+    assert batch_lengths(mixed, 1, 1, 10) == 10, "so many batches have so many lengths at most"
+    assert batch_lengths(mixed, 25, 16, 10_000) < 7, "the longest of 25 is long"
+    assert batch_lengths(mixed[:3], 8, 1, 5) == 1

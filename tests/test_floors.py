@@ -15,7 +15,7 @@ import trimtab
 
 ROOT = Path(trimtab.__file__).parent
 FLOORS = (  # from the ground up; a module belongs to the first line that fits
-    r"errors|metrics|apart|folder_lock|interrupt|yaml_text",
+    r"errors|metrics|apart|supervise|folder_lock|interrupt|yaml_text",
     r"(memory|model)(\..+)?|data\w*|demo",
     r"contracts",
     r"methods(\..+)?",

@@ -130,3 +130,10 @@ def test_what_was_measured_thoroughly_stays(monkeypatch):
 def test_a_training_that_fails_measures_nothing(monkeypatch):
     monkeypatch.setattr(calibrate, "ALL", (calibrate.Training("nothing", 1),))
     assert calibrate.measure() == Overhead()
+
+
+def test_each_new_shape_of_a_product_costs_code():
+    from trimtab.memory.overhead import PRODUCT
+
+    beside = Overhead(fixed=100, share=0.1)
+    assert beside.of(1000, shapes=7) == beside.of(1000) + 7 * PRODUCT

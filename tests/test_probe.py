@@ -160,7 +160,7 @@ def test_a_wrong_fused_form_is_taken_out(monkeypatch, plant, form, words):
 def test_a_fused_form_that_fails_is_taken_out(monkeypatch):
     monkeypatch.setattr(lean._Gated, "forward", staticmethod(lambda *_: 1 / 0))
     found = probe(tiny("LlamaForCausalLM"), RECIPE)
-    assert found.recipe.engine.lean == ["norm", "attention"] and "ZeroDivisionError" in found.notes[0]
+    assert found.recipe.engine.lean == ["norm", "attention", "experts"] and "ZeroDivisionError" in found.notes[0]
 
 
 @pytest.mark.parametrize("gradients", [True, False])

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import __version__, methods
-from .errors import TrimtabError
+from .errors import Stopped, TrimtabError
 from .interrupt import INTERRUPTED, stopped_by_interrupt
+from .supervise import in_a_child
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Fine-tune and run language models inside a memory budget you state.")  # fmt: skip
@@ -75,6 +77,8 @@ def train(
 
     loaded = Recipe.load(recipe, overrides or ())
     _allocator(loaded, hard)
+    if hard:
+        in_a_child(lambda name: _crashed(loaded, name))
     from .train import train as run
 
     result = run(loaded, quiet=quiet, hard=hard)
@@ -240,6 +244,18 @@ def doctor(
 def version() -> None:
     """The version of trimtab."""
     print(__version__)
+
+
+def _crashed(recipe: Any, name: str) -> TrimtabError:
+    """What a run under a hard limit ends with that a library crashed when it was refused memory."""
+    from .runs import checkpoints
+
+    left = checkpoints(Path(recipe.output))
+    have = f"a library was refused memory and ended the process ({name}); "
+    have += f"{left[-1]} is complete" if left else "no checkpoint had been written yet"
+    again = "Go on with resume=true" if left else "Begin again with overwrite=true"
+    asked = f"train within {(recipe.budget or {}).get('fast')} of the fast tier (--hard)"
+    return Stopped(asked, have, f"{again} and a larger budget.fast, or a smaller batch")
 
 
 def _allocator(recipe: Any, hard: bool = False) -> None:

@@ -33,7 +33,7 @@ from .arguments import unweighed
 from .prepare import lean_forms
 
 ROWS, TOKENS = 2, 16
-NAMES = {"norm": "norms", "ffn": "gated FFNs", "attention": "attention"}
+NAMES = {"norm": "norms", "ffn": "gated FFNs", "attention": "attention", "experts": "stacked experts"}
 # of the loss (nats) and, relative to their norm, of gradients; a fault of form is far above both
 TOLERANCE = {torch.float32: (1e-4, 2e-3), torch.float16: (2e-2, 0.1), torch.bfloat16: (5e-2, 0.35)}
 

@@ -91,6 +91,9 @@ class Trace(LiveTensors):
         kwargs, asked = kwargs or {}, func
         if func in PRODUCTS:
             self._product(func, args)
+        elif func.name() == "trimtab::rows_by_expert":  # of any number of rows: in powers of two
+            sizes = range(args[0].shape[0].bit_length())
+            self.products.update((func, size, tuple(args[1].shape), args[1].stride()[-1]) for size in sizes)
         if self.fake and (bound := BOUNDS.get(func.name())):
             func = functools.partial(bound, self.counted)
         elif MAPPED in self.held and func._schema.is_mutable:

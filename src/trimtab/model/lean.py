@@ -30,10 +30,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .lean_experts import lean_experts
 from .surgery import Swaps
 
 ATTENTION = "trimtab_lean"
-FORMS = ("norm", "ffn", "attention")
+FORMS = ("norm", "ffn", "attention", "experts")
 SCORES_BYTES = 32 * 2**20  # above this many bytes of attention probabilities the fused kernel holds less
 
 
@@ -60,6 +61,8 @@ def lean(model: PreTrainedModel, recompute: bool = False, forms: Collection[str]
         AttentionMaskInterface.register(ATTENTION, lean_mask)
         model.set_attn_implementation(ATTENTION)
         swaps.on_undo(lambda: model.set_attn_implementation("sdpa"))
+    if "experts" in forms:
+        lean_experts(model, swaps)
     return swaps
 
 
