@@ -4,12 +4,17 @@ VENV := .venv
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo test lint
+.PHONY: demo test test-next lint
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# with the newest transformers that pyproject.toml allows, beside the one that is pinned
+test-next: $(READY)
+	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(VENV)/next transformers==5.24.0
+	PYTHONPATH=$(VENV)/next $(VENV)/bin/python -m pytest $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -32,6 +32,7 @@ from curves import knowledge  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+PLAIN, CHECKPOINTING = "TRL + PEFT LoRA r 8", "TRL + PEFT LoRA r 8, checkpointing"  # sides of benchmarks/sft_speed.py
 NAMED = ("name", "title", "claim", "date", "machine", "versions", "summary", "rows")  # what each result must hold
 
 
@@ -102,35 +103,96 @@ def demo(root: Path) -> str | None:
 
 
 def headline(root: Path) -> str | None:
-    """The first figures a reader meets, out of the result files of speed, of MEFT's scale and of what it takes up."""
+    """The first figures a reader meets, those that flatter least first, out of the result files of three benchmarks."""
     paths = [root / f"benchmarks/results/{name}.json" for name in ("sft_speed", "meft_scale", "knowledge")]
     if not all(path.is_file() for path in paths):
         return None
-    speed, scale, facts = (json.loads(path.read_text(encoding="utf-8"))["summary"] for path in paths)
-    rows = [
-        [name, f"{speed[f'{key}_speed_ratio']:.2f} x", f"{speed[f'{key}_memory_ratio']:.2f} x"]
-        for name, key in (("PaCA r 8", "paca"), ("LoRA r 8", "lora"))
-    ]
-    peer = "against TRL + PEFT LoRA r 8 (SmolLM2-135M, bf16, 4 x 256 tokens, CPU, same malloc)"
-    first = table([peer, "tokens/s", "growth of memory"], rows)
+    speed, scale, facts = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
     row = [
         "MEFT r 16,384, tables in a file",
-        f"{1 / scale['step_to_dense']:.2f} x",
-        f"{scale['fast_to_dense']:.2f} x",
+        f"{1 / scale['summary']['step_to_dense']:.2f} x",
+        f"{scale['summary']['fast_to_dense']:.2f} x",
     ]
     peer = "against the dense Parallel Adapter r 16,384 (the same model and batch, AdamW)"
-    second = table([peer, "tokens/s", "growth of memory"], [row])
-    rows = [["the best of LoRA and PaCA at equal fast memory, with 8 times the exposures or without",
-             f"{facts['facts_meft_to_lora']:.1f} x"],
-            ["the dense Parallel Adapter of the same width", f"{facts['facts_meft_to_dense']:.2f} x"]]  # fmt: skip
-    third = table(["random facts that MEFT holds (a transformer of two small blocks), to those of", "facts"], rows)
-    told = {"1,000 cities": "real", "4,000 cities, with more pairs a token": "real_4000"}  # parts
-    rows = [[many, f"{facts[key]:+.1f}"] for many, part in told.items()
-            if (key := f"{part}_meft_minus_best_points") in facts]  # fmt: skip
-    peer = (
-        "countries of cities in SmolLM2-135M, right answers of MEFT less those of the best other at equal fast memory"
+    dense = table([peer, "tokens/s", "growth of memory"], [row])
+    return "\n\n".join([against_trl(speed), dense, random_facts(facts), real_facts(facts["summary"])])
+
+
+def against_trl(found: dict[str, Any]) -> str:
+    """Speed and memory against TRL with activation checkpointing, then without.
+
+    A result without ratios to TRL with checkpointing has them from those without, and TRL's medians in both settings.
+    """
+    growth = "growth of anonymous memory, GiB"
+    sides, summary = {row["side"]: row for row in found["rows"]}, found["summary"]
+    plain, strict = sides[PLAIN], sides[CHECKPOINTING]
+    rows: dict[str, list[list[str]]] = {"with": [], "without": []}
+    for ours, key in (("PaCA r 8", "paca"), ("LoRA r 8", "lora")):
+        for setting, cells in rows.items():
+            ratios = []
+            for what, column in (("speed", "tokens/s"), ("memory", growth)):
+                ratio = summary[f"{key}_{what}_ratio"]
+                if setting == "with":
+                    derived = ratio * median(plain[column]) / median(strict[column])
+                    ratio = summary.get(f"{key}_{what}_ratio_checkpointing", derived)
+                ratios.append(f"{ratio:.2f} x")
+            cells.append([ours, f"{setting} activation checkpointing", *ratios])
+    head = ["against TRL + PEFT LoRA r 8 (SmolLM2-135M, bf16, 4 x 256 tokens, CPU, same malloc)", "TRL",
+            "tokens/s", "growth of memory"]  # fmt: skip
+    below = (
+        f"TRL checkpoints activations by default. Tokens/s of it: {median(strict['tokens/s']):.0f} with "
+        f"(runs: {strict['runs']}), {median(plain['tokens/s']):.0f} without (runs: {plain['runs']}). trimtab ran "
+        "without it in both comparisons."
     )
-    return "\n\n".join([first, second, third, table([peer, "points"], rows)])
+    return f"{table(head, rows['with'] + rows['without'])}\n\n{below}"
+
+
+def median(spread: str) -> float:
+    """The first figure of "median (least .. most)"."""
+    return float(spread.split()[0].replace(",", ""))
+
+
+def interval(summary: dict[str, Any], key: str, form: str) -> tuple[str, str]:
+    """Mean and 95 % interval of a figure; the file holds its lower end, and Student's t is symmetric."""
+    mean, low = summary[key], summary[f"{key}_low"]
+    return format(mean, form), f"{format(low, form)} to {format(2 * mean - low, form)}"
+
+
+def random_facts(found: dict[str, Any]) -> str:
+    summary, first = found["summary"], {}
+    for row in found["rows"]:  # a method's first line that says how many facts it holds
+        if "facts held at 95 % recall" in row:
+            first.setdefault(row["side"].split(" (")[0], row)
+    lora, dense = (interval(summary, key, ".2f") for key in ("facts_meft_to_lora", "facts_meft_to_dense"))
+    ours = first["MEFT"]
+    small = [first[name]["parameters"] for name in ("LoRA", "PaCA")]
+    exposures = sorted({row["exposures"] for row in found["rows"] if row["side"].startswith(("LoRA", "PaCA"))
+                        and "facts held at 95 % recall" in row})  # fmt: skip
+    head = ["random facts that MEFT holds at 95 % recall, against", "facts", "95 % interval", "conditions"]
+    rows = [
+        ["the better of LoRA and PaCA", f"{lora[0]} x", lora[1],
+         f"equal fast memory; MEFT trains {ours['parameters']:,} parameters in {ours['slow, KiB'] / 1024:.0f} MiB of "
+         f"slow memory, LoRA {small[0]:,}, PaCA {small[1]:,}; MEFT meets each fact {ours['exposures']} times, they "
+         f"{' or '.join(map(str, exposures))}, whichever is better"],
+        ["the dense Parallel Adapter of the same width", f"{dense[0]} x", dense[1],
+         f"as many parameters; MEFT uses {ours['fast, KiB']:,} KiB of fast memory, the dense adapter "
+         f"{first['Parallel Adapter']['fast, KiB']:,}; it meets each fact {first['Parallel Adapter']['exposures']} "
+         "times"],
+    ]  # fmt: skip
+    below = "The model is a transformer of two blocks (hidden 64); three seeds. The next table is of a real model."
+    return f"{table(head, rows)}\n\n{below}"
+
+
+def real_facts(summary: dict[str, Any]) -> str:
+    """On a real model the methods hardly differ; an interval that spans zero is said to."""
+    rows = []
+    for many, part in (("4,000 cities, with more pairs a token", "real_4000"), ("1,000 cities", "real")):
+        mean, span = interval(summary, f"{part}_meft_minus_best_points", "+.1f")
+        low, high = (float(end) for end in span.split(" to "))
+        rows.append([many, mean, span, "no difference shown" if low <= 0 <= high else "a difference"])
+    head = ["countries of cities in SmolLM2-135M: right answers of MEFT less those of the best other method at equal "
+            "fast memory", "points", "95 % interval", ""]  # fmt: skip
+    return table(head, rows)
 
 
 def search(root: Path) -> str | None:
@@ -266,7 +328,10 @@ def one_result(path: Path) -> str:
         verdict = "" if op is None else "met" if COMPARE[op](value, wanted) else "**missed**"
         figures.append([f"`{key}`", number(value), "" if op is None else f"{op} {number(wanted)}", verdict])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    parts = [f"## {found['title']}", found["claim"], table(["figure", "measured", "target", ""], figures)]
+    parts = [f"## {found['title']}", found["claim"]]
+    if any(row.get("side") == CHECKPOINTING for row in found["rows"]):
+        parts.append(against_trl(found))
+    parts.append(table(["figure", "measured", "target", ""], figures))
     if found["rows"]:
         head = list(dict.fromkeys(key for row in found["rows"] for key in row))
         parts.append(table(head, [[number(row.get(key, "")) for key in head] for row in found["rows"]]))

@@ -34,6 +34,7 @@ def main() -> None:
     from trimtab import Recipe
     from trimtab.demo import TEST_TEMPLATE, build_geography
     from trimtab.model.cache import cached_folder
+    from trimtab.plan_shown import remember
     from trimtab.report import report
 
     cached_folder(MODEL, say=progress)
@@ -62,6 +63,7 @@ def main() -> None:
     print(f"   answers {before['metrics']['contains']:.0%} of the test questions")
 
     planned = recipe.plan()
+    remember(recipe, planned)
     print(f"3  MEFT trains {PAIRS} pairs beside each FFN, in a file: {planned.trained:,} numbers; memory: {BUDGET}.")
     print(f"   The plan, for rows of {LONGEST} tokens:")
     print("\n".join(f"   {line}" for line in planned.lines()))

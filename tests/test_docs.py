@@ -7,11 +7,13 @@ import gzip
 import importlib.util
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
 
 from conftest import MODELS
 from tiny import tiny_folder
@@ -128,6 +130,105 @@ def test_a_faulty_result_is_refused(tmp_path, change):
     path.write_text(json.dumps({k: v for k, v in (RESULT | change).items() if v is not None}))
     with pytest.raises(SystemExit, match="bad.json"):
         build.results([path])
+
+
+def _recorded(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def _cells(table: str, row: str) -> list[str]:
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {row} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_strictest_figures_come_first():
+    """README's figures are those of the result files, TRL's with activation checkpointing before those without."""
+    readme = (ROOT / "README.md").read_text()
+    speed = _recorded("sft_speed")
+    held = {row["side"]: float(row["growth of anonymous memory, GiB"].split()[0]) for row in speed["rows"]
+            if row["side"].startswith(("TRL", "PaCA r 8", "LoRA r 8"))}  # fmt: skip
+    strict, plain = held["TRL + PEFT LoRA r 8, checkpointing"], held["TRL + PEFT LoRA r 8"]
+    for ours in ("PaCA r 8", "LoRA r 8"):
+        first, second = (_cells(readme, f"{ours} | {how} activation checkpointing") for how in ("with", "without"))
+        assert float(first[3].split()[0]) == pytest.approx(held[ours] / strict, abs=0.01)
+        assert float(second[3].split()[0]) == pytest.approx(held[ours] / plain, abs=0.01)
+        assert readme.index("| with activation") < readme.index("| without activation")
+        assert float(first[3].split()[0]) > float(second[3].split()[0])
+
+
+def test_figures_have_their_conditions_and_intervals():
+    readme, facts = (ROOT / "README.md").read_text(), _recorded("knowledge")["summary"]
+    best = _cells(readme, "the better of LoRA and PaCA")
+    assert best[1] == f"{facts['facts_meft_to_lora']:.2f} x" and best[2].startswith(
+        f"{facts['facts_meft_to_lora_low']:.2f} to "
+    )
+    for words in ("equal fast memory", "262,144 parameters", "4 MiB of slow memory", "14,720", "40 times", "80 or 320"):
+        assert words in best[3], words
+    many = _cells(readme, "4,000 cities, with more pairs a token")
+    low, high = map(float, many[2].split(" to "))
+    assert low < 0 < high and many[3] == "no difference shown"
+    assert (low + high) / 2 == pytest.approx(facts["real_4000_meft_minus_best_points"], abs=0.06)
+    shifted = facts | {"real_meft_minus_best_points_low": 0.1}
+    assert _cells(build.real_facts(shifted), "1,000 cities")[3] == "a difference"
+
+
+def test_a_result_with_paired_ratios_is_shown_by_them():
+    found = _recorded("sft_speed")
+    found["summary"] |= {"paca_memory_ratio_checkpointing": 0.45, "paca_speed_ratio_checkpointing": 1.5}
+    assert _cells(build.against_trl(found), "PaCA r 8 | with activation checkpointing")[2:] == ["1.50 x", "0.45 x"]
+
+
+def test_the_peer_gets_its_best_setting(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from sft_speed import ANON, CHECKPOINTING, ONCE, PLAIN, SPEED, checkpointing_wins, sides
+
+    plain = [{ANON: 2.0, SPEED: 200.0}] * 3
+    assert checkpointing_wins(plain, [{ANON: 1.2, SPEED: 201.0}] * 3)
+    assert not checkpointing_wins(plain, [{ANON: 1.2, SPEED: 150.0}] * 3), "it is slower"
+    assert not checkpointing_wins(plain, [{ANON: 2.1, SPEED: 210.0}] * 3), "it uses more"
+    made = sides("text", 5)
+    assert {PLAIN, CHECKPOINTING} <= set(list(made)[:ONCE]), "both run in each round"
+    assert made[CHECKPOINTING][0]["checkpointing"] and "checkpointing" not in made[PLAIN][0]
+    assert (build.PLAIN, build.CHECKPOINTING) == (PLAIN, CHECKPOINTING)
+
+
+def test_a_result_of_speed_has_both_settings_of_the_peer(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sft_speed
+
+    def run(job: dict, malloc: str) -> dict:
+        memory = 1.2 if job.get("checkpointing") else 2.0 if job["side"] == "peer" else 0.4
+        tokens = 210.0 if job.get("checkpointing") else 200.0 if job["side"] == "peer" else 420.0
+        return {sft_speed.ANON: memory * sft_speed.GIB, sft_speed.RSS: sft_speed.GIB, sft_speed.SPEED: tokens}
+
+    monkeypatch.setattr(sft_speed, "run", run)
+    monkeypatch.setattr(sft_speed, "city_text", lambda path: None)
+    monkeypatch.setattr("sys.argv", ["sft_speed.py", "--rounds", "2", "--json", str(tmp_path / "speed.json")])
+    sft_speed.main()
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["summary"]["paca_memory_ratio_checkpointing"] == pytest.approx(1 / 3)
+    assert found["summary"]["paca_memory_ratio"] == pytest.approx(0.2)
+    assert found["summary"]["lora_speed_ratio_checkpointing"] == pytest.approx(2.0)
+    assert found["targets"].keys() <= found["summary"].keys()
+    assert [row["side"] for row in found["rows"] if "peer's setting" in row] == [sft_speed.CHECKPOINTING]
+    shown = build.against_trl(found)
+    assert _cells(shown, "PaCA r 8 | with activation checkpointing")[2:] == ["2.00 x", "0.33 x"]
+    assert "Tokens/s of it: 210 with (runs: 2), 200 without (runs: 2)" in shown
+    assert build.results([tmp_path / "speed.json"])
+
+
+def test_libraries_have_upper_bounds_that_hold_what_is_pinned():
+    """trimtab reaches into these; a new release must not come in untested."""
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = {need.name: need.specifier for need in map(Requirement, needs)}
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    )
+    for name in ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"):
+        assert any(one.operator == "<" for one in wanted[name]), name
+    for name, version in pinned.items():
+        assert name not in wanted or wanted[name].contains(version), name
+    assert wanted["transformers"].contains("5.24.0") and not wanted["transformers"].contains("5.25.0")
 
 
 def test_without_results_the_page_says_so():

@@ -21,7 +21,7 @@ FLOORS = (  # from the ground up; a module belongs to the first line that fits
     r"methods(\..+)?",
     r"recipe|adapter(_weights)?|rehearsal|integrations(\..+)?",
     r"engine(\..+)?|progress|runs|checkpoint_files|planned_step|session|stores",
-    r"doctor|plan(_search|_fit)?|calibrate|train|evaluate|generate|export|report\w*",
+    r"doctor|plan(_search|_fit|_shown)?|calibrate|train|evaluate|generate|export|report\w*",
     r"cli|__main__",
 )
 

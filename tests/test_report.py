@@ -12,9 +12,10 @@ from plotly.offline import get_plotlyjs
 
 from helpers_run import make_world, tree
 from trimtab.errors import BadInput
+from trimtab.plan_shown import remember
 from trimtab.recipe import Recipe
-from trimtab.report import POINTS, read, report
-from trimtab.report_figures import bars, throughput, timeline
+from trimtab.report import POINTS, Run, read, report
+from trimtab.report_figures import HOWS, bars, curves, throughput, timeline, timelines
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GIB = 2**30
@@ -58,16 +59,21 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
-    """Two finished runs of two patches, both evaluated before and after."""
+    """Two finished runs of two patches, both evaluated before and after; of one a plan was shown before."""
     folder = tmp_path_factory.mktemp("runs")
+    set_cache = pytest.MonkeyPatch()
+    set_cache.setenv("TRIMTAB_CACHE", str(folder / "cache"))
     world = make_world(folder)
     for name, patch in (("paca", {"paca": {"r": 4}}), ("lora", {"lora": {"r": 4}})):
         keys = tree(world, folder / name, patch, max_steps=5) | {"budget": {"fast": 8 * GIB}}
         keys["data"]["test"] = keys["data"]["train"]
         recipe = Recipe.from_dict(keys)
+        if name == "paca":
+            remember(recipe, recipe.plan())
         recipe.train()
         recipe.evaluate(base_only=True, limit=4)
         recipe.evaluate(limit=4)
+    set_cache.undo()
     return folder
 
 
@@ -82,14 +88,16 @@ def test_one_file_that_needs_nothing_else(ran, tmp_path):
     losses = [json.loads(line)["loss"] for line in (ran / "paca" / "metrics.jsonl").read_text().splitlines()[:5]]
     assert figures["figure0"]["data"][0]["y"] == losses
     assert written.read_text(encoding="utf-8").count(get_plotlyjs()) == 1
-    for words in ("paca (r: 4)", "4,096", "8.00 GiB", "predicted", "measured", "which country is", "before"):
+    for words in ("paca (r: 4)", "4,096", "8.00 GiB", "run's own plan", "measured", "which country is", "before"):
         assert words in page.text, words
 
 
 def test_bars_are_what_was_predicted_and_measured(ran):
     run = read(ran / "paca")
-    for trace in bars(run)["data"]:
-        held = run.run[trace["name"]]["bytes"]
+    traces = bars(run)["data"]
+    assert [trace["name"] for trace in traces] == list(HOWS.values()), "the plan shown before is beside them"
+    for how, trace in zip(HOWS, traces, strict=True):
+        held = run.run[how]["bytes"]
         assert dict(zip(trace["y"], trace["x"], strict=True)) == {
             kind: pytest.approx(held.get(kind, 0) / 2**20, abs=1e-3) for kind in trace["y"]
         }
@@ -117,6 +125,108 @@ def test_runs_side_by_side(ran, tmp_path):
     (tmp_path / "paca" / "recipe.yaml").write_text("model: x\n")
     same = Page(report([ran / "paca", tmp_path / "paca"], tmp_path / "same.html"))
     assert len(same.json("runs")) == 2, "two folders of one name keep two names"
+
+
+def test_the_loss_has_a_switch_to_a_log_scale(ran):
+    written = report([ran / "paca", ran / "lora"])
+    page = Page(written)
+    buttons = re.findall(r'<button type="button" data-figure="(\w+)" aria-pressed="false">(.*?)</button>',
+                         written.read_text(encoding="utf-8"))  # fmt: skip
+    assert ("figure0", "log scale") in buttons
+    figure = page.json("figures")["figure0"]
+    losses = [y for trace in figure["data"] for y in trace["y"]]
+    switched = figure["switch"]["yaxis"]
+    low, high = (10**end for end in switched["range"])
+    assert switched["type"] == "log" and low < min(losses) and max(losses) < high
+    assert len(switched["tickvals"]) >= 3 and all(low <= tick <= high for tick in switched["tickvals"])
+    assert figure["layout"]["yaxis"].get("type") is None, "linear at first"
+
+
+@pytest.mark.parametrize("losses,ticks", [
+    ([5.0, 0.05], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5"]), ([1e4, 1e-2], ["0.01", "0.1", "1", "10"]),
+    ([4.2, 2.9], ["3", "3.5", "4"]), ([0.0, 0.0], None), ([2.0, 0.0], []),
+])  # fmt: skip
+def test_ticks_of_the_log_scale_are_whole_values(losses, ticks):
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    figure = curves([Run("a", metrics=rows)], "loss", "loss")
+    if ticks is None:
+        assert "switch" not in figure, "no loss is above zero"
+    else:
+        assert figure["switch"]["yaxis"].get("ticktext", [])[: len(ticks)] == ticks
+
+
+def _held(name: str, process: float, steps: list[float]) -> Run:
+    rows = [{"seconds": n, "anon": process * GIB} for n in range(2)]
+    rows += [{"seconds": n, "anon": (process + step) * GIB, "parts": {"process": process * GIB, "weights": 0}}
+             for n, step in enumerate(steps, 2)]  # fmt: skip
+    return Run(name, memory=rows)
+
+
+def test_runs_side_by_side_have_equal_axes(ran):
+    first, second = timelines([_held("a", 0.4, [0.1, 0.3]), _held("b", 0.5, [0.2] * 9)], [1.0 * GIB, None])
+    for axis in ("xaxis", "yaxis"):
+        assert first["layout"][axis]["range"] == second["layout"][axis]["range"]
+    assert first["layout"]["xaxis"]["range"] == [0, 10]
+    assert first["layout"]["yaxis"]["range"][1] > 1.0, "the budget of one is within both"
+    runs = [read(ran / name) for name in ("paca", "lora")]
+    one, two = (bars(run, runs) for run in runs)
+    assert one["layout"]["xaxis"]["range"] == two["layout"]["xaxis"]["range"]
+    assert [trace["y"] for trace in one["data"]][0] == [trace["y"] for trace in two["data"]][0], "the same kinds"
+    most = max(x for figure in (one, two) for trace in figure["data"] for x in trace["x"])
+    assert one["layout"]["xaxis"]["range"][1] >= most
+
+
+def test_what_the_process_held_before_is_a_thin_band():
+    (figure,) = timelines([_held("a", 0.4, [0.0, 0.2, 0.5])], [1.25 * GIB])
+    low, high = figure["layout"]["yaxis"]["range"]
+    assert 0 < (0.4 - low) / (high - low) < 0.1 and high > 1.25
+    assert figure["switch"]["yaxis"]["range"] == [0, pytest.approx(1.4)]
+    (figure,) = timelines([_held("a", 0.1, [5.0])], [None])
+    assert figure["layout"]["yaxis"]["range"][0] == 0 and "switch" not in figure, "it is thin already"
+    (figure,) = timelines([Run("killed", memory=[{"seconds": 0, "anon": GIB}])], [None])
+    assert figure["layout"]["yaxis"]["range"][0] == 0 and "switch" not in figure, "it is not known"
+    assert timelines([Run("empty")], [None]) == [None]
+
+
+def test_the_plan_that_was_shown_stands_beside_the_runs_own(ran, tmp_path, call, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    world = make_world(tmp_path)
+    keys = tree(world, tmp_path / "run", {"paca": {"r": 4}}, max_steps=1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(keys))
+    code, out, _ = call("plan", recipe, "--json")
+    planned = json.loads(out)
+    assert code == 0 and call("train", recipe, "--quiet")[0] == 0
+    found = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert found["shown"]["fast_peak_bytes"] == planned["fast_peak_bytes"]
+    batch = found["shown"]["batch"]
+    assert batch == planned["batch"]
+    found["predicted"]["batch"] = batch
+    (tmp_path / "run" / "run.json").write_text(json.dumps(found))
+    text = Page(report([tmp_path / "run"])).text
+    assert "plan shown before" in text and f"Both plans are for batches of 2 x {batch['tokens']} tokens" in text
+    found["predicted"]["batch"] = {"rows": 2, "tokens": 7}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(found))
+    text = Page(report([tmp_path / "run"])).text
+    assert f"for batches of 2 x {batch['tokens']} tokens; the run planned for batches of 2 x 7 tokens" in text
+    assert call("train", recipe, f"output={tmp_path / 'other'}", "--quiet")[0] == 0
+    other = json.loads((tmp_path / "other" / "run.json").read_text())
+    assert other["shown"] == {}, "it was another run's plan"
+    text = Page(report([tmp_path / "other"])).text
+    assert "plan shown before" not in text and "no plan of this recipe was shown before the run" in text
+
+
+def test_on_a_narrow_screen_a_row_of_a_wide_table_is_stacked(ran):
+    html = report([ran / "paca", ran / "lora"]).read_text(encoding="utf-8")
+    assert '<meta name="viewport" content="width=device-width' in html
+    tables = re.findall(r"<table(.*?)>(.*?)</table>", html, re.DOTALL)
+    assert tables
+    for kind, inner in tables:
+        cells = re.findall(r"<td(.*?)>", inner)
+        if inner.count("</th>", 0, inner.index("</thead>")) > 2:
+            assert "stack" in kind and all('data-label="' in cell for cell in cells)
+        else:
+            assert "stack" not in kind
 
 
 def test_a_killed_run_and_damaged_files(ran, tmp_path):

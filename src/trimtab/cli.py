@@ -106,8 +106,10 @@ def plan(
         return
     from .plan import plan as run
     from .plan_fit import require_fit
+    from .plan_shown import remember
 
     made = run(loaded)
+    remember(loaded, made)
     print(json.dumps(made.to_dict(), indent=2) if as_json else "\n".join(made.lines()))
     require_fit(made, loaded)
 

@@ -3,6 +3,8 @@ puts these on, light or dark."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .plan import SLOW, WHY
@@ -10,6 +12,10 @@ from .plan import SLOW, WHY
 GIB = 2**30
 KINDS = ("process", *WHY, *SLOW)  # as a plan names and orders them
 REST = "the step"
+HOWS = {  # the key in run.json -> what the page calls it
+    "shown": "plan shown before", "predicted": "run's own plan", "measured": "measured",
+}  # fmt: skip
+THIN = 0.06  # of an axis' height: the band that stands for what the process held before the run
 COLOURS = {  # told apart also by those who see few colours; readable on white and on near-black
     "process": "#8c96a3", "weights": "#4477aa", "adapter": "#228833", "gradients": "#ccbb44", "optimiser": "#aa3377",
     "activations": "#ee6677", REST: "#ee6677", "logits": "#f79646", "temporaries": "#66ccee",
@@ -37,13 +43,31 @@ def at(tree: Any, *path: str) -> Any:
 
 
 def curves(runs: list[Any], key: str, title: str) -> dict[str, Any] | None:
-    """One line per run of what was logged as `key`, over the steps."""
+    """One line per run of what was logged as `key`, over the steps. A switch makes the axis logarithmic."""
     traces = []
     for index, run in enumerate(runs):
         rows = [(row["step"], row[key]) for row in run.metrics if number(row.get(key)) is not None]
         if rows:
             traces.append(_line(run.name, rows, index))
-    return _figure(traces, "step", title) if traces else None
+    if not traces:
+        return None
+    figure = _figure(traces, "step", title)
+    logs = [math.log10(y) for trace in traces for y in trace["y"] if y > 0]
+    if logs:
+        room = 0.05 * (max(logs) - min(logs)) or 0.1
+        span = [round(min(logs) - room, 4), round(max(logs) + room, 4)]  # of powers of ten, as plotly counts here
+        figure["switch"] = {"label": "log scale", "yaxis": {"type": "log", "range": span, **_log_ticks(*span)}}
+    return figure
+
+
+def _log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Round values between 10**low and 10**high, written out: plotly writes single digits without their power."""
+    for heads in ([10], [10, 20, 50], range(10, 100, 10), range(10, 100, 5), range(10, 100)):
+        ticks = [head * 10.0 ** (power - 1) for power in range(math.floor(low), math.ceil(high)) for head in heads]
+        ticks = [float(f"{tick:.2g}") for tick in ticks if low <= math.log10(tick) <= high]
+        if len(ticks) >= 3:
+            return {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return {}
 
 
 def throughput(runs: list[Any]) -> dict[str, Any] | None:
@@ -105,7 +129,12 @@ def timeline(run: Any, limit: float | None) -> dict[str, Any] | None:
         for kind, sizes in stacked.items() if any(sizes)
     ]  # fmt: skip
     figure = _figure(traces, "seconds", "GiB of the fast tier")
-    figure["layout"]["height"] = 360
+    figure["layout"] |= {"height": 360, "showlegend": True}
+    figure["extent"] = {
+        "low": min([parts["process"], *(float(row["anon"]) for row in run.memory if row.get("parts"))]) / GIB,
+        "high": max([limit or 0.0, *(float(row["anon"]) for row in run.memory)]) / GIB,
+        "seconds": max(seconds),
+    }
     if limit:
         figure["layout"]["shapes"] = [
             {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit / GIB, "y1": limit / GIB,
@@ -115,39 +144,70 @@ def timeline(run: Any, limit: float | None) -> dict[str, Any] | None:
             {"xref": "paper", "x": 1, "xanchor": "right", "y": limit / GIB, "yanchor": "bottom", "showarrow": False,
              "text": f"budget {limit / GIB:.2f} GiB"}
         ]  # fmt: skip
-        top = max(limit, *(float(row["anon"]) for row in run.memory)) / GIB
-        figure["layout"]["yaxis"]["range"] = [0, top * 1.12]
     return figure
 
 
-def kinds(run: Any) -> list[tuple[str, float | None, float | None]]:
-    """(kind, predicted bytes, measured bytes) at the peak of a step, where either is known."""
-    planned, held = at(run.run, "predicted", "bytes") or {}, at(run.run, "measured", "bytes") or {}
-    rows = []
-    for kind in KINDS:
-        pair = number(at(planned, kind)), number(at(held, kind))
-        if any(pair):
-            rows.append((kind, *pair))
-    least = max((size or 0 for _, *pair in rows for size in pair), default=0) / 10_000  # what no one could see
-    return [row for row in rows if max(size or 0 for size in row[1:]) > least]
+def timelines(runs: list[Any], limits: list[float | None]) -> list[dict[str, Any] | None]:
+    """The timeline of each run, all on the same axes.
+
+    What the process held before the run does not change and is often the most: the axis starts just below it, so that
+    it is a thin band, unless it is small or not known. A switch lets the axis start at zero.
+    """
+    figures = [timeline(run, limit) for run, limit in zip(runs, limits, strict=True)]
+    extents = [figure["extent"] for figure in figures if figure]
+    if not extents:
+        return figures
+    low, high = (choose(e[key] for e in extents) for choose, key in ((min, "low"), (max, "high")))
+    room = high - low
+    whole = [0, round(high + 0.12 * high, 4)]
+    cut = [round(low - THIN * room, 6), round(high + 0.12 * room, 6)]
+    for figure in figures:
+        if figure is None:
+            continue
+        figure["layout"]["xaxis"]["range"] = [0, max(e["seconds"] for e in extents) or 1]
+        figure["layout"]["yaxis"]["range"] = whole
+        if low > 0.15 * high and room > 0:
+            figure["layout"]["yaxis"]["range"] = cut
+            figure["switch"] = {"label": "axis from zero", "yaxis": {"range": whole}}
+    return figures
 
 
-def bars(run: Any) -> dict[str, Any] | None:
-    """Predicted beside measured, kind by kind; of kinds of which both may be known."""
-    rows = kinds(run)
-    if not any(number(p) for _, p, _ in rows) and not any(number(m) for _, _, m in rows):
-        return None
+def kinds(run: Any, beside: Sequence[Any] = ()) -> list[tuple[str, dict[str, float]]]:
+    """(kind, bytes by how they are known: the keys of HOWS) at the peak of a step, where any is known.
+
+    Of runs that stand `beside` it, the kinds are those of all.
+    """
+
+    def known(of: Any) -> dict[str, dict[str, float]]:
+        sizes = {how: at(of.run, how, "bytes") or {} for how in HOWS}
+        found = {kind: {how: size for how in HOWS if (size := number(at(sizes[how], kind))) is not None}
+                 for kind in KINDS}  # fmt: skip
+        most = max((size for held in found.values() for size in held.values()), default=0)
+        return {k: held for k, held in found.items() if max(held.values(), default=0) > most / 10_000}  # can be seen
+
+    own = known(run)
+    every = set(own).union(*(known(other) for other in beside))
+    return [(kind, own.get(kind, {})) for kind in KINDS if kind in every]
+
+
+def bars(run: Any, beside: Sequence[Any] = ()) -> dict[str, Any] | None:
+    """The plans beside what was measured, kind by kind; on the same axes as runs that stand `beside` it."""
+    rows = kinds(run, beside)
     traces = []
-    for name, index, colour in (("predicted", 1, SERIES[0]), ("measured", 2, SERIES[1])):
-        if any(row[index] for row in rows):
+    for index, (how, name) in enumerate(HOWS.items()):
+        if any(held.get(how) for _, held in rows):
             traces.append({
-                "type": "bar", "name": name, "orientation": "h", "y": [row[0] for row in rows],
-                "x": [round((row[index] or 0) / 2**20, 3) for row in rows], "marker": {"color": colour},
-                "hovertemplate": "%{x:.1f} MiB",
+                "type": "bar", "name": name, "orientation": "h", "y": [kind for kind, _ in rows],
+                "x": [round(held.get(how, 0) / 2**20, 3) for _, held in rows],
+                "marker": {"color": (SERIES[4], SERIES[0], SERIES[1])[index]}, "hovertemplate": "%{x:.1f} MiB",
             })  # fmt: skip
+    if not traces:
+        return None
     figure = _figure(traces, "MiB at the peak of a step", "")
-    figure["layout"] |= {"barmode": "group", "height": 90 + 44 * len(rows), "hovermode": "closest"}
+    figure["layout"] |= {"barmode": "group", "height": 110 + 44 * len(rows), "hovermode": "closest", "showlegend": True}
     figure["layout"]["yaxis"] |= {"autorange": "reversed", "automargin": True}
+    most = max(size for other in (run, *beside) for _, held in kinds(other) for size in held.values())
+    figure["layout"]["xaxis"]["range"] = [0, round(most * 1.05 / 2**20, 4)]
     return figure
 
 

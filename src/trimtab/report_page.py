@@ -7,60 +7,8 @@ from html import escape
 from typing import Any
 
 from .memory.budget import gib
-from .report_figures import at, bars, curves, kinds, number, throughput, timeline
-
-STYLE = """
-:root { color-scheme: light dark; --back: #ffffff; --card: #f6f7f9; --text: #1d2129; --quiet: #5b6472; --line: #d9dde3;
-        --good: #1a7f37; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14171c; --card: #1d2129; --text: #e8eaee; --quiet: #a3acb9; --line: #363d48; --good: #5fd07f;
-          --bad: #ff8a80; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.2rem; max-width: 1200px; background: var(--back); color: var(--text);
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1rem 0 .4rem; overflow-wrap: anywhere; }
-p { margin: .3rem 0; } .quiet { color: var(--quiet); }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; min-width: 0; }
-.card h3 { margin-top: 0; } .figure { width: 100%; min-height: 320px; }
-.wide + .grid, .wide + .wide { margin-top: 1rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
-         overflow-wrap: anywhere; }
-th { font-weight: 600; } tbody th { color: var(--quiet); font-weight: 400; white-space: nowrap; }
-td.n, th.n { text-align: right; white-space: nowrap; } .right { color: var(--good); } .wrong { color: var(--bad); }
-table.answers td, table.facts td { min-width: 8rem; } tbody th { min-width: 6rem; overflow-wrap: normal; }
-details { margin: .6rem 0; } summary { cursor: pointer; } pre { overflow-x: auto; font-size: .85rem; margin: .4rem 0; }
-@media (max-width: 600px) { body { padding: .8rem; font-size: 15px; } tbody th { white-space: normal; } }
-"""
-SCRIPT = """
-const figures = JSON.parse(document.getElementById("figures").textContent);
-const dark = matchMedia("(prefers-color-scheme: dark)");
-function colour(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
-function axis(given) {
-  return Object.assign({ gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"),
-                         automargin: true }, given);
-}
-function draw() {
-  for (const [id, figure] of Object.entries(figures)) {
-    for (const line of figure.layout.shapes || []) line.line.color = colour("--bad");
-    for (const note of figure.layout.annotations || []) note.font = { color: colour("--bad") };
-    const layout = Object.assign({ height: 320 }, figure.layout, {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
-      font: { color: colour("--text"), family: "system-ui, 'DejaVu Sans', sans-serif", size: 12 },
-      margin: { l: 8, r: 12, t: 12, b: 8 },
-      xaxis: axis(figure.layout.xaxis), yaxis: axis(figure.layout.yaxis),
-      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, traceorder: "normal" },
-      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
-    });
-    Plotly.react(id, figure.data, layout, { responsive: true, displayModeBar: false });
-  }
-}
-draw();
-dark.addEventListener("change", draw);
-"""
+from .report_figures import HOWS, at, bars, curves, kinds, number, throughput, timelines
+from .report_style import SCRIPT, STYLE
 
 
 def page(runs: list[Any]) -> str:
@@ -75,8 +23,12 @@ def page(runs: list[Any]) -> str:
         name = f"figure{len(figures)}"
         figures[name] = made
         height = made["layout"].get("height", 320)
+        head = f"<h3>{escape(title)}</h3>"
+        if switch := made.get("switch"):
+            label = escape(switch["label"])
+            head += f'<button type="button" data-figure="{name}" aria-pressed="false">{label}</button>'
         return (
-            f'<div class="card"><h3>{escape(title)}</h3>'
+            f'<div class="card"><div class="head">{head}</div>'
             f'<div class="figure" id="{name}" style="min-height:{height}px"></div></div>'
         )
 
@@ -85,18 +37,24 @@ def page(runs: list[Any]) -> str:
         f"<header><h1>{escape(names)}</h1>",
         *(f'<p class="quiet">{escape(run.name)}: {escape(note)}</p>' for run in runs for note in run.notes),
         "</header>",
-        _section("What was run", _facts(runs)),
+        _section("What was run", _facts(runs) +
+            '<p class="quiet">The fast tier is the memory where the model computes: the GPU\'s, or on a CPU that of '
+            "the process without mapped files. The slow tier is the larger memory below it: mapped files, or below a "
+            "GPU the machine's memory.</p>"),
         _section("Learning", '<div class="grid">' + figure(
             curves(runs, "loss", "loss"), "Loss", "No losses were logged.") + figure(
             throughput(runs), "Throughput", "No speed can be told from what was logged.") + "</div>"),
         _section("Memory over time", '<div class="grid">' + "".join(
-            figure(timeline(run, _budget(run)), run.name, "There is no timeline.") for run in runs) + "</div>"
-            '<p class="quiet">Anonymous memory of the process, twice a second. From the second step on the parts that '
-            "stay are known: what the process held before, the weights that are copies, the adapter and the state of "
-            "the optimiser. The step: activations, gradients, and what else comes and goes.</p>"),
+            figure(made, run.name, "There is no timeline.")
+            for run, made in zip(runs, timelines(runs, [_budget(run) for run in runs]), strict=True)) + "</div>"
+            '<p class="quiet">Anonymous memory of the process, sampled twice a second. From the second step on the '
+            "parts that stay are known: what the process held before training (interpreter and libraries), the weights "
+            "that are copies, the adapter and the optimiser's state. The step is the rest: activations, gradients and "
+            "temporaries. What the process held before training does not change, so it is drawn as a thin band: the "
+            "axis starts just below it.</p>"),
         _section("Predicted and measured", _totals(runs) + '<div class="grid">' + "".join(
-            figure(bars(run), run.name, "Nothing was predicted or measured by kind.") + _kind_table(run)
-            for run in runs) + "</div>"),
+            figure(bars(run, runs), run.name, "Nothing was predicted or measured by kind.") for run in runs)
+            + "".join(map(_kind_table, runs)) + "</div>"),
         _section("Answers before and after", "".join(_answers(run, len(runs) > 1) for run in runs)),
         _section("Recipes", "".join(_recipe(run) for run in runs)),
     ]  # fmt: skip
@@ -119,14 +77,21 @@ def _section(title: str, inner: str) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]], kind: str = "", numbers: bool = False) -> str:
-    """`rows` of HTML, the first cell of each a heading."""
+    """`rows` of HTML, the first cell of each a heading. On a narrow screen a row of several values is stacked."""
     mark = ' class="n"' if numbers else ""
+    kinds = " ".join([kind] * bool(kind) + ["stack"] * (len(head) > 2))
+    labels = [f' data-label="{escape(name)}"' if name else "" for name in head]
     top = "".join(f"<th{mark if index else ''}>{escape(name)}</th>" for index, name in enumerate(head))
-    lines = "".join(
-        f"<tr><th>{row[0]}</th>" + "".join(f"<td{mark}>{c}</td>" for c in row[1:]) + "</tr>" for row in rows
-    )
-    table = f"<table{f' class={kind}' if kind else ''}><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>"
+    lines = ""
+    for first, *cells in rows:
+        inner = "".join(f"<td{mark}{label}>{cell}</td>" for label, cell in zip(labels[1:], cells, strict=True))
+        lines += f"<tr><th>{first}</th>{inner}</tr>"
+    table = f'<table class="{kinds}"><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>'
     return f'<div class="wide">{table}</div>'
+
+
+def _size(size: float) -> str:
+    return gib(size) if size >= 2**20 else f"{size / 2**10:,.1f} KiB" if size >= 2**10 else f"{size:,.0f} B"
 
 
 def _budget(run: Any) -> float | None:
@@ -180,16 +145,16 @@ def _facts(runs: list[Any]) -> str:
 
     facts: list[tuple[str, Any]] = [
         ("model", model), ("patches", patches), ("data", data),
-        ("trained numbers", figure("{:,}", "trainable_parameters")), ("steps", figure("{:,}", "steps")),
+        ("trained parameters", figure("{:,}", "trainable_parameters")), ("steps", figure("{:,}", "steps")),
         ("tokens", figure("{:,}", "tokens")), ("final loss", figure("{:.4f}", "final_loss")),
         ("tokens/s", figure("{:,.1f}", "measured", "tokens_per_second")),
         ("seconds", figure("{:,.1f}", "measured", "seconds")),
         ("budget", lambda run: "" if _budget(run) is None else gib(_budget(run) or 0)),
         ("fast tier at the peak", size("measured", "fast_peak_bytes")),
         ("of it for the run", size("measured", "fast_growth_bytes")), ("slow tier", size("measured", "slow_bytes")),
-        ("tables, up a step", size("measured", "store_up_bytes_per_step")),
-        ("tables, down a step", size("measured", "store_down_bytes_per_step")),
-        ("rows read ahead in time", figure("{:.0%}", "measured", "store_prefetch_hit_rate")),
+        ("fetched from tables per step", size("measured", "store_up_bytes_per_step")),
+        ("written to tables per step", size("measured", "store_down_bytes_per_step")),
+        ("rows prefetched in time", figure("{:.0%}", "measured", "store_prefetch_hit_rate")),
         ("finished", text("finished")), ("recipe's hash", text("recipe")), ("processor", text("machine", "cpu")),
         ("threads", text("machine", "threads")), ("machine's memory", size("machine", "memory_bytes")),
         ("gpu", text("machine", "gpu")), ("allocator", text("machine", "allocator")), ("versions", versions),
@@ -203,30 +168,64 @@ def _facts(runs: list[Any]) -> str:
 
 
 def _totals(runs: list[Any]) -> str:
+    """The plan that was shown before each run, the run's own plan, and what was measured."""
+    wanted = (
+        ("fast tier, whole process", "fast_peak_bytes", _size), ("of it for the run", "fast_growth_bytes", _size),
+        ("live tensors", "live_peak_bytes", _size), ("tokens/s", "tokens_per_second", "{:,.1f}".format),
+    )  # fmt: skip
+    hows = _hows(runs)
     rows = []
     for run in runs:
-        for what, key in (("fast tier, whole process", "fast_peak_bytes"), ("of it for the run", "fast_growth_bytes"),
-                          ("live tensors", "live_peak_bytes")):  # fmt: skip
-            planned, held = number(at(run.run, "predicted", key)), number(at(run.run, "measured", key))
-            if planned is None and held is None:
+        for what, key, form in wanted:
+            values = {how: number(at(run.run, how, key)) for how in HOWS}
+            if not any(values.values()):
                 continue
+            planned, held = values["predicted"], values["measured"]
             off = f"{(planned - held) / held:+.1%}" if planned is not None and held else "–"
             name = f"{run.name}: {what}" if len(runs) > 1 else what
-            rows.append([escape(name), *("–" if v is None else gib(v) for v in (planned, held)), off])
+            cells = ("–" if (value := values[how]) is None else form(value) for how in hows)
+            rows.append([escape(name), *cells, off])
     if not rows:
         return '<p class="quiet">Nothing was predicted or measured.</p>'
-    return _table(["", "predicted", "measured", "plan off by"], rows, numbers=True)
+    table = _table(["", *(HOWS[how] for how in hows), "run's own plan less measured"], rows, numbers=True)
+    return table + "".join(f'<p class="quiet">{escape(line)}</p>' for run in runs if (line := _batches(run, runs)))
+
+
+def _hows(runs: list[Any]) -> list[str]:
+    """Which columns there are: a plan that was shown before is not known of each run."""
+    return [how for how in HOWS if how != "shown" or any(at(run.run, "shown") for run in runs)]
+
+
+def _batches(run: Any, runs: list[Any]) -> str:
+    """What each plan was made for: where the two differ, so do the figures."""
+    found = {}
+    for how in ("shown", "predicted"):
+        rows, tokens = (number(at(run.run, how, "batch", key)) for key in ("rows", "tokens"))
+        if rows and tokens:
+            found[how] = f"batches of {rows:,} x {tokens:,} tokens"
+    if "predicted" not in found:
+        return ""
+    told = f"the run planned for {found['predicted']}, the largest in its data"
+    if found.get("shown") == found["predicted"]:
+        told = f"both plans are for {found['shown']}, the largest in the data"
+    elif "shown" in found:
+        told = f"the plan shown before was for {found['shown']}; {told}"
+    else:
+        told += "; no plan of this recipe was shown before the run (trimtab plan)"
+    return f"{run.name}: {told}." if len(runs) > 1 else f"{told[0].upper()}{told[1:]}."
 
 
 def _kind_table(run: Any) -> str:
-    rows = [[escape(kind), *("–" if v is None else gib(v) for v in pair)] for kind, *pair in kinds(run)]
+    hows = _hows([run])
+    rows = [
+        [escape(kind), *("–" if held.get(how) is None else _size(held[how]) for how in hows)]
+        for kind, held in kinds(run)
+    ]
     if not rows:
         return ""
-    when = [
-        f"{how} peak: {at(run.run, how, 'phase')}" for how in ("predicted", "measured") if at(run.run, how, "phase")
-    ]
-    told = f'<p class="quiet">{escape("; ".join(when))}</p>' if when else ""
-    inner = _table(["at the peak of a step", "predicted", "measured"], rows, numbers=True)
+    when = [f"{HOWS[how]}: {at(run.run, how, 'phase')}" for how in hows if at(run.run, how, "phase")]
+    told = f'<p class="quiet">Where in a step the peak is: {escape("; ".join(when))}.</p>' if when else ""
+    inner = _table(["at the peak of a step", *(HOWS[how] for how in hows)], rows, numbers=True)
     return f'<div class="card"><h3>{escape(run.name)}</h3>{inner}{told}</div>'
 
 

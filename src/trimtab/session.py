@@ -98,7 +98,7 @@ class Session:
                 raise BadInput(
                     f"train {', '.join(map(str, self.recipe.patches))} with {sharder}",
                     "it cuts up the parameters beside a table in the slow tier, which cannot be stepped then",
-                    "Start plain data parallelism, with torchrun or accelerate launch",
+                    "Start plain data parallelism, with torchrun",
                 )
             if (head := self.objective.prepare(self.model)) is not None:
                 self.surgeries.append(head)

@@ -64,6 +64,7 @@ def _run(
 ) -> dict[str, Any]:  # fmt: skip
     """Load, train from `checkpoint` on, and save; -> what run.json holds."""
     from .adapter import save_adapter
+    from .plan_shown import shown
     from .session import Session  # imports TRL: after the cheap checks
     from .stores import row_numbers
 
@@ -87,6 +88,7 @@ def _run(
             "recipe": recipe.hash, "finished": now(), "output": str(output),
             "trainable_parameters": trainable, "adapter_numbers": total, "mean_loss": ended.mean_loss,
             **_record(session, began), "predicted": made.predicted() if made else {},
+            "shown": shown(recipe),
             "budget": dataclasses.asdict(made.budget) if made else {},
             "processes": session.args.world_size, "machine": machine(), "versions": versions(),
         }  # fmt: skip

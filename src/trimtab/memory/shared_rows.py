@@ -60,7 +60,7 @@ class Ranks:
         if said != [[here, number // here * here] for number in range(size)]:
             raise BadInput(
                 f"train a table with {size} processes", "the hosts start unequal numbers of them, or out of order",
-                "Start as many on each host, with torchrun or accelerate launch",
+                "Start as many on each host, with torchrun",
             )  # fmt: skip
         alike = [list(range(number, size, here)) for number in range(here)] if here < size else []
         groups = [dist.new_group(ranks, backend="gloo") for ranks in alike]
