@@ -141,8 +141,8 @@ def difference(ours: Reading, own: Reading, within: tuple[float, float]) -> str:
 
 def _off(a_BTH: Tensor, b_BTH: Tensor, middle: bool) -> float:
     """How far a is from b, of b's norm. `middle`: the median over tokens. In 16 bits the first tokens of a row have
-    gradients that are rounding alone (SmolLM2's are 117 % off those of fp32, a later token's 7 %); a fault of form moves
-    them all."""
+    gradients that are rounding alone (SmolLM2's are 117 % off those of fp32, a later token's 7 %); a fault of form
+    moves them all."""
     if not middle:
         return float((a_BTH - b_BTH).norm() / (b_BTH.norm() + 1e-7))
     size_BT = b_BTH.norm(dim=-1)
