@@ -9,12 +9,12 @@ demo: $(READY)
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
 # with the newest transformers that pyproject.toml allows, beside the one that is pinned
 test-next: $(READY)
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(VENV)/next transformers==5.24.0
-	PYTHONPATH=$(VENV)/next $(VENV)/bin/python -m pytest $(ARGS)
+	PYTHONPATH=$(VENV)/next $(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
