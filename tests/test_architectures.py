@@ -1,0 +1,232 @@
+"""Every causal language model that transformers builds, tiny, under every trained patch: right, or refused in a sentence.
+
+Right means: the patch changes no logit at first; the run's own loss and every gradient of what is trained, with all
+fused forms in, equal those of another way (dense weights, stock peft, plain autograd); and the way back leaves the
+model as it was. `docs/architectures.json` says what is expected of each pair, and docs/architectures.md shows it:
+`python tests/test_architectures.py` writes the file anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from architectures import LEFT_OUT, NAMES, build
+from test_laws import same, snapshot, values
+from trimtab import Recipe, methods
+from trimtab.contracts import Place
+from trimtab.engine.prepare import lean_forms
+from trimtab.engine.probe import batch_of, head_read, own_loss, probe
+from trimtab.errors import BadInput
+from trimtab.memory.store import GRADS
+from trimtab.model import anatomy
+
+TABLE = Path(__file__).parents[1] / "docs/architectures.json"
+FIELDS: dict[str, dict[str, Any]] = {
+    "paca": {"r": 3, "alpha": 6.0},
+    "lora": {"r": 3},
+    "parallel_adapter": {"r": 6, "scale": 0.5},
+    "meft": {"r": 12, "experts": 4, "probes": 4, "k": 12, "scale": 2.0},
+    "full": {},
+}
+WITHIN = 1e-5
+
+Gradients = dict[str, Tensor]
+
+
+def model_of(name: str) -> nn.Module:
+    torch.set_num_threads(1)
+    return build(name)
+
+
+def outcome(name: str) -> dict[str, str]:
+    """Patch -> "right", or why it is refused. AssertionError where neither is true."""
+    model = model_of(name)
+    batch = batch_of(model)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        base = model(**inputs, use_cache=False).logits
+    return {patch: cell(name, patch, model, batch, base) for patch in FIELDS}
+
+
+def cell(name: str, patch: str, model: nn.Module, batch: dict[str, Tensor], base: Tensor) -> str:
+    before, held = snapshot(model), values(model)
+    try:
+        surgery = methods.find(patch)(**FIELDS[patch]).apply(model, Place(fast="cpu"))
+    except BadInput as refusal:
+        assert snapshot(model) == before and same(values(model), held), f"{patch}: a refusal left something behind"
+        return refusal.have
+    try:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        with torch.no_grad():
+            assert close(model(**inputs, use_cache=False).logits, base), f"{patch}: the logits changed at first"
+        fill(patch, surgery)
+        try:
+            recipe = probe(model, Recipe(model="any")).recipe
+        except BadInput as refusal:
+            return refusal.have
+        ours, gradients = of_run(patch, model, surgery, recipe, batch)
+        wanted, truth = WAYS[patch](name, surgery, batch)
+        assert abs(ours - wanted) <= WITHIN * abs(wanted), f"{patch}: the loss is {ours}, not {wanted}"
+        whole = torch.stack([grad.norm() for grad in truth.values()]).norm()
+        assert gradients.keys() == truth.keys()
+        for key, grad in truth.items():
+            apart = float((gradients[key] - grad).norm() / (grad.norm() + whole))
+            assert apart <= WITHIN, f"{patch}: the gradient of {key} is {apart:.1e} off"
+    finally:
+        surgery.revert()
+    for parameter in model.parameters():
+        parameter.grad = None
+    assert snapshot(model) == before and same(values(model), held), f"{patch}: the way back is not exact"
+    return "right"
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() <= WITHIN * b.norm())
+
+
+def fill(patch: str, surgery: Any) -> None:
+    """Values at which every part of the patch acts."""
+    random = torch.Generator().manual_seed(3)
+    if patch == "full":
+        return
+    for tensor in surgery.own_tensors().values():
+        if tensor.is_floating_point() and tensor.numel():
+            tensor.data.normal_(0, 0.1, generator=random)
+    for adapter in surgery.adapters.values() if patch == "meft" else ():
+        adapter.which.refresh()
+
+
+def of_run(patch: str, model: nn.Module, surgery: Any, recipe: Recipe, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
+    """The loss and gradients that a step of training would have."""
+    with head_read(model):
+        swaps = lean_forms(model, recipe)
+        try:
+            loss = recipe.load_objective().loss(model, batch).value
+            loss.backward()
+        finally:
+            swaps.undo()
+    if patch != "meft":
+        own = {key: p for key, p in surgery.own_tensors().items() if p.requires_grad}
+        found = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in own.items()}
+    else:
+        found = {}
+        for key, adapter in surgery.adapters.items():
+            for kind, store in zip(("rows", "router"), adapter.stores, strict=True):
+                found[f"{key}.{kind}"] = grads = torch.zeros_like(store.whole(GRADS))
+                for row in store.pending():
+                    grads[row] = store.part(GRADS, row)
+    return float(loss.detach()), found
+
+
+# --- the other ways --------------------------------------------------------------------------------------------------
+
+
+def dense(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
+    """PaCA: the columns of the gradients of whole weights."""
+    model, found = model_of(name), {}
+    weights = {key: model.get_submodule(key).weight for key in surgery.layers}
+    for key, layer in surgery.layers.items():
+        columns_OI = weights[key].data if is_linear(model.get_submodule(key)) else weights[key].data.T
+        columns_OI[:, layer.indices] += 2.0 * layer.delta.data
+    loss = own_loss(model, batch)
+    grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    for (key, layer), grad in zip(surgery.layers.items(), grads, strict=True):
+        grad = torch.zeros_like(weights[key]) if grad is None else grad
+        grad_OI = grad if is_linear(model.get_submodule(key)) else grad.T
+        found[f"{key}.delta"] = 2.0 * grad_OI[:, layer.indices]
+    return float(loss.detach()), found
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def stock(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
+    """LoRA: peft's own model."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=list(surgery.layers))
+    model = get_peft_model(model_of(name), config).eval()
+    theirs = {
+        key.removeprefix("base_model.model.").replace(".default", ""): p
+        for key, p in model.named_parameters()
+        if "lora_" in key
+    }
+    own = surgery.own_tensors()
+    assert theirs.keys() == own.keys()
+    for key, p in theirs.items():
+        p.data.copy_(own[key].data)
+    loss = own_loss(model.base_model.model, batch)
+    loss.backward()
+    return float(loss.detach()), {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in theirs.items()}
+
+
+def beside(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
+    """Parallel Adapter: its formula under plain autograd."""
+    model = model_of(name)
+    own = {key: tensor.detach().clone().requires_grad_() for key, tensor in surgery.own_tensors().items()}
+    for ffn in anatomy.ffns(model):
+
+        def add(h: Tensor, y: Tensor, at: str = ffn.name) -> Tensor:
+            return y + 0.5 * (h @ own[f"{at}.keys"].T).relu() @ own[f"{at}.values"]
+
+        ffn.beside(add)
+    loss = own_loss(model, batch)
+    loss.backward()
+    return float(loss.detach()), {key: tensor.grad for key, tensor in own.items()}
+
+
+def gated(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
+    """MEFT, where all experts are probed and all pairs count: its formula under plain autograd."""
+    model, own = model_of(name), {}
+    for ffn in anatomy.ffns(model):
+        adapter = surgery.adapters[ffn.name]
+        width = adapter.width
+        rows_NBX = adapter.store.whole().clone().requires_grad_()
+        router_ND = adapter.which.table.whole().clone().requires_grad_()
+        own |= {f"{ffn.name}.rows": rows_NBX, f"{ffn.name}.router": router_ND}
+
+        def add(h: Tensor, y: Tensor, rows: Tensor = rows_NBX, router: Tensor = router_ND, D: int = width) -> Tensor:
+            gates = torch.softmax(h @ router.T, -1) * len(router)
+            fired = (torch.einsum("...d,nbd->...nb", h, rows[..., :D]) * gates[..., None]).relu()
+            return y + 2.0 * torch.einsum("...nb,nbd->...d", fired, rows[..., D:])
+
+        ffn.beside(add)
+    loss = own_loss(model, batch)
+    loss.backward()
+    return float(loss.detach()), {key: tensor.grad for key, tensor in own.items()}
+
+
+def plain(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
+    """Full: the model alone."""
+    model = model_of(name)
+    loss = own_loss(model, batch)
+    loss.backward()
+    return float(loss.detach()), {
+        key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in model.named_parameters()
+    }
+
+
+WAYS: dict[str, Callable[..., tuple[float, Gradients]]] = {
+    "paca": dense, "lora": stock, "parallel_adapter": beside, "meft": gated, "full": plain,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_right_or_refused(name):
+    assert outcome(name) == json.loads(TABLE.read_text())["outcomes"][name]
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    found = {name: outcome(name) for name in sys.argv[1:] or NAMES}
+    print(json.dumps(found, indent=1))
