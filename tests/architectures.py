@@ -51,7 +51,7 @@ TOWER = {
 # what a family needs beside these: another number of heads, each kind of block that a hybrid has
 FAMILIES: dict[str, dict[str, Any]] = {
     "blt": {
-        "patcher_config": ALL | {"sliding_window": 8}, "global_config": ALL | {"hidden_size": 128},
+        "patcher_config": ALL | {"sliding_window": 8}, "global_config": ALL | {"hidden_size": 128, "num_hidden_layers": 3},
         "encoder_config": ALL | {"hidden_size_global": 128, "num_hidden_layers": 1},
         "decoder_config": ALL | {"hidden_size_global": 128}, "encoder_hash_byte_group_vocab": 64,
         "encoder_hash_byte_group_size": [3, 4],
@@ -78,6 +78,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "cpmant": {"dim_ff": 128, "dim_head": 16},
     "ctrl": {"dff": 128},
+    "longcat_flash": {"num_layers": 2},
     "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},

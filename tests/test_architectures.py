@@ -115,8 +115,7 @@ def of_run(patch: str, model: nn.Module, surgery: Any, recipe: Recipe, batch: di
         finally:
             swaps.undo()
     if patch != "meft":
-        own = {key: p for key, p in surgery.own_tensors().items() if p.requires_grad}
-        found = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in own.items()}
+        found = of({key: p for key, p in surgery.own_tensors().items() if p.requires_grad})
     else:
         found = {}
         for key, adapter in surgery.adapters.items():
@@ -131,43 +130,26 @@ def of_run(patch: str, model: nn.Module, surgery: Any, recipe: Recipe, batch: di
 
 
 def dense(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
-    """PaCA: the columns of the gradients of whole weights."""
-    model, found = model_of(name), {}
-    weights = {key: model.get_submodule(key).weight for key in surgery.layers}
+    """PaCA and LoRA: whole weights, made of the patch's tensors, in the place of the model's own."""
+    model = model_of(name)
+    own = {key: p.detach().clone().requires_grad_() for key, p in surgery.own_tensors().items() if p.requires_grad}
     for key, layer in surgery.layers.items():
-        columns_OI = weights[key].data if is_linear(model.get_submodule(key)) else weights[key].data.T
-        columns_OI[:, layer.indices] += 2.0 * layer.delta.data
+        module = model.get_submodule(key)
+        old = module.weight.detach()
+        if hasattr(layer, "indices"):
+            a_RI = torch.eye(layer.in_features)[layer.indices]
+            change = 2.0 * own[f"{key}.delta"] @ a_RI
+        else:
+            change = 2.0 * own[f"{key}.lora_B.weight"] @ own[f"{key}.lora_A.weight"]
+        del module.weight
+        module.weight = old + (change if change.shape == old.shape and isinstance(module, nn.Linear) else change.T)
     loss = own_loss(model, batch)
-    grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    for (key, layer), grad in zip(surgery.layers.items(), grads, strict=True):
-        grad = torch.zeros_like(weights[key]) if grad is None else grad
-        grad_OI = grad if is_linear(model.get_submodule(key)) else grad.T
-        found[f"{key}.delta"] = 2.0 * grad_OI[:, layer.indices]
-    return float(loss.detach()), found
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def stock(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
-    """LoRA: peft's own model."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=list(surgery.layers))
-    model = get_peft_model(model_of(name), config).eval()
-    theirs = {
-        key.removeprefix("base_model.model.").replace(".default", ""): p
-        for key, p in model.named_parameters()
-        if "lora_" in key
-    }
-    own = surgery.own_tensors()
-    assert theirs.keys() == own.keys()
-    for key, p in theirs.items():
-        p.data.copy_(own[key].data)
-    loss = own_loss(model.base_model.model, batch)
     loss.backward()
-    return float(loss.detach()), {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in theirs.items()}
+    return float(loss.detach()), of(own)
+
+
+def of(tensors: dict[str, Tensor]) -> Gradients:
+    return {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in tensors.items()}
 
 
 def beside(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
@@ -182,7 +164,7 @@ def beside(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gr
         ffn.beside(add)
     loss = own_loss(model, batch)
     loss.backward()
-    return float(loss.detach()), {key: tensor.grad for key, tensor in own.items()}
+    return float(loss.detach()), of(own)
 
 
 def gated(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
@@ -203,7 +185,7 @@ def gated(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gra
         ffn.beside(add)
     loss = own_loss(model, batch)
     loss.backward()
-    return float(loss.detach()), {key: tensor.grad for key, tensor in own.items()}
+    return float(loss.detach()), of(own)
 
 
 def plain(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
@@ -211,13 +193,11 @@ def plain(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gra
     model = model_of(name)
     loss = own_loss(model, batch)
     loss.backward()
-    return float(loss.detach()), {
-        key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in model.named_parameters()
-    }
+    return float(loss.detach()), of(dict(model.named_parameters()))
 
 
 WAYS: dict[str, Callable[..., tuple[float, Gradients]]] = {
-    "paca": dense, "lora": stock, "parallel_adapter": beside, "meft": gated, "full": plain,
+    "paca": dense, "lora": dense, "parallel_adapter": beside, "meft": gated, "full": plain,
 }  # fmt: skip
 
 

@@ -6,13 +6,17 @@ block) and by the few leaf names that families share (q_proj, query, gate_proj, 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import BadInput
 from .surgery import is_patch
@@ -22,9 +26,48 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("que
                  ("w1", "w3"))  # fmt: skip
 
 
+# Paths of what stands beside a text model: encoders of images and sound, a patcher of bytes.
+BESIDE_TEXT = re.compile(r"vision|visual|image|audio|patcher")
+# Leaf names of a block's whole FFN, the one that counts first where a block has two.
+FFNS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "shared_mlp")
+NO_FFN = "Use a model of the Llama, Qwen, Gemma, Mistral or BERT kind, or train its linears (lora, paca)"
+
+
 def is_linear(module: nn.Module | None) -> bool:
-    """nn.Linear and its quantised kin (bitsandbytes' Linear4bit and Linear8bitLt are subclasses)."""
-    return isinstance(module, nn.Linear)
+    """nn.Linear, its quantised kin, and GPT-2's Conv1D, which is one with its weight transposed.
+
+    A subclass whose forward computes something else (a router that returns its choice, a linear by groups) is none.
+    """
+    if isinstance(module, nn.Linear):
+        return type(module).__module__.startswith("bitsandbytes") or _multiplies(type(module))
+    return isinstance(module, Conv1D)
+
+
+@functools.cache
+def _multiplies(kind: type[nn.Linear]) -> bool:
+    """Whether the class's forward gives x W^T + b: asked with a toy for its parts."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    toy = nn.Linear(3, 2, device="meta")
+    toy.weight, toy.bias = nn.Parameter(torch.tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 9.0]])), nn.Parameter(torch.ones(2))
+    x = torch.tensor([[[2.0, 7.0, 1.0]]])
+    try:
+        with torch.no_grad():
+            return torch.allclose(kind.forward(toy, x), F.linear(x, toy.weight, toy.bias))
+    except Exception:  # it needs more than a weight and a bias
+        return False
+
+
+def dense_view(linear: nn.Module) -> Tensor:
+    """The weight of a linear that is not quantised, (out, in): the parameter itself, or a view of it."""
+    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight  # type: ignore[operator, return-value]
+
+
+def widths(linear: nn.Module) -> tuple[int, int]:
+    """-> (in, out)."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features  # type: ignore[return-value]
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -39,11 +82,18 @@ def fresh_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The stack of transformer blocks: the longest ModuleList, with its path."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    """The stack of transformer blocks, with its path: the longest ModuleList of the text model, of those that lie in
+    no other."""
+    named = dict(model.named_modules())
+    text = model.get_decoder() if hasattr(model, "get_decoder") else model
+    path = next((name for name, module in named.items() if module is text and module is not model), "")
+    lists = {name: m for name, m in named.items() if isinstance(m, nn.ModuleList) and len(m)}
+    found = {name: m for name, m in lists.items() if name.startswith(f"{path}.")} if path else lists
+    found = {name: m for name, m in found.items() if not BESIDE_TEXT.search(name)} or found or lists
+    found = {name: m for name, m in found.items() if not name.startswith(tuple(f"{outer}." for outer in found))}
     if not found:
         raise BadInput(f"patch {type(model).__name__}", "it has no list of blocks", "Use a transformer model")
-    return max(found, key=lambda item: len(item[1]))
+    return max(found.items(), key=lambda item: len(item[1]))
 
 
 def target_linears(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]:
@@ -116,46 +166,88 @@ class Ffn:
     """One block's feed-forward network: the module that a companion network lives in, and what width it has."""
 
     name: str
-    host: nn.Module  # the whole FFN, or, in BERT-type blocks, the module that adds the FFN's output to its input
-    whole: bool
-    width: int  # hidden size, in and out
+    host: nn.Module  # keeps the companion: the whole FFN, or the block (or BERT's `output`) where that takes no child
+    module: nn.Module  # what is hooked: the whole FFN, BERT's `output` that adds its own input, or the block
+    kind: str  # "whole", "bert", or "pair": two linears of the block, fc1 and fc2
+    width: int  # in and out
 
     def beside(self, add: Callable[[Tensor, Tensor], Tensor]) -> Any:
         """From now on `add(h, y)` stands where `y` stood: h (..., width) is the FFN's input, y what to add to.
 
-        Returns the hook's handle. A whole FFN gives its own output as y; a BERT-type block its residual (which is h).
-        Neither keeps a tensor after the forward pass, and no linear is hooked, so other patches may replace those.
+        Returns the hook's handle. A whole FFN gives its own output as y, as does the last of a pair of linears; a
+        BERT-type block its residual (which is h). None keeps a tensor after the forward pass, and no linear is hooked
+        for longer than a pass, so other patches may replace those.
         """
-        if self.whole:
+        if self.kind == "whole":
 
             def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
                 h = args[0] if args else next(iter(kwargs.values()))
-                return (add(h, output[0]), *output[1:]) if isinstance(output, tuple) else add(h, output)
+                y, *rest = output if isinstance(output, tuple) else (output,)
+                y = add(h.reshape(y.shape), y)  # some flatten the tokens on the way
+                return (y, *rest) if isinstance(output, tuple) else y
 
-            return self.host.register_forward_hook(after, with_kwargs=True)
+            return self.module.register_forward_hook(after, with_kwargs=True)
+        if self.kind == "pair":
+            return _Pair(self.module, add)
 
         def before(module: nn.Module, args: tuple) -> tuple:
-            inner, h = args
-            return inner, add(h, h)
+            inner, h, *rest = args
+            return inner, add(h, h), *rest
 
-        return self.host.register_forward_pre_hook(before)
+        return self.module.register_forward_pre_hook(before)
+
+
+class _Pair:
+    """Hooks on a block that, for the length of its forward pass, hook whatever then stands at its fc1 and fc2."""
+
+    def __init__(self, block: nn.Module, add: Callable[[Tensor, Tensor], Tensor]):
+        self.add, self.read, self.inner = add, [], []  # type: ignore[var-annotated]
+        self.outer = [
+            block.register_forward_pre_hook(self._begin),
+            block.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def _begin(self, block: nn.Module, args: tuple) -> None:
+        self._end()
+        self.inner = [
+            block.fc1.register_forward_pre_hook(lambda module, args: self.read.append(args[0])),
+            block.fc2.register_forward_hook(lambda module, args, y: self.add(self.read.pop().view(y.shape), y)),
+        ]
+
+    def _end(self, *_: Any) -> None:
+        for handle in self.inner:
+            handle.remove()
+        self.read.clear()
+        self.inner = []
+
+    def remove(self) -> None:
+        self._end()
+        for handle in self.outer:
+            handle.remove()
 
 
 def ffns(model: PreTrainedModel) -> list[Ffn]:
-    """Each block's FFN. `mlp`-type modules hold it whole; BERT-type blocks have `intermediate` and `output`."""
+    """Each block's FFN: a module that holds it whole, `intermediate` and `output` (BERT), or fc1 and fc2 (OPT)."""
     path, stack = blocks(model)
     hidden = model.config.get_text_config().hidden_size
     found = []
     for index, block in enumerate(stack):
-        whole = next((leaf for leaf in ("mlp", "feed_forward", "ffn") if hasattr(block, leaf)), None)
+        whole = next((leaf for leaf in FFNS if isinstance(getattr(block, leaf, None), nn.Module)), None)
         if whole:
-            found.append(Ffn(f"{path}.{index}.{whole}", getattr(block, whole), True, hidden))
+            module = getattr(block, whole)
+            host = block if isinstance(module, nn.Sequential) else module  # it would compute with what is put into it
+            found.append(Ffn(f"{path}.{index}.{whole}", host, module, "whole", _width(module, hidden)))
         elif hasattr(block, "intermediate") and hasattr(getattr(block, "output", None), "dense"):
-            found.append(Ffn(f"{path}.{index}.output", block.output, False, hidden))
+            found.append(Ffn(f"{path}.{index}.output", block.output, block.output, "bert", hidden))
+        elif hasattr(block, "fc1") and hasattr(block, "fc2"):
+            found.append(Ffn(f"{path}.{index}.fc2", block, block, "pair", hidden))
         else:
-            raise BadInput(
-                f"find the FFN of {type(block).__name__}",
-                f"its parts are {', '.join(name for name, _ in block.named_children())}",
-                "Use a model of the Llama, Qwen, Gemma, Mistral or BERT kind",
-            )
+            have = f"none is known there; its parts are {', '.join(name for name, _ in block.named_children())}"
+            raise BadInput(f"find the FFN of {type(block).__name__}", have, NO_FFN)
     return found
+
+
+def _width(ffn: nn.Module, hidden: int) -> int:
+    """Of what an FFN reads: the model's, unless none of its linears reads that."""
+    read = [widths(module)[0] for module in ffn.modules() if is_linear(module)]
+    return hidden if hidden in read or not read else read[0]
