@@ -1,4 +1,4 @@
-"""Every causal language model that transformers knows, tiny: random weights, hidden 64, two blocks (or one of each kind).
+"""Every causal language model that transformers knows, tiny: random weights, hidden 64, two blocks or so.
 
 `NAMES` are the model types of AutoModelForCausalLM, `build` makes one; `LEFT_OUT` says which are not made, and why.
 """
@@ -39,6 +39,8 @@ WHERE_KNOWN = {  # fields that only some configs have: set where a config has th
     "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "ffn_dim": 128,
     # embeddings
     "vocab_size_per_layer_input": 272, "hidden_size_per_layer_input": 16,
+    # encoders
+    "is_decoder": True,
 }  # fmt: skip
 
 
@@ -51,29 +53,55 @@ TOWER = {
 # what a family needs beside these: another number of heads, each kind of block that a hybrid has
 FAMILIES: dict[str, dict[str, Any]] = {
     "blt": {
-        "patcher_config": ALL | {"sliding_window": 8}, "global_config": ALL | {"hidden_size": 128, "num_hidden_layers": 3},
+        "patcher_config": ALL | {"sliding_window": 8},
+        "global_config": ALL | {"hidden_size": 128, "num_hidden_layers": 3},
         "encoder_config": ALL | {"hidden_size_global": 128, "num_hidden_layers": 1},
-        "decoder_config": ALL | {"hidden_size_global": 128}, "encoder_hash_byte_group_vocab": 64,
+        "decoder_config": ALL | {"hidden_size_global": 128},
+        "encoder_hash_byte_group_vocab": 64,
         "encoder_hash_byte_group_size": [3, 4],
     },
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")},
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
+        },
     },
     "dbrx": {
-        "d_model": 64, "n_heads": 4, "n_layers": 2,
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "gemma3": {"text_config": SMALL, "vision_config": TOWER | {"model_type": "siglip_vision_model"}},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "gemma4": {"text_config": SMALL | {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 272}, "vision_config": TOWER | {"position_embedding_size": 16}},
-    "gemma4_unified": {"text_config": SMALL, "vision_config": {"mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64}},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma4": {
+        "text_config": SMALL | {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 272},
+        "vision_config": TOWER | {"position_embedding_size": 16},
+    },
+    "gemma4_unified": {
+        "text_config": SMALL,
+        "vision_config": {"mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64},
+    },
     "git": {"vision_config": TOWER},
-    "got_ocr2": {"text_config": SMALL | {"model_type": "qwen2"}, "vision_config": TOWER | {"window_size": 2, "mlp_dim": 128, "output_channels": 16}},
+    "got_ocr2": {
+        "text_config": SMALL | {"model_type": "qwen2"},
+        "vision_config": TOWER | {"window_size": 2, "mlp_dim": 128, "output_channels": 16},
+    },
     "mllama": {
         "text_config": SMALL | {"num_hidden_layers": 3, "cross_attention_layers": [1]},
-        "vision_config": TOWER | {"attention_heads": 4, "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 128, "supported_aspect_ratios": [[1, 1]]},
+        "vision_config": TOWER
+        | {
+            "attention_heads": 4,
+            "num_global_layers": 1,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 128,
+            "supported_aspect_ratios": [[1, 1]],
+        },
     },
     "codegen": {"rotary_dim": 8},
     "cpmant": {"dim_ff": 128, "dim_head": 16},
@@ -84,20 +112,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
-    "prophetnet": {"num_hidden_layers": None, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4},
+    "prophetnet": {
+        "num_hidden_layers": None,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4,
+    },
     "reformer": {
-        "is_decoder": True, "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (32, 32), "feed_forward_size": 128,
-        "attn_layers": ["local", "lsh"], "num_buckets": 2, "attention_head_size": 16,
+        "is_decoder": True,
+        "axial_pos_shape": (8, 8),
+        "axial_pos_embds_dim": (32, 32),
+        "feed_forward_size": 128,
+        "attn_layers": ["local", "lsh"],
+        "num_buckets": 2,
+        "attention_head_size": 16,
     },
     "roc_bert": {
-        "shape_vocab_size": 32, "pronunciation_vocab_size": 32, "shape_embed_dim": 16, "pronunciation_embed_dim": 16,
+        "shape_vocab_size": 32,
+        "pronunciation_vocab_size": 32,
+        "shape_embed_dim": 16,
+        "pronunciation_embed_dim": 16,
     },
     "xlnet": {"d_head": 16, "max_position_embeddings": None, "d_inner": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
-}  # fmt: skip
+}
 
 
 def config(name: str) -> Any:
@@ -138,3 +180,8 @@ LEFT_OUT: dict[str, str] = {
     "qwen4_exp": SAME.format("qwen4_exp_text"),
 }
 NAMES = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in LEFT_OUT]
+
+
+def classes() -> dict[str, str]:
+    """Type -> class."""
+    return {name: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in NAMES}

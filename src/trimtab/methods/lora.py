@@ -17,6 +17,7 @@ A x and the fp32 weights, and no fp32 copy of x. A test holds it against peft's 
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -63,6 +64,7 @@ class LoRA(Patch):
         self._check(targets)
         config = self.peft_config(targets)
         surgery = LoraSurgery(self, model)
+        surgery.notes = anatomy.unreached(model, self.targets)
         freeze_base(model, surgery.swaps)
         flags = [(p, p.requires_grad) for p in model.parameters()]
         surgery.keep(targets, changed=self._moves_base)
@@ -144,7 +146,7 @@ class LoraSurgery(Surgery):
         """After peft: its layers are ours."""
         for name, linear in targets.items():
             self.layers[name] = layer = self.model.get_submodule(name).train(linear.training)
-            layer.__class__ = type(type(layer).__name__, (_Weighted, type(layer)), {})
+            layer.__class__ = _weighted(type(layer))
             self.swaps.set_attribute(layer, PATCH_MARK, True)
             if self.patch._plain and quant.stored_as(linear) != "int8":
                 self.swaps.set_attribute(layer, "forward", _forward(layer))
@@ -224,6 +226,11 @@ class _Weighted:
         base = self.get_base_layer().weight
         plain = not self.merged and not self.disable_adapters and not self.lora_variant
         return base + self.get_delta_weight(ADAPTER).to(base.dtype) if plain and base.is_floating_point() else base
+
+
+@functools.cache
+def _weighted(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Weighted, kind), {})
 
 
 def _forward(layer: nn.Module) -> Any:

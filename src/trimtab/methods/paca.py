@@ -63,7 +63,9 @@ class PaCA(LinearPatch):
             raise BadInput("paca: form: live", "the base is quantised, so no column can be written", "Use form: side")
         if self.form == "live" and (tie := anatomy.tied(model, linears)):
             raise BadInput(f"paca: form: live on {tie[0]}", f"it is tied to {tie[1]}", "Use form: side")
+        notes = anatomy.unreached(model, self.targets)
         surgery = super().apply(model, place)
+        surgery.notes = notes
         names = list(surgery.layers)
         for group in anatomy.shared_input_groups(names) if self.share_inputs else [[name] for name in names]:
             shared = SharedSlice()
@@ -134,8 +136,7 @@ class PartialLinear(ModulePatch):
 
     @property
     def weight(self) -> Tensor:
-        """What it multiplies by, laid out as in the base, for models that read a linear's weight themselves (Mamba);
-        gradients reach `delta`."""
+        """What it multiplies by, for models that read a linear's weight (Mamba); gradients reach `delta`."""
         dtype = torch.bfloat16 if self.quantised else self.base.weight.dtype
         weight_OI, holds_delta = self.weight_now(dtype)
         delta_OR = self.delta - self.delta.detach() if holds_delta else self.delta
@@ -313,7 +314,6 @@ class PacaSurgery(LinearSurgery):
             wide_OR[:, : len(columns)] = b_OR.cpu()
             tensors[f"base_model.model.{name}.lora_A.weight"] = a_RI
             tensors[f"base_model.model.{name}.lora_B.weight"] = wide_OR
-        transposed = any(isinstance(layer.base, anatomy.Conv1D) for layer in self.layers.values())
-        names = sorted(self.layers)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, fan_in_fan_out=transposed)
+        turned = any(isinstance(layer.base, anatomy.Conv1D) for layer in self.layers.values())
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(self.layers), fan_in_fan_out=turned)
         return Portable(config, tensors)

@@ -95,7 +95,7 @@ class Adapter(ModulePatch):
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else h.dtype
         out_TD = _Beside.apply(h, y, self.keys, self.values, self.scale, dtype)
-        return out_TD.view(y.shape)  # here: a view that a function of autograd made may not be written to, as Falcon does
+        return out_TD.view(y.shape)  # out here, since some models (Falcon) write into it
 
     def extra_repr(self) -> str:
         return f"{self.keys.shape[1]} -> {self.keys.shape[0]} -> {self.keys.shape[1]}, scale={self.scale}"

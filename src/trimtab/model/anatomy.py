@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import BadInput
+from ..memory.budget import gib
 from .surgery import is_patch
 
 # Leaf names of linears that read the same input tensor, family by family.
@@ -141,6 +142,26 @@ def _wraps_linear(module: nn.Module) -> bool:
     return any(is_linear(getattr(module, name, None)) for name in ("base", "base_layer"))
 
 
+def stacked_experts(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Path -> parameter of each tensor in the blocks that holds the weights of several experts."""
+    prefix, found = blocks(model)[0] + ".", {}
+    for path, module in model.named_modules():
+        if path.startswith(prefix) and not isinstance(module, nn.modules.conv._ConvNd) and not is_linear(module):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 or (parameter.dim() == 2 and ".experts." in f"{path}."):
+                    found[f"{path}.{leaf}"] = parameter
+    return found
+
+
+def unreached(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
+    """A note on what "all-linear" does not reach, where there is such."""
+    experts = stacked_experts(model).values() if targets == "all-linear" else ()
+    if not experts:
+        return ()
+    size = gib(sum(parameter.nbytes for parameter in experts))
+    return (f"{len(experts)} stacked expert tensors ({size}) are not linears: all-linear does not reach them",)
+
+
 def tied(model: nn.Module, linears: list[nn.Module]) -> tuple[str, str] | None:
     """-> two paths of one weight, where one of `linears` shares its weight with another module; else None."""
     owners: dict[int, str] = {}
@@ -168,14 +189,15 @@ class Ffn:
     name: str
     host: nn.Module  # keeps the companion: the whole FFN, or the block (or BERT's `output`) where that takes no child
     module: nn.Module  # what is hooked: the whole FFN, BERT's `output` that adds its own input, or the block
-    kind: str  # "whole", "bert", or "pair": two linears of the block, fc1 and fc2
+    kind: str  # "whole"; "bert"; "pair": two linears of the block, fc1 and fc2
     width: int  # in and out
+    reader: nn.Module  # of BERT's pair of modules, the one that reads the input
 
     def beside(self, add: Callable[[Tensor, Tensor], Tensor]) -> Any:
         """From now on `add(h, y)` stands where `y` stood: h (..., width) is the FFN's input, y what to add to.
 
-        Returns the hook's handle. A whole FFN gives its own output as y, as does the last of a pair of linears; a
-        BERT-type block its residual (which is h). None keeps a tensor after the forward pass, and no linear is hooked
+        Returns a handle to `remove`. A whole FFN gives its own output as y, as does the last of a pair of linears; a
+        BERT-type block its residual. None keeps a tensor after the forward pass, and no linear is hooked
         for longer than a pass, so other patches may replace those.
         """
         if self.kind == "whole":
@@ -190,11 +212,29 @@ class Ffn:
         if self.kind == "pair":
             return _Pair(self.module, add)
 
-        def before(module: nn.Module, args: tuple) -> tuple:
-            inner, h, *rest = args
-            return inner, add(h, h), *rest
+        return _Residual(self.module, self.reader, add)
 
-        return self.module.register_forward_pre_hook(before)
+
+class _Residual:
+    """Hooks on a BERT-type block: what `intermediate` reads is h, what `output` adds to is y."""
+
+    def __init__(self, output: nn.Module, intermediate: nn.Module, add: Callable[[Tensor, Tensor], Tensor]):
+        self.add, self.read = add, []  # type: ignore[var-annotated]
+        self.handles = [
+            intermediate.register_forward_pre_hook(self._reads),
+            output.register_forward_pre_hook(self._adds),
+        ]
+
+    def _reads(self, module: nn.Module, args: tuple) -> None:
+        self.read[:] = args[:1]
+
+    def _adds(self, module: nn.Module, args: tuple) -> tuple:
+        inner, y, *rest = args
+        return inner, self.add(self.read.pop(), y), *rest
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 class _Pair:
@@ -236,13 +276,15 @@ def ffns(model: PreTrainedModel) -> list[Ffn]:
         if whole:
             module = getattr(block, whole)
             host = block if isinstance(module, nn.Sequential) else module  # it would compute with what is put into it
-            found.append(Ffn(f"{path}.{index}.{whole}", host, module, "whole", _width(module, hidden)))
+            found.append(Ffn(f"{path}.{index}.{whole}", host, module, "whole", _width(module, hidden), module))
         elif hasattr(block, "intermediate") and hasattr(getattr(block, "output", None), "dense"):
-            found.append(Ffn(f"{path}.{index}.output", block.output, block.output, "bert", hidden))
+            found.append(Ffn(f"{path}.{index}.output", block.output, block.output, "bert", hidden, block.intermediate))
         elif hasattr(block, "fc1") and hasattr(block, "fc2"):
-            found.append(Ffn(f"{path}.{index}.fc2", block, block, "pair", hidden))
+            found.append(Ffn(f"{path}.{index}.fc2", block, block, "pair", hidden, block))
         else:
-            have = f"none is known there; its parts are {', '.join(name for name, _ in block.named_children())}"
+            have = (
+                f"it has none that is known here; its parts are {', '.join(name for name, _ in block.named_children())}"
+            )
             raise BadInput(f"find the FFN of {type(block).__name__}", have, NO_FFN)
     return found
 
