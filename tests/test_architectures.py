@@ -168,11 +168,12 @@ def beside(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gr
     own = {key: tensor.detach().clone().requires_grad_() for key, tensor in surgery.own_tensors().items()}
     read: dict[str, list[Tensor]] = {key.rpartition(".")[0]: [] for key in own}
     inner: dict[str, list[Tensor]] = {key: [] for key in read}
+    handles: list[Any] = []  # some models share an activation with all others
     for ffn in anatomy.ffns(model):
         block = model.get_submodule(ffn.name.rpartition(".")[0])
         for module in (block.fc1 if ffn.kind == "pair" else ffn.reader).modules():
             seen = lambda module, args, at=ffn.name: inner[at].extend(args[:1])  # noqa: E731
-            module.register_forward_pre_hook(seen)
+            handles.append(module.register_forward_pre_hook(seen))
 
         def add(h: Tensor, y: Tensor, at: str = ffn.name) -> Tensor:
             read[at].append(h.detach())
@@ -181,6 +182,8 @@ def beside(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gr
         ffn.beside(add)
     loss = own_loss(model, batch)
     loss.backward()
+    for handle in handles:
+        handle.remove()
     for key, given in read.items():
         assert all(any(same_values(h, x) for x in inner[key]) for h in given), f"{key} reads something else than h"
     return float(loss.detach()), of(own)
