@@ -9,6 +9,7 @@ model as it was. `docs/architectures.json` says what is expected of each pair, a
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from architectures import LEFT_OUT, NAMES, build, classes
+from byte_model import byte_folder, tiny
 from test_laws import same, snapshot, values
 from trimtab import Recipe, methods
 from trimtab.contracts import Place
@@ -27,6 +30,10 @@ from trimtab.engine.probe import batch_of, head_read, own_loss, probe
 from trimtab.errors import BadInput
 from trimtab.memory.store import GRADS
 from trimtab.model import anatomy
+from trimtab.model.load import load_model
+from trimtab.model.stock_peft import require_loadable
+from trimtab.plan import plan
+from trimtab.train import train
 
 TABLE = Path(__file__).parents[1] / "docs/architectures.json"
 FIELDS: dict[str, dict[str, Any]] = {
@@ -89,8 +96,7 @@ def cell(name: str, patch: str, model: nn.Module, batch: dict[str, Tensor], base
 
 
 def short(refusal: BadInput) -> str:
-    """Why, without what was raised by whom."""
-    return refusal.have.partition(" (")[0]
+    return textwrap.shorten(refusal.have, 110, placeholder=" ...")
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -243,6 +249,97 @@ def test_fused_forms_in_half_precision(name):
     model = build(name).to(torch.bfloat16)
     methods.find("lora")(r=2).apply(model, Place(fast="cpu"))
     assert not probe(model, Recipe(model="any")).notes
+
+
+EXPERTS = {"num_local_experts": 4, "intermediate_size": 512}
+REACH = "4 stacked expert tensors (3.0 MiB) are not linears: all-linear does not reach them"
+
+
+@pytest.mark.parametrize("patch", ["paca", "lora"])
+def test_what_all_linear_does_not_reach_is_said(patch):
+    model = tiny("MixtralForCausalLM", **EXPERTS)
+    row = methods.find(patch)
+    assert row(r=2).apply(model, Place(fast="cpu")).notes == (REACH,)
+    assert row(r=2, targets="q_proj").apply(tiny("MixtralForCausalLM", **EXPERTS), Place(fast="cpu")).notes == ()
+    assert row(r=2).apply(tiny("LlamaForCausalLM"), Place(fast="cpu")).notes == ()
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_experts_that_stay_dense_are_said_in_plan_and_train(tmp_path, precision):
+    folder = byte_folder(tmp_path / "m", "MixtralForCausalLM", dtype="bfloat16", **EXPERTS)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "sky", "completion": "blue"}\n' * 4)
+    recipe = Recipe(
+        model={"name": folder, "precision": precision}, data={"train": str(tmp_path / "rows.jsonl")},
+        patches=[{"paca": {"r": 2}}], training={"max_steps": 1, "max_length": 16}, output=str(tmp_path / "run"),
+    )  # fmt: skip
+    heard: list[str] = []
+    load_model(recipe.model, say=heard.append)
+    (said,) = heard
+    assert said.startswith("the experts (1.5 MiB of 1.") and said.endswith("bf16: bitsandbytes quantises linears only")
+    planned = plan(recipe).notes
+    assert said in planned and REACH.replace("3.0", "1.5") in planned
+    told: list[str] = []
+    train(recipe, say=told.append)
+    assert any(said in line for line in told) and any(REACH.replace("3.0", "1.5") in line for line in told)
+
+
+def test_a_peft_export_that_peft_would_put_elsewhere_is_refused(tmp_path):
+    """peft takes the gate_proj of a dense FFN or a shared expert for stacked experts in some models."""
+    for patch in ("paca", "lora"):
+        surgery = methods.find(patch)(r=2).apply(model := build("deepseek_v3"), Place(fast="cpu"))
+        portable = surgery.portable()
+        with pytest.raises(BadInput, match="peft"):
+            require_loadable(model, portable.config, portable.tensors)
+        surgery.revert()
+        portable = methods.find(patch)(r=2, targets="q_b_proj,o_proj").apply(model, Place(fast="cpu")).portable()
+        require_loadable(model, portable.config, portable.tensors)
+
+
+@pytest.mark.parametrize("patch", ["paca", "lora"])
+@pytest.mark.parametrize("name", ["gpt2", "mamba", "falcon"])
+def test_merged_and_in_stock_peft_the_same(name, patch):
+    """Weights that lie transposed (GPT-2), that the model reads itself (Mamba), of a subclass (Falcon)."""
+    model = build(name)
+    ids = batch_of(model)["input_ids"]
+    surgery = methods.find(patch)(r=2).apply(model, Place(fast="cpu"))
+    fill(patch, surgery)
+    with torch.no_grad():
+        ours = model(input_ids=ids, use_cache=False).logits
+        if name != "mamba":  # peft refuses it
+            portable = surgery.portable()
+            stock = get_peft_model(build(name), portable.config).eval()
+            state = {k.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"): t
+                     for k, t in portable.tensors.items()}  # fmt: skip
+            assert not stock.load_state_dict(state, strict=False).unexpected_keys
+            assert close(stock(input_ids=ids, use_cache=False).logits, ours)
+        surgery.merge()
+        assert close(model(input_ids=ids, use_cache=False).logits, ours)
+        assert not close(build(name)(input_ids=ids, use_cache=False).logits, ours)
+
+
+@pytest.mark.parametrize("linears", ["paca", "lora"])
+@pytest.mark.parametrize("beside", ["parallel_adapter", "meft"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_pair_of_linears_is_found_also_where_another_patch_replaces_them(linears, beside, first):
+    """fc1 and fc2 of OPT: both patches act, in either order, and leave no tensor behind."""
+    model = build("opt")
+    ids = batch_of(model)["input_ids"]
+    names = [linears, beside] if first else [beside, linears]
+    surgeries = {name: methods.find(name)(**FIELDS[name]).apply(model, Place(fast="cpu")) for name in names}
+    for name, surgery in surgeries.items():
+        fill(name, surgery)
+    seen = []
+    with torch.no_grad():
+        seen.append(model(input_ids=ids, use_cache=False).logits)
+        for name in names:
+            surgeries[name].revert()
+            seen.append(model(input_ids=ids, use_cache=False).logits)
+    alone = methods.find(names[1])(**FIELDS[names[1]]).apply(other := build("opt"), Place(fast="cpu"))
+    fill(names[1], alone)
+    with torch.no_grad():
+        assert close(seen[1], other(input_ids=ids, use_cache=False).logits)
+        assert close(seen[2], build("opt")(input_ids=ids, use_cache=False).logits)
+    assert not close(seen[0], seen[1]) and not close(seen[1], seen[2])
 
 
 def write() -> None:

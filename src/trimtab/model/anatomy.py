@@ -282,9 +282,7 @@ def ffns(model: PreTrainedModel) -> list[Ffn]:
         elif hasattr(block, "fc1") and hasattr(block, "fc2"):
             found.append(Ffn(f"{path}.{index}.fc2", block, block, "pair", hidden, block))
         else:
-            have = (
-                f"it has none that is known here; its parts are {', '.join(name for name, _ in block.named_children())}"
-            )
+            have = f"no FFN of it is known here; its parts are {', '.join(name for name, _ in block.named_children())}"
             raise BadInput(f"find the FFN of {type(block).__name__}", have, NO_FFN)
     return found
 

@@ -7,6 +7,7 @@ expert for stacked experts, and it refuses parts of Mamba.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,7 +27,9 @@ def require_loadable(model: PreTrainedModel, config: Any, names: Iterable[str]) 
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config))
     try:
-        inject_adapter_in_model(copy.deepcopy(config), twin, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it finds odd shows below
+            inject_adapter_in_model(copy.deepcopy(config), twin, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(asked, f"stock peft refuses it ({error})".rstrip("."), DO) from None
     theirs = {
