@@ -342,6 +342,35 @@ def test_a_pair_of_linears_is_found_also_where_another_patch_replaces_them(linea
     assert not close(seen[0], seen[1]) and not close(seen[1], seen[2])
 
 
+@pytest.mark.parametrize("patch", ["parallel_adapter", "meft"])
+@pytest.mark.parametrize("name", ["opt", "bert", "ctrl", "llama"])
+def test_ffn_adapters_under_activation_checkpointing(name, patch):
+    """Each way that an FFN is found: what is computed again has the adapter in it, too."""
+    model = build(name)
+    batch, found = batch_of(model), []
+    surgery = methods.find(patch)(**FIELDS[patch]).apply(model, Place(fast="cpu"))
+    fill(patch, surgery)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        module.dropout = (
+            0.0 if isinstance(getattr(module, "dropout", None), float) else getattr(module, "dropout", None)
+        )
+    for again in (False, True):
+        if again and name != "ctrl":  # it has no checkpointing
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        found.append(of_run(patch, model, surgery, Recipe(model="any"), batch))
+        for parameter in model.parameters():
+            parameter.grad = None
+        for store in surgery.stores:
+            store.forget()
+    (loss, first), (again_loss, second) = found
+    assert again_loss == pytest.approx(loss, rel=1e-6)
+    assert all(close(second[key], grad) for key, grad in first.items())
+
+
 def write() -> None:
     transformers.logging.set_verbosity_error()
     said = {"transformers": transformers.__version__, "outcomes": {name: outcome(name) for name in NAMES}}

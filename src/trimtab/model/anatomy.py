@@ -197,8 +197,8 @@ class Ffn:
         """From now on `add(h, y)` stands where `y` stood: h (..., width) is the FFN's input, y what to add to.
 
         Returns a handle to `remove`. A whole FFN gives its own output as y, as does the last of a pair of linears; a
-        BERT-type block its residual. None keeps a tensor after the forward pass, and no linear is hooked
-        for longer than a pass, so other patches may replace those.
+        BERT-type block its residual. None keeps a tensor after the forward pass. Where linears are
+        hooked, the hooks follow those that other patches put in their place.
         """
         if self.kind == "whole":
 
@@ -238,32 +238,37 @@ class _Residual:
 
 
 class _Pair:
-    """Hooks on a block that, for the length of its forward pass, hook whatever then stands at its fc1 and fc2."""
+    """Hooks on a block's fc1 and fc2, whatever stands there: before each pass that its attention begins, they follow.
+
+    Not hooks on the block: those do not run when activation checkpointing computes its forward again.
+    """
 
     def __init__(self, block: nn.Module, add: Callable[[Tensor, Tensor], Tensor]):
-        self.add, self.read, self.inner = add, [], []  # type: ignore[var-annotated]
-        self.outer = [
-            block.register_forward_pre_hook(self._begin),
-            block.register_forward_hook(self._end, always_call=True),
-        ]
+        self.block, self.add, self.read = block, add, []  # type: ignore[var-annotated]
+        self.hooked: tuple[nn.Module, ...] = ()
+        self.inner: list[Any] = []
+        first = next(child for child in block.children() if not is_linear(child))
+        self.outer = first.register_forward_pre_hook(self._follow)
 
-    def _begin(self, block: nn.Module, args: tuple) -> None:
-        self._end()
+    def _follow(self, *_: Any) -> None:
+        self.read.clear()
+        if self.hooked == (there := (self.block.fc1, self.block.fc2)):
+            return
+        self._let_go()
         self.inner = [
-            block.fc1.register_forward_pre_hook(lambda module, args: self.read.append(args[0])),
-            block.fc2.register_forward_hook(lambda module, args, y: self.add(self.read.pop().view(y.shape), y)),
+            there[0].register_forward_pre_hook(lambda module, args: self.read.append(args[0])),
+            there[1].register_forward_hook(lambda module, args, y: self.add(self.read.pop().view(y.shape), y)),
         ]
+        self.hooked = there
 
-    def _end(self, *_: Any) -> None:
+    def _let_go(self) -> None:
         for handle in self.inner:
             handle.remove()
-        self.read.clear()
-        self.inner = []
+        self.inner, self.hooked = [], ()
 
     def remove(self) -> None:
-        self._end()
-        for handle in self.outer:
-            handle.remove()
+        self._let_go()
+        self.outer.remove()
 
 
 def ffns(model: PreTrainedModel) -> list[Ffn]:

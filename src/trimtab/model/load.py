@@ -130,9 +130,9 @@ def left_dense(model: PreTrainedModel) -> list[str]:
     if size < 0.1 * whole:
         return []
     of_experts = sum(p.nbytes for name, p in dense.items() if name in experts)
-    what = "experts" if of_experts > 0.9 * size else "weights of the blocks that are no linears"
+    what = "experts" if of_experts > 0.9 * size else "weights of the blocks"
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(next(iter(dense.values())).dtype, "fp32")
-    return [f"the {what} ({gib(size)} of {gib(whole)}) stay in {dtype}: bitsandbytes quantises linears only"]
+    return [f"the {what} ({gib(size)} of {gib(whole)}) stay in {dtype}: bitsandbytes quantises plain linears only"]
 
 
 def _config_folder(spec: ModelSpec) -> Path:
