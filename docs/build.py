@@ -261,7 +261,8 @@ def architectures(said: dict[str, Any]) -> str:
         f"each causal language model of transformers {said['transformers']}, built tiny with random weights, under\n"
         "each trained patch.",
         "**Right** means: the patch changes no output at first; the loss and each gradient of what is trained,\n"
-        "computed as a run computes them, equal those of another way (whole weights, plain autograd) to 1e-5; and\n"
+        "computed as a run computes them, equal those of another way (whole weights, plain autograd) to 1e-5 (Gemma 4\n"
+        "and Qwen 3.5's mixture: 5e-5, since rounding alone moves their gradients by 1e-5); and\n"
         "reverting restores the model bit for bit. **Refused** means that a sentence says so before training starts.\n"
         "On any other model the checks before training ([data.md](data.md)) ask the same of the loss and the fused\n"
         "forms.",

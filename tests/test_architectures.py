@@ -44,6 +44,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 WITHIN = 1e-5
+# Where a change of each weight's last bit moves the model's own gradients by 2e-6 to 9e-6 (Llama's by 3e-7).
+ROUGH = {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "qwen3_5_moe_text"}
 
 Gradients = dict[str, Tensor]
 
@@ -86,7 +88,9 @@ def cell(name: str, patch: str, model: nn.Module, batch: dict[str, Tensor], base
         assert gradients.keys() == truth.keys()
         for key, grad in truth.items():
             apart = float((gradients[key] - grad).norm() / (grad.norm() + whole))
-            assert apart <= WITHIN, f"{patch}: the gradient of {key} is {apart:.1e} off"
+            assert apart <= (5 * WITHIN if name in ROUGH else WITHIN), (
+                f"{patch}: the gradient of {key} is {apart:.1e} off"
+            )
     finally:
         surgery.revert()
     for parameter in model.parameters():
@@ -275,9 +279,8 @@ def test_experts_that_stay_dense_are_said_in_plan_and_train(tmp_path, precision)
     heard: list[str] = []
     load_model(recipe.model, say=heard.append)
     (said,) = heard
-    assert said.startswith("the experts (1.5 MiB of 1.") and said.endswith(
-        "bf16: bitsandbytes quantises plain linears only"
-    )
+    assert said.startswith("the experts (1.5 MiB of 1.")
+    assert said.endswith("MiB) stay in bf16: bitsandbytes quantises plain linears only")
     planned = plan(recipe).notes
     assert said in planned and REACH.replace("3.0", "1.5") in planned
     told: list[str] = []
