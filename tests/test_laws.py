@@ -81,7 +81,7 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     """Bit for bit, dtypes and order included."""
     return list(left) == list(right) and all(
-        a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        a.dtype == b.dtype and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
         for a, b in zip((t.contiguous() for t in left.values()), (t.contiguous() for t in right.values()), strict=True)
     )
 

@@ -85,6 +85,7 @@ def _peft(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries: l
 
     from .adapter import short_targets
     from .model.limits import vocabulary
+    from .model.stock_peft import require_loadable
 
     if len(surgeries) != 1:
         names = ", ".join(type(s.patch).__name__ for s in surgeries)
@@ -96,6 +97,7 @@ def _peft(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries: l
     portable.config.task_type = portable.config.task_type or "CAUSAL_LM"
     if isinstance(portable.config.target_modules, list | set):
         portable.config.target_modules = short_targets(model, portable.config.target_modules)
+    require_loadable(model, portable.config, portable.tensors)
     portable.config.save_pretrained(folder)
     save_file(
         {k: t.contiguous() for k, t in portable.tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}

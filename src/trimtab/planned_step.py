@@ -50,7 +50,7 @@ class PlannedStep:
 
     def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
         from .engine.arguments import weighed
-        from .model.load import assembled, empty_model, load_model
+        from .model.load import assembled, empty_model, left_dense, load_model
 
         self.recipe, self.args, self.real = recipe, args, real
         self.objective = weighed(recipe.load_objective(), args)
@@ -58,6 +58,7 @@ class PlannedStep:
         self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
         if real:
             self.model = load_model(recipe.model, task=self.objective.task)[0]
+        self.left_dense = left_dense(self.model)
         self._as_trained()
         self.dtype = self.model.dtype
         # `.data`: the storage, which stays when a patch puts another under the same parameter
@@ -107,7 +108,7 @@ class PlannedStep:
         from .runs import place_of
         from .stores import notes_of
 
-        return notes_of(self.surgeries, str(place_of(self.recipe).folder))
+        return [*self.left_dense, *notes_of(self.surgeries, str(place_of(self.recipe).folder))]
 
     def with_tables(self, peaks: Any) -> Any:
         """What tables hold, which is there in every phase; not linear in the depth, since a cache is shared out."""

@@ -195,13 +195,8 @@ def probe(
 
 def _compare(recipe: Recipe, apart: Callable[[Recipe, Reading], str], truth: Callable[[], Reading], name: str) -> Found:
     """The recipe without what is `apart` from the model's own loss."""
-    try:
+    with _own_forward(name):
         own = truth()
-    except TrimtabError:
-        raise
-    except Exception as error:
-        why = f"its own forward fails on a small batch ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
-        raise BadInput(f"the loss of {name}", why, "Use another model, or another precision") from error
     if not apart(recipe, own):
         return Found(recipe)
     notes, plain = [], _with_forms(recipe, [])
@@ -218,6 +213,18 @@ def _compare(recipe: Recipe, apart: Callable[[Recipe, Reading], str], truth: Cal
         else:
             kept.append(form)
     return Found(_with_forms(recipe, kept), tuple(notes))
+
+
+@contextlib.contextmanager
+def _own_forward(name: str) -> Iterator[None]:
+    """BadInput for whatever a model's own forward raises within it."""
+    try:
+        yield
+    except TrimtabError:
+        raise
+    except Exception as error:
+        why = f"its own forward fails on a small batch ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        raise BadInput(f"the loss of {name}", why, "Use another model, or another precision") from error
 
 
 def require_unchanged(
@@ -241,7 +248,7 @@ def loss_now(model: PreTrainedModel, autocast: torch.dtype | None = None) -> flo
     batch = batch_of(model)
     device = batch["input_ids"].device.type
     half = contextlib.nullcontext() if autocast is None else torch.autocast(device, dtype=autocast)
-    with undisturbed(model, tables=True), half:
+    with _own_forward(type(model).__name__), undisturbed(model, tables=True), half:
         return float(own_loss(model, batch))
 
 

@@ -17,6 +17,7 @@ A x and the fp32 weights, and no fp32 copy of x. A test holds it against peft's 
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,8 +62,9 @@ class LoRA(Patch):
             raise BadInput("apply lora", "the model already has an adapter of peft", "Merge or unload that one first")
         targets = anatomy.target_linears(model, self.targets)
         self._check(targets)
-        config = self.peft_config(list(targets))
+        config = self.peft_config(targets)
         surgery = LoraSurgery(self, model)
+        surgery.notes = anatomy.unreached(model, self.targets)
         freeze_base(model, surgery.swaps)
         flags = [(p, p.requires_grad) for p in model.parameters()]
         surgery.keep(targets, changed=self._moves_base)
@@ -70,7 +72,9 @@ class LoRA(Patch):
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 empty = next(model.parameters()).device.type == "meta"
-                inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=empty)
+                parts = _parts(model)
+                inject_adapter_in_model(config, parts, ADAPTER, low_cpu_mem_usage=empty)
+            model.peft_config = parts.peft_config
             cast_adapter_dtype(model, ADAPTER)  # A and B in fp32
         except (ValueError, TypeError) as error:
             surgery.swaps.undo()
@@ -89,14 +93,15 @@ class LoRA(Patch):
     def _plain(self) -> bool:
         return not self.dora and not self.dropout
 
-    def peft_config(self, names: list[str]) -> LoraConfig:
+    def peft_config(self, targets: dict[str, nn.Module]) -> LoraConfig:
         from peft import LoraConfig
 
         return LoraConfig(
             r=self.r,
             lora_alpha=2 * self.r if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
-            target_modules=names,
+            target_modules=list(targets),
+            fan_in_fan_out=any(isinstance(linear, anatomy.Conv1D) for linear in targets.values()),
             use_dora=self.dora,
             use_rslora=self.rslora,
             init_lora_weights=True if self.init == "default" else self.init,
@@ -141,6 +146,7 @@ class LoraSurgery(Surgery):
         """After peft: its layers are ours."""
         for name, linear in targets.items():
             self.layers[name] = layer = self.model.get_submodule(name).train(linear.training)
+            layer.__class__ = _weighted(type(layer))
             self.swaps.set_attribute(layer, PATCH_MARK, True)
             if self.patch._plain and quant.stored_as(linear) != "int8":
                 self.swaps.set_attribute(layer, "forward", _forward(layer))
@@ -196,6 +202,35 @@ class LoraSurgery(Surgery):
             raise BadInput("export lora to peft", "its start was random and peft cannot repeat it", "Export merged")
         tensors = {f"base_model.model.{name}": tensor.detach() for name, tensor in self.own_tensors().items()}
         return Portable(self._config(), tensors)
+
+
+def _parts(model: PreTrainedModel) -> nn.Module:
+    """The model's modules without its config, of which peft takes the names as they are.
+
+    Of a config it would conclude that the gate_proj of a dense FFN or of a shared expert means stacked experts, and
+    that Mamba's kernels cannot be adapted, which read a weight that `_Weighted` gives them.
+    """
+    parts = nn.Module()
+    vars(parts)["_modules"] = model._modules
+    for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            setattr(parts, name, getattr(model, name))
+    return parts
+
+
+class _Weighted:
+    """For the class of peft's layer: `weight` is what the layer multiplies by, for models that read it themselves."""
+
+    @property
+    def weight(self: Any) -> Tensor:
+        base = self.get_base_layer().weight
+        plain = not self.merged and not self.disable_adapters and not self.lora_variant
+        return base + self.get_delta_weight(ADAPTER).to(base.dtype) if plain and base.is_floating_point() else base
+
+
+@functools.cache
+def _weighted(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Weighted, kind), {})
 
 
 def _forward(layer: nn.Module) -> Any:

@@ -23,7 +23,6 @@ Shapes: T tokens (all leading dimensions), I in, O out, R chosen, P columns held
 
 from __future__ import annotations
 
-import weakref
 import zlib
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -36,6 +35,7 @@ from transformers import PreTrainedModel
 from ..contracts import LinearPatch, LinearSurgery, ModulePatch, Place, Portable
 from ..errors import BadInput
 from ..model import anatomy, quant
+from ..model.shared_slice import SharedSlice
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class PaCA(LinearPatch):
             raise BadInput("paca: form: live", "the base is quantised, so no column can be written", "Use form: side")
         if self.form == "live" and (tie := anatomy.tied(model, linears)):
             raise BadInput(f"paca: form: live on {tie[0]}", f"it is tied to {tie[1]}", "Use form: side")
+        notes = anatomy.unreached(model, self.targets)
         surgery = super().apply(model, place)
+        surgery.notes = notes
         names = list(surgery.layers)
         for group in anatomy.shared_input_groups(names) if self.share_inputs else [[name] for name in names]:
             shared = SharedSlice()
@@ -77,40 +79,21 @@ class PaCA(LinearPatch):
         return PartialLinear(linear, self, name)
 
 
-class SharedSlice:
-    """x[..., I] of the tensor that q, k and v (or gate and up) all read: gathered once, kept by no one but autograd."""
-
-    def __init__(self):
-        self.of: weakref.ref | None = None
-        self.slice: weakref.ref | None = None
-        self.version = -1
-
-    def take(self, x_TI: Tensor, layer: PartialLinear) -> Tensor:
-        if x_TI.is_inference():  # such tensors count no versions, and nothing is saved for backward
-            return layer.columns_of(x_TI)
-        kept = self.slice() if self.slice is not None and self.of() is x_TI and self.version == x_TI._version else None
-        if kept is None:
-            with torch.no_grad():
-                kept = layer.columns_of(x_TI)
-            self.of, self.slice, self.version = weakref.ref(x_TI), weakref.ref(kept), x_TI._version
-        return kept
-
-
 class PartialLinear(ModulePatch):
     """A frozen linear (`base`) of which the columns `indices` are trained through `delta`."""
 
     def __init__(self, base: nn.Module, patch: PaCA, name: str):
         super().__init__()
         self.base, self.patch, self.name = base, patch, name
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.r = min(patch.r, base.in_features)
+        self.in_features, self.out_features = anatomy.widths(base)
+        self.r = min(patch.r, self.in_features)
         self.scale = 1.0 if patch.alpha is None else patch.alpha / patch.r
         self.quantised = quant.is_quantised(base)
         device = base.weight.device
-        self.delta = nn.Parameter(torch.zeros(base.out_features, self.r, device=device))
+        self.delta = nn.Parameter(torch.zeros(self.out_features, self.r, device=device))
         self.register_buffer("indices", torch.zeros(self.r, dtype=torch.int64, device=device))
         self.register_buffer("held_indices", torch.zeros(0, dtype=torch.int64, device=device))
-        self.register_buffer("held_delta", torch.zeros(base.out_features, 0, device=device))
+        self.register_buffer("held_delta", torch.zeros(self.out_features, 0, device=device))
         self.group, self.shared, self.start = name, SharedSlice(), None
         self._original: Tensor | None = None  # live form: the columns under `delta` (and those held) as they were
         self._written: object = None
@@ -148,15 +131,30 @@ class PartialLinear(ModulePatch):
             self.refresh()
         if torch.is_autocast_enabled(x_TI.device.type):
             x_TI = x_TI.to(torch.get_autocast_dtype(x_TI.device.type))
-        x_TR = self.shared.take(x_TI, self)
+        x_TR = self.shared.take(x_TI, self.columns_of)
         return _Partial.apply(x_TI, x_TR, self.delta, self)
+
+    @property
+    def weight(self) -> Tensor:
+        """What it multiplies by, for models that read a linear's weight (Mamba); gradients reach `delta`."""
+        dtype = torch.bfloat16 if self.quantised else self.base.weight.dtype
+        weight_OI, holds_delta = self.weight_now(dtype)
+        delta_OR = self.delta - self.delta.detach() if holds_delta else self.delta
+        if not holds_delta and self.held_indices.numel():
+            weight_OI = weight_OI.index_add(1, self.held_indices, self.held_delta.to(dtype))
+        weight_OI = weight_OI.index_add(1, self.indices, (delta_OR * self.scale).to(dtype))
+        return weight_OI.t() if isinstance(self.base, anatomy.Conv1D) else weight_OI
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
 
     def weight_now(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """-> the (out, in) weight to multiply by, and whether it already holds the trained columns."""
         if self.patch.form == "live" and self._written is None:  # a state dict was taken since the forward pass
             self.refresh()
         if not self.quantised:
-            return self.base.weight.to(dtype), self.patch.form == "live"
+            return anatomy.dense_view(self.base).to(dtype), self.patch.form == "live"
         weight_OI = quant.dense_weight(self.base, dtype)
         self.add_columns(weight_OI)
         return weight_OI, True
@@ -181,7 +179,7 @@ class PartialLinear(ModulePatch):
         state = (self.delta._version, self.delta.untyped_storage()._cdata)
         if self._written == state and torch.is_grad_enabled():
             return
-        weight_OI = self.base.weight.data  # `.data`: the write is ours to order, autograd need not see it
+        weight_OI = anatomy.dense_view(self.base).data  # `.data`: the write is ours to order, autograd need not see it
         if self._original is None:
             self._touched = torch.cat([self.indices, self.held_indices]).unique()
             self._original = weight_OI[:, self._touched].clone()
@@ -197,7 +195,7 @@ class PartialLinear(ModulePatch):
     def restore(self) -> None:
         """Live form: put the original columns back, bit for bit."""
         if self._original is not None:
-            self.base.weight.data[:, self._touched] = self._original
+            anatomy.dense_view(self.base).data[:, self._touched] = self._original
             self._original = self._written = None
 
     detach_base = restore
@@ -232,7 +230,7 @@ class PartialLinear(ModulePatch):
         """The linear that stands here after merging: the base with the columns added (de-quantised if it must be)."""
         self.restore()
         linear = quant.dense_linear(self.base) if self.quantised else self.base
-        self.add_columns(linear.weight.data)
+        self.add_columns(anatomy.dense_view(linear).data)
         return linear
 
 
@@ -316,5 +314,6 @@ class PacaSurgery(LinearSurgery):
             wide_OR[:, : len(columns)] = b_OR.cpu()
             tensors[f"base_model.model.{name}.lora_A.weight"] = a_RI
             tensors[f"base_model.model.{name}.lora_B.weight"] = wide_OR
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(self.layers), lora_dropout=0.0, bias="none")
+        turned = any(isinstance(layer.base, anatomy.Conv1D) for layer in self.layers.values())
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(self.layers), fan_in_fan_out=turned)
         return Portable(config, tensors)

@@ -94,14 +94,15 @@ class Adapter(ModulePatch):
         kind = h.device.type
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else h.dtype
-        return _Beside.apply(h, y, self.keys, self.values, self.scale, dtype)
+        out_TD = _Beside.apply(h, y, self.keys, self.values, self.scale, dtype)
+        return out_TD.view(y.shape)  # out here, since some models (Falcon) write into it
 
     def extra_repr(self) -> str:
         return f"{self.keys.shape[1]} -> {self.keys.shape[0]} -> {self.keys.shape[1]}, scale={self.scale}"
 
 
 class _Beside(torch.autograd.Function):
-    """y + s * ReLU(h W_A) W_B, its products in `dtype`; y and the result keep y's dtype."""
+    """y + s * ReLU(h W_A) W_B, (T, D), its products in `dtype`; y and the result keep y's dtype."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, y: Tensor, keys_RD: Tensor, values_RD: Tensor, scale: float, dtype: torch.dtype):
@@ -114,7 +115,7 @@ class _Beside(torch.autograd.Function):
             out_TD = y_TD + (fired_TR @ values_RD.to(dtype)).mul_(scale)
         ctx.save_for_backward(h_TD, fired_TR, keys_RD, values_RD)
         ctx.scale, ctx.shape, ctx.h_dtype = scale, h.shape, h.dtype
-        return out_TD.view(y.shape)
+        return out_TD
 
     @staticmethod
     @once_differentiable
@@ -132,4 +133,4 @@ class _Beside(torch.autograd.Function):
                 grad_keys_RD = (grad_TR.T @ h_TD).to(keys_RD.dtype)
             if needs_h:
                 grad_h = (grad_TR @ keys_RD.to(dtype)).view(ctx.shape).to(ctx.h_dtype)
-        return grad_h, grad, grad_keys_RD, grad_values_RD, None, None
+        return grad_h, grad.view(ctx.shape), grad_keys_RD, grad_values_RD, None, None

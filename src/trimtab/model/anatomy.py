@@ -6,15 +6,20 @@ block) and by the few leaf names that families share (q_proj, query, gate_proj, 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import BadInput
+from ..memory.budget import gib
 from .surgery import is_patch
 
 # Leaf names of linears that read the same input tensor, family by family.
@@ -22,9 +27,48 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("que
                  ("w1", "w3"))  # fmt: skip
 
 
+# Paths of what stands beside a text model: encoders of images and sound, a patcher of bytes.
+BESIDE_TEXT = re.compile(r"vision|visual|image|audio|patcher")
+# Leaf names of a block's whole FFN, the one that counts first where a block has two.
+FFNS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "shared_mlp")
+NO_FFN = "Use a model of the Llama, Qwen, Gemma, Mistral or BERT kind, or train its linears (lora, paca)"
+
+
 def is_linear(module: nn.Module | None) -> bool:
-    """nn.Linear and its quantised kin (bitsandbytes' Linear4bit and Linear8bitLt are subclasses)."""
-    return isinstance(module, nn.Linear)
+    """nn.Linear, its quantised kin, and GPT-2's Conv1D, which is one with its weight transposed.
+
+    A subclass whose forward computes something else (a router that returns its choice, a linear by groups) is none.
+    """
+    if isinstance(module, nn.Linear):
+        return type(module).__module__.startswith("bitsandbytes") or _multiplies(type(module))
+    return isinstance(module, Conv1D)
+
+
+@functools.cache
+def _multiplies(kind: type[nn.Linear]) -> bool:
+    """Whether the class's forward gives x W^T + b: asked with a toy for its parts."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    toy = nn.Linear(3, 2, device="meta")
+    toy.weight, toy.bias = nn.Parameter(torch.tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 9.0]])), nn.Parameter(torch.ones(2))
+    x = torch.tensor([[[2.0, 7.0, 1.0]]])
+    try:
+        with torch.no_grad():
+            return torch.allclose(kind.forward(toy, x), F.linear(x, toy.weight, toy.bias))
+    except Exception:  # it needs more than a weight and a bias
+        return False
+
+
+def dense_view(linear: nn.Module) -> Tensor:
+    """The weight of a linear that is not quantised, (out, in): the parameter itself, or a view of it."""
+    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight  # type: ignore[operator, return-value]
+
+
+def widths(linear: nn.Module) -> tuple[int, int]:
+    """-> (in, out)."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features  # type: ignore[return-value]
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -39,11 +83,18 @@ def fresh_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The stack of transformer blocks: the longest ModuleList, with its path."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    """The stack of transformer blocks, with its path: the longest ModuleList of the text model, of those that lie in
+    no other."""
+    named = dict(model.named_modules())
+    text = model.get_decoder() if hasattr(model, "get_decoder") else model
+    path = next((name for name, module in named.items() if module is text and module is not model), "")
+    lists = {name: m for name, m in named.items() if isinstance(m, nn.ModuleList) and len(m)}
+    found = {name: m for name, m in lists.items() if name.startswith(f"{path}.")} if path else lists
+    found = {name: m for name, m in found.items() if not BESIDE_TEXT.search(name)} or found or lists
+    found = {name: m for name, m in found.items() if not name.startswith(tuple(f"{outer}." for outer in found))}
     if not found:
         raise BadInput(f"patch {type(model).__name__}", "it has no list of blocks", "Use a transformer model")
-    return max(found, key=lambda item: len(item[1]))
+    return max(found.items(), key=lambda item: len(item[1]))
 
 
 def target_linears(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]:
@@ -91,6 +142,26 @@ def _wraps_linear(module: nn.Module) -> bool:
     return any(is_linear(getattr(module, name, None)) for name in ("base", "base_layer"))
 
 
+def stacked_experts(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Path -> parameter of each tensor in the blocks that holds the weights of several experts."""
+    prefix, found = blocks(model)[0] + ".", {}
+    for path, module in model.named_modules():
+        if path.startswith(prefix) and not isinstance(module, nn.modules.conv._ConvNd) and not is_linear(module):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 or (parameter.dim() == 2 and ".experts." in f"{path}."):
+                    found[f"{path}.{leaf}"] = parameter
+    return found
+
+
+def unreached(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
+    """A note on what "all-linear" does not reach, where there is such."""
+    experts = stacked_experts(model).values() if targets == "all-linear" else ()
+    if not experts:
+        return ()
+    size = gib(sum(parameter.nbytes for parameter in experts))
+    return (f"{len(experts)} stacked expert tensors ({size}) are not linears: all-linear does not reach them",)
+
+
 def tied(model: nn.Module, linears: list[nn.Module]) -> tuple[str, str] | None:
     """-> two paths of one weight, where one of `linears` shares its weight with another module; else None."""
     owners: dict[int, str] = {}
@@ -116,46 +187,112 @@ class Ffn:
     """One block's feed-forward network: the module that a companion network lives in, and what width it has."""
 
     name: str
-    host: nn.Module  # the whole FFN, or, in BERT-type blocks, the module that adds the FFN's output to its input
-    whole: bool
-    width: int  # hidden size, in and out
+    host: nn.Module  # keeps the companion: the whole FFN, or the block (or BERT's `output`) where that takes no child
+    module: nn.Module  # what is hooked: the whole FFN, BERT's `output` that adds its own input, or the block
+    kind: str  # "whole"; "bert"; "pair": two linears of the block, fc1 and fc2
+    width: int  # in and out
+    reader: nn.Module  # of BERT's pair of modules, the one that reads the input
 
     def beside(self, add: Callable[[Tensor, Tensor], Tensor]) -> Any:
         """From now on `add(h, y)` stands where `y` stood: h (..., width) is the FFN's input, y what to add to.
 
-        Returns the hook's handle. A whole FFN gives its own output as y; a BERT-type block its residual (which is h).
-        Neither keeps a tensor after the forward pass, and no linear is hooked, so other patches may replace those.
+        Returns a handle to `remove`. A whole FFN gives its own output as y, as does the last of a pair of linears; a
+        BERT-type block its residual. None keeps a tensor after the forward pass. Where linears are
+        hooked, the hooks follow those that other patches put in their place.
         """
-        if self.whole:
+        if self.kind == "whole":
 
             def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
                 h = args[0] if args else next(iter(kwargs.values()))
-                return (add(h, output[0]), *output[1:]) if isinstance(output, tuple) else add(h, output)
+                y, *rest = output if isinstance(output, tuple) else (output,)
+                y = add(h.reshape(y.shape), y)  # some flatten the tokens on the way
+                return (y, *rest) if isinstance(output, tuple) else y
 
-            return self.host.register_forward_hook(after, with_kwargs=True)
+            return self.module.register_forward_hook(after, with_kwargs=True)
+        if self.kind == "pair":
+            return _Pair(self.module, add)
 
-        def before(module: nn.Module, args: tuple) -> tuple:
-            inner, h = args
-            return inner, add(h, h)
+        return _Residual(self.module, self.reader, add)
 
-        return self.host.register_forward_pre_hook(before)
+
+class _Residual:
+    """Hooks on a BERT-type block: what `intermediate` reads is h, what `output` adds to is y."""
+
+    def __init__(self, output: nn.Module, intermediate: nn.Module, add: Callable[[Tensor, Tensor], Tensor]):
+        self.add, self.read = add, []  # type: ignore[var-annotated]
+        self.handles = [
+            intermediate.register_forward_pre_hook(self._reads),
+            output.register_forward_pre_hook(self._adds),
+        ]
+
+    def _reads(self, module: nn.Module, args: tuple) -> None:
+        self.read[:] = args[:1]
+
+    def _adds(self, module: nn.Module, args: tuple) -> tuple:
+        inner, y, *rest = args
+        return inner, self.add(self.read.pop(), y), *rest
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class _Pair:
+    """Hooks on a block's fc1 and fc2, whatever stands there: before each pass that its attention begins, they follow.
+
+    Not hooks on the block: those do not run when activation checkpointing computes its forward again.
+    """
+
+    def __init__(self, block: nn.Module, add: Callable[[Tensor, Tensor], Tensor]):
+        self.block, self.add, self.read = block, add, []  # type: ignore[var-annotated]
+        self.hooked: tuple[nn.Module, ...] = ()
+        self.inner: list[Any] = []
+        first = next(child for child in block.children() if not is_linear(child))
+        self.outer = first.register_forward_pre_hook(self._follow)
+
+    def _follow(self, *_: Any) -> None:
+        self.read.clear()
+        if self.hooked == (there := (self.block.fc1, self.block.fc2)):
+            return
+        self._let_go()
+        self.inner = [
+            there[0].register_forward_pre_hook(lambda module, args: self.read.append(args[0])),
+            there[1].register_forward_hook(lambda module, args, y: self.add(self.read.pop().view(y.shape), y)),
+        ]
+        self.hooked = there
+
+    def _let_go(self) -> None:
+        for handle in self.inner:
+            handle.remove()
+        self.inner, self.hooked = [], ()
+
+    def remove(self) -> None:
+        self._let_go()
+        self.outer.remove()
 
 
 def ffns(model: PreTrainedModel) -> list[Ffn]:
-    """Each block's FFN. `mlp`-type modules hold it whole; BERT-type blocks have `intermediate` and `output`."""
+    """Each block's FFN: a module that holds it whole, `intermediate` and `output` (BERT), or fc1 and fc2 (OPT)."""
     path, stack = blocks(model)
     hidden = model.config.get_text_config().hidden_size
     found = []
     for index, block in enumerate(stack):
-        whole = next((leaf for leaf in ("mlp", "feed_forward", "ffn") if hasattr(block, leaf)), None)
+        whole = next((leaf for leaf in FFNS if isinstance(getattr(block, leaf, None), nn.Module)), None)
         if whole:
-            found.append(Ffn(f"{path}.{index}.{whole}", getattr(block, whole), True, hidden))
+            module = getattr(block, whole)
+            host = block if isinstance(module, nn.Sequential) else module  # it would compute with what is put into it
+            found.append(Ffn(f"{path}.{index}.{whole}", host, module, "whole", _width(module, hidden), module))
         elif hasattr(block, "intermediate") and hasattr(getattr(block, "output", None), "dense"):
-            found.append(Ffn(f"{path}.{index}.output", block.output, False, hidden))
+            found.append(Ffn(f"{path}.{index}.output", block.output, block.output, "bert", hidden, block.intermediate))
+        elif hasattr(block, "fc1") and hasattr(block, "fc2"):
+            found.append(Ffn(f"{path}.{index}.fc2", block, block, "pair", hidden, block))
         else:
-            raise BadInput(
-                f"find the FFN of {type(block).__name__}",
-                f"its parts are {', '.join(name for name, _ in block.named_children())}",
-                "Use a model of the Llama, Qwen, Gemma, Mistral or BERT kind",
-            )
+            have = f"no FFN of it is known here; its parts are {', '.join(name for name, _ in block.named_children())}"
+            raise BadInput(f"find the FFN of {type(block).__name__}", have, NO_FFN)
     return found
+
+
+def _width(ffn: nn.Module, hidden: int) -> int:
+    """Of what an FFN reads: the model's, unless none of its linears reads that."""
+    read = [widths(module)[0] for module in ffn.modules() if is_linear(module)]
+    return hidden if hidden in read or not read else read[0]

@@ -31,7 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .lean_experts import lean_experts
-from .surgery import Swaps
+from .surgery import Swaps, is_patch
 
 ATTENTION = "trimtab_lean"
 FORMS = ("norm", "ffn", "attention", "experts")
@@ -46,6 +46,8 @@ def lean(model: PreTrainedModel, recompute: bool = False, forms: Collection[str]
     swaps = Swaps(model)
     fits: dict[tuple, str | None] = {}
     for module in model.modules():
+        if is_patch(module):  # to ask one for its weight may cost what the weight costs
+            continue
         kind = (type(module), getattr(getattr(module, "weight", None), "dtype", None))
         if _looks_like_norm(module):
             if "norm" in forms and kind not in fits:
@@ -118,7 +120,7 @@ def _which_norm(module: nn.Module) -> str | None:
     with torch.no_grad():
         try:
             wanted = twin(probe)
-        except TypeError:
+        except Exception:  # one that takes more, or another shape, is not the one we replace
             return None
         for name, shifted in (("plain", False), ("shifted", True)):
             got = _RMSNorm.apply(probe, weight, _eps(module), shifted)

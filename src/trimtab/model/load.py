@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from ..errors import BadInput, TrimtabError, nearest
+from ..memory.budget import gib
 from ..memory.meter import drop_clean_mappings
 from . import anatomy
 from .cache import Say, cached_folder
@@ -82,6 +83,8 @@ def load_model(
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
     model.trimtab_base = base
+    for note in left_dense(model) if say is not None else ():
+        say(note)
     return model, tokenizer
 
 
@@ -114,6 +117,22 @@ def empty_model(
         model.is_quantized, model.is_loaded_in_4bit = True, packing.load_in_4bit
         model.is_loaded_in_8bit = packing.load_in_8bit
     return model.eval(), stored in (None, dtype)
+
+
+def left_dense(model: PreTrainedModel) -> list[str]:
+    """A note on what quantising left as it was, where that is a large part of the model."""
+    if not getattr(model, "is_quantized", False):
+        return []
+    inside, experts = anatomy.blocks(model)[0] + ".", anatomy.stacked_experts(model)
+    matrices = {n: p for n, p in model.named_parameters() if n.startswith(inside) and p.dim() > 1}
+    dense = {name: p for name, p in matrices.items() if p.is_floating_point()}
+    size, whole = (sum(p.nbytes for p in found) for found in (dense.values(), model.parameters()))
+    if size < 0.1 * whole:
+        return []
+    of_experts = sum(p.nbytes for name, p in dense.items() if name in experts)
+    what = "experts" if of_experts > 0.9 * size else "weights of the blocks"
+    dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(next(iter(dense.values())).dtype, "fp32")
+    return [f"the {what} ({gib(size)} of {gib(whole)}) stay in {dtype}: bitsandbytes quantises plain linears only"]
 
 
 def config_folder(spec: ModelSpec, say: Say | None = None) -> Path:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .anatomy import dense_view
+
 
 def stored_as(linear: nn.Module) -> str:
     """ "nf4", "int8" or "dense". Told by what the parameter carries, so that nothing is imported for it, and fake
@@ -40,7 +42,7 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         scale = state.SCB if state.SCB is not None else weight.SCB
         dense = rows.to(dtype or torch.bfloat16) * (scale.view(-1, 1) / 127).to(dtype or torch.bfloat16)
     else:
-        dense = weight
+        dense = dense_view(linear)
     return dense if dtype is None else dense.to(dtype)
 
 

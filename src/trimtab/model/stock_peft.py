@@ -1,0 +1,39 @@
+"""Whether stock peft puts an adapter where it was trained, asked of peft itself on the model without values.
+
+peft reads old names into some models: in a mixture of experts it takes the `gate_proj` of a dense FFN or of a shared
+expert for stacked experts, and it refuses parts of Mamba.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import BadInput
+
+DO = "Export it as merged, or train other targets (q_proj, k_proj, v_proj, o_proj)"
+
+
+def require_loadable(model: PreTrainedModel, config: Any, names: Iterable[str]) -> None:
+    """BadInput where peft refuses `config` (a LoraConfig) on such a model, or looks for other tensors than `names`."""
+    from peft import inject_adapter_in_model
+
+    asked = f"export to peft on {type(model).__name__}"
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it finds odd shows below
+            inject_adapter_in_model(copy.deepcopy(config), twin, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(asked, f"stock peft refuses it ({error})".rstrip("."), DO) from None
+    theirs = {
+        f"base_model.model.{name.partition('.lora_')[0]}" for name, _ in twin.named_parameters() if ".lora_" in name
+    }
+    if odd := sorted(theirs ^ {name.partition(".lora_")[0] for name in names}):
+        raise BadInput(asked, f"stock peft would put {len(odd)} of its parts elsewhere, {odd[0]} among them", DO)
