@@ -1,4 +1,4 @@
-"""The model as the engine steps it, and the exact way back."""
+"""The model as the engine trains it, and how it is restored exactly."""
 
 from __future__ import annotations
 
