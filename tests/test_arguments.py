@@ -260,3 +260,15 @@ def test_evaluation_is_of_plain_cross_entropy(world, tmp_path):
         for more in ({}, {"label_smoothing_factor": 0.5})
     )
     assert plain["metrics"] == smoothed["metrics"]
+
+
+def test_a_schedules_options_are_tried_before_anything_is_loaded():
+    assert made(lr_scheduler_type="cosine", lr_scheduler_kwargs={"num_cycles": 0.3})
+    with pytest.raises(BadInput, match="num_cyclez"):
+        made(lr_scheduler_type="cosine", lr_scheduler_kwargs={"num_cyclez": 3})
+
+
+def test_a_text_of_one_token_has_a_label_to_train_on(world, tmp_path):
+    rows = write_rows(tmp_path / "short.jsonl", [{"text": "the", "label": "a"}, {"text": "good", "label": "b"}])
+    keys = films(world, tmp_path / "run", {"full": {}}, max_steps=1)
+    assert Recipe.from_dict({**keys, "data": {"train": str(rows)}}).train()["steps"] == 1

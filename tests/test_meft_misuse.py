@@ -147,10 +147,11 @@ def test_what_would_fit_names_fields_of_the_patch(recipe):
     with pytest.raises(DoesNotFit, match=r"It would fit with patches\.meft\.(probes|r)=\d+ "):
         require_fit(plan(fast, process=0), fast)
     cached = recipe({"cache": 1.0})
-    cached = Recipe(**{**vars(cached), "budget": {"fast": plan(recipe(), process=0).fast_peak_bytes + 1000}})
+    cached = Recipe(**{**vars(cached), "budget": {"fast": plan(recipe(), process=0, tokens=48).fast_peak_bytes + 1000}})
     with pytest.raises(DoesNotFit, match=r"It would fit with patches\.meft\.cache=0\.0"):
         require_fit(
-            plan(cached, process=0), Recipe(**{**vars(cached), "training": {**wide.training, "max_length": 48}})
+            plan(cached, process=0, tokens=48),
+            Recipe(**{**vars(cached), "training": {**wide.training, "max_length": 48}}),
         )
     on_disk = Recipe(**{**vars(wide), "patches": [{"meft": {**MEFT, "r": 4096}}]})
     budget = {"fast": plan(on_disk, process=0).fast_peak_bytes}

@@ -213,6 +213,7 @@ def test_the_models_own_way_of_sampling_stays(tmp_path):
 SETTINGS = {
     "num_return_sequences": (2, "each prompt gets one reply"), "max_new_tokens": (0, "no number of 1 or more"),
     "max_length": ("x", "no number of 1 or more"), "temperature": (-1, "no number of 0 or more"),
+    "top_p": (5, "no share above 0 and up to 1"),
     "stop_strings": ([""], "no list of texts"), "output_scores": (True, "replies are texts"),
     "num_beams": (0, "no number of 1 or more"),
     "early_stopping": ("often", "early_stopping"), "penalty_alpha": (0.6, "from the hub"),

@@ -170,10 +170,11 @@ def _stopped(session: Session, ended: Ended, made: Plan | None, hard: bool) -> E
         return Interrupted(f"stopped after {at}", f"{left[-1]} holds everything", "Go on with resume=true")
     if ended.diverged:
         good = [path for path in left if int(path.name.split("-")[-1]) <= ended.diverged.good]
-        have = f"{ended.diverged.what}; " + (f"{good[-1]} is from before" if good else "no checkpoint is from before")
+        have = f"{ended.diverged.what}; "
+        have += f"{good[-1]} is from before that" if good else "no checkpoint is from before that"
         rate = session.args.learning_rate
         how = f"Begin again with overwrite=true and training.learning_rate={rate / 4:.1e} (it was {rate:.1e})"
-        return Stopped(at, have, f"{how}, or say engine.stop_if_diverged=false")
+        return Stopped(f"step {ended.step + 1} of {ended.wanted}", have, f"{how}, or say engine.stop_if_diverged=false")
     limit = guard.budget
     if ended.why == "refused":
         asked = f"step {ended.step + 1} of {ended.wanted}"

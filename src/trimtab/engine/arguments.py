@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 from trl import SFTConfig
 
 from ..contracts import Objective, Patch
@@ -52,9 +53,18 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
         if values.get("pad_to_multiple_of", "auto") == "auto":
             # oneDNN keeps code for each shape that it meets: few lengths of batches cost less than some padding
             made.pad_to_multiple_of = (16 if length >= 128 else 8) if cpu else None
+        _try_schedule(made)
         return made
     except (TypeError, ValueError, ImportError) as error:
         raise BadInput("training", str(error).strip().splitlines()[0], "Mend the value") from error
+
+
+def _try_schedule(args: TrainingArguments) -> None:
+    """The library reads `lr_scheduler_kwargs` when training begins; here they are tried before anything is loaded."""
+    if args.lr_scheduler_kwargs:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        options = dict(args.lr_scheduler_kwargs)
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=options)
 
 
 def weighed(objective: Objective, args: TrainingArguments) -> Objective:

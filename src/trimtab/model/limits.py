@@ -77,8 +77,8 @@ def check_dataset(model: Any, dataset: Any, part: str, max_length: int | None = 
             trained = numpy.bincount(numpy.asarray(compute.list_parent_indices(values))[counts], minlength=len(sizes))
         else:
             trained = sizes - 1
-        if not kinds and "labels" in batch.column_names:  # a classifier's: each row has one
-            trained = sizes
+        if kinds[:1] == ["labels"] and "List" not in str(dataset.features["labels"]):  # a classifier's, one a row
+            trained = numpy.ones_like(sizes)
         if len(trained) and trained.min() < 1:
             raise BadInput(
                 f"use data.{part}, row {start + int(trained.argmin()) + 1}", "it has no token to train on",

@@ -85,6 +85,9 @@ def check_generation(values: dict[str, Any]) -> dict[str, Any]:
         settings["stop_strings"] = texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
             raise BadInput(f"generation: stop_strings: {texts!r}", "it is no list of texts", 'Give, say, ["END"]')
+    share = settings.get("top_p")
+    if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+        raise BadInput(f"generation: top_p: {share!r}", "it is no share above 0 and up to 1", "Give, say, 0.9")
     if "temperature" in settings:
         value = settings["temperature"]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
