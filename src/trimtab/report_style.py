@@ -15,7 +15,7 @@ h3 { font-size: 1rem; margin: 1rem 0 .4rem; overflow-wrap: anywhere; }
 p { margin: .3rem 0; } .quiet { color: var(--quiet); }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; min-width: 0; }
-.card h3 { margin-top: 0; } .figure { width: 100%; min-height: 320px; }
+.card h3 { margin-top: 0; } .figure { width: 100%; min-height: 320px; overflow: hidden; }
 .head { display: flex; justify-content: space-between; align-items: baseline; gap: .6rem; min-height: 2rem; }
 button { font: inherit; font-size: .85rem; color: var(--text); background: var(--back); border: 1px solid var(--line);
          border-radius: 6px; padding: .2rem .6rem; cursor: pointer; white-space: nowrap; }
@@ -68,6 +68,8 @@ function draw() {
   }
 }
 draw();
+const resized = new ResizeObserver(seen => seen.forEach(entry => Plotly.Plots.resize(entry.target)));
+for (const id of Object.keys(figures)) resized.observe(document.getElementById(id));
 for (const button of document.querySelectorAll("button[data-figure]")) {
   button.addEventListener("click", () => {
     const id = button.dataset.figure;
