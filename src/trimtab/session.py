@@ -151,9 +151,12 @@ class Session:
         from .model.load import load_model
 
         names = self.rows.labels
-        labels = 1 if self.rows.regression else len(names) if names else None
         model, _ = load_model(
-            self.recipe.model, task=self.objective.task, labels=labels, device=self.place.device, say=self.say
+            self.recipe.model,
+            task=self.objective.task,
+            labels=self.inputs.labels,
+            device=self.place.device,
+            say=self.say,
         )
         if names:
             model.config.id2label = dict(enumerate(names))

@@ -68,7 +68,7 @@ BOUNDS: dict[str, Callable[..., Any]] = {  # by name: bitsandbytes may not be th
 
 class Trace(LiveTensors):
     """Counts live storages by kind while active, and keeps `peaks[phase]`. The caller names `phase` and `kind`.
-    `churn`: bytes that a block on its way back held at most beside what was there when it began. `products`: the
+    `churn`: the most bytes that a block's backward pass used beside what was there when it began. `products`: the
     matrix products in 16 bits, each form once.
 
     `kind` is what storages made from now on are. `vocabulary`: tensors of so many columns are logits. `counted`: how
