@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trimtab.artifacts.run_folder import machine, now, versions
 from trimtab.memory import allocator
 from trimtab.memory.meter import process_memory
-from trimtab.runs import machine, now, versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -99,7 +99,7 @@ def say(word: str, content: Any) -> None:
 def told_of_experts(tell: Callable[[Any, Any, Any], object]) -> Iterator[None]:
     """Within it, `tell(probed_TP, store, alive_TP)` is called whenever MEFT groups a pass's tokens by their experts:
     once for all that are probed (`alive_TP` is None), then for those with a pair that fired."""
-    from trimtab.model import experts
+    from trimtab.methods.meft import experts
 
     by_expert = experts.by_expert
 
@@ -174,7 +174,7 @@ def follow(clock: Clock) -> None:
     """From now on trimtab's own verb says "load" and "train" around its loading of a model, and marks `clock`."""
     from transformers import Trainer
 
-    from trimtab.session import Session
+    from trimtab.training.session import Session
 
     train, load = Trainer.train, Session._model
 

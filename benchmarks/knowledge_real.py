@@ -17,7 +17,7 @@ import torch
 from fast_memory import Rows, fast_bytes, kept
 from trimtab import Recipe, methods
 from trimtab.contracts import Place
-from trimtab.demo import TEST_TEMPLATE, TRAIN_TEMPLATES, choose_cities
+from trimtab.data.demo import TEST_TEMPLATE, TRAIN_TEMPLATES, choose_cities
 from trimtab.model.load import load_model
 from trimtab.model.spec import ModelSpec
 

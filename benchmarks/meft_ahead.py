@@ -52,7 +52,7 @@ class Files:
     """The files of tables made from here on, by descriptor: their pages can be dropped."""
 
     def __init__(self) -> None:
-        from trimtab.memory import mapped
+        from trimtab.tiered import mapped_file
 
         self.held: list[tuple[int, int]] = []  # descriptor, bytes
 
@@ -60,7 +60,7 @@ class Files:
             self.held.append((os.dup(descriptor), size))
             return mmap.mmap(descriptor, size)
 
-        mapped.mmap = SimpleNamespace(mmap=keeping)
+        mapped_file.mmap = SimpleNamespace(mmap=keeping)
 
     def drop(self, stores: list[Any]) -> None:
         """Write and drop all pages. A page that is being read cannot be dropped yet; fails if any stays."""

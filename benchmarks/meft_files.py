@@ -28,10 +28,10 @@ TARGETS = {"save_peak_mib": ["<=", 256], "load_peak_mib": ["<=", 256], "widest_a
 def worker(job: dict[str, Any]) -> None:
     """Save an adapter whose every row has been trained a little, or load it; through trimtab's own functions."""
     from trimtab import Place
-    from trimtab.adapter import Base, load_adapter, save_adapter
-    from trimtab.memory.store import VALUES
+    from trimtab.artifacts.adapter import Base, load_adapter, save_adapter
     from trimtab.methods.meft import Meft
     from trimtab.model.load import base_hash, load_model
+    from trimtab.tiered.store import VALUES
 
     model, _ = load_model("smollm2-135m")
     folder, place = Path(job["folder"]) / "adapter", Place(fast="cpu", slow="disk", folder=job["folder"])

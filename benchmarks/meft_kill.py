@@ -156,7 +156,7 @@ def digest(value: Any) -> str:
 def measure(args: argparse.Namespace, folder: Path) -> None:
     import torch
 
-    import trimtab.session  # noqa: F401  # all that a run imports, before the first fork
+    import trimtab.training.session  # noqa: F401  # all that a run imports, before the first fork
 
     torch.set_num_threads(1)  # a fork has one thread
     kills = 6 if args.quick else args.kills

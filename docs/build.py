@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import methods, recipe
-from trimtab.data_spec import DataSpec
+from trimtab.data.spec import DataSpec
 from trimtab.engine.fields import REFUSED
 from trimtab.model.spec import ModelSpec
 

@@ -32,10 +32,10 @@ SHOWN = 6
 
 def main() -> None:
     from trimtab import Recipe
-    from trimtab.demo import TEST_TEMPLATE, build_geography
-    from trimtab.model.cache import cached_folder
-    from trimtab.plan_shown import remember
-    from trimtab.report import report
+    from trimtab.data.demo import TEST_TEMPLATE, build_geography
+    from trimtab.model.hub import cached_folder
+    from trimtab.planning.remembered import remember
+    from trimtab.report.report import report
 
     cached_folder(MODEL, say=progress)
     know_machine()

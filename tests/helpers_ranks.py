@@ -16,8 +16,8 @@ from conftest import MODELS
 from trimtab import Recipe
 from trimtab.contracts import Place
 from trimtab.errors import BadInput
-from trimtab.memory.store import M, V
 from trimtab.methods.meft import Meft
+from trimtab.tiered.store import M, V
 
 STEPS, MICRO, ROWS = 5, 2, 4  # steps, micro-batches of a step, rows of a micro-batch over all processes
 FIELDS = {

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 import trimtab
 from conftest import MODELS, logits, tiny_batch
 from test_laws import CASES, make, snapshot, train
-from trimtab import adapter_weights
-from trimtab.adapter import CONFIG, OURS, Base, load_adapter, save_adapter
-from trimtab.adapter_weights import CHECKSUMS, INDEX, WEIGHTS, read_weights
+from trimtab.artifacts import adapter_weights
+from trimtab.artifacts.adapter import CONFIG, OURS, Base, load_adapter, save_adapter
+from trimtab.artifacts.adapter_weights import CHECKSUMS, INDEX, WEIGHTS, read_weights
 from trimtab.errors import BadInput
-from trimtab.memory import row_files
 from trimtab.memory.meter import Meter
 from trimtab.model.load import base_hash
+from trimtab.tiered import checkpoint
 
 PLACE = trimtab.Place(fast="cpu")
 
@@ -340,7 +340,7 @@ def test_a_missing_shard(sharded):
 
 def test_a_tall_adapter_is_written_and_read_in_pieces(tmp_path, monkeypatch):
     """The process's anonymous memory hardly grows, however large the tables are."""
-    monkeypatch.setattr(row_files, "PIECE", 2**20)
+    monkeypatch.setattr(checkpoint, "PIECE", 2**20)
     model = MODELS["llama"]()
     base = Base("llama", base_hash(model))
     surgery = make("meft", r=2**17).apply(model, PLACE)

@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader
 from conftest import MODELS, tiny_batch
 from test_laws import gradients
 from trimtab.contracts import Place
-from trimtab.memory import ahead
-from trimtab.memory.ahead import PATIENCE, WAITING, Reader
-from trimtab.memory.extent import PAGE, layout, spans
-from trimtab.memory.row_adam import RowAdam
-from trimtab.memory.row_files import load_rows, save_rows
-from trimtab.memory.store import GRADS, SENSED, VALUES, TieredStore
+from trimtab.engine.tables import traffic
 from trimtab.methods.meft import Meft
-from trimtab.stores import traffic
+from trimtab.tiered import prefetch
+from trimtab.tiered.adam import RowAdam
+from trimtab.tiered.checkpoint import load_rows, save_rows
+from trimtab.tiered.prefetch import PATIENCE, WAITING, Reader
+from trimtab.tiered.record import PAGE, layout, spans
+from trimtab.tiered.store import GRADS, SENSED, VALUES, TieredStore
 
 SHAPE = (4, 256)  # a page of values
 DISK = Place(fast="cpu", slow="disk")
@@ -94,7 +94,7 @@ def test_neighbours_are_read_at_once():
 
 def test_rows_of_a_file_come_into_memory():
     made = TieredStore("table", 400, (64, 256), slow="disk")
-    made.reader, pages = Reader(alone=True), ahead._Pages()
+    made.reader, pages = Reader(alone=True), prefetch._Pages()
     at = [made._table.data_ptr() + row * made.extent for row in range(400)]
     if pages.there(at[0], 16 * PAGE):
         pytest.skip("the file system keeps files in memory")
@@ -110,12 +110,12 @@ def test_rows_of_a_file_come_into_memory():
 
 
 def test_a_kernel_that_knows_less_is_asked_for_less():
-    pages, asked = ahead._Pages(), []
+    pages, asked = prefetch._Pages(), []
 
     class Old:
         def madvise(self, start, length, advice):
             asked.append(advice)
-            ahead.ctypes.set_errno(22)
+            prefetch.ctypes.set_errno(22)
             return -1
 
     pages.libc, pages.mincore, pages.populate = Old(), lambda *args: -1, True
@@ -123,7 +123,7 @@ def test_a_kernel_that_knows_less_is_asked_for_less():
         assert not pages.there(0, PAGE)
         pages.order(0, PAGE)
         pages.bring(0, PAGE)
-    assert asked == [ahead.WILLNEED, ahead.POPULATE_READ, ahead.WILLNEED]
+    assert asked == [prefetch.WILLNEED, prefetch.POPULATE_READ, prefetch.WILLNEED]
     pages.libc = pages.mincore = None
     pages.order(0, PAGE)
     assert not pages.there(0, PAGE)
@@ -258,8 +258,8 @@ def test_dropping_stores_while_the_thread_reads():
 
 LEFT = """
 import os, sys, torch
-from trimtab.memory.ahead import Reader
-from trimtab.memory.store import TieredStore
+from trimtab.tiered.prefetch import Reader
+from trimtab.tiered.store import TieredStore
 made = TieredStore("table", 500, (64, 256), slow="disk", folder=sys.argv[1])
 made.reader = Reader()
 for _ in range(5):
@@ -334,15 +334,15 @@ def test_reading_ahead_changes_nothing(fields, checkpointing, monkeypatch):
     """Bit for bit, over steps of several micro-batches; and the bytes moved are counted alike."""
     ends, moved = [], []
     monkeypatch.setattr(Reader, "cold", True)  # guess all the time
-    for prefetch in ("none", "known", "guess"):
-        model, surgery = patched(prefetch=prefetch, **fields)
+    for ahead in ("none", "known", "guess"):
+        model, surgery = patched(prefetch=ahead, **fields)
         if checkpointing is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
             model.enable_input_require_grads()
         accumulated(model)
         moved.append([(t.hits, t.misses, t.up, t.down) for t in (one.traffic for one in surgery.stores)])
         ends.append({key: tensor.detach().clone() for key, tensor in surgery.own_tensors().items()})
-        assert (surgery.stores[0].traffic.needed > 0) == (prefetch != "none")
+        assert (surgery.stores[0].traffic.needed > 0) == (ahead != "none")
         surgery.revert()
     assert moved[0] == moved[1] == moved[2]
     assert all(torch.equal(ends[0][key], end[key]) for end in ends[1:] for key in ends[0])
@@ -514,7 +514,7 @@ def test_rows_that_were_copied_before_a_checkpoint_is_loaded_are_copied_again(tm
 
 
 def test_no_more_is_carried_than_a_device_is_given(monkeypatch):
-    monkeypatch.setattr(ahead, "CARRIED", 2 * PAGE)
+    monkeypatch.setattr(prefetch, "CARRIED", 2 * PAGE)
     reader = Reader(alone=True, carrier=Copier)
     made = store(reader=reader, kind=Apart)
     plain = made.whole().clone()

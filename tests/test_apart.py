@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from trimtab.apart import apart
+from trimtab.subprocess_call import apart
 
 
 def tell(*words: str) -> list[object]:

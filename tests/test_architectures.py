@@ -28,12 +28,12 @@ from trimtab.contracts import Place
 from trimtab.engine.prepare import lean_forms
 from trimtab.engine.probe import batch_of, head_read, own_loss, probe
 from trimtab.errors import BadInput
-from trimtab.memory.store import GRADS
 from trimtab.model import anatomy
 from trimtab.model.load import load_model
 from trimtab.model.stock_peft import require_loadable
-from trimtab.plan import plan
-from trimtab.train import train
+from trimtab.planning.plan import plan
+from trimtab.tiered.store import GRADS
+from trimtab.training.train import train
 
 TABLE = Path(__file__).parents[1] / "docs/architectures.json"
 FIELDS: dict[str, dict[str, Any]] = {

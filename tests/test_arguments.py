@@ -20,9 +20,9 @@ from trimtab.engine.arguments import training_arguments
 from trimtab.engine.divergence import Diverged, StopIfDiverged
 from trimtab.engine.fields import HONOURED, NEEDS, RANGES, REFUSED
 from trimtab.errors import BadInput, Stopped
-from trimtab.memory.row_adam import Rates
 from trimtab.methods.meft import Meft
 from trimtab.recipe import Recipe
+from trimtab.tiered.adam import Rates
 
 FIELDS = {f.name: f for cls in (TrainingArguments, SFTConfig) for f in dataclasses.fields(cls) if f.init}
 OTHER = {"eval_strategy": "steps", "save_strategy": "steps", "packing": True}  # so that it is not these that refuse
@@ -227,7 +227,7 @@ def test_options_of_the_loss_give_what_trl_gives(training, world, tmp_path):
     rows = [json.loads(line) for line in (world / "facts.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(world / "llama")
     recipe = Recipe.from_dict(tree(world, tmp_path / "x", {"full": {}}))
-    from trimtab.data import read_rows
+    from trimtab.data.rows import read_rows
 
     theirs = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(world / "llama", dtype=torch.float32),

@@ -19,8 +19,8 @@ import trimtab
 from helpers_load import tiny_llama
 from helpers_run import make_world, tree, write_rows
 from test_rates import flat
-from trimtab import adapter
-from trimtab.memory.overhead import Overhead
+from trimtab.artifacts import adapter
+from trimtab.cost.overhead import Overhead
 from trimtab.model.load import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -234,7 +234,7 @@ def test_generate(call, ran):
 
 
 def loaded(ran: Path):
-    from trimtab.runs import load_run
+    from trimtab.artifacts.run_folder import load_run
 
     model, tokenizer, _, _ = load_run(trimtab.Recipe.load(ran))
     ids = torch.tensor([tokenizer("paris is in the country of france")["input_ids"]])
@@ -309,15 +309,17 @@ def test_doctor_and_version(call, monkeypatch, tmp_path):
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
     monkeypatch.setattr("trimtab.doctor.apart", lambda _, machine, thorough: asdict(flat(machine=machine)))
     held = Overhead(process=400 * 2**20, measured=True)
-    monkeypatch.setattr("trimtab.calibrate.measure", lambda *_: held)
+    monkeypatch.setattr("trimtab.planning.calibrate.measure", lambda *_: held)
     assert call("version")[1].strip() == trimtab.__version__
     found = json.loads(call("doctor", "--json")[1])
     assert found["gflops"]["float32"] > 0 and found["machine"]["memory_bytes"] > 0
     assert found["process"]["process_bytes"] == held.process
     assert "was busy" not in call("doctor")[1]
-    monkeypatch.setattr("trimtab.calibrate.measure", lambda *_: Overhead(process=400 * 2**20, pace=6.2, measured=True))
+    monkeypatch.setattr(
+        "trimtab.planning.calibrate.measure", lambda *_: Overhead(process=400 * 2**20, pace=6.2, measured=True)
+    )
     assert "The machine was busy" in call("doctor", "--fresh")[1]
-    monkeypatch.setattr("trimtab.calibrate.measure", lambda *_: Overhead())
+    monkeypatch.setattr("trimtab.planning.calibrate.measure", lambda *_: Overhead())
     assert call("doctor")[0] == 0, "both are kept"
     code, out, _ = call("doctor", "--fresh")
     assert code == 0 and "did not come to its end" in out

@@ -12,8 +12,8 @@ import pytest
 from datasets import Dataset
 
 from helpers_load import CHAT, tiny_tokenizer
-from trimtab.data import check_lengths, eval_pairs, read_rows, tokenize_classification
-from trimtab.data_spec import DataSpec
+from trimtab.data.rows import check_lengths, eval_pairs, read_rows, tokenize_classification
+from trimtab.data.spec import DataSpec
 from trimtab.errors import BadInput
 
 QA = [{"question": "paris ?", "answer": "france"}, {"question": "madrid ?", "answer": ["spain", "the spain"]}]
@@ -390,7 +390,7 @@ def test_hub_splits(monkeypatch):
 
 
 def test_how_many_lengths_batches_have():
-    from trimtab.data_order import batch_lengths
+    from trimtab.data.order import batch_lengths
 
     same, mixed = numpy.full(50, 20), numpy.arange(1, 101)
     assert batch_lengths(same, 4, 16, 1000) == 1

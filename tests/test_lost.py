@@ -17,10 +17,10 @@ import yaml
 import trimtab
 from helpers_run import forked, left, make_world, same, tree
 from test_engine import at_step
-from trimtab import runs
-from trimtab.checkpoint_files import SUMS, write_sums
+from trimtab.artifacts import run_folder
+from trimtab.artifacts.checkpoint_files import SUMS, write_sums
+from trimtab.artifacts.folder_lock import locked
 from trimtab.errors import BadInput, Interrupted
-from trimtab.folder_lock import locked
 from trimtab.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -174,7 +174,7 @@ def test_a_state_that_does_not_fit_is_refused(case, run):
 
 def held_elsewhere(file: Path) -> subprocess.Popen:
     """A process that holds the lock of `file` until its standard input is closed."""
-    code = "import sys; from pathlib import Path; from trimtab.folder_lock import locked\n"
+    code = "import sys; from pathlib import Path; from trimtab.artifacts.folder_lock import locked\n"
     code += f"with locked(Path({str(file)!r}), 'work'):\n    print('held', flush=True)\n    sys.stdin.read()"
     environment = {**os.environ, "PYTHONPATH": str(Path(trimtab.__file__).parents[1])}
     process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, env=environment)
@@ -242,7 +242,7 @@ def test_an_export_that_fails_leaves_the_old_one(call, run, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trimtab.export.json.dumps", full)
+    monkeypatch.setattr("trimtab.inference.export.json.dumps", full)
     code, _, err = call("export", run, "--to", "peft", "--overwrite")
     assert code == 2 and "No space left" in err
     assert content(run / "peft") == before and not list(run.glob(".*"))
@@ -261,9 +261,11 @@ def interrupt(*_, **__):
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("where", ["trimtab.runs.open_run", "trimtab.model.load.load_model", "trimtab.plan.plan"])
+@pytest.mark.parametrize(
+    "where", ["trimtab.artifacts.run_folder.open_run", "trimtab.model.load.load_model", "trimtab.planning.plan.plan"]
+)
 def test_an_interrupt_before_training_exits_with_130(where, call, world, tmp_path, monkeypatch):
-    monkeypatch.setattr("trimtab.train.open_run" if where.endswith("open_run") else where, interrupt)
+    monkeypatch.setattr("trimtab.training.train.open_run" if where.endswith("open_run") else where, interrupt)
     code, out, err = call("train", recipe_of(world, tmp_path / "run"), "-q")
     assert (code, out, err.splitlines()[-1]) == (130, "", "trimtab: stopped")
     assert not (tmp_path / "run").exists() and "Traceback" not in err
@@ -278,7 +280,7 @@ def test_a_second_interrupt_in_training_exits_with_130(call, world, tmp_path):
     with at_step(2, interrupt):
         code, out, err = call("train", recipe, "-q", "overwrite=true")
     assert code == 130 and "checkpoint-2 holds everything" in err
-    assert Interrupted.exit_code == 130 and runs.checkpoints(tmp_path / "run")
+    assert Interrupted.exit_code == 130 and run_folder.checkpoints(tmp_path / "run")
 
 
 def test_an_interrupt_that_a_library_swallows_is_asked_for_again():

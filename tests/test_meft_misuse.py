@@ -11,13 +11,13 @@ import torch
 from helpers_load import tiny_llama
 from helpers_run import make_world, tree
 from trimtab.errors import BadInput, DoesNotFit, Interrupted
-from trimtab.memory import mapped
 from trimtab.memory.meter import process_memory
 from trimtab.methods.meft import Meft
-from trimtab.plan import plan
-from trimtab.plan_fit import require_fit
-from trimtab.progress import StopOnInterrupt
+from trimtab.planning.fit import require_fit
+from trimtab.planning.plan import plan
 from trimtab.recipe import Recipe
+from trimtab.tiered import mapped_file
+from trimtab.training.progress import StopOnInterrupt
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MEFT = {"r": 64, "k": 16}
@@ -72,7 +72,7 @@ def test_a_plan_and_a_run_say_what_is_taken_otherwise(fields, said, recipe):
 def test_a_folder_in_ram_is_said(recipe, tmp_path, monkeypatch):
     heard = []
     assert not any("RAM" in note for note in plan(recipe()).notes)
-    monkeypatch.setattr(mapped, "RAM", (_file_system(tmp_path),))
+    monkeypatch.setattr(mapped_file, "RAM", (_file_system(tmp_path),))
     made = recipe(place={"folder": str(tmp_path)}, max_steps=1)
     made.train(say=heard.append)
     for said in (heard, plan(made).notes):
@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_hold_tables(kind, why, recipe, tmp_path, monkeypat
     elif kind == "locked":
         folder.mkdir()
         monkeypatch.setattr(os, "access", lambda *args: False)  # who runs the tests may be allowed everything
-        monkeypatch.setattr(mapped.tempfile, "TemporaryFile", _refusing(errno.EACCES))
+        monkeypatch.setattr(mapped_file.tempfile, "TemporaryFile", _refusing(errno.EACCES))
     with pytest.raises(BadInput, match=why) as error:
         plan(recipe(place={"folder": str(folder)}))
     assert str(folder) in str(error.value)
@@ -117,7 +117,7 @@ def _refusing(number: int):
 
 
 def test_a_file_system_that_maps_no_files_ends_a_run_before_it_begins(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(mapped.mmap, "mmap", _refusing(errno.ENODEV))
+    monkeypatch.setattr(mapped_file.mmap, "mmap", _refusing(errno.ENODEV))
     with pytest.raises(BadInput, match="its file system does not map files. .*slow: ram"):
         recipe(max_steps=1).train()
     assert not (tmp_path / "deep").exists()

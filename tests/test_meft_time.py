@@ -9,12 +9,13 @@ import torch
 
 from test_plan import ROWS, TOKENS, folders, recipe_of  # noqa: F401 (a fixture)
 from test_rates import flat
+from trimtab.cost import roofline
+from trimtab.cost.roofline import OPTIMISER, Stopwatch, row_update, written_back
 from trimtab.engine.arguments import arguments_class, training_arguments
-from trimtab.memory import roofline
-from trimtab.memory.roofline import OPTIMISER, Stopwatch, row_update, written_back
-from trimtab.model import experts
-from trimtab.plan import plan
-from trimtab.planned_step import PlannedStep
+from trimtab.methods.meft import experts
+from trimtab.planning.plan import plan
+from trimtab.planning.step import PlannedStep
+from trimtab.tiered import expected
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MEFT = {"r": 256, "probes": 4, "k": 16, "scale": 1.0}
@@ -25,10 +26,10 @@ FIELDS = [MEFT, {**MEFT, "k": 64, "router": "fixed"}, {**MEFT, "experts": 64, "p
 def test_how_many_experts_are_expected_at_work():
     """What was measured, and what can be whatever the text: no more than there are, or than were asked for."""
     for many, share in ((128, 0.93), (256, 0.84), (512, 0.70), (1024, 0.54), (2048, 0.35)):
-        assert experts.touched(many, 1024, 8) / many == pytest.approx(share, abs=0.02)
-    assert experts.touched(1, 10**6, 1) == pytest.approx(1.0) and experts.touched(10**6, 1, 1) == 1.0
-    assert experts.touched(4096, 1, 8) == pytest.approx(8, rel=0.05), "those of a single token"
-    counts = [experts.touched(64, tokens, 8) for tokens in (1, 8, 64, 512, 10**5)]
+        assert expected.touched(many, 1024, 8) / many == pytest.approx(share, abs=0.02)
+    assert expected.touched(1, 10**6, 1) == pytest.approx(1.0) and expected.touched(10**6, 1, 1) == 1.0
+    assert expected.touched(4096, 1, 8) == pytest.approx(8, rel=0.05), "those of a single token"
+    counts = [expected.touched(64, tokens, 8) for tokens in (1, 8, 64, 512, 10**5)]
     assert counts == sorted(counts) and counts[0] <= 8 and counts[-1] <= 64
 
 
@@ -63,19 +64,19 @@ def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, plac
         phases, real = traced(recipe, real=True)
     mean = statistics.mean(at_work)
     assert mean > 4, "there is something to stand for"
-    monkeypatch.setattr(experts, "touched", lambda *asked: mean)
+    monkeypatch.setattr(expected, "touched", lambda *asked: mean)
     planned, seconds = traced(recipe, real=False)
     assert seconds - planned[OPTIMISER] == pytest.approx(real - phases[OPTIMISER], rel=0.05)
     assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=NEAR)
-    monkeypatch.setattr(experts, "touched", lambda *asked: 1.0)
+    monkeypatch.setattr(expected, "touched", lambda *asked: 1.0)
     assert traced(recipe, real=False)[1] < 0.75 * seconds
 
 
 def test_no_more_experts_are_expected_at_work_than_the_cap(folders, monkeypatch):  # noqa: F811
     """A pass of which 6 experts are expected takes as long as one that is capped at 6, whatever is expected."""
     seconds = []
-    for cap, expected in ((0, 6.0), (6, 60.0), (0, 60.0)):
-        monkeypatch.setattr(experts, "touched", lambda *asked, many=expected: many)
+    for cap, rows in ((0, 6.0), (6, 60.0), (0, 60.0)):
+        monkeypatch.setattr(expected, "touched", lambda *asked, many=rows: many)
         recipe = recipe_of(folders("llama", torch.float32), {"meft": {**MEFT, "cap": cap}})
         seconds.append(traced(recipe, real=False)[1])
     assert seconds[0] == pytest.approx(seconds[1], rel=1e-6) and seconds[2] > 1.2 * seconds[1]
@@ -108,13 +109,13 @@ def test_changed_pages_wait_for_the_disk_once_memory_may_not_hold_them(folders, 
     recipe = recipe_of(folders("llama", torch.float32), {"meft": MEFT}, place={"slow": "disk"})
     free = plan(recipe, process=0, rates=flat(disk={"write": 1e3}))
     tables, live = free.table_bytes, free.live_peak_bytes
-    monkeypatch.setattr("trimtab.plan.ram", lambda: {"MemAvailable": live + tables + free.slow_bytes})
+    monkeypatch.setattr("trimtab.planning.plan.ram", lambda: {"MemAvailable": live + tables + free.slow_bytes})
     bound = plan(recipe, process=0, rates=flat(disk={"write": 1e3, "read": 1e9}))
     assert bound.tokens_per_second < 0.01 * free.tokens_per_second
     assert any("that of the disk they are written to" in note for note in bound.notes)
     assert plan(recipe, process=0, rates=flat()).tokens_per_second is None, "how fast the disk is is not known"
-    monkeypatch.setattr("trimtab.plan.ram", lambda: {"MemAvailable": live + tables - 1})
+    monkeypatch.setattr("trimtab.planning.plan.ram", lambda: {"MemAvailable": live + tables - 1})
     assert plan(recipe, process=0, rates=flat(disk={"read": 1e9, "write": 1e9})).tokens_per_second is None
-    monkeypatch.setattr("trimtab.plan.ram", lambda: {"MemAvailable": 2 * free.slow_bytes})
+    monkeypatch.setattr("trimtab.planning.plan.ram", lambda: {"MemAvailable": 2 * free.slow_bytes})
     in_ram = recipe_of(folders("llama", torch.float32), {"meft": MEFT}, place={"slow": "ram"})
     assert plan(in_ram, process=0, rates=flat()).tokens_per_second > 0

@@ -6,9 +6,9 @@ from decimal import Decimal
 
 import pytest
 
-from trimtab.data_spec import DataSpec
+from trimtab.data.metrics import METRICS, contains, exact_match, final_number, number, set_iou
+from trimtab.data.spec import DataSpec
 from trimtab.errors import BadInput
-from trimtab.metrics import METRICS, contains, exact_match, final_number, number, set_iou
 
 
 @pytest.mark.parametrize("reply, accepted, exact, within", [

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import pytest
 
-from trimtab import calibrate
-from trimtab.memory import overhead
-from trimtab.memory.overhead import Overhead
+from trimtab.cost import overhead
+from trimtab.cost.overhead import Overhead
+from trimtab.planning import calibrate
 
 MACHINE = {"cpu": "one", "cores": 2, "device": "cpu"}
 MIB = 2**20
@@ -97,7 +97,7 @@ def test_what_was_measured_thoroughly_stays(monkeypatch):
     """Quick measures only what is missing; thorough replaces quick; fresh is as thorough as what it replaces."""
     from test_rates import flat
     from trimtab import doctor
-    from trimtab.memory import rates
+    from trimtab.cost import rates
 
     measured: list[tuple[str, bool]] = []
 
@@ -133,7 +133,7 @@ def test_a_training_that_fails_measures_nothing(monkeypatch):
 
 
 def test_each_new_shape_of_a_product_costs_code():
-    from trimtab.memory.overhead import PRODUCT
+    from trimtab.cost.overhead import PRODUCT
 
     beside = Overhead(fixed=100, share=0.1)
     assert beside.of(1000, shapes=7) == beside.of(1000) + 7 * PRODUCT

@@ -16,8 +16,8 @@ from trimtab import Recipe
 from trimtab.engine.packing_probe import leak, pack_apart, packed_batch
 from trimtab.engine.trainers import PackedRows, block_mask
 from trimtab.errors import BadInput
-from trimtab.evaluate import evaluate
-from trimtab.train import train
+from trimtab.inference.evaluate import evaluate
+from trimtab.training.train import train
 
 LFM2 = {"layer_types": ["conv", "full_attention"]}
 MPT = {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}

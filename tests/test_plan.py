@@ -13,17 +13,17 @@ import yaml
 from helpers_run import make_world, tree
 from test_laws import CASES
 from tiny import tiny_folder
+from trimtab.cost import trace
+from trimtab.cost.overhead import CHURN, THREAD
 from trimtab.doctor import known_overhead
 from trimtab.engine.arguments import arguments_class, training_arguments
 from trimtab.engine.prepare import prepared
 from trimtab.errors import BadInput, DoesNotFit, Untraceable
-from trimtab.memory import tracer
 from trimtab.memory.meter import LiveTensors
-from trimtab.memory.overhead import CHURN, THREAD
 from trimtab.model.quant import quantised_state
-from trimtab.plan import plan
-from trimtab.plan_fit import require_fit
-from trimtab.planned_step import PlannedStep
+from trimtab.planning.fit import require_fit
+from trimtab.planning.plan import plan
+from trimtab.planning.step import PlannedStep
 from trimtab.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -163,11 +163,11 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_pa
     recipe = recipe_of(folder, {name: CASES[name]}, training={"activation_checkpointing": checkpointing})
     args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
     step = PlannedStep(recipe, args, None)
-    whole = tracer.highest(step.trace(ROWS, TOKENS))
+    whole = trace.highest(step.trace(ROWS, TOKENS))
     extended = plan(recipe)
     assert extended.churn == step.churn > 0
-    assert extended.live_peak_bytes == tracer.live(whole[1])
-    assert extended.slow_bytes == whole[1].get(tracer.MAPPED, 0) + whole[1].get(tracer.ROWS, 0)
+    assert extended.live_peak_bytes == trace.live(whole[1])
+    assert extended.slow_bytes == whole[1].get(trace.MAPPED, 0) + whole[1].get(trace.ROWS, 0)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_tables_that_step_at_once_are_planned_so(folders, tmp_path, monkeypatch)
     held, beside = {}, {}
     for threads in (1, 2, 8):
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
-        held[threads] = tracer.live(PlannedStep(recipe, args, None).trace(ROWS, TOKENS)["optimiser"])
+        held[threads] = trace.live(PlannedStep(recipe, args, None).trace(ROWS, TOKENS)["optimiser"])
         beside[threads] = plan(recipe).overhead
     rows, parts = 1024 * 2 * 64 * 4, len(("values", "grads", "m", "v"))
     assert held[2] - held[1] == parts * min(rows, 2**20), "a piece of the second of two tables"
@@ -204,16 +204,16 @@ def test_tables_that_step_at_once_are_planned_so(folders, tmp_path, monkeypatch)
 
 
 def test_what_a_block_makes_and_drops_on_its_way_back(folders):
-    with tracer.Trace(fake=False) as trace:
+    with trace.Trace(fake=False) as traced:
         kept = torch.empty(1000)
-        trace.enter("backward of the blocks between")
+        traced.enter("backward of the blocks between")
         more = torch.empty(100)
         torch.empty(50)
-        trace.enter("optimiser")
+        traced.enter("optimiser")
         del more
         torch.empty(5000)
-        trace.enter("end")
-        assert trace.churn == 4 * 150
+        traced.enter("end")
+        assert traced.churn == 4 * 150
         del kept
     plain, again = (
         plan(recipe_of(folders("llama", torch.bfloat16), {"lora": {"r": 4}}, training={"activation_checkpointing": on}))
@@ -252,7 +252,7 @@ def test_kinds_of_blocks_that_take_turns(folders, depth, tmp_path):
     args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
     step = PlannedStep(recipe, args, None)
     assert step.period() == 2
-    assert plan(recipe).live_peak_bytes == tracer.live(tracer.highest(step.trace(ROWS, TOKENS))[1])
+    assert plan(recipe).live_peak_bytes == trace.live(trace.highest(step.trace(ROWS, TOKENS))[1])
 
 
 def test_evaluation_on_the_way_is_part_of_the_run(folders):
@@ -298,7 +298,7 @@ def test_what_cannot_be_traced_is_stepped_for_real(folders, monkeypatch):
     def peaks(*_):
         raise Untraceable("plan a step", "the planner cannot follow it (SomeError: aten.odd)", "Take budget: out")
 
-    monkeypatch.setattr("trimtab.plan.peaks", peaks)
+    monkeypatch.setattr("trimtab.planning.plan.peaks", peaks)
     stepped = plan(recipe)
     assert abs(stepped.live_peak_bytes / traced.live_peak_bytes - 1) <= 0.02
     assert any("a real step was run" in note and "aten.odd" in note for note in stepped.notes)
@@ -388,7 +388,7 @@ def test_tables_need_room_on_their_disk(folders, tmp_path, monkeypatch, call):
         require_fit(tight, recipe)
     in_ram = recipe_of(folders("llama", torch.bfloat16), {"meft": {"r": 1024}}, place={"slow": "ram"})
     assert plan(in_ram, process=0).disk is None
-    monkeypatch.setattr("trimtab.plan.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("trimtab.planning.plan.free_bytes", lambda folder: 1000)
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps({"model": recipe.model.name, "patches": recipe.patches}))
     code, out, err = call("plan", path, "place.slow=disk", "training.max_length=32")

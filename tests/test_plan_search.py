@@ -11,10 +11,11 @@ import yaml
 
 from test_rates import flat
 from tiny import tiny_folder
-from trimtab import doctor, methods, plan_search
+from trimtab import doctor, methods
 from trimtab.errors import BadInput, DoesNotFit
 from trimtab.memory.budget import Budget
-from trimtab.plan import Plan, plan
+from trimtab.planning import search
+from trimtab.planning.plan import Plan, plan
 from trimtab.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    return plan_search.search(recipe(folder), process=0, rates=flat())
+    return search.search(recipe(folder), process=0, rates=flat())
 
 
 def recipe(folder: str, **more) -> Recipe:
@@ -35,16 +36,16 @@ def recipe(folder: str, **more) -> Recipe:
     return Recipe(**{"model": {"name": folder, "precision": "fp32"}, "training": training, **more})
 
 
-def made(peak: int, speed: float | None, trained: int, fits: bool = True) -> plan_search.Candidate:
+def made(peak: int, speed: float | None, trained: int, fits: bool = True) -> search.Candidate:
     found = Plan({"adapter": peak}, "blocks", 0, 0, 0, Budget(None if fits else 1), 10**9, 1, 1, None, speed, trained)
-    return plan_search.Candidate("paca", 1, False, "bf16", None, Recipe(), found)
+    return search.Candidate("paca", 1, False, "bf16", None, Recipe(), found)
 
 
 def test_what_fits_comes_first_then_speed_then_what_is_trained():
     small, fast = made(10, 100.0, 5), made(20, 200.0, 5)
     alike, large = made(20, 201.0, 50), made(90, 900.0, 9, fits=False)
     smaller = made(80, 1.0, 9, fits=False)
-    ranked = sorted([large, small, smaller, fast, alike], key=plan_search._rank)
+    ranked = sorted([large, small, smaller, fast, alike], key=search._rank)
     assert [ranked.index(c) for c in (alike, fast, small, smaller, large)] == [0, 1, 2, 3, 4]
 
 
@@ -61,18 +62,18 @@ def test_every_training_method_of_the_table_is_tried(folder, found):
         values = c.recipe.training_values()
         assert values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] == 2
         assert c.plan.tokens_per_second > 0 and c.plan.trained > 0
-    assert len(list(plan_search._combinations(Recipe()))) >= 40
+    assert len(list(search._combinations(Recipe()))) >= 40
 
 
 def test_what_a_recipe_states_is_kept(folder):
     stated = recipe(folder, training={"activation_checkpointing": True, "gradient_accumulation_steps": 2})
-    every = list(plan_search._combinations(stated))
+    every = list(search._combinations(stated))
     assert {c.precision for c in every} == {"fp32"} and {c.checkpointing for c in every} == {True}
     assert {c.micro_batch for c in every} == {4, 2, 1}
     own = Recipe(**{**vars(stated), "patches": [{"paca": {"r": 3}}]})
-    assert own.patches in [c.recipe.patches for c in plan_search._combinations(own)]
+    assert own.patches in [c.recipe.patches for c in search._combinations(own)]
     free, fixed = recipe(folder), recipe(folder, objective={"causal_lm": {"chunk": 7}})
-    assert plan_search._chunk_is_free(free) and not plan_search._chunk_is_free(fixed)
+    assert search._chunk_is_free(free) and not search._chunk_is_free(fixed)
 
 
 def test_a_candidate_is_planned_as_a_recipe_is(found):
@@ -91,28 +92,28 @@ def test_checkpointing_and_products_cost_time(found):
 
 def test_what_is_written_loads_and_plans_the_same(found, tmp_path):
     path = tmp_path / "best.yaml"
-    plan_search.write(found, path)
+    search.write(found, path)
     again = plan(Recipe.load(path), process=0, rates=flat())
     assert again.predicted() == found.best.plan.predicted()
     before = path.read_text()
     with pytest.raises(BadInput, match="there already"):
-        plan_search.write(found, path)
+        search.write(found, path)
     assert path.read_text() == before
-    plan_search.write(found, path, overwrite=True)
+    search.write(found, path, overwrite=True)
 
 
 def test_without_a_fit_the_smallest_is_told(found, tmp_path):
     none = [dataclasses.replace(c, plan=dataclasses.replace(c.plan, budget=Budget(1))) for c in found.candidates]
-    nothing = plan_search.Found(sorted(none, key=plan_search._rank), [])
+    nothing = search.Found(sorted(none, key=search._rank), [])
     least = min(c.plan.fast_peak_bytes for c in found.candidates)
     assert nothing.best is None and nothing.candidates[0].plan.fast_peak_bytes == least
     with pytest.raises(DoesNotFit, match="the smallest would hold"):
-        plan_search.write(nothing, tmp_path / "none.yaml")
+        search.write(nothing, tmp_path / "none.yaml")
     assert not (tmp_path / "none.yaml").exists()
 
 
 def test_a_mapped_base_beyond_free_memory_is_read_again(folder, monkeypatch):
-    import trimtab.plan as verb
+    import trimtab.planning.plan as verb
 
     mapped = recipe(folder, patches=["paca"], model=folder)
     before = plan(mapped, process=0, rates=flat(disk={"read": 1e6}))

@@ -19,17 +19,17 @@ from trimtab.contracts import Place
 from trimtab.engine import probe as module
 from trimtab.engine.probe import batch_of, head_read, loss_now, own_loss, probe, require_unchanged
 from trimtab.errors import BadInput
-from trimtab.evaluate import evaluate
+from trimtab.inference.evaluate import evaluate
 from trimtab.memory.meter import LiveTensors
-from trimtab.memory.row_adam import Rates
 from trimtab.methods.causal_lm import CausalLM
 from trimtab.methods.lora import LoRA
 from trimtab.methods.meft import Meft
 from trimtab.methods.paca import PaCA
 from trimtab.methods.parallel_adapter import ParallelAdapter
-from trimtab.model import head, lean
-from trimtab.plan import plan
-from trimtab.train import train
+from trimtab.model import efficient, head
+from trimtab.planning.plan import plan
+from trimtab.tiered.adam import Rates
+from trimtab.training.train import train
 
 RECIPE = Recipe(model="any")
 MPT = {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "logit_scale": 0.5}
@@ -129,17 +129,17 @@ def test_what_is_right_is_left_alone(name, dtype):
 
 
 def wrong_norm(monkeypatch):
-    real = lean._RMSNorm.backward
-    monkeypatch.setattr(lean._RMSNorm, "backward", lambda ctx, dy: (real(ctx, dy)[0] * 1.5, *real(ctx, dy)[1:]))
+    real = efficient._RMSNorm.backward
+    monkeypatch.setattr(efficient._RMSNorm, "backward", lambda ctx, dy: (real(ctx, dy)[0] * 1.5, *real(ctx, dy)[1:]))
 
 
 def wrong_ffn(monkeypatch):
-    monkeypatch.setitem(lean.ACTIVATIONS, "silu", (F.silu, lambda dy, gate: dy))
+    monkeypatch.setitem(efficient.ACTIVATIONS, "silu", (F.silu, lambda dy, gate: dy))
 
 
 def wrong_attention(monkeypatch):
-    real = lean._probabilities
-    monkeypatch.setattr(lean, "_probabilities", lambda q, k, bias, scale, b: real(q, k, bias, 4 * scale, b))
+    real = efficient._probabilities
+    monkeypatch.setattr(efficient, "_probabilities", lambda q, k, bias, scale, b: real(q, k, bias, 4 * scale, b))
 
 
 @pytest.mark.parametrize("plant,form,words", [
@@ -151,14 +151,14 @@ def test_a_wrong_fused_form_is_taken_out(monkeypatch, plant, form, words):
     model = model.to(torch.bfloat16) if form == "attention" else model  # fused in 16 bits only
     plant(monkeypatch)
     found = probe(model, RECIPE)
-    assert found.recipe.engine.lean == [f for f in lean.FORMS if f != form]
+    assert found.recipe.engine.lean == [f for f in efficient.FORMS if f != form]
     assert len(found.notes) == 1 and words in found.notes[0] and "LlamaForCausalLM" in found.notes[0]
     assert found.recipe.objective == "causal_lm"
     assert probe(model, found.recipe) == module.Found(found.recipe)
 
 
 def test_a_fused_form_that_fails_is_taken_out(monkeypatch):
-    monkeypatch.setattr(lean._Gated, "forward", staticmethod(lambda *_: 1 / 0))
+    monkeypatch.setattr(efficient._Gated, "forward", staticmethod(lambda *_: 1 / 0))
     found = probe(tiny("LlamaForCausalLM"), RECIPE)
     assert found.recipe.engine.lean == ["norm", "attention", "experts"] and "ZeroDivisionError" in found.notes[0]
 
@@ -172,7 +172,7 @@ def test_a_wrong_head_is_not_used(monkeypatch, gradients):
     model = build("GraniteForCausalLM")
     found = probe(model, RECIPE, gradients=gradients)
     assert found.objective == CausalLM(whole=True) and "all logits are held" in found.notes[0]
-    assert set(found.recipe.engine.lean) == set(lean.FORMS)
+    assert set(found.recipe.engine.lean) == set(efficient.FORMS)
     batch = batch_of(model)
     assert float(found.objective.loss(model, batch).value) == pytest.approx(float(own_loss(model, batch)), rel=1e-6)
 
@@ -276,10 +276,10 @@ def test_fused_attention_leaves_what_it_does_not_know(monkeypatch, kind):
 
     query, key, value = (torch.randn(2, 4, 6, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     passed = []
-    monkeypatch.setattr(lean, "sdpa_attention_forward", lambda *a, **k: (passed.append(k), (a[1], None))[1])
-    lean.lean_attention(Layer(), query, key, value, None)
+    monkeypatch.setattr(efficient, "sdpa_attention_forward", lambda *a, **k: (passed.append(k), (a[1], None))[1])
+    efficient.lean_attention(Layer(), query, key, value, None)
     assert not passed, "without them it is ours"
-    lean.lean_attention(Layer(), query, key, value, None, **{kind: torch.ones(4)})
+    efficient.lean_attention(Layer(), query, key, value, None, **{kind: torch.ones(4)})
     assert len(passed) == 1 and passed[0][kind] is not None
 
 

@@ -8,11 +8,11 @@ import json
 import pytest
 import torch
 
-from trimtab.memory import rates as kept
-from trimtab.memory.rates import LAYOUTS, TRAFFIC, Rates
-from trimtab.memory.roofline import Clock, Stopwatch, read_again, work
+from trimtab.cost import rates as rates_file
+from trimtab.cost.rates import LAYOUTS, TRAFFIC, Rates
+from trimtab.cost.roofline import Clock, Stopwatch, read_again, work
 
-MACHINE = kept.key({"cpu": "a processor", "cores": 2, "threads": 2, "allocator": "system"}, "2.13.0", "cpu")
+MACHINE = rates_file.key({"cpu": "a processor", "cores": 2, "threads": 2, "allocator": "system"}, "2.13.0", "cpu")
 ATEN = torch.ops.aten
 
 
@@ -116,10 +116,10 @@ def test_what_memory_cannot_keep_is_read_on_each_way():
 
 def test_rates_come_back_from_the_cache(tmp_path):
     rates = flat(disk={"read": 1e9, "write": 1e8})
-    assert kept.load(MACHINE, tmp_path) is None
-    assert kept.save(rates, tmp_path) and kept.load(MACHINE, tmp_path) == rates
-    assert kept.load({**MACHINE, "threads": 1}, tmp_path) is None
-    assert [p.name for p in (tmp_path / "rates").iterdir()] == [kept.path_of(MACHINE, tmp_path).name]
+    assert rates_file.load(MACHINE, tmp_path) is None
+    assert rates_file.save(rates, tmp_path) and rates_file.load(MACHINE, tmp_path) == rates
+    assert rates_file.load({**MACHINE, "threads": 1}, tmp_path) is None
+    assert [p.name for p in (tmp_path / "rates").iterdir()] == [rates_file.path_of(MACHINE, tmp_path).name]
 
 
 def _without(tree, key):
@@ -139,7 +139,7 @@ def _without(tree, key):
     ],
 )  # fmt: skip
 def test_a_damaged_cache_counts_as_none(tmp_path, damage):
-    kept.save(flat(), tmp_path)
-    path = kept.path_of(MACHINE, tmp_path)
+    rates_file.save(flat(), tmp_path)
+    path = rates_file.path_of(MACHINE, tmp_path)
     path.write_text(damage(json.loads(path.read_text())))
-    assert kept.load(MACHINE, tmp_path) is None
+    assert rates_file.load(MACHINE, tmp_path) is None

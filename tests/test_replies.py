@@ -10,12 +10,12 @@ import transformers
 
 from helpers_reply import CHATML, SKY, byte_folder, byte_tokenizer, learned
 from helpers_run import write_rows
-from trimtab.data import read_rows
-from trimtab.data_chat import reply_form
-from trimtab.data_spec import DataSpec
+from trimtab.data.chat import reply_form
+from trimtab.data.rows import read_rows
+from trimtab.data.spec import DataSpec
 from trimtab.errors import BadInput
-from trimtab.export import export
-from trimtab.generate import chat, generate
+from trimtab.inference.export import export
+from trimtab.inference.generate import chat, generate
 from trimtab.model.reply import ReplyForm, stop_ids, stop_texts
 from trimtab.model.sampling import check_generation, prompt_ids, sample
 
@@ -126,7 +126,7 @@ def test_the_form_is_read_from_the_adapter_or_else_from_the_rows(tmp_path, capsy
 def test_a_conversation_uses_the_form_too(tmp_path, capsys, monkeypatch):
     recipe = learned(tmp_path, byte_folder(tmp_path / "m"), SKY, data={"chat": False})
     lines = iter(["sky", "coal"])
-    monkeypatch.setattr("trimtab.generate._ask", lambda terminal: next(lines, None))
+    monkeypatch.setattr("trimtab.inference.generate._ask", lambda terminal: next(lines, None))
     chat(recipe)
     assert capsys.readouterr().out.split() == ["blue", "black"]
 

@@ -12,10 +12,10 @@ from plotly.offline import get_plotlyjs
 
 from helpers_run import make_world, tree
 from trimtab.errors import BadInput
-from trimtab.plan_shown import remember
+from trimtab.planning.remembered import remember
 from trimtab.recipe import Recipe
-from trimtab.report import POINTS, Run, read, report
-from trimtab.report_figures import HOWS, bars, curves, throughput, timeline, timelines
+from trimtab.report.figures import HOWS, bars, curves, throughput, timeline, timelines
+from trimtab.report.report import POINTS, Run, read, report
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GIB = 2**30

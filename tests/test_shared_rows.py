@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 import trimtab
 from helpers_ranks import FIELDS, REFUSED, loop
 from helpers_run import make_world, metrics, rows, tree, write_rows
-from trimtab import session
 from trimtab.errors import BadInput
-from trimtab.memory.row_files import load_rows
-from trimtab.memory.store import VALUES, M
 from trimtab.methods.meft import Meft
+from trimtab.tiered.checkpoint import load_rows
+from trimtab.tiered.store import VALUES, M
+from trimtab.training import session
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MEFT = {"meft": {"r": 64, "k": 16, "scale": 1.0}}

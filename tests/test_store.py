@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from trimtab.errors import BadInput, DoesNotFit
-from trimtab.memory import mapped, moments
-from trimtab.memory.extent import BLOCK, SCALES
 from trimtab.memory.meter import process_memory
-from trimtab.memory.row_adam import Rates, RowAdam
-from trimtab.memory.store import GRADS, VALUES, M, TieredStore, V
+from trimtab.tiered import adam_state, mapped_file
+from trimtab.tiered.adam import Rates, RowAdam
+from trimtab.tiered.record import BLOCK, SCALES
+from trimtab.tiered.store import GRADS, VALUES, M, TieredStore, V
 
 SHAPE = (3, 10)
 
@@ -192,7 +192,7 @@ def test_where_no_space_can_be_reserved_zeros_are_written(tmp_path, monkeypatch)
     plain = TieredStore("table", 20, (64, 64), slow="disk", folder=str(tmp_path))
     for allocate in (refusing(errno.EOPNOTSUPP), None):
         with monkeypatch.context() as patched:
-            patched.setattr(mapped, "ZEROS", 10_000)
+            patched.setattr(mapped_file, "ZEROS", 10_000)
             patched.setattr(os, "posix_fallocate", allocate) if allocate else patched.delattr(os, "posix_fallocate")
             made = TieredStore("table", 20, (64, 64), slow="disk", folder=str(tmp_path))
         assert torch.equal(made._table, plain._table) and len(made._file.map) == len(plain._file.map)
@@ -208,17 +208,17 @@ def test_whether_a_folder_is_in_ram(tmp_path):
     mounts = [line.partition(" - ") for line in open("/proc/self/mountinfo")]
     tmpfs = [first.split()[4] for first, _, last in mounts if last.split()[0] == "tmpfs"]
     seen = [point for point in tmpfs if os.path.isdir(point) and os.path.ismount(point)]
-    assert seen and all(mapped.in_ram(f"{point}/not/made/yet") for point in seen)
-    assert not mapped.in_ram("/proc")
+    assert seen and all(mapped_file.in_ram(f"{point}/not/made/yet") for point in seen)
+    assert not mapped_file.in_ram("/proc")
 
 
 def test_tables_in_ram_must_find_room_there(monkeypatch):
     size = TieredStore("one", 1, SHAPE).extent
-    monkeypatch.setattr(mapped, "room", lambda: 12 * size)
+    monkeypatch.setattr(mapped_file, "room", lambda: 12 * size)
     TieredStore("table", 4, SHAPE, more=2), TieredStore("table", 99, SHAPE, slow="disk")
     with pytest.raises(DoesNotFit, match="of RAM for 3 tables of 5 rows: .* are free"):
         TieredStore("table", 5, SHAPE, more=2)
-    monkeypatch.setattr(mapped, "room", lambda: None)  # a system that does not tell
+    monkeypatch.setattr(mapped_file, "room", lambda: None)  # a system that does not tell
     TieredStore("table", 5, SHAPE, more=2)
 
 
@@ -324,13 +324,13 @@ def test_moments_in_8_bits_are_codes_with_a_scale_for_each_block():
     made = TieredStore("table", 3, (3, 100), moments=torch.int8)
     rows, grad = RowAdam(made), torch.randn(3, 100)
     grad[0, 0] = 1e-12
-    assert not moments.read(made, M, 1).any() and not moments.read(made, V, 1).any(), "of a row that is new"
+    assert not adam_state.read(made, M, 1).any() and not adam_state.read(made, V, 1).any(), "of a row that is new"
     made.accumulate([1], [grad])
     rows.step(Rates(0.01))
     assert made.part(M, 1).dtype == torch.uint8 and made.part(SCALES[M], 1).shape == (2,) and BLOCK == 256
     assert torch.allclose(made.part(SCALES[M], 1)[1], 0.1 * grad.flatten()[256:].abs().max())
-    assert torch.allclose(moments.read(made, M, 1), 0.1 * grad, atol=0.02 * 0.1 * float(grad.abs().max()))
-    root, held = (0.001**0.5 * grad).abs(), moments.read(made, V, 1).sqrt()
+    assert torch.allclose(adam_state.read(made, M, 1), 0.1 * grad, atol=0.02 * 0.1 * float(grad.abs().max()))
+    root, held = (0.001**0.5 * grad).abs(), adam_state.read(made, V, 1).sqrt()
     assert torch.allclose(held, root, atol=0.01 * float(root.max())) and held.all(), "a step divides by it"
 
 

@@ -9,9 +9,9 @@ import torch
 
 from conftest import MODELS, tiny_batch
 from test_laws import PLACE, train
-from trimtab.memory.store import GRADS
+from trimtab.engine.tables import ClipsRows, reading, row_numbers, said, traffic
 from trimtab.methods.meft import Meft
-from trimtab.stores import ClipsRows, reading, row_numbers, said, traffic
+from trimtab.tiered.store import GRADS
 
 
 def after_a_backward_pass(limit: float):

@@ -31,9 +31,9 @@ import os, signal, sys, types
 import trimtab
 def training(*args, **kwargs):
     {how}
-made = types.ModuleType("trimtab.train")
+made = types.ModuleType("trimtab.training.train")
 made.train = training
-sys.modules["trimtab.train"] = made
+sys.modules["trimtab.training.train"] = made
 from trimtab import cli
 sys.argv = ["trimtab", "train", {str(recipe)!r}, "--hard", "-q"]
 cli.main()

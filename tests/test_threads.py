@@ -11,9 +11,9 @@ from conftest import MODELS
 from test_laws import PLACE
 from test_row_steps import plain
 from trimtab import Place
-from trimtab.memory import threads
-from trimtab.memory.threads import side_by_side
 from trimtab.methods.meft import Meft
+from trimtab.tiered import threads
+from trimtab.tiered.threads import side_by_side
 
 
 @pytest.fixture

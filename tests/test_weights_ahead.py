@@ -8,13 +8,13 @@ import torch
 from conftest import tiny_batch
 from test_laws import snapshot
 from tiny import tiny_folder
-from trimtab.memory.ahead import Reader
-from trimtab.memory.extent import PAGE
 from trimtab.memory.meter import file_ranges, is_mapped
-from trimtab.model import anatomy, weights_ahead
+from trimtab.model import anatomy, weight_prefetch
 from trimtab.model.load import load_model
 from trimtab.model.surgery import Swaps
-from trimtab.model.weights_ahead import LOOK, Weights, read_weights_ahead
+from trimtab.model.weight_prefetch import LOOK, Weights, read_weights_ahead
+from trimtab.tiered.prefetch import Reader
+from trimtab.tiered.record import PAGE
 
 
 class Told(Reader):
@@ -37,7 +37,7 @@ def mapped(tmp_path, monkeypatch):
     model, _ = load_model(tiny_folder(tmp_path / "tiny"))
     if not any(is_mapped(p, file_ranges()) for p in model.parameters()):
         pytest.skip("nothing is mapped here")
-    monkeypatch.setattr(weights_ahead, "ram", lambda: {"MemAvailable": 0})
+    monkeypatch.setattr(weight_prefetch, "ram", lambda: {"MemAvailable": 0})
     return model
 
 
@@ -96,7 +96,7 @@ def test_all_of_a_blocks_weights_are_in_its_pages(mapped):
 
 def test_a_base_that_fits_or_is_not_mapped_is_left_alone(mapped, monkeypatch):
     before, swaps = snapshot(mapped), Swaps(mapped)
-    monkeypatch.setattr(weights_ahead, "ram", lambda: {"MemAvailable": 2**40})
+    monkeypatch.setattr(weight_prefetch, "ram", lambda: {"MemAvailable": 2**40})
     assert read_weights_ahead(mapped, swaps) == []
-    monkeypatch.setattr(weights_ahead, "ram", lambda: {"MemAvailable": 0})
+    monkeypatch.setattr(weight_prefetch, "ram", lambda: {"MemAvailable": 0})
     assert read_weights_ahead(mapped.double(), swaps) == [] and snapshot(mapped)["hooks"] == before["hooks"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from trimtab.demo import build_geography
+from trimtab.data.demo import build_geography
 
 FACTS = 300
 

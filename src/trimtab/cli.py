@@ -79,7 +79,7 @@ def train(
     _allocator(loaded, hard)
     if hard:
         in_a_child(lambda name: _crashed(loaded, name))
-    from .train import train as run
+    from .training.train import train as run
 
     result = run(loaded, quiet=quiet, hard=hard)
     if as_json:
@@ -104,9 +104,9 @@ def plan(
     if search or write or not loaded.patches:
         _search(loaded, as_json, write, overwrite)
         return
-    from .plan import plan as run
-    from .plan_fit import require_fit
-    from .plan_shown import remember
+    from .planning.fit import require_fit
+    from .planning.plan import plan as run
+    from .planning.remembered import remember
 
     made = run(loaded)
     remember(loaded, made)
@@ -117,7 +117,7 @@ def plan(
 def _search(recipe: Any, as_json: bool, write: str | None, overwrite: bool) -> None:
     from pathlib import Path
 
-    from . import plan_search
+    from .planning import search as plan_search
 
     if write:
         plan_search.check_free(Path(write), overwrite)  # before the work
@@ -141,8 +141,8 @@ def eval_(
 
     loaded = Recipe.load(recipe, overrides or ())
     _allocator(loaded)
-    from .evaluate import evaluate
-    from .stores import said
+    from .engine.tables import said
+    from .inference.evaluate import evaluate
 
     say = lambda line: print(line, file=sys.stderr)  # noqa: E731
     result = evaluate(loaded, adapter, base, [t for t in tasks.split(",") if t], limit, say)
@@ -176,7 +176,7 @@ def generate(
     settings: dict[str, Any] = {}
     for item in setting or ():
         override(settings, item)
-    from . import generate as verb
+    from .inference import generate as verb
 
     if not prompt:
         verb.chat(loaded, adapter, base, **settings)
@@ -199,7 +199,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
 ) -> None:  # fmt: skip
     """Write the result in a form that needs no trimtab."""
-    from .export import export as run
+    from .inference.export import export as run
     from .recipe import Recipe
 
     print(run(Recipe.load(recipe, overrides or ()), to, out, adapter, overwrite))
@@ -212,7 +212,7 @@ def report(
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
 ) -> None:
     """One page, in one file, about what runs were, held, learned and answered."""
-    from .report import report as run
+    from .report.report import report as run
 
     written = run(runs, out)
     print(written)
@@ -248,7 +248,7 @@ def version() -> None:
 
 def _crashed(recipe: Any, name: str) -> TrimtabError:
     """What a run under a hard limit ends with that a library crashed when it was refused memory."""
-    from .runs import checkpoints
+    from .artifacts.run_folder import checkpoints
 
     left = checkpoints(Path(recipe.output))
     have = f"a library was refused memory and ended the process ({name}); "

@@ -1,6 +1,6 @@
 """`trimtab doctor`: what this machine has, how fast it is, and what could be better.
 
-What is measured is kept (memory/rates.py, memory/overhead.py), and plans predict from it: in a hurry at first, in about
+What is measured is kept (cost/rates.py, cost/overhead.py), and plans predict from it: in a hurry at first, in about
 20 seconds; `--thorough` takes five minutes and predicts better.
 """
 
@@ -12,16 +12,17 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from .apart import apart
-from .memory import allocator, overhead, rates
+from .artifacts.run_folder import machine, versions
+from .cost import overhead, rates
+from .cost.overhead import Overhead
+from .cost.rates import Rates
+from .memory import allocator
 from .memory.budget import gib, ram
-from .memory.mapped import in_ram
 from .memory.meter import GIB
-from .memory.overhead import Overhead
-from .memory.rates import Rates
-from .model.cache import cache_root
-from .model.quiet import hushed
-from .runs import machine, versions
+from .model.hub import cache_root
+from .quiet import hushed
+from .subprocess_call import apart
+from .tiered.mapped_file import in_ram
 
 Say = Callable[[str], None]
 MOST_PACE = 1.25  # of a step, beside its operations measured one by one
@@ -72,7 +73,7 @@ def know(fresh: bool = False, thorough: bool = False, say: Say | None = None) ->
         say("  products, memory, disk ...")
     held = measured_rates(fresh=True, thorough=thorough) if new_rates or rates_kept is None else rates_kept
     if new_beside:
-        from . import calibrate
+        from .planning import calibrate
 
         found = calibrate.measure(thorough, lambda line: say(f"  {line}"))
         if found.measured:
@@ -99,7 +100,7 @@ def _measure_here(machine: dict[str, Any], thorough: bool) -> dict[str, Any]:
     """Apart, for what the products leave in an allocator would count against the budget of the run that asks."""
     import torch
 
-    from .memory.measure import measure
+    from .cost.microbench import measure
 
     torch.set_num_threads(machine["threads"])
     with hushed():

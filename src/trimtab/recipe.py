@@ -21,7 +21,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from . import methods
-from .data_spec import DataSpec
+from .data.spec import DataSpec
 from .errors import BadInput, nearest
 from .model.spec import ModelSpec
 from .yaml_text import LONGEST, read_yaml
@@ -196,20 +196,20 @@ class Recipe:
 
     def plan(self, **options: Any) -> Any:
         """What it will hold in memory (`trimtab.plan.plan`)."""
-        return self._verb("plan")(self, **options)
+        return self._verb("planning.plan")(self, **options)
 
     def train(self, **options: Any) -> dict[str, Any]:
-        """Run it; returns what run.json holds (`trimtab.train.train`)."""
-        return self._verb("train")(self, **options)
+        """Run it; returns what run.json holds (`trimtab.training.train`)."""
+        return self._verb("training.train")(self, **options)
 
     def evaluate(self, **options: Any) -> dict[str, Any]:
-        """Measure it on data.test (`trimtab.evaluate.evaluate`)."""
-        return self._verb("evaluate")(self, **options)
+        """Measure it on data.test (`trimtab.inference.evaluate`)."""
+        return self._verb("inference.evaluate")(self, **options)
 
     @staticmethod
     def _verb(name: str) -> Any:
         # A door for Python users to the floor above; the recipe itself knows none of the verbs.
-        return getattr(import_module(f"{__package__}.{name}"), name)
+        return getattr(import_module(f"{__package__}.{name}"), name.split(".")[-1])
 
     @staticmethod
     def _one(value: str | dict[str, dict[str, Any]], kind: str) -> Any:

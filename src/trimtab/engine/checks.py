@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..data import Rows, marks_answers
+from ..data.rows import Rows, marks_answers
 from ..errors import BadInput
 from ..recipe import Recipe
 

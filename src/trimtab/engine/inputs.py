@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..contracts import Objective
-from ..data import Rows, read_rows, tokenize_classification
-from ..data_files import is_hub
+from ..data.files import is_hub
+from ..data.rows import Rows, read_rows, tokenize_classification
 from ..memory.meter import process_memory
 from ..model.limits import check_dataset
 from ..recipe import Recipe
@@ -94,7 +94,7 @@ def largest_batch(trainer: Any) -> dict[str, Any]:
     import numpy
     from pyarrow import compute
 
-    from ..data_order import batch_lengths, filled, row_lengths
+    from ..data.order import batch_lengths, filled, row_lengths
 
     args, dataset, counted = trainer.args, trainer.train_dataset, None
     if "labels" in dataset.column_names and "List" in str(dataset.features["labels"]):
@@ -129,7 +129,7 @@ def foresee(recipe: Recipe) -> Foreseen:
     """
     import tempfile
 
-    from ..adapter import Base
+    from ..artifacts.adapter import Base
     from ..model.load import empty_model
 
     objective, stepper = recipe.load_objective(), recipe.load_stepper()

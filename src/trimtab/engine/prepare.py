@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from ..contracts import Objective, Surgery
 from ..model import anatomy
+from ..model.efficient import FORMS, lean
 from ..model.head import READ, read_head
-from ..model.lean import FORMS, lean
 from ..model.surgery import Swaps, is_patch
-from ..model.weights_ahead import read_weights_ahead
+from ..model.weight_prefetch import read_weights_ahead
 from ..recipe import Recipe
 
 BLOCK = "trimtab_block_mask"  # on training arguments: the type of the packed rows' explicit mask, for the planner

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from ..contracts import Objective, Surgery
 from ..errors import BadInput, TrimtabError
+from ..model.efficient import FORMS
 from ..model.head import READ, read_head, router_loss
-from ..model.lean import FORMS
 from ..model.undisturbed import undisturbed
 from ..recipe import Recipe
 from .arguments import unweighed

@@ -24,18 +24,18 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .. import adapter
-from ..checkpoint_files import EARLIER, STATE, check_optimizer, check_scheduler, write_sums
+from ..artifacts import adapter
+from ..artifacts.checkpoint_files import EARLIER, STATE, check_optimizer, check_scheduler, write_sums
+from ..artifacts.run_folder import PARTIAL, checkpoints, discard, sync, sync_entry
 from ..contracts import Objective, Stepper, Surgery
-from ..data import check_lengths
-from ..data_order import longest_first
+from ..data.order import longest_first
+from ..data.rows import check_lengths
 from ..errors import BadInput
 from ..model.limits import check_dataset, learned_positions
 from ..model.sampling import refused_by_template
-from ..runs import PARTIAL, checkpoints, discard, sync, sync_entry
-from ..stores import ClipsRows
 from .divergence import mean_of
 from .prepare import autocast_dtype
+from .tables import ClipsRows
 
 
 @dataclass

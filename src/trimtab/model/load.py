@@ -30,10 +30,10 @@ from transformers import (
 from ..errors import BadInput, TrimtabError, nearest
 from ..memory.budget import gib
 from ..memory.meter import drop_clean_mappings
+from ..quiet import quiet
 from . import anatomy
-from .cache import Say, cached_folder
+from .hub import Say, cached_folder
 from .quant import quantise_empty
-from .quiet import quiet
 from .spec import ModelSpec
 
 __all__ = ["base_hash", "cached_folder", "empty_model", "load_model", "load_tokenizer"]

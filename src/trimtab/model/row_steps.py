@@ -17,10 +17,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..memory.row_adam import Rates
-from ..memory.shared_rows import exchange, settle
-from ..memory.store import TieredStore
-from ..memory.threads import at_once, side_by_side
+from ..tiered.adam import Rates
+from ..tiered.distributed import exchange, settle
+from ..tiered.store import TieredStore
+from ..tiered.threads import at_once, side_by_side
 from .surgery import ModulePatch, Swaps
 
 

@@ -1,0 +1,295 @@
+"""The adapter folder: write it, read it, check it against the base.
+
+    adapter/adapter_config.json         what PEFT reads (a LoRA is a plain PEFT LoRA)
+    adapter/adapter_model.safetensors   the patch's own tensors, `base_model.model.<path>`, nothing of the base;
+    adapter/checksums.json              in several files where they are large (artifacts/adapter_weights.py)
+    adapter/trimtab.json                the patch, its fields, the base's name and hash, labels, the form of replies
+    adapter/README.md                   a model card
+
+Several patches lie in sub-folders, `adapter/0-paca`, `adapter/1-head`, each as above. Everything is JSON or
+safetensors; what comes from others is checked and never executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .. import __version__, methods
+from ..contracts import Place, Surgery
+from ..errors import BadInput
+from ..model.hub import ordinary_modes
+from ..model.reply import ReplyForm
+from ..recipe import build
+from ..tiered.checkpoint import load_rows, save_rows
+from .adapter_weights import read_weights, write_weights
+
+CONFIG, OURS = "adapter_config.json", "trimtab.json"
+ROWS = "rows"  # in a checkpoint: the tables, by what changed
+PREFIX = "base_model.model."
+RANK = 4096  # ranks up to here are believed without looking at the tensors
+
+
+@dataclass(frozen=True)
+class Base:
+    """Whose adapter it is: the base's name as the user wrote it, its hash, its task and precision, class labels, and
+    the form in which it was trained to reply."""
+
+    name: str
+    hash: str
+    task: str = "causal-lm"
+    precision: str = "auto"
+    labels: list[str] = field(default_factory=list)
+    reply: ReplyForm = field(default_factory=ReplyForm)
+
+
+def save_adapter(folder: str | Path, surgeries: Sequence[Surgery], base: Base) -> Path:
+    """Write what the surgeries own. The folder appears whole or not at all; one that is there is replaced."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_adapter(partial, surgeries, base)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if (why := unwritten(error)) is None:
+            raise
+        raise BadInput(f"write the adapter to {folder}", why, "Free some space and resume") from error
+    return folder
+
+
+def unwritten(error: Exception) -> str | None:
+    """Why a file could not be written, or None if `error` says something else.
+
+    A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, SafetensorError) and "I/O error" in text:
+        return text.partition("I/O error: ")[2].rstrip(".") or text
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
+        return "torch could not write it; the disk may be full"
+    return None
+
+
+def write_adapter(
+    folder: Path, surgeries: Sequence[Surgery], base: Base, before: tuple[Path | None] | None = None
+) -> None:
+    """Write into `folder` in place (a checkpoint calls this in a folder that is itself made whole or not at all).
+
+    A checkpoint says which one came `before` it, in a tuple of one: of tables it holds what changed since.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(surgeries) == 1:
+        _write_one(folder, surgeries[0], base, before)
+        return
+    parts = [f"{index}-{surgery_name(surgery)}" for index, surgery in enumerate(surgeries)]
+    for part, surgery in zip(parts, surgeries, strict=True):
+        _write_one(folder / part, surgery, base, (before[0] and before[0] / part,) if before else None)
+    _write_json(folder / OURS, {"trimtab": __version__, "parts": parts, "base": dataclasses.asdict(base)})
+
+
+def surgery_name(surgery: Surgery) -> str:
+    return methods.name_of(surgery.patch)
+
+
+def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | None] | None = None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = surgery_name(surgery)
+    tensors = {PREFIX + key: t.detach() for key, t in surgery.own_tensors().items()}
+    stays = tensors if before is None else {key: t for key, t in tensors.items() if not _in_store(surgery, t)}
+    write_weights(folder, stays, lambda tensor: _in_store(surgery, tensor))
+    for store in surgery.stores if before is not None else ():
+        last = before[0] / ROWS / store.name if before and before[0] else None
+        save_rows(store, folder / ROWS / store.name, last if last and last.is_dir() else None)
+    config = {**surgery.adapter_config(), "base_model_name_or_path": base.name}
+    if config.get("target_modules") and (model := getattr(surgery, "model", None)) is not None:
+        config["target_modules"] = short_targets(model, config["target_modules"])
+    _write_json(folder / CONFIG, config)
+    ours = {"trimtab": __version__, "patch": name, "config": surgery.patch.config(),
+            "base": dataclasses.asdict(base)}  # fmt: skip
+    _write_json(folder / OURS, ours)
+    (folder / "README.md").write_text(_card(name, surgery, base, tensors), encoding="utf-8")
+    ordinary_modes(folder)
+
+
+def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The fewest words by which peft finds exactly the modules `names`: their last names, where no other has them."""
+    wanted = set(names)
+    leaves: dict[str, set[str]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            leaves.setdefault(path.rpartition(".")[2], set()).add(path)
+    found = set()
+    for name in wanted:
+        leaf = name.rpartition(".")[2]
+        found.add(leaf if leaves.get(leaf, {name}) <= wanted else name)
+    return sorted(found)
+
+
+def _card(name: str, surgery: Surgery, base: Base, tensors: dict[str, Tensor]) -> str:
+    count = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    row = methods.TABLE[name]
+    fields = "\n".join(f"- {key}: {value}" for key, value in surgery.patch.config().items())
+    tag = base.name if "/" in base.name and not Path(base.name).exists() else ""
+    front = [
+        "---",
+        *([f"base_model: {tag}"] if tag else []),
+        "library_name: peft",
+        "tags:",
+        "- trimtab",
+        f"- {name}",
+        "---",
+    ]
+    paper = f" (arXiv {row.paper})" if row.paper else ""
+    return (
+        "\n".join(front)
+        + f"""
+
+# A {row.title} adapter for {base.name}
+
+{row.title}{paper}: {row.summary}. {count:,} numbers; base hash `{base.hash}`.
+
+{fields}
+
+Load it with `trimtab.load_adapter(model, folder)`, or turn it into other forms with `trimtab export`.
+"""
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, default=_plain) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_meta(folder: str | Path) -> dict[str, Any]:
+    """The content of trimtab.json, checked to be one of ours."""
+    path = Path(folder) / OURS
+    if not path.is_file():
+        raise BadInput(f"adapter {folder}", f"it has no {OURS}", "Name the adapter/ folder of a trimtab run")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        known = dict(meta["base"])
+        base = Base(**{**known, "reply": ReplyForm.read(known.get("reply", {}))})
+        words = [base.name, base.hash, base.task, base.precision, *base.labels, *meta.get("parts", [])]
+        fits = all(isinstance(word, str) for word in words) and isinstance(base.labels, list)
+        fits = fits and (bool(meta["parts"]) if "parts" in meta else isinstance(meta["patch"], str))
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
+        fits = False
+    if not fits:
+        raise BadInput(f"adapter {folder}", f"its {OURS} is damaged", "Make the adapter again, or take an intact copy")
+    return {**meta, "base": base}
+
+
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, place: Place | None = None, hash_of_base: str | None = None
+) -> list[Surgery]:
+    """Apply the adapter's patches to `model` and load their tensors; returns the surgeries, in order.
+
+    The base must be the one the adapter was made with: its hash is compared (`hash_of_base`: the model's, if known).
+    """
+    from ..model.load import base_hash
+
+    folder = Path(folder)
+    meta = read_meta(folder)
+    actual = hash_of_base or base_hash(model)
+    if meta["base"].hash != actual:
+        raise _of_another_base(f"adapter {folder}", meta["base"], actual)
+    surgeries: list[Surgery] = []
+    try:
+        for part in _parts(folder, meta):
+            surgeries.append(_load_one(model, part, place or Place()))
+    except BaseException:
+        for surgery in reversed(surgeries):
+            surgery.revert()
+        raise
+    return surgeries
+
+
+def _parts(folder: Path, meta: dict[str, Any]) -> list[Path]:
+    parts = [folder / part for part in meta["parts"]] if "parts" in meta else [folder]
+    for part in parts:
+        if part != folder and part.resolve().parent != folder.resolve():
+            raise BadInput(f"adapter {folder}", f"it names {part}, outside itself", "Do not use this adapter")
+    return parts
+
+
+def _load_one(model: PreTrainedModel, folder: Path, place: Place) -> Surgery:
+    meta = read_meta(folder)
+    if "patch" not in meta:
+        raise BadInput(f"adapter {folder}", f"its {OURS} names no patch", "Take an intact copy")
+    patch = build(methods.find(meta["patch"]), meta.get("config", {}), f"adapter {folder}")
+    tensors = read_tensors(folder)
+    has_rows = (folder / ROWS).is_dir()
+    widest = max([RANK, *(max(*t.shape, t.numel() // t.shape[-1]) for t in tensors.values() if t.dim() and t.numel())])
+    if not has_rows and (rank := getattr(patch, "r", 0)) > widest:  # before anything of that size is made
+        raise BadInput(f"adapter {folder} of r {rank}", f"its tensors are at most {widest} wide", "Do not use it")
+    surgery = patch.apply(model, place)
+    try:
+        _fill(surgery, folder, tensors)
+    except BaseException:
+        surgery.revert()
+        raise
+    return surgery
+
+
+def load_into(surgeries: Sequence[Surgery], folder: str | Path, base: Base | None = None) -> None:
+    """Load saved tensors into patches that are already applied (resume). `base`: theirs, where it is known."""
+    folder = Path(folder)
+    meta = read_meta(folder)
+    if base is not None and meta["base"].hash != base.hash:
+        raise _of_another_base(f"resume from {folder}", meta["base"], base.hash)
+    parts = _parts(folder, meta)
+    if len(parts) != len(surgeries):
+        raise BadInput(
+            f"resume from {folder}", f"it holds {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same"
+        )
+    for surgery, part in zip(surgeries, parts, strict=True):
+        _fill(surgery, part, read_tensors(part))
+
+
+def _of_another_base(asked: str, made_for: Base, actual: str) -> BadInput:
+    return BadInput(
+        f"{asked}, made for {made_for.name} (hash {made_for.hash})",
+        f"this model is another one (hash {actual})",
+        f"Load {made_for.name}, or train the adapter anew on this model",
+    )
+
+
+def _fill(surgery: Surgery, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Tensors into the patched model, and a checkpoint's rows into its tables."""
+    if not (folder / ROWS).is_dir():
+        surgery.load_tensors(tensors)
+        return
+    held = {key: t for key, t in surgery.own_tensors().items() if _in_store(surgery, t)}
+    surgery.load_tensors({**held, **tensors})
+    for store in surgery.stores:
+        load_rows(store, folder / ROWS / store.name)
+
+
+def _in_store(surgery: Surgery, tensor: Tensor) -> bool:
+    return any(store.holds(tensor) for store in surgery.stores)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    return {key.removeprefix(PREFIX): tensor for key, tensor in read_weights(folder).items()}

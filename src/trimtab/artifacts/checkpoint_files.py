@@ -1,0 +1,152 @@
+"""What a checkpoint must hold before a run goes on from it: every file as it was written, and states that fit the run.
+
+    checkpoint-N/files.json     size in bytes and CRC-32 of each file beside it, but of rows/ (tiered/checkpoint.py has
+                                checksums of its own for tables)
+
+A damaged moment would not always be noticed later: a fused optimizer step writes past the end of one that is too small,
+and one that holds NaN trains on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+
+STATE, SUMS = "trainer_state.json", "files.json"
+ROWS = "rows"
+PIECE = 2**22  # bytes that are read at a time
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # each has the shape of its parameter
+EARLIER = "Remove this checkpoint, and resume=true goes on from the one before; or take an intact copy"
+
+
+def write_sums(checkpoint: Path) -> None:
+    """Write files.json for a checkpoint that holds all its other files."""
+    found = {name: _sum_of(path) for name, path in _files(checkpoint)}
+    (checkpoint / SUMS).write_text(json.dumps({"crc32": found}, indent=1) + "\n", encoding="utf-8")
+
+
+def check_files(checkpoint: Path) -> None:
+    """BadInput where a file is missing or is not what was written, or where the state says another step."""
+    asked = f"resume from {checkpoint}"
+    read_state(checkpoint)
+    try:
+        kept = json.loads((checkpoint / SUMS).read_text(encoding="utf-8"))["crc32"]
+        kept = {str(name): (int(size), str(crc)) for name, (size, crc) in kept.items()}
+    except FileNotFoundError:
+        raise BadInput(asked, f"it has no {SUMS}, so that nothing tells whether it is whole", EARLIER) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BadInput(asked, f"{SUMS} is damaged", EARLIER) from None
+    there = dict(_files(checkpoint))
+    for name, (size, crc) in kept.items():
+        if name not in there:
+            raise BadInput(asked, f"it has no {name}", EARLIER)
+        found = there[name].stat().st_size
+        if found != size:
+            raise BadInput(asked, f"{name} has {found:,} bytes where {size:,} were written", EARLIER)
+        if _sum_of(there[name])[1] != crc:
+            raise BadInput(asked, f"{name} is not what was written", EARLIER)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """trainer_state.json, of which the step is sure to be that of the folder's name."""
+    asked = f"resume from {checkpoint}"
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict) or not isinstance(step := state.get("global_step"), int):
+        raise BadInput(asked, f"{STATE} is damaged", EARLIER)
+    if str(step) != checkpoint.name.rpartition("-")[2]:
+        raise BadInput(asked, f"{STATE} says step {str(step)[:20]}", EARLIER)
+    return state
+
+
+def check_optimizer(path: Path, optimizer: Any) -> None:
+    """BadInput unless the file holds finite states for the parameters that `optimizer` steps, in their shapes."""
+    import torch
+
+    def bad(what: str) -> BadInput:
+        return BadInput(f"resume from {path.parent}", f"{path.name}: {what}", EARLIER)
+
+    held = load(path)
+    groups = optimizer.state_dict()["param_groups"]
+    try:
+        states, theirs = held["state"], held["param_groups"]
+        fits = [len(g["params"]) for g in theirs] == [len(g["params"]) for g in groups]
+        numbers = [value for group in theirs for value in group.values() if isinstance(value, float)]
+        places = [place for group in theirs for place in group["params"]]
+        keys = {frozenset(state) for state in states.values()}
+    except (TypeError, KeyError, AttributeError):
+        raise bad("it holds no state of an optimizer") from None
+    if not fits or len(set(places)) != len(places) or not states.keys() <= set(places):
+        raise bad("it is of other parameters than the run trains")
+    if not all(map(math.isfinite, numbers)):
+        raise bad("a setting is not a finite number")
+    if len(keys) > 1 and len({key & set(MOMENTS) for key in keys}) > 1:
+        raise bad("some parameters' states lack a part")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, place in zip(parameters, places, strict=True):
+        for name, value in states.get(place, {}).items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            if name in MOMENTS and (value.shape != parameter.shape or not value.is_floating_point()):
+                shape, wanted = (" x ".join(map(str, t.shape)) or "one number" for t in (value, parameter))
+                kind = str(value.dtype).removeprefix("torch.")
+                raise bad(f"{name} of parameter {place} is {shape} of {kind} where the parameter is {wanted}")
+            if name == "step" and value.numel() != 1:
+                raise bad(f"step of parameter {place} is no single number")
+            if value.is_floating_point() and not _finite(value):
+                raise bad(f"{name} of parameter {place} holds NaN or infinity")
+
+
+def check_scheduler(path: Path, scheduler: Any, step: int) -> None:
+    """BadInput unless the file holds a state of the same kind of `scheduler`, at the checkpoint's `step`."""
+    held = load(path)
+    asked = f"resume from {path.parent}"
+    if not isinstance(held, dict) or not held.keys() >= {"last_epoch", "_last_lr"}:
+        raise BadInput(asked, f"{path.name}: it holds no state of a scheduler", EARLIER)
+    if held.keys() != scheduler.state_dict().keys():
+        raise BadInput(asked, f"{path.name}: it is of another kind of scheduler", "Use the recipe in the run's folder")
+    numbers = [value for value in (*held.values(), *held["_last_lr"]) if isinstance(value, float)]
+    if held["last_epoch"] != step or not all(map(math.isfinite, numbers)):
+        raise BadInput(asked, f"{path.name}: it is not of step {step}, or holds NaN", EARLIER)
+
+
+def load(path: Path) -> Any:
+    """A file of torch.save that holds plain values and tensors only, its tensors mapped from it."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch, zipfile and pickle each raise kinds of their own
+        why = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise BadInput(f"resume from {path.parent}", f"{path.name} {why}", EARLIER) from error
+
+
+def _finite(tensor: Any) -> bool:
+    flat = tensor.flatten()
+    return all(bool(flat[at : at + PIECE].isfinite().all()) for at in range(0, flat.numel(), PIECE))
+
+
+def _files(checkpoint: Path) -> Iterator[tuple[str, Path]]:
+    for folder, folders, names in os.walk(checkpoint):
+        folders[:] = sorted(name for name in folders if name != ROWS)
+        for name in sorted(names):
+            path = Path(folder) / name
+            if path != checkpoint / SUMS:
+                yield path.relative_to(checkpoint).as_posix(), path
+
+
+def _sum_of(path: Path) -> tuple[int, str]:
+    crc = size = 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            crc, size = zlib.crc32(piece, crc), size + len(piece)
+    return size, f"{crc:08x}"

@@ -1,0 +1,287 @@
+"""A run's folder: recipe.yaml, run.json, metrics.jsonl, memory.jsonl, checkpoint-N/, adapter/."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadInput
+from ..memory.budget import nearest_folder
+from ..recipe import Recipe
+from .checkpoint_files import STATE, read_state
+from .folder_lock import NAME as LOCK
+from .folder_lock import locked
+
+if TYPE_CHECKING:
+    from ..contracts import Place
+
+PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html",
+         "eval.json")  # fmt: skip
+PARTIAL, OLD = ".checkpoint.partial", ".checkpoint.old"  # a checkpoint being written, and one being thrown away
+
+
+def lock_run(folder: str | Path, asked: str, do: str = "Wait until it is done, or name another output") \
+        -> contextlib.AbstractContextManager[None]:  # fmt: skip
+    """Within it, no other process of ours writes into the run's folder; BadInput where one does already."""
+    folder = Path(folder)
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise BadInput(f"output: {folder}", f"{place} is a file", "Name a folder")
+    if int(os.environ.get("RANK", 0)):  # of several processes of one run the first holds the lock
+        return contextlib.nullcontext()
+    return locked(folder / LOCK, asked, do)
+
+
+def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
+    """-> the output folder and the checkpoint to resume from (None for a new run).
+
+    A folder that holds a run is refused unless `resume` or `overwrite` is set; `overwrite` removes only what a run of
+    ours writes, and only once everything else about the recipe has been found good.
+    """
+    output = Path(recipe.output)
+    held = output.is_dir() and (
+        (output / "recipe.yaml").exists() or (output / "run.json").exists() or checkpoints(output)
+    )
+    if recipe.resume:
+        found = checkpoints(output) if output.is_dir() else []
+        if held:
+            _same_recipe(output, recipe)
+        if held and not found and finished_run(recipe) is None:
+            raise BadInput(f"resume {output}", "it holds no complete checkpoint", "Run it again with overwrite=true")
+        if found:
+            return output, found[-1]
+    elif held and not recipe.overwrite:
+        raise BadInput(
+            f"output: {output}", "it already holds a run",
+            "Say resume=true to go on with it, overwrite=true to replace it, or name another folder",
+        )  # fmt: skip
+    return output, None
+
+
+def finished_run(recipe: Recipe, checkpoint: Path | None = None) -> dict[str, Any] | None:
+    """What run.json holds where the run in the recipe's folder has come to the end that the recipe asks for, else None.
+
+    `checkpoint`: its newest one. A run that was killed between its last step and run.json is not finished.
+    """
+    output, values = Path(recipe.output), recipe.training_values()
+    state = read_state(checkpoint) if checkpoint else {"global_step": 0}
+    try:
+        run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        steps, same = int(run["steps"]), run["recipe"] == recipe.hash
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not (output / "adapter").is_dir() or steps < state["global_step"]:
+        return None
+    limit = values.get("max_steps", -1)
+    if isinstance(limit, int) and limit > 0:
+        return run if steps >= limit else None
+    return run if same or nothing_left(state, -1, values.get("num_train_epochs")) else None
+
+
+def nothing_left(state: dict[str, Any], max_steps: int, epochs: Any) -> bool:
+    """Whether training that reached `state` (a checkpoint's trainer_state.json) has no step left to do."""
+    if max_steps > 0:
+        return state["global_step"] >= max_steps
+    reached = state.get("epoch")
+    known = isinstance(reached, int | float) and isinstance(epochs, int | float)
+    return known and reached >= epochs - 1e-9
+
+
+def begin_run(output: Path, recipe: Recipe, resumed: bool) -> None:
+    """Write the resolved recipe; a new run first removes an old one's parts, any run what a killed one left."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        gone = [*output.glob(".*.partial"), output / OLD]
+        if not resumed:
+            gone += [*(output / part for part in PARTS), *output.glob("checkpoint-*")]
+        for part in gone:
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        write_text(output / "recipe.yaml", recipe.to_yaml())
+    except OSError as error:
+        raise BadInput(f"output: {output}", error.strerror or str(error), "Name a folder that can be written") from None
+
+
+def _same_recipe(output: Path, recipe: Recipe) -> None:
+    """Resuming computes what was begun: the recipe must be the one in the folder.
+
+    How far it goes may differ, and what changes memory but not the steps: the budget, `engine:`, recomputed
+    activations, and micro-batches of another size that make steps of as many rows.
+    """
+    path = output / "recipe.yaml"
+    if not path.is_file():
+        return
+    old, new = Recipe.load(path), recipe
+    micro, times = "per_device_train_batch_size", "gradient_accumulation_steps"
+    free = ("max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit", "logging_steps",
+            "report_to", "activation_checkpointing", micro, times)  # fmt: skip
+
+    def training(r: Recipe) -> dict[str, Any]:
+        values = r.training_values()
+        sizes = values[micro], values.get(times, 1)
+        whole = sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else sizes
+        return {"rows of a step": whole} | {k: v for k, v in values.items() if k not in free}
+
+    # the working folder may be another one: files of the same name are taken for the same
+    files = lambda value: [Path(v).name for v in ([value] if isinstance(value, str) else value or [])]  # noqa: E731
+    data = lambda r: vars(r.data) | {k: files(getattr(r.data, k)) for k in ("train", "test", "chat_template")}  # noqa: E731
+    for name, before, now in [
+        ("patches", old.load_patches(), new.load_patches()),
+        ("model", old.model, new.model),
+        ("data", data(old), data(new)),
+        ("training", training(old), training(new)),
+        ("objective", old.load_objective(), new.load_objective()),
+        ("stepper", old.load_stepper(), new.load_stepper()),
+    ]:
+        if before != now:
+            raise BadInput(
+                f"resume {output} with {name}: {now}",
+                f"the run was begun with {before}",
+                "Use the recipe in its folder",
+            )
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [p for p in run.glob("checkpoint-*") if p.name.split("-")[-1].isdigit() and (p / STATE).is_file()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def sync(folder: Path) -> None:
+    """Bytes to the disk before the rename that makes them count."""
+    for path in (*folder.rglob("*"), folder):
+        sync_entry(path)
+
+
+def sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(checkpoint: Path) -> None:
+    """Out of sight at once, then removed: a kill in between leaves no checkpoint that lacks a part."""
+    if not checkpoint.is_dir():
+        return
+    aside = checkpoint.with_name(OLD)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def place_of(recipe: Recipe) -> Place:
+    """The recipe's place; files of the slow tier are on the run's own disk where no folder is named."""
+    place = recipe.load_place()
+    return place if place.folder else dataclasses.replace(place, folder=str(nearest_folder(recipe.output)))
+
+
+def load_run(
+    recipe: Recipe, adapter_folder: str | Path | None = None, base_only: bool = False
+) -> tuple[Any, Any, list, Any]:
+    """-> model, tokenizer, surgeries, base: the recipe's model with the adapter that its run left (or another one).
+
+    `base_only`: the model as it was before. The labels and the task come from the adapter where there is one.
+    """
+    from ..data.chat import use_template
+    from ..model.load import load_model
+    from .adapter import Base, load_adapter, read_meta
+
+    folder = Path(adapter_folder) if adapter_folder else Path(recipe.output) / "adapter"
+    if not adapter_folder and not base_only and not folder.is_dir():
+        raise BadInput(
+            f"the adapter of {recipe.output}",
+            f"there is no {folder}",
+            "Train first, name one with --adapter, or say --base",
+        )
+    if adapter_folder and not folder.is_dir():
+        raise BadInput(f"adapter {folder}", "there is no such folder", "Name the adapter/ folder of a run")
+    meta = read_meta(folder)["base"] if folder.is_dir() else Base(recipe.model.name, "", recipe.load_objective().task)
+    place = place_of(recipe)
+    labels = len(meta.labels) or (1 if meta.task == "classification" else None)
+    model, tokenizer = load_model(recipe.model, task=meta.task, labels=labels, device=place.device)
+    if meta.reply.template is not None:  # the run's own, also where the file it came from has changed
+        tokenizer.chat_template = meta.reply.template
+    else:
+        use_template(recipe.data, tokenizer)
+    if meta.labels:
+        model.config.id2label = dict(enumerate(meta.labels))
+        model.config.label2id = {label: index for index, label in enumerate(meta.labels)}
+    surgeries = [] if base_only else load_adapter(model, folder, place)
+    return model.eval(), tokenizer, surgeries, meta
+
+
+def machine() -> dict[str, Any]:
+    """What this run ran on, without names that tell whose machine it is."""
+    import torch
+
+    from ..memory import allocator
+
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
+    found: dict[str, Any] = {
+        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_bytes": _memory_bytes(),
+        "system": platform.system(), "python": platform.python_version(), "allocator": allocator.active(),
+    }  # fmt: skip
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["gpu_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
+    return found
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in (
+        "trimtab",
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "bitsandbytes",
+        "safetensors",
+    ):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0

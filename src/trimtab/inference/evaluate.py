@@ -1,0 +1,214 @@
+"""`trimtab eval RECIPE.yaml`: how good the run's model is on the test data, and how good its base was.
+
+Causal models: loss and perplexity on the completions, and, where rows hold answers, the mean of what `data.metrics`
+names (data/metrics.py) over greedy replies. Classifiers: accuracy and Matthews correlation, or Pearson and Spearman
+correlation for numbers. `tasks`: benchmarks of lm-eval, if installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.metrics import METRICS
+from ..errors import BadInput
+from ..model.reply import ReplyForm, longest_answer
+from ..quiet import hushed, no_dataset_bars
+from ..recipe import Recipe
+
+Say = Callable[[str], None]
+
+
+@hushed()
+@no_dataset_bars()
+def evaluate(
+    recipe: Recipe, adapter: str | Path | None = None, base_only: bool = False, tasks: Sequence[str] = (),
+    limit: int | None = None, say: Say = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure on `data.test` (or on lm-eval's `tasks`); returns {"rows", "metrics", "samples"} and, of an adapter with
+    tables in the slow tier, "reads".
+
+    A run's folder keeps it: `eval.json`, or `eval_base.json` for the base. With another `adapter`, nothing is written.
+    """
+    from ..artifacts.run_folder import load_run, write_json
+    from ..engine.tables import reading
+
+    if not recipe.data.test and not tasks:
+        raise BadInput("eval", "the recipe names no data.test", "Add data: {test: FILE}, or name --tasks of lm-eval")
+    model, tokenizer, surgeries, meta = load_run(recipe, adapter, base_only)
+    result: dict[str, Any] = {
+        "model": recipe.model.name,
+        "adapter": None if base_only else str(adapter or recipe.output),
+    }
+    with reading(model, surgeries) as reads:
+        if tasks:
+            result["metrics"] = harness(model, tokenizer, tasks, limit)
+        elif meta.task == "classification":
+            result |= classify(recipe, model, tokenizer, meta.labels, limit)
+        else:
+            result |= answer(recipe, model, tokenizer, limit, say, meta.reply)
+    if found := reads():
+        result["reads"] = found
+    folder = Path(recipe.output)
+    if adapter is None and folder.is_dir():
+        tests = recipe.data.test if isinstance(recipe.data.test, list) else [recipe.data.test or ""]
+        asked = {"tasks": list(tasks)} if tasks else {"test": [Path(name).name for name in tests]}
+        write_json(folder / ("eval_base.json" if base_only else "eval.json"), {**asked, **result})
+    return result
+
+
+# --- causal language models ------------------------------------------------------------------------------------------
+
+
+def answer(
+    recipe: Recipe, model: Any, tokenizer: Any, limit: int | None, say: Say = lambda line: None,
+    form: ReplyForm | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Loss over the test rows and, where they hold answers, how many questions are answered right by greedy search.
+
+    `form`: of the run's training rows, whose turns end as it says; None where no run is known.
+    """
+    from ..data.chat import reply_form
+    from ..data.rows import eval_pairs, read_rows, row_tools
+    from ..model.sampling import sample
+
+    # the tokenizer has the template by now, perhaps the run's own
+    rows = read_rows(dataclasses.replace(recipe.data, chat_template=None), "test", tokenizer, "causal-lm")
+    metrics: dict[str, float] = {}
+    samples: list[dict[str, Any]] = []
+    size = min(len(rows.dataset), limit or len(rows.dataset))
+    metrics.update(losses(recipe, rows, model, tokenizer, size, say))
+    if rows.answers and recipe.data.metrics:
+        pairs = eval_pairs(rows)[:size]
+        if form is None or form.chat is None:
+            form = reply_form(rows, recipe.data, tokenizer, recipe.training.get("eos_token"))
+        longest = max(form.longest, longest_answer(tokenizer, [accepted for _, accepted in pairs], most=None))
+        room = dataclasses.replace(form, longest=longest).room(recipe.data.reply_tokens)
+        scores, cut = dict.fromkeys(recipe.data.metrics, 0.0), set[int]()
+        replies = sample(
+            model, tokenizer, [prompt for prompt, _ in pairs], form=form, tools=row_tools(rows)[:size], cut=cut,
+            max_new_tokens=room,
+        )  # fmt: skip
+        for (prompt, accepted), reply in zip(pairs, replies, strict=True):
+            for name in scores:
+                scores[name] += METRICS[name](reply, accepted)
+            samples.append({"prompt": _shown(prompt), "reply": reply, "answers": accepted})
+        metrics |= {name: score / size for name, score in scores.items()}
+        if cut:
+            say(f"{len(cut)} of {size} replies were cut at {room} tokens; data.reply_tokens sets how long they may be")
+        return {"rows": size, "metrics": metrics, "samples": samples[:20], "cut_replies": len(cut)}
+    return {"rows": size, "metrics": metrics, "samples": samples[:20]}
+
+
+def losses(
+    recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int, say: Say = lambda line: None
+) -> dict[str, float]:
+    """Mean next-token loss (nats) over the tokens that count, its perplexity, and the share predicted right."""
+    import tempfile
+
+    from trl import SFTConfig
+
+    from ..artifacts.adapter import Base
+    from ..engine.arguments import training_arguments, unweighed
+    from ..engine.prepare import as_it_was, autocast_dtype, prepared
+    from ..engine.start import checked
+    from ..engine.trainers import CausalTrainer, Job, quiet
+
+    objective, stepper = recipe.load_objective(), recipe.load_stepper()
+    with tempfile.TemporaryDirectory() as folder, as_it_was(model):
+        args = training_arguments(recipe, SFTConfig, Path(folder), recipe.load_place().device.type == "cpu")
+        args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
+        args.per_device_eval_batch_size = args.per_device_train_batch_size
+        dataset = rows.dataset.select(range(size))
+        job = Job(objective, stepper, [], Base(recipe.model.name, ""), model.dtype, recipe.data.too_long, part="test")
+        trainer = CausalTrainer(
+            job, model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
+        )
+        quiet(trainer)
+        half = autocast_dtype([], model.dtype, trainer.autocast_wanted)
+        recipe = checked(trainer, recipe, say, gradients=False, autocast=half)
+        with prepared(model, unweighed(recipe.load_objective()), recipe):
+            found = trainer.evaluate()
+    loss = found["eval_loss"]
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": found["eval_accuracy"]}
+
+
+def _shown(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+# --- classifiers -----------------------------------------------------------------------------------------------------
+
+
+def classify(recipe: Recipe, model: Any, tokenizer: Any, labels: list[str], limit: int | None) -> dict[str, Any]:
+    """Accuracy and Matthews correlation, or Pearson and Spearman correlation where labels are numbers."""
+    import torch
+    from transformers import DataCollatorWithPadding
+
+    from ..data.rows import Rows, read_rows, tokenize_classification
+    from ..model.limits import check_dataset
+
+    like = Rows(None, "", labels=labels) if labels else None  # type: ignore[arg-type]
+    rows = read_rows(recipe.data, "test", tokenizer, "classification", like=like)
+    dataset, _ = tokenize_classification(
+        rows, tokenizer, recipe.training_values()["max_length"], recipe.data.too_long, "test"
+    )
+    check_dataset(model, dataset, "test")
+    size = min(len(dataset), limit or len(dataset))
+    collate = DataCollatorWithPadding(tokenizer)
+    scores, truth = [], []
+    with torch.no_grad():
+        for start in range(0, size, 32):
+            batch = collate([dataset[i] for i in range(start, min(start + 32, size))])
+            truth.append(batch.pop("labels"))
+            scores.append(model(**{k: v.to(model.device) for k, v in batch.items()}).logits.float().cpu())
+    wanted, got = torch.cat(truth), torch.cat(scores)
+    if rows.regression:
+        got = got.squeeze(-1)
+        metrics = {"pearson": _correlation(got, wanted), "spearman": _correlation(_ranks(got), _ranks(wanted))}
+    else:
+        chosen = got.argmax(-1)
+        metrics = {"accuracy": float((chosen == wanted).float().mean())}
+        if got.shape[1] == 2:
+            metrics["matthews"] = _correlation(chosen, wanted)  # of two binary variables: the same number
+    return {"rows": size, "metrics": metrics, "samples": []}
+
+
+def _correlation(a: Any, b: Any) -> float:
+    import torch
+
+    value = torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1]
+    return 0.0 if value.isnan() else float(value)
+
+
+def _ranks(values: Any) -> Any:
+    """Mean ranks, ties shared."""
+    import torch
+
+    _, inverse, counts = values.unique(sorted=True, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    return ((ends - counts + 1 + ends) / 2)[inverse] if len(values) else torch.empty(0)
+
+
+# --- lm-eval ---------------------------------------------------------------------------------------------------------
+
+
+def harness(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None) -> dict[str, float]:
+    """Benchmarks of EleutherAI's lm-eval on the model as it stands (extra: `pip install trimtab[eval]`)."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise BadInput(
+            f"tasks {', '.join(tasks)}", "lm-eval is not installed", 'Run: pip install "trimtab[eval]"'
+        ) from None
+    found = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks), limit=limit)
+    return {
+        f"{task}/{name.split(',')[0]}": value
+        for task, row in found["results"].items()
+        for name, value in row.items()
+        if isinstance(value, float)
+    }

@@ -1,0 +1,228 @@
+"""`trimtab export RECIPE.yaml --to peft | merged`: the result in a form that needs no trimtab.
+
+`peft`: an adapter folder that stock `peft` loads (PaCA becomes a LoRA with a one-hot A). `merged`: a plain folder for
+transformers, vLLM or llama.cpp; a 4/8-bit base is written de-quantised, so that its outputs stay those of the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..artifacts.folder_lock import beside, locked
+from ..errors import BadInput, nearest
+from ..model.hub import SHORT_NAMES, cached_folder, ordinary_modes
+from ..model.reply import stop_ids
+from ..quiet import hushed
+from ..recipe import Recipe
+
+if TYPE_CHECKING:
+    from ..artifacts.adapter import Base
+
+FORMS = ("peft", "merged")
+MARK = "trimtab_export.json"  # in what export writes: what it is, and its files
+
+
+@hushed()
+def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str | Path | None = None,
+           overwrite: bool = False) -> Path:  # fmt: skip
+    """Write the run's adapter as `to` into `out` (default: beside it, `<output>/peft` or `<output>/merged`)."""
+    if to not in FORMS:
+        raise BadInput(f"export to {to}", "there is no such form", nearest(to, FORMS))
+    from ..artifacts.run_folder import load_run, lock_run
+
+    out = Path(out) if out else Path(recipe.output) / to
+    with contextlib.ExitStack() as locks:
+        if os.access(recipe.output, os.W_OK):  # others may read a run, and write elsewhere
+            locks.enter_context(lock_run(recipe.output, f"export {recipe.output}"))
+        locks.enter_context(locked(beside(out), f"export to {out}"))
+        _replaceable(out, overwrite)
+        model, tokenizer, surgeries, base = load_run(recipe, adapter)
+        write = {"peft": _peft, "merged": _merged}[to]
+
+        def fill(folder: Path) -> None:
+            write(folder, recipe, model, tokenizer, surgeries, base)
+            ordinary_modes(folder)
+
+        _whole(out, fill, {"to": to, "recipe": recipe.hash})
+    return out
+
+
+def _replaceable(out: Path, overwrite: bool) -> None:
+    """Refuse what is there already, but for an earlier export of ours where the user says so: it is removed whole."""
+    asked = f"export to {out}"
+    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()) or not (out.exists() or out.is_symlink()):
+        return
+    other = "Name another folder with --out"
+    if not overwrite:
+        raise BadInput(asked, "it is there already", f"Say --overwrite, or n{other[1:]}")
+    if out.is_symlink() or not out.is_dir():
+        raise BadInput(f"{asked} --overwrite", "it is no folder", other)
+    try:
+        written = {MARK, *json.loads((out / MARK).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise BadInput(
+            f"{asked} --overwrite", f"it is no export of trimtab's (it has no readable {MARK})",
+            f"{other}, or remove it yourself",
+        ) from None  # fmt: skip
+    if more := sorted(set(_names(out)) - written):
+        some = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
+        raise BadInput(f"{asked} --overwrite", f"it holds what no export wrote ({some})", f"Move that away. {other}")
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
+
+
+def _peft(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries: list, base: Base) -> None:
+    from safetensors.torch import save_file
+
+    from ..artifacts.adapter import short_targets
+    from ..model.limits import vocabulary
+    from ..model.stock_peft import require_loadable
+
+    if len(surgeries) != 1:
+        names = ", ".join(type(s.patch).__name__ for s in surgeries)
+        raise BadInput("export to peft", f"the adapter has several parts ({names})", "Export it as merged")
+    portable = surgeries[0].portable()
+    portable.config.base_model_name_or_path = loadable(recipe.model.name)
+    portable.config.revision = recipe.model.revision
+    portable.config.inference_mode = True
+    portable.config.task_type = portable.config.task_type or "CAUSAL_LM"
+    if isinstance(portable.config.target_modules, list | set):
+        portable.config.target_modules = short_targets(model, portable.config.target_modules)
+    require_loadable(model, portable.config, portable.tensors)
+    portable.config.save_pretrained(folder)
+    save_file(
+        {k: t.contiguous() for k, t in portable.tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
+    )
+    if len(tokenizer) <= (vocabulary(model) or 0):  # else peft would resize the base to it
+        tokenizer.save_pretrained(folder)  # with the run's chat template
+    _card(folder, "peft", recipe, surgeries, base, model, tokenizer)
+
+
+def loadable(name: str) -> str:
+    """What `from_pretrained` takes for a base: a hub id as it is, a folder by its whole path, and for a GGUF file or a
+    short name the folder that it was converted to."""
+    path = Path(name).expanduser()
+    if path.is_file() or name.lower() in SHORT_NAMES:
+        return str(cached_folder(name))
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def _merged(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries: list, base: Base) -> None:
+    from ..model.quant import dense_linear, is_quantised
+    from ..model.surgery import Swaps
+
+    for surgery in reversed(surgeries):
+        surgery.merge()
+    if getattr(model, "is_quantized", False):
+        swaps = Swaps(model)
+        for name, module in list(model.named_modules()):
+            if hasattr(module, "weight") and is_quantised(module):
+                swaps.replace(name, dense_linear(module, model.dtype))
+        for attribute in ("quantization_config",):
+            if hasattr(model.config, attribute):
+                delattr(model.config, attribute)
+        model.hf_quantizer, model.is_quantized = None, False
+        vars(model).pop("_hf_peft_config_loaded", None)
+    if base.task == "causal-lm":
+        _reply_as_measured(model, tokenizer, base)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # a path of this machine tells a stranger nothing
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _card(folder, "merged", recipe, surgeries, base, model, tokenizer)
+
+
+def _reply_as_measured(model: Any, tokenizer: Any, base: Base) -> None:
+    """Greedy replies of the exported model are those that `eval` measured: the same ends of a reply in each file, and
+    nothing in generation_config that bends greedy search. How the base is sampled stays."""
+    from transformers import GenerationConfig
+
+    from ..model.sampling import SAMPLED, TOKENS
+
+    own = model.generation_config.to_dict()
+    kept = {key: own[key] for key in (*TOKENS, "do_sample", *SAMPLED) if own.get(key) is not None}
+    ends = stop_ids(model, tokenizer, base.reply)
+    kept["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
+    model.generation_config = GenerationConfig(**kept)
+    model.config.get_text_config().eos_token_id = kept["eos_token_id"]
+
+
+def _card(folder: Path, form: str, recipe: Recipe, surgeries: list, base: Base, model: Any, tokenizer: Any) -> None:
+    """README.md: what it is, from what it was made, how to load it and how it wants to be asked."""
+    from ..artifacts.adapter import surgery_name
+
+    name = recipe.model.name
+    on_hub = "/" in name and loadable(name) == name and not Path(name).exists()
+    title = name if on_hub else Path(name).name
+    patches = " + ".join(surgery_name(surgery) for surgery in surgeries)
+    library = "peft" if form == "peft" else "transformers"
+    loader = "AutoPeftModelFor" if form == "peft" else "AutoModelFor"
+    loader += "CausalLM" if base.task == "causal-lm" else "SequenceClassification"
+    what = "an adapter" if form == "peft" else "the base with what was trained merged into it"
+    front = [f"base_model: {name}"] if on_hub else []
+    text = "\n".join(["---", *front, f"library_name: {library}", "tags:", "- trimtab", "---", ""])
+    text += f"\n# {patches} on {title}\n\nMade by trimtab {__version__}: {what}.\n"
+    text += f'\n```python\nfrom {library} import {loader}\n\nmodel = {loader}.from_pretrained("FOLDER")\n```\n'
+    if form == "peft" and not on_hub:
+        text += "\n`base_model_name_or_path` in adapter_config.json is the base's folder on the machine where this was "
+        text += "made. Elsewhere, write there where the base is.\n"
+    if base.task == "causal-lm":
+        text += f"\n{_how_to_ask(base, model, tokenizer)}\n"
+    if base.labels:
+        text += f"\nClasses: {', '.join(base.labels)}.\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _how_to_ask(base: Base, model: Any, tokenizer: Any) -> str:
+    form = base.reply
+    asked = {
+        None: "The form of its training rows is not known.",
+        True: "It was trained on conversations: put prompts through the tokenizer's chat template.",
+        False: "It was trained on plain text: give prompts as they are" + ", each with a line end." * bool(form.after),
+    }[form.chat].rstrip(".")
+    ends = tokenizer.convert_ids_to_tokens(stop_ids(model, tokenizer, form))
+    said = ", ".join(f"`{token}`" for token in [*ends, *map(repr, form.stop)])
+    longest = f" The longest answer it was trained on has {form.longest} tokens." if form.longest else ""
+    return f"{asked}. A reply ends at {said}.{longest}"
+
+
+def _whole(out: Path, write: Callable[[Path], None], mark: dict[str, str]) -> None:
+    """The folder appears complete or not at all; what it replaces goes once it is in place.
+
+    `mark` is left in it, with the names of its files: by it a later export knows what it may replace.
+    """
+    from ..artifacts.adapter import unwritten
+
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        content = {"trimtab": __version__, **mark, "files": sorted(_names(partial))}
+        (partial / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(old, ignore_errors=True)
+        if had := out.exists():
+            os.replace(out, old)
+        try:
+            os.replace(partial, out)
+        except OSError:
+            if had:
+                os.replace(old, out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        if (why := unwritten(error)) is None:
+            raise
+        raise BadInput(f"write {out}", why, "Free some space, or name another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

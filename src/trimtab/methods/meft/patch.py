@@ -1,0 +1,322 @@
+"""MEFT: Memory-Efficient Fine-Tuning through Sparse Adapter (Hao et al., ACL 2024, arXiv 2406.04984).
+
+A Parallel Adapter far larger than fast memory stands beside each FFN. Its key-value pairs, with Adam's state, lie in
+slow memory, cut into N experts of neighbouring pairs; a router names a few experts for each token, only those are
+brought up, and of their keys the K that match a token best add their values to its output.
+
+    p_t = W_g h_t                          experts' scores of token t             (eq. 5)
+    E_t = the n_p largest of p_t           experts probed                         (eq. 6)
+    a_t = ReLU(g_t h_t W_A[E_t])           keys of these experts                  (eq. 7)
+    S_t = the K largest of a_t             pairs that count                       (algorithm 1)
+    FFN'(h_t) = FFN(h_t) + s a_t[S_t] W_B[S_t]
+
+    h: what the FFN reads   W_A: keys, transposed   W_B: values   W_g: `router`   N: `experts`   n_p: `probes`
+    K: `k`   r: pairs per layer   g_t: each probed expert's gate (1 without one)   s: `scale`
+
+What differs from the paper, and why:
+- `per_token` (default): a token sees its own pairs S_t, whatever shares its batch. `union` is the paper's algorithm 1:
+  each token sees the pairs of all. With `cap` a training pass fetches the batch's most wanted experts only.
+- Algorithm 1 gives the router no gradient. `gate` (default) multiplies each probed expert's scores by n_p times its
+  share in a softmax over the probed ones: 1 on average, never negative (in the authors' simulation it is p itself, and
+  the product of two negative ones fires). `centroid` sets W_g to the mean keys after each step, `fixed` leaves it.
+- A row of the store is an expert, each pair one record [key | value]. Rows are brought up again in the pass back, so
+  that one layer's rows are in work at a time; for the pass back are kept h, the experts' numbers and the K scores.
+- A trained router lies in a table too, fast memory has a copy to score with, and Adam steps touched experts only.
+- s = 64, not 1: under Adam, values learn s times as fast as keys and router, which had better stay where they are.
+- n_p = 8, after the authors' code. Its N = 4 sqrt(r) makes a batch of a thousand tokens touch 70 % of all pairs at r
+  16,384; here N is 12 sqrt(r), but no more than leaves a token K candidates. r is rounded up to whole experts.
+
+Shape letters: T tokens, D hidden size, N experts, B pairs of an expert, P probes, C = P * B candidates, K kept of C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from ...contracts import Patch, Place, Surgery, freeze_base
+from ...errors import BadInput, nearest
+from ...model import anatomy
+from ...model.row_steps import RowPatch, step_with_optimisers
+from ...model.surgery import Swaps
+from ...model.weight_prefetch import recomputing
+from ...tiered.adam import MODES, RowAdam
+from ...tiered.distributed import settle, tables
+from ...tiered.mapped_file import slow_kind
+from ...tiered.prefetch import read_ahead
+from ...tiered.store import Rows, TieredStore
+from . import experts
+from .lookahead import Gone, Line
+from .router import Router
+
+NAME = "trimtab_meft"
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
+           "moments": tuple(MOMENTS), "prefetch": ("guess", "known", "none"),
+           "retrieval": ("fast", "slow")}  # fmt: skip
+LEAST = {"r": 1, "probes": 1, "k": 1, "balance": 0, "revive": 0, "cache": 0}
+
+
+@dataclass(frozen=True)
+class Meft(Patch):
+    """A sparse adapter of `r` key-value pairs beside each FFN, kept in slow memory."""
+
+    paper: ClassVar[str] = "2406.04984"
+    tables: ClassVar[bool] = True
+    defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2.5e-4, "warmup_steps": 0.02}  # paper: 1e-4, 2 % warm-up
+    less: ClassVar[tuple[str, ...]] = ("cache", "probes", "r")
+
+    r: int = 4096  # pairs per layer; the paper's "10 %" is 3,200 on LLaMA-7B
+    experts: int | None = None  # N; None: 12 sqrt(r), or r probes / k where that is fewer (section 3.3: 4 sqrt(r))
+    probes: int = 8  # n_p, experts per token
+    k: int = 64  # K, pairs per token (section 4.2)
+    semantics: str = "per_token"  # or "union" (algorithm 1)
+    router: str = "gate"  # how W_g is trained: "gate", "centroid" or "fixed"
+    scale: float = 64.0  # s: values learn s times as fast as keys; 1 in the paper
+    cap: int = 0  # experts of a layer that a pass in training brings up at most; 0: all that are probed (the paper)
+    balance: float = 0.0  # how far an expert's bias moves a step towards an equal load; 0: not at all (the paper)
+    revive: int = 0  # steps after which an expert that no token probed is drawn anew; 0: never (the paper)
+    adam: str = "lazy"  # rows without a gradient: left alone ("lazy"), or moved as dense Adam would ("exact")
+    retrieval: str = "fast"  # before a GPU, where keys are matched: there, or where they lie ("slow", as in the paper)
+    moments: str = "fp32"  # Adam's state: "fp32", "bf16" or "int8" (by blocks of 256, as bitsandbytes keeps it)
+    cache: float = 0.0  # GiB of the fast tier for hot experts, over all layers
+    prefetch: str = "known"  # rows read from a file ahead: "known" to be needed, a layer's "guess" too, or "none"
+    seed: int = 0  # of the keys
+
+    def apply(self, model: PreTrainedModel, place: Place) -> MeftSurgery:
+        rows, block = self.layout()
+        surgery = MeftSurgery(self, model)
+        surgery.notes = tuple(self.notes(rows, block))
+        ffns = anatomy.ffns(model)
+        if any(hasattr(ffn.host, NAME) for ffn in ffns):
+            raise BadInput("apply a second meft", "the model has one", "Give the first one a larger r")
+        freeze_base(model, surgery.swaps)
+        try:
+            table = tables(planned=any(p.is_meta for p in model.parameters()))
+            for index, ffn in enumerate(ffns):
+                of = next(ffn.host.parameters()).device
+                device = place.device if of.type == "meta" else of
+                made = functools.partial(
+                    table, folder=place.folder, device=device, slow=slow_kind(place.slow, device),
+                    planned=of.type == "meta",
+                )  # fmt: skip
+                store = made(
+                    ffn.name, rows, (block, 2 * ffn.width), cache_bytes=int(self.cache * 2**30) // len(ffns),
+                    moments=MOMENTS[self.moments], more=len(ffns) - index - 1,
+                )  # fmt: skip
+                surgery.stores.append(store)
+                routers = made(f"{ffn.name}.router", rows, (ffn.width,)) if self.router == "gate" else None
+                surgery.stores += [routers] if routers is not None else []
+                adapter = Adapter(self, store, routers, self.seed * 1_000_003 + index)
+                surgery.swaps.set_attribute(ffn.host, NAME, adapter)
+                surgery.swaps.hook(ffn.beside(adapter))
+                surgery.adapters[ffn.name] = adapter
+            step_with_optimisers(surgery.swaps)
+            if self.prefetch != "none" and read_ahead(surgery.stores, surgery.swaps.on_undo):
+                line = Line(guesses=self.prefetch == "guess")
+                for adapter in surgery.adapters.values():
+                    adapter.line, adapter.at = line, line.join(adapter.which)
+            settle(surgery.stores)
+        except BaseException:
+            surgery.revert()
+            raise
+        return surgery
+
+    def notes(self, rows: int, block: int) -> Iterator[str]:
+        """What of its fields is not taken as it is written."""
+        probed = min(self.probes, rows)
+        if rows * block != self.r:
+            yield f"meft: r {self.r} is rounded up to {rows * block}: {rows} experts of {block} pairs"
+        if self.probes > rows:
+            yield f"meft: probes {self.probes}: there are {rows} experts, and each token probes all of them"
+        if self.k > probed * block:
+            yield f"meft: k {self.k}: a token has {probed * block} candidates ({probed} x {block} pairs), and all count"
+
+    def layout(self) -> tuple[int, int]:
+        """-> (N experts, B pairs of each); N * B is r, rounded up to whole experts."""
+        for field, words in CHOICES.items():
+            if (said := getattr(self, field)) not in words:
+                raise BadInput(f'meft: {field}: "{said}"', "there is no such choice", nearest(said, words))
+        for field, least in {**LEAST, "cap": self.cap and self.probes}.items():
+            if not least <= (said := getattr(self, field)) < math.inf:  # which no NaN is
+                raise BadInput(f"meft: {field}: {said}", f"a number from {least} on is needed",
+                               f"Say {field}: {getattr(Meft, field)}")  # fmt: skip
+        if not 0 < self.scale < math.inf:
+            raise BadInput(f"meft: scale: {self.scale}", "a number above 0 is needed", f"Say scale: {Meft.scale}")
+        if self.semantics == "union" and self.router == "gate":
+            raise BadInput("meft: semantics: union with router: gate", "algorithm 1 has no gate: a token sees pairs of "
+                           "experts that it did not probe", "Say router: centroid")  # fmt: skip
+        if self.experts is not None and not 1 <= self.experts <= self.r:
+            raise BadInput(f"meft: experts: {self.experts}", f"there are {self.r} pairs", "Say fewer, or none at all")
+        if self.experts:
+            block = math.ceil(self.r / self.experts)
+        else:  # fine enough that a large batch touches less than half, and K candidates a token
+            block = min(self.r, max(math.ceil(self.k / self.probes), round(math.sqrt(self.r) / 12)))
+        return math.ceil(self.r / block), block
+
+
+class MeftSurgery(Surgery):
+    def __init__(self, patch: Meft, model: PreTrainedModel):
+        self.patch = patch
+        self.swaps = Swaps(model)
+        self.adapters: dict[str, Adapter] = {}
+        self.stores = []
+
+    def revert(self) -> None:
+        self.swaps.undo()
+        for store in self.stores:
+            store.drop()
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """`keys`, `values` (experts, block, hidden) and a trained `router` (experts, hidden) are views of tables."""
+        own: dict[str, Tensor] = {}
+        for name, adapter in self.adapters.items():
+            for store in adapter.stores:
+                store.optimiser.catch_up()
+            table, width = adapter.store.whole(), adapter.width
+            own |= {f"{name}.keys": table[..., :width], f"{name}.values": table[..., width:]}
+            if adapter.which.table is not None:
+                own[f"{name}.router"] = adapter.which.table.whole()
+            own |= {f"{name}.{key}": t for key, t in adapter.which.state_dict(keep_vars=True).items()}
+            own[f"{name}.anchor"] = adapter.trained
+        return own
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        super().load_tensors(tensors)
+        for name, adapter in self.adapters.items():
+            for store, key in zip(adapter.stores, ("keys", "router"), strict=False):
+                if not store.holds(tensors[f"{name}.{key}"]):
+                    store.changed(range(store.rows))
+        settle(self.stores)
+        for adapter in self.adapters.values():
+            adapter.which.refresh()
+
+
+class Adapter(RowPatch):
+    """s * ReLU(g h W_A[S]) W_B[S], added to y; the pairs are rows of `store`, no parameters of the module."""
+
+    line: Line | None = None  # the layers around it, where rows are read ahead
+    at = 0  # its place there
+
+    def __init__(self, patch: Meft, store: TieredStore, routers: TieredStore | None, seed: int):
+        super().__init__()
+        self.patch, self.store, self.width = patch, store, store.shape[1] // 2
+        self.which = Router(
+            store, routers, probes=patch.probes, gate=patch.router == "gate", centroids=patch.router == "centroid",
+            cap=patch.cap, balance=patch.balance, revive=patch.revive, seed=patch.seed,
+        )  # fmt: skip
+        self.stores = self.which.stores
+        for table in self.stores:
+            RowAdam(table, patch.adam)
+        self.which.draw(seed)
+        self.probes = self.which.probes
+        self.kept = min(patch.k, self.probes * store.shape[0])
+        self.trained = nn.Parameter(torch.zeros(0, device=self.which.router.device))  # stands for the rows
+
+    def tend(self, step: int, moved: Sequence[list[int]]) -> None:
+        self.which.tend(step, moved)
+
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        self.begin()
+        with _exact(h):
+            return _Beside.apply(h, y, self.trained, self)
+
+    def match(
+        self, h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: experts.Groups
+    ) -> tuple[Rows | None, Tensor, tuple[Tensor, ...]]:
+        """-> the rows that were brought up for it, and what `experts.fire` gives."""
+        store, given, device = self.store, (h_TD, probed_TP, gate_TP), h_TD.device
+        far = self.patch.retrieval == "slow" and not store.in_place and not store.planned
+        rows = store.lying(groups.experts) if far else store.fetch(groups.experts)
+        if self.line is not None:
+            self.line.guess(self.at, h_TD)
+        if not far:
+            return rows, *experts.fire(*given, groups, rows, store, self.kept)
+        given = [None if tensor is None else tensor.cpu() for tensor in given]
+        groups = groups._replace(order=groups.order.cpu(), tokens=groups.tokens.cpu())
+        fired_TC, top = experts.fire(*given, groups, rows, store, self.kept)
+        store.traffic.down += given[0].nbytes
+        store.traffic.up += sum(tensor.nbytes for tensor in top)
+        return None, fired_TC.to(device), tuple(tensor.to(device) for tensor in top)
+
+    def rows(self, held: Rows | None, wanted: list[int]) -> Rows:
+        """Of the experts `wanted`, as they were brought up before, or brought up now."""
+        return self.store.fetch(wanted) if held is None else held.of(wanted)
+
+    def extra_repr(self) -> str:
+        rows, block = self.store.rows, self.store.shape[0]
+        return f"{self.width} -> {rows} experts x {block} pairs -> {self.width}, {self.probes} probed, {self.kept} kept"
+
+
+def _exact(h: Tensor) -> Any:
+    """Products in the rows' precision, also where autocast is on."""
+    return torch.autocast(h.device.type, enabled=False) if h.device.type != "meta" else contextlib.nullcontext()
+
+
+class _Beside(torch.autograd.Function):
+    """y + s * a_t[S_t] W_B[S_t]. The products are in fp32, the rows' precision, or in h's where that is wider."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, y: Tensor, trained: Tensor, adapter: Adapter):
+        h_in = h.reshape(-1, adapter.width)
+        h_TD = h_in.to(torch.promote_types(h.dtype, torch.float32))
+        probed_TP, gate_TP = adapter.which.route(h_TD)
+        groups = experts.by_expert(probed_TP, adapter.store)
+        held, fired_TC, top = adapter.match(h_TD, probed_TP, gate_TP, groups)
+        probed = groups.experts
+        if adapter.patch.semantics == "union":
+            pairs = experts.chosen_pairs(probed_TP, fired_TC, adapter.store)
+            out_TD = torch.zeros_like(h_TD)
+            groups = groups._replace(experts=probed if adapter.store.planned else experts.chosen(pairs))
+            for expert, row_BD in zip(groups.experts, adapter.rows(held, groups.experts), strict=True):
+                fired_TB = experts.fire_all(h_TD, row_BD, pairs[expert])
+                out_TD.addmm_(fired_TB, row_BD[:, adapter.width :].to(h_TD.dtype))
+            ctx.save_for_backward(h_in, None, None, pairs)
+        else:
+            groups = experts.by_expert(probed_TP, adapter.store, experts.alive(fired_TC, adapter.probes))
+            out_TD = experts.out(h_TD, fired_TC, groups, adapter.rows(held, groups.experts), adapter.store)
+            ctx.save_for_backward(h_in, probed_TP.to(torch.int32), gate_TP, *top)
+        ctx.adapter, ctx.shape, ctx.below = adapter, h.shape, None
+        if adapter.line is not None:
+            ctx.below = adapter.line.passed(adapter.at, Gone(len(h_TD), probed, groups.experts))
+            ctx.again = recomputing()
+        return torch.add(y, out_TD.view(y.shape), alpha=adapter.patch.scale).to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        with _exact(grad):
+            return _Beside.backwards(ctx, grad)
+
+    @staticmethod
+    def backwards(ctx: Any, grad: Tensor):
+        h_in, probed_TP, gate_TP, *top = ctx.saved_tensors
+        adapter: Adapter = ctx.adapter
+        h_TD = h_in.to(torch.promote_types(h_in.dtype, torch.float32))
+        grad_TD = grad.reshape(h_in.shape).to(h_TD.dtype)
+        if adapter.patch.scale != 1.0:
+            grad_TD = grad_TD * adapter.patch.scale
+        grad_h = torch.zeros_like(h_TD) if ctx.needs_input_grad[0] else None
+        if adapter.line is not None and ctx.below is not None:
+            adapter.line.back(adapter.at, ctx.below, ctx.again)
+        if adapter.patch.semantics == "union":
+            experts.back_all(h_TD, grad_TD, grad_h, top[0], adapter.store)
+        else:
+            fired_TC = experts.spread(top, adapter.probes * adapter.store.shape[0])
+            alive_TP = experts.alive(fired_TC, adapter.probes)
+            groups = experts.by_expert(probed_TP.long(), adapter.store, alive_TP)
+            grad_fired_TC = experts.back(h_TD, grad_TD, grad_h, fired_TC, gate_TP, groups, adapter.store)
+            if gate_TP is not None:
+                grad_TP = grad_fired_TC.mul_(fired_TC).unflatten(1, (adapter.probes, -1)).sum(-1)
+                adapter.which.back(h_TD, grad_h, probed_TP.long(), gate_TP, grad_TP)
+        grad_h = None if grad_h is None else grad_h.to(h_in.dtype).view(ctx.shape)
+        return grad_h, grad, torch.zeros_like(adapter.trained), None

@@ -1,0 +1,120 @@
+"""What to change where a plan exceeds its budget: the first change that fits, as a user writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import BadInput, DoesNotFit
+from ..memory.budget import gib
+from ..recipe import Recipe
+from .plan import Plan, plan
+
+MICRO, TIMES, CHECKPOINTING = "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing"
+TIMES_HALVED = 4
+
+
+def require_fit(made: Plan, recipe: Recipe) -> None:
+    """DoesNotFit with the first change that would fit, if `made` does not."""
+    if made.fits:
+        return
+    full, asked = made.disk is not None and made.table_bytes > made.disk, f"{gib(made.fast)} of the fast tier"
+    have, do = f"it would hold {gib(made.fast_peak_bytes)} at its peak ({made.phase})", "a smaller model or max_length"
+    change, least = _first_that_fits(recipe, made, made.fast, tables=made.fast_peak_bytes <= made.fast)
+    if full:
+        asked = f"{gib(made.table_bytes)} of tables in {recipe.place.folder or recipe.output}"
+        have, do = f"{gib(made.disk or 0)} are free on that disk", "a smaller table"
+        do = f"Name a folder with room (place: folder), make room, or take {change or do}"
+    elif made.fast_peak_bytes <= made.fast:
+        asked, have = f"{gib(made.budget.slow or 0)} of the slow tier", f"it would hold {gib(made.slow_bytes)}"
+        do = f"Allow more in the slow tier, or take {change or do}"
+    elif change:
+        do = f"It would fit with {change} ({gib(least)})"
+    else:
+        do = f"The least found is {gib(least)}: allow more, or take {do}"
+    raise DoesNotFit(asked if full else f"{asked} for this run", have, do)
+
+
+def advice(recipe: Recipe, made: Plan | None, held: int, limit: int | None) -> str:
+    """How to go on with a run that held `held` bytes where `limit` were allowed, as written on the command line.
+
+    What the run held beyond its plan is added to each alternative's. Without a plan or a limit, the first that holds
+    less is named.
+    """
+    change: str | None = next((said for said, _ in _computed(recipe)), None)
+    if made is None or limit is None:
+        return f"{change}, which holds less" if change else "a smaller model or max_length in a new run"
+    over = max(0, held - made.fast_peak_bytes)
+    process = made.process + over
+    change, least = _first_that_fits(recipe, dataclasses.replace(made, process=process), limit, begun=True)
+    if change:
+        return f"{change} ({gib(least)})"
+    return f"a higher budget.fast: {gib(held)} was not enough, and the least found is {gib(least)}"
+
+
+def _first_that_fits(
+    recipe: Recipe, made: Plan, limit: int, *, tables: bool = False, begun: bool = False
+) -> tuple[str | None, int]:
+    """-> the first change with which both tiers fit, the fast one within `limit`, and what the fast one then holds;
+    None: the least of all. `tables`: only tables are too large. `begun`: of a run that may go on with the change."""
+    least = made.fast_peak_bytes
+    found = (() if tables else _computed(recipe), () if begun else _smaller(recipe))
+    for change, other in itertools.chain(*found):
+        rows = min(made.rows, other.training_values()[MICRO])
+        try:
+            tried = plan(other, rows=rows, tokens=made.tokens, counted=made.counted, process=made.process)
+        except BadInput:  # fields that do not go together
+            continue
+        tried = dataclasses.replace(tried, disk=made.disk if tried.disk is not None else None)
+        if dataclasses.replace(tried, budget=dataclasses.replace(tried.budget, fast=limit)).fits:
+            return change, tried.fast_peak_bytes
+        least = min(least, tried.fast_peak_bytes)
+    return None, least
+
+
+def _computed(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """(how a user writes it, the changed recipe): the same steps in less, the least slowing first."""
+    values = recipe.training_values()
+    whole, times = values[MICRO], values.get(TIMES, 1)
+
+    def training(**changes: Any) -> tuple[str, Recipe]:
+        said = " ".join(f"training.{key}={str(value).lower()}" for key, value in changes.items())
+        return said, dataclasses.replace(recipe, training={**values, **changes})
+
+    if recipe.engine.lean and recipe.engine.recompute != "ffn":
+        engine = dataclasses.replace(recipe.engine, recompute="ffn")
+        yield "engine.recompute=ffn", dataclasses.replace(recipe, engine=engine)
+    smaller = [{MICRO: size, TIMES: times * (whole // size)} for size in halves(whole)]
+    for changes in smaller:
+        yield training(**changes)
+    if not values[CHECKPOINTING]:
+        for changes in ({}, *smaller):
+            yield training(**{CHECKPOINTING: True}, **changes)
+
+
+def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """(how a user writes it, the changed recipe): tables in a file, and patches with less of what they are made of."""
+    patches = recipe.load_patches()
+    if any(patch.tables for patch in patches) and recipe.place.slow == "ram":
+        yield "place.slow=disk", dataclasses.replace(recipe, place=dataclasses.replace(recipe.place, slow="disk"))
+    for at, patch in enumerate(patches):
+        ((name, fields),) = recipe.patches[at].items()
+        for key in patch.less:
+            for value in _lower(getattr(patch, key)):
+                entry = {name: {**fields, key: value}}
+                changed = [*recipe.patches[:at], entry, *recipe.patches[at + 1 :]]
+                yield f"patches.{name}.{key}={value}", dataclasses.replace(recipe, patches=changed)
+
+
+def _lower(value: int | float) -> list[int | float]:
+    """Of a share of memory (a fraction) none; of a number the halves, as far down as TIMES_HALVED."""
+    if isinstance(value, float):
+        return [0.0] if value else []
+    return [size for k in range(1, TIMES_HALVED + 1) if (size := value >> k)]
+
+
+def halves(size: int) -> list[int]:
+    """The half, the quarter and so on of `size`, as far as they are whole."""
+    return [size // 2**k for k in range(1, size.bit_length()) if size % 2**k == 0]

@@ -1,0 +1,334 @@
+"""`trimtab plan RECIPE.yaml`: what a run will hold, before it starts, and whether that fits the budget.
+
+The model is built from its config on the `meta` device, patched as the recipe says, and stepped twice on fake tensors
+(cost/trace.py) through the engine's own forms of the blocks, the objective's loss and the optimiser that the recipe
+names. No weights are read and no method has a formula of its own here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cost.overhead import Overhead
+from ..data.chat import template_of
+from ..errors import BadInput, Untraceable
+from ..memory.budget import Budget, fast_bytes, free_bytes, gib, ram, slow_bytes
+from ..quiet import hushed, no_dataset_bars
+from ..recipe import Recipe
+from ..tiered.mapped_file import require_folder, slow_kind
+from .step import PlannedStep, peaks
+
+if TYPE_CHECKING:
+    from ..engine.inputs import Foreseen
+
+WHY = {
+    "weights": "the base where it is a copy of our own: buffers, and weights that are converted or written into",
+    "adapter": "what is trained, and what the patches keep beside it",
+    "gradients": "of what is trained",
+    "optimiser": "the optimiser's state and what its step makes",
+    "activations": "what the forward pass keeps for the pass back",
+    "logits": "one chunk of the head's output, and its gradient",
+    "temporaries": "what the pass back makes and drops",
+}
+TABLES = "rows in the slow tier"
+SLOW = {
+    "mapped weights": "the base at its file's precision, mapped from the file",
+    TABLES: "an adapter's table, with its gradients and Adam's state",
+}
+
+CUDA = [
+    "traced with the CPU's kernels: a CUDA kernel's own workspace is not in it, nor what the allocator rounds up to",
+    "the fast tier is what PyTorch's allocator reserves; the driver's context (0.3 to 1 GiB) comes on top",
+    "not yet measured on a GPU",
+]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will hold at its peak. All sizes in bytes."""
+
+    kinds: dict[str, int]  # kind -> bytes of tensors at the peak (cost/trace.py)
+    phase: str  # where in the step the peak is
+    process: int  # interpreter, libraries, data
+    overhead: int  # beside the tensors, from the first step on (cost/overhead.py)
+    churn: int  # what a block makes and drops on its way back; a part of it counts in the overhead
+    budget: Budget
+    machine: int | None  # what the fast tier has; None where this machine has no such device
+    rows: int
+    tokens: int
+    counted: int | None = None  # tokens of a row that count in the loss, where that is known
+    tokens_per_second: float | None = None  # where the machine's rates are known (cost/rates.py)
+    trained: int = 0  # numbers that are trained
+    pace: float = 1.0  # what of its operations' speed a step reaches (cost/overhead.py)
+    disk_bytes_per_step: int = 0  # of the mapped base, read again since memory cannot keep them
+    notes: list[str] = field(default_factory=list)
+    disk: int | None = None  # free on the disk that tables go to; None where they are in RAM, or made already
+
+    @property
+    def slow_bytes(self) -> int:
+        return sum(self.kinds.get(kind, 0) for kind in SLOW)
+
+    @property
+    def live_peak_bytes(self) -> int:
+        return sum(self.kinds.values()) - self.slow_bytes
+
+    @property
+    def start_bytes(self) -> int:
+        """What the process holds when training begins: the weights and the adapter are there by then."""
+        return self.process + self.kinds.get("weights", 0) + self.kinds.get("adapter", 0)
+
+    @property
+    def fast_peak_bytes(self) -> int:
+        return self.process + self.overhead + self.live_peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        slow = self.budget.slow is None or self.slow_bytes <= self.budget.slow
+        return self.fast_peak_bytes <= self.fast and slow and (self.disk is None or self.table_bytes <= self.disk)
+
+    @property
+    def table_bytes(self) -> int:
+        return self.kinds.get(TABLES, 0)
+
+    @property
+    def fast(self) -> int:
+        """What the run may hold of the fast tier: the budget, else all that the machine has."""
+        found = self.machine if self.budget.fast is None else self.budget.fast
+        assert found is not None, "without a device there is a budget"
+        return found
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """One row per kind: what, tier, bytes, why."""
+        rows = [{"what": kind, "tier": "fast", "bytes": self.kinds[kind], "why": WHY[kind]}
+                for kind in WHY if self.kinds.get(kind)]  # fmt: skip
+        rows.insert(0, {"what": "process", "tier": "fast", "bytes": self.process,
+                        "why": "interpreter and libraries"})  # fmt: skip
+        rows.append({"what": "overhead", "tier": "fast", "bytes": self.overhead,
+                     "why": "threads, generated code, and gaps that the malloc leaves between tensors"})  # fmt: skip
+        rows += [{"what": kind, "tier": "slow", "bytes": self.kinds[kind], "why": SLOW[kind]}
+                 for kind in SLOW if self.kinds.get(kind)]  # fmt: skip
+        return rows
+
+    def predicted(self) -> dict[str, Any]:
+        """The `predicted` part of run.json."""
+        return {
+            "fast_peak_bytes": self.fast_peak_bytes, "fast_growth_bytes": self.fast_peak_bytes - self.start_bytes,
+            "process_bytes": self.process, "overhead_bytes": self.overhead, "churn_bytes": self.churn,
+            "live_peak_bytes": self.live_peak_bytes, "live_growth_bytes": _growth(self.kinds),
+            "slow_bytes": self.slow_bytes, "phase": self.phase,
+            "batch": {"rows": self.rows, "tokens": self.tokens}, "bytes": self.kinds,
+            "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second, 2),
+            "pace": self.pace, "disk_bytes_per_step": self.disk_bytes_per_step,
+        }  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `trimtab plan --json` prints."""
+        return {
+            **{key: value for key, value in self.predicted().items() if key != "bytes"}, "fits": self.fits,
+            "budget": dataclasses.asdict(self.budget), "items": self.items, "notes": self.notes,
+            "disk_free_bytes": self.disk,
+        }  # fmt: skip
+
+    def lines(self) -> Iterator[str]:
+        """The table for people."""
+        width = max(len("mapped weights"), *(len(row["what"]) for row in self.items))
+        yield f"{'what':<{width}}  {'tier':<5} {'held':>12}  why"
+        for row in self.items:
+            yield f"{row['what']:<{width}}  {row['tier']:<5} {gib(row['bytes']):>12}  {row['why']}"
+        yield f"{'peak':<{width}}  {'fast':<5} {gib(self.fast_peak_bytes):>12}  {self.phase}"
+        if self.tokens_per_second:
+            speed = f"{self.tokens_per_second:,.0f} t/s"
+            yield f"{'speed':<{width}}  {'':<5} {speed:>12}  predicted, of rows as long as these"
+        yield f"{'trained':<{width}}  {'':<5} {self.trained:>12,}  numbers"
+        yield from self.notes
+        fast = "this machine's memory" if self.budget.fast is None else "the budget"
+        said = f"{gib(self.fast_peak_bytes)} of {gib(self.fast)}, {fast}"
+        if self.budget.slow is not None:
+            said += f"; {gib(self.slow_bytes)} of {gib(self.budget.slow)}, the slow tier's"
+        if self.disk is not None and self.table_bytes:
+            said += f"; {gib(self.table_bytes)} of tables, {gib(self.disk)} free on their disk"
+        yield f"{'fits' if self.fits else 'does not fit'}: {said}"
+
+
+@hushed()
+@no_dataset_bars()
+def plan(
+    recipe: Recipe,
+    *,
+    rows: int | None = None,
+    tokens: int | None = None,
+    counted: int | None = None,
+    filled: float = 1.0,
+    lengths: int = 1,
+    process: int | None = None,
+    args: Any = None,
+    rates: Any = None,
+) -> Plan:
+    """Trace the recipe's step. `rows`, `tokens`: the largest batch (default: that of `data.train`, or else
+    the recipe's batch size and max_length).
+    `counted`: how many tokens of a row count in the loss, at most (default: all). `filled`: what share of a batch's
+    tokens is no padding; the speed is that of these. `lengths`: how many lengths the batches of a run have.
+
+    `process`: anonymous bytes that the process holds beside the tensors (default: `process_bytes`). `args`: the
+    training arguments where a trainer has them already (making them anew would take its accelerator from it). `rates`:
+    of a machine (cost/rates.py; default: of this one, where `trimtab doctor` has measured them).
+    BadInput for a recipe that cannot be run, and for what the planner does not cover.
+    """
+    import torch
+
+    from ..cost.roofline import Stopwatch
+    from ..cost.trace import highest
+    from ..doctor import known_overhead, known_rates
+    from ..engine.arguments import arguments_class, check_optimizer, training_arguments
+    from ..tiered.threads import beside as threads_beside
+
+    place, objective = recipe.load_place(), recipe.load_objective()
+    if not recipe.patches:
+        raise BadInput("plan", "the recipe has no patch", "Add one under patches, or let plan_search.search find one")
+    device = place.device
+    _covered(recipe)
+    machine = fast_bytes(device)
+    if machine is None and not (recipe.budget or {}).get("fast"):
+        raise BadInput(
+            f"plan a run on {device}", "this machine has none", 'Say how much it has: budget: {fast: "24GiB"}'
+        )
+    budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder or recipe.output))
+    args = args or training_arguments(recipe, arguments_class(objective), Path(recipe.output), device.type == "cpu")
+    check_optimizer(recipe.load_patches(), args)
+    notes: list[str] = []
+    beside = Overhead(fixed=0, share=0.0) if device.type == "cuda" else known_overhead()
+    if tokens is None:
+        begins = process_bytes(beside)
+        if (seen := foreseen(recipe, notes)) is not None:
+            tokens, counted, filled, lengths = (seen.batch[key] for key in ("tokens", "counted", "filled", "lengths"))
+            rows, process = rows or seen.batch["rows"], begins + seen.nbytes if process is None else process
+        else:
+            tokens = longest_allowed(recipe)
+    rows = rows or args.per_device_train_batch_size
+    if device.type == "cuda":
+        notes += CUDA
+        process = 0
+    elif not beside.measured:
+        notes.append("what a process holds beside tensors is another machine's: `trimtab doctor` measures this one")
+    if process is None:
+        process = process_bytes(beside)
+    rates = rates or known_rates(device.type)
+    if beside.quick or (rates and rates.quick):
+        notes.append("this machine was measured in a hurry: `trimtab doctor --thorough` makes plans more accurate")
+    watch = Stopwatch(rates)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            found = peaks(recipe, args, rows, tokens, counted, watch)
+        except Untraceable as error:
+            watch.clocks.clear()
+            found = _real_step(recipe, args, rows, tokens, counted, error, watch)
+            notes.append(f"a real step was run, since {error.have}; where the data decide, other data may hold more")
+    phase, kinds = highest(found)
+    notes += watch.notes
+    speed, read = _speed(watch, beside.pace, kinds, args.gradient_accumulation_steps, rows * tokens * filled, notes)
+    if recipe.engine.compile:
+        notes.append("traced without torch.compile")
+    if watch.ahead:
+        notes.append(f"{gib(watch.ahead)} of the overhead are room for rows that are copied ahead of the pass")
+    threads = threads_beside() if kinds.get(TABLES) and device.type == "cpu" else 0
+    churn = watch.churn if device.type == "cpu" else 0
+    shapes = watch.products * (lengths - 1) if device.type == "cpu" else 0
+    held = beside.of(_growth(kinds), churn, watch.cast, threads, shapes) + watch.ahead
+    disk = None
+    if slow_kind(place.slow, device) == "disk":
+        if kinds.get(TABLES) and recipe.place.folder:
+            require_folder(recipe.place.folder)
+        disk = free_bytes(recipe.place.folder or recipe.output)
+    return Plan(
+        kinds, phase, process, held, churn, budget, machine, rows, tokens, counted, speed, watch.trained, beside.pace,
+        read, notes, disk,
+    )  # fmt: skip
+
+
+def foreseen(recipe: Recipe, notes: list[str]) -> Foreseen | None:
+    """What the run will read (engine/inputs.py); None, with a note, where that cannot be read now."""
+    from ..engine.inputs import foresee, unread
+
+    length = recipe.training_values()["max_length"]
+    if why := unread(recipe):
+        notes.append(f"{why}: for rows of {length} tokens (max_length); where all are shorter, the run uses less")
+        return None
+    seen = foresee(recipe)
+    notes.append(f"for the longest rows of data.train: {seen.batch['tokens']} tokens")
+    return seen
+
+
+def longest_allowed(recipe: Recipe) -> int:
+    """`max_length`, where rows are not at hand."""
+    if (length := recipe.training_values()["max_length"]) is None:
+        raise BadInput("plan: max_length: none", "rows may then have any length", "Give training: max_length")
+    return length
+
+
+def process_bytes(beside: Overhead) -> int:
+    """What a run's process holds when it begins: as measured, else what this one holds now."""
+    from ..memory.meter import process_memory
+
+    return beside.process or process_memory()["anon"]
+
+
+def _growth(kinds: dict[str, int]) -> int:
+    """Bytes of the tensors that come with training: all of the fast tier but the weights and the adapter."""
+    return sum(size for kind, size in kinds.items() if kind not in (*SLOW, "weights", "adapter"))
+
+
+def _real_step(
+    recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, why: Untraceable, watch: Any
+) -> Any:
+    """The peaks of two steps with real weights and random ids, for a model that cannot be traced without values."""
+    from ..model.load import weights_at_hand
+
+    if not weights_at_hand(recipe.model):
+        raise why
+    step = PlannedStep(recipe, args, None, real=True)
+    step.tell(watch)
+    return step.watched(watch, rows, tokens, counted)
+
+
+def _speed(
+    watch: Any, pace: float, kinds: dict[str, int], micro_batches: int, tokens: float, notes: list[str]
+) -> tuple[float | None, int]:
+    """-> tokens per second (None: rates are not known), bytes read from the disk in a step; what to know in `notes`."""
+    from ..cost.roofline import read_again, written_back
+    from ..cost.trace import MAPPED, live
+
+    mapped, tables = kinds.get(MAPPED, 0), kinds.get(TABLES, 0)
+    room = ram().get("MemAvailable", mapped + tables + live(kinds)) - live(kinds)
+    read = read_again(mapped, room, micro_batches)
+    seconds, dirty = watch.seconds(micro_batches, min(2, micro_batches)), watch.dirty()
+    if read:
+        notes.append(f"the mapped base exceeds free memory: {gib(read)} are read from the disk in each step")
+    if not watch.clocks:
+        notes.append("the speed is predicted once `trimtab doctor` has measured this machine")
+    elif seconds is None:
+        notes.append("the speed is predicted of MEFT by tokens, with adam: lazy and moments: fp32 only")
+    elif tables > room:
+        notes.append("the speed is not predicted: the tables exceed free memory, and rows are read from the disk")
+        return None, read
+    if seconds is None or (read and not watch.rates.disk.get("read")):
+        return None, read
+    if (written := written_back(dirty, room, watch.rates)) is None:
+        return None, read
+    seconds = seconds / pace + (read / watch.rates.disk["read"] if read else 0.0)
+    if written > seconds:
+        notes.append(f"each step changes {gib(dirty)} of tables: the speed is that of the disk they are written to")
+    return micro_batches * tokens / max(seconds, written), read
+
+
+def _covered(recipe: Recipe) -> None:
+    """What the planner cannot trace yet is said, not guessed."""
+    template_of(recipe.data)  # a file that is not there is refused here as it is by `train`
+    if not recipe.load_stepper().by_trainer:
+        raise BadInput(
+            f"plan stepper {recipe.stepper}", "the planner follows back-propagation only", "Take budget: out"
+        )

@@ -1,0 +1,281 @@
+"""What would fit: the search of `trimtab plan` where a recipe names no method, and the first change that helps a run.
+
+Methods of the table, micro-batches (at an equal effective batch), activation checkpointing, precisions of the base and
+the loss's chunk are combined; each combination is traced as any plan is, two processes at a time. What the recipe
+states by itself (a precision, checkpointing, a chunk) is kept. What fits is ranked by predicted speed and by how many
+numbers are trained; nothing is known here of how well a method learns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import methods
+from ..artifacts.run_folder import write_text
+from ..cost.rates import Rates
+from ..errors import BadInput, DoesNotFit, TrimtabError
+from ..memory.budget import gib
+from ..quiet import hushed
+from ..recipe import Recipe
+from .fit import CHECKPOINTING, MICRO, TIMES, halves
+from .plan import Plan, foreseen, plan, process_bytes
+
+PRECISIONS = ("bf16", "fp32", "nf4", "int8")
+SMALL_CHUNK = 32  # positions; the loss's own choice is 128 or more
+MOST, MOST_CHUNKS = 42, 2  # combinations that are traced, and of these again with the small chunk
+ALIKE = 1.05  # speeds closer than this count as equal, and the more that is trained decides
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination: what it changes, its recipe, and its plan (None: refused, and why)."""
+
+    method: str
+    micro_batch: int
+    checkpointing: bool
+    precision: str
+    chunk: int | None  # of the loss, in positions; None: chosen by bytes, or an objective without chunks
+    recipe: Recipe
+    plan: Plan | None = None
+    refused: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.plan is not None and self.plan.fits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of one that was planned."""
+        assert self.plan is not None
+        speed = self.plan.tokens_per_second
+        return {
+            "method": self.method, "micro_batch": self.micro_batch, "activation_checkpointing": self.checkpointing,
+            "precision": self.precision, "chunk": self.chunk, "fast_peak_bytes": self.plan.fast_peak_bytes,
+            "slow_bytes": self.plan.slow_bytes, "tokens_per_second": speed and round(speed, 2),
+            "trained": self.plan.trained, "fits": self.fits,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found, the best first; what does not fit stands behind, the smallest first."""
+
+    candidates: list[Candidate]
+    refused: list[Candidate]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def best(self) -> Candidate | None:
+        return next((c for c in self.candidates if c.fits), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `trimtab plan --search --json` prints."""
+        return {
+            "fits": self.best is not None, "best": self.best and self.best.to_dict(),
+            "recipe": self.best and self.best.recipe.to_dict(),
+            "candidates": [c.to_dict() for c in self.candidates],
+            "refused": [{"method": c.method, "precision": c.precision, "why": c.refused} for c in self.refused],
+            "notes": self.notes,
+        }  # fmt: skip
+
+    def lines(self) -> Iterator[str]:
+        """The table for people."""
+        wide = max([len(c.method) for c in self.candidates] + [6])
+        yield f"{'method':<{wide}} batch ckpt base chunk   fast peak  tokens/s       trained  fits"
+        for c in self.candidates:
+            assert c.plan is not None
+            yield (
+                f"{c.method:<{wide}} {c.micro_batch:>5} {_word(c.checkpointing):<4} {c.precision:<4} "
+                f"{c.chunk or '':>5} {gib(c.plan.fast_peak_bytes):>11} "
+                f"{_speed(c.plan):>9} {c.plan.trained:>13,}  {_word(c.fits)}"
+            )
+        yield from self.notes
+
+    def require_fit(self) -> Candidate:
+        """The best; DoesNotFit with the smallest that was found where nothing fits."""
+        if self.best is not None:
+            return self.best
+        if not self.candidates:
+            first = self.refused[0]
+            raise BadInput(
+                f"search for {first.recipe.model.name}", f"{first.method}: {first.refused}", "Mend that first"
+            )
+        least = self.candidates[0]
+        assert least.plan is not None
+        made = least.plan
+        raise DoesNotFit(
+            f"{gib(made.fast)} of the fast tier for a run of {least.recipe.model.name}",
+            f"of {len(self.candidates)} combinations the smallest would hold {gib(made.fast_peak_bytes)} fast and "
+            f"{gib(made.slow_bytes)} slow ({_said(least)})",
+            "Allow more, or take a smaller model or max_length",
+        )
+
+
+@hushed()
+def search(
+    recipe: Recipe,
+    *,
+    tokens: int | None = None,
+    process: int | None = None,
+    rates: Rates | None = None,
+    workers: int = 1,
+) -> Found:
+    """Plan many recipes like `recipe` and rank them. `workers`: processes; more than one only from a program that may
+    be imported (`if __name__ == "__main__"`), since each begins anew.
+
+    `rates`: of the machine (default: this one's, measured now if they were not before). `tokens`, `process`: as `plan`
+    takes them.
+    """
+    import torch
+
+    from ..doctor import known_overhead, measured_rates
+
+    device = recipe.load_place().device.type
+    if rates is None and (device == "cpu" or torch.cuda.is_available()):  # a plan for another machine has no speed
+        rates = measured_rates(device)
+    notes: list[str] = []
+    begins = process_bytes(known_overhead())  # once for all: a process that plans many grows
+    if tokens is None and (seen := foreseen(recipe, notes)) is not None:
+        tokens, begins = seen.batch["tokens"], begins + seen.nbytes
+    process = begins if process is None else process
+    wanted = list(_combinations(recipe))
+    asked, left_out = wanted[:MOST], len(wanted) - MOST
+    work = _Work(rates, tokens, process)
+    tried = work.all(asked, workers)
+    chunked: list[Candidate] = []
+    if _chunk_is_free(recipe):  # a smaller one helps only where logits are held at the peak
+        held = [c for c in tried if c.plan is not None and c.plan.kinds.get("logits")]
+        held.sort(key=lambda c: (c.fits, c.plan.fast_peak_bytes if c.plan else 0))
+        chunked = work.all([_with_chunk(c, SMALL_CHUNK) for c in held[:MOST_CHUNKS]], workers)
+    planned = [c for c in (*tried, *chunked) if c.plan is not None]
+    refused = [c for c in tried if c.plan is None]
+    for said in dict.fromkeys(f"not possible: {c.method} on {c.precision}: {c.refused}" for c in refused):
+        notes.append(said)
+    if left_out > 0:
+        notes.append(
+            f"{left_out} more combinations were not tried: state a precision or one patch to narrow the search"
+        )
+    return Found(sorted(planned, key=_rank), refused, notes)
+
+
+def write(found: Found, path: Path, overwrite: bool = False) -> Recipe:
+    """Keep the best as a recipe; BadInput where the file is there and may not be replaced."""
+    check_free(path, overwrite)
+    best = found.require_fit()
+    try:
+        write_text(path, best.recipe.to_yaml())
+    except OSError as error:
+        raise BadInput(f"write {path}", error.strerror or str(error), "Name a file that can be written") from None
+    return best.recipe
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """BadInput where `path` is there and may not be replaced."""
+    if path.exists() and not overwrite:
+        raise BadInput(f"write {path}", "the file is there already", "Name another, or say --overwrite")
+
+
+# --- what is combined ------------------------------------------------------------------------------------------------
+
+
+def _combinations(recipe: Recipe) -> Iterator[Candidate]:
+    """The extremes first: the whole batch at once, the smallest micro-batch with checkpointing, then the others."""
+    values = recipe.training_values()
+    whole = values[MICRO] * values.get(TIMES, 1)
+    sizes = [whole, *halves(whole)]
+    sizes = sizes if len(sizes) <= 4 else [*sizes[:3], sizes[-1]]
+    ways = (
+        [values[CHECKPOINTING]] if {CHECKPOINTING, "gradient_checkpointing"} & recipe.training.keys() else [False, True]
+    )
+    variants = [(size, again) for again in ways for size in sizes]
+    variants.sort(key=lambda v: (v not in ((sizes[0], ways[0]), (sizes[-1], ways[-1])), v[1], -v[0]))
+    precisions = PRECISIONS if recipe.model.precision == "auto" else (recipe.model.precision,)
+    for size, again in variants:
+        for precision in precisions:
+            for name, patches in _methods(recipe):
+                training = {k: v for k, v in values.items() if k not in (MICRO, TIMES, CHECKPOINTING)}
+                training |= {MICRO: size, TIMES: whole // size, CHECKPOINTING: again}
+                model = dataclasses.replace(recipe.model, precision=precision)
+                changed = dataclasses.replace(recipe, patches=patches, training=training, model=model)
+                yield Candidate(name, size, again, precision, _chunk(recipe), changed)
+
+
+def _methods(recipe: Recipe) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(name, patches): what the recipe has, and each patch of the table that works while training, by its defaults."""
+    own = [(" + ".join(next(iter(entry)) for entry in recipe.patches), recipe.patches)] if recipe.patches else []
+    others = [name for name in methods.names("patch") if methods.find(name).when.value in ("train", "both")]
+    return own + [(name, [{name: {}}]) for name in others if [{name: {}}] != recipe.patches]
+
+
+def _chunk(recipe: Recipe) -> int | None:
+    return getattr(recipe.load_objective(), "chunk", None)
+
+
+def _chunk_is_free(recipe: Recipe) -> bool:
+    objective = recipe.load_objective()
+    return hasattr(objective, "chunk") and objective.chunk is None
+
+
+def _with_chunk(candidate: Candidate, chunk: int) -> Candidate:
+    objective = candidate.recipe.load_objective()
+    values = {**dataclasses.asdict(objective), "chunk": chunk}
+    recipe = dataclasses.replace(candidate.recipe, objective={methods.name_of(objective): values})
+    return dataclasses.replace(candidate, recipe=recipe, chunk=chunk, plan=None)
+
+
+def _rank(candidate: Candidate) -> tuple:
+    """What fits before what does not; then the faster, and among equals what trains more and holds less."""
+    made = candidate.plan
+    assert made is not None
+    if not made.fits:
+        return (1, made.fast_peak_bytes, made.slow_bytes)
+    speed = round(math.log(made.tokens_per_second) / math.log(ALIKE)) if made.tokens_per_second else 0
+    return (0, -speed, -made.trained, made.fast_peak_bytes)
+
+
+def _speed(made: Plan) -> str:
+    return f"{made.tokens_per_second:,.0f}" if made.tokens_per_second else "-"
+
+
+def _word(yes: bool) -> str:
+    return "yes" if yes else "no"
+
+
+def _said(candidate: Candidate) -> str:
+    parts = [candidate.method, f"micro-batch {candidate.micro_batch}", candidate.precision]
+    parts += ["checkpointing"] if candidate.checkpointing else []
+    return ", ".join(parts)
+
+
+# --- planning many ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Plans candidates with these options, in two processes where that can be done."""
+
+    rates: Rates | None
+    tokens: int | None
+    process: int
+
+    def all(self, candidates: list[Candidate], workers: int) -> list[Candidate]:
+        if workers == 1 or len(candidates) < 4:
+            return [self.one(candidate) for candidate in candidates]
+        context = multiprocessing.get_context("spawn")  # a fork of a process whose torch has threads may hang
+        with ProcessPoolExecutor(workers, context) as pool:
+            return list(pool.map(self.one, candidates))
+
+    def one(self, candidate: Candidate) -> Candidate:
+        try:
+            made = plan(candidate.recipe, tokens=self.tokens, process=self.process, rates=self.rates)
+        except TrimtabError as error:
+            return dataclasses.replace(candidate, refused=error.have)
+        if not made.trained:
+            return dataclasses.replace(candidate, refused="it trains nothing by itself")
+        return dataclasses.replace(candidate, plan=made)

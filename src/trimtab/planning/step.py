@@ -1,0 +1,274 @@
+"""One training step of a recipe, on a model without values: what the planner traces.
+
+The model is built from its config on the `meta` device and patched as the recipe says; the engine's own forms of the
+blocks, the objective's loss and the optimiser that the recipe names are stepped on fake tensors (cost/trace.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadInput, Untraceable
+from ..recipe import Recipe
+
+if TYPE_CHECKING:
+    from ..cost.roofline import Stopwatch
+
+SHALLOW = 2  # the shallow model's blocks; a second, deeper by as many, gives the line on which deeper stacks lie
+
+
+def peaks(
+    recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, watch: Stopwatch | None = None
+) -> Any:
+    """Peaks by phase and kind, of the whole depth; from two shallow models where the kinds of blocks recur.
+
+    `watch` is told the step's seconds on the way (cost/roofline.py).
+    """
+    from ..cost.roofline import Stopwatch
+    from ..cost.trace import extend
+    from ..model import anatomy
+
+    whole = PlannedStep(recipe, args, None)
+    watch = watch or Stopwatch(None)
+    whole.tell(watch)
+    depth, period = len(anatomy.blocks(whole.model)[1]), whole.period()
+    watch.depth = depth
+    low = SHALLOW if period == 1 else period + depth % period
+    shallow = (low, low + SHALLOW * period)
+    if depth <= shallow[1]:
+        return whole.watched(watch, rows, tokens, counted)
+    traces = [PlannedStep(recipe, args, n).watched(watch, rows, tokens, counted) for n in shallow]
+    return whole.with_tables(extend(*traces, shallow, depth))
+
+
+class PlannedStep:
+    """One training step of a recipe on a model without values, `blocks` deep (None: as deep as it is)."""
+
+    def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
+        from ..engine.arguments import weighed
+        from ..model.load import assembled, empty_model, left_dense, load_model
+
+        self.recipe, self.args, self.real = recipe, args, real
+        self.objective = weighed(recipe.load_objective(), args)
+        self.blocks, self.churn, self.products = blocks, 0, 0
+        self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
+        if real:
+            self.model = load_model(recipe.model, task=self.objective.task)[0]
+        self.left_dense = left_dense(self.model)
+        self._as_trained()
+        self.dtype = self.model.dtype
+        # `.data`: the storage, which stays when a patch puts another under the same parameter
+        self.base = {_key(t): t.data for t in (*self.model.parameters(), *self.model.buffers())}
+        fresh = [] if self.objective.task == "causal-lm" else self._fresh()
+        copies = [*fresh, *assembled(self.model, recipe.model)]
+        self.in_file = {_key(p) for p in self.model.parameters()} - {_key(p) for p in copies}
+        place = recipe.load_place()
+        self.mapped = self.mapped and place.device.type == "cpu"  # another device gets copies
+        try:
+            self.surgeries = [patch.apply(self.model, place) for patch in recipe.load_patches()]
+        except (RuntimeError, NotImplementedError) as error:  # a library's own code may want values
+            why = f"the patch cannot be put on a model without values ({' '.join(str(error).split())[:120]})"
+            raise Untraceable(f"plan {', '.join(map(str, recipe.patches))}", why, "Take budget: out") from error
+        if (head := self.objective.prepare(self.model)) is not None:
+            self.surgeries.append(head)
+
+    def _as_trained(self) -> None:
+        """What a run does to the model before it is patched and decides how its loss is computed."""
+        from ..engine.prepare import weigh_router
+        from ..model.head import READ, read_head
+
+        if self.objective.task == "causal-lm":
+            weigh_router(self.model, self.args)
+            setattr(self.model, READ, read_head(self.model))
+
+    def _fresh(self) -> list[Any]:
+        from ..model import anatomy
+
+        return list(anatomy.fresh_parameters(self.model).values())
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained, those of rows in the slow tier among them."""
+        from ..engine.tables import row_numbers
+
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad) + row_numbers(self.surgeries)
+
+    def tell(self, watch: Any) -> None:
+        """What a stopwatch has to know of it (cost/roofline.py)."""
+        watch.trained, watch.cast, watch.notes = self.trained, self.autocast is not None, self.notes
+        watch.ahead = max((store.carried for surgery in self.surgeries for store in surgery.stores), default=0)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know of how the patches are applied."""
+        from ..artifacts.run_folder import place_of
+        from ..engine.tables import notes_of
+
+        return [*self.left_dense, *notes_of(self.surgeries, str(place_of(self.recipe).folder))]
+
+    def with_tables(self, peaks: Any) -> Any:
+        """What tables hold, which is there in every phase; not linear in the depth, since a cache is shared out."""
+        from ..cost.trace import ADAPTER, ROWS
+
+        for kinds in peaks.values():
+            for store in (store for surgery in self.surgeries for store in surgery.stores):
+                kinds[ADAPTER] = kinds.get(ADAPTER, 0) + store.nbytes["fast"]
+                kinds[ROWS] = kinds.get(ROWS, 0) + store.nbytes["slow"]
+        return peaks
+
+    def period(self) -> int:
+        """After how many blocks the kinds of blocks recur: 1 where all are equal, the depth where they never do."""
+        from ..model import anatomy
+
+        stack = anatomy.blocks(self.model)[1]
+        depth = len(stack)
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or [None] * depth
+        looks = [
+            (kind, *((n, t.shape, t.dtype, t.requires_grad) for n, t in block.named_parameters()))
+            for kind, block in zip(types, stack, strict=True)
+        ]
+        every = (self.args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
+        recurs = (p for p in range(1, depth) if all(looks[i] == looks[i - p] for i in range(p, depth)))
+        return math.lcm(next(recurs, depth), every if self.args.activation_checkpointing else 1)
+
+    def watched(self, watch: Any, rows: int, tokens: int, counted: int | None) -> Any:
+        """As `trace`, of which `watch` is told."""
+        found = self.trace(rows, tokens, counted, watch.at(self.blocks))
+        watch.churn, watch.products = max(watch.churn, self.churn), max(watch.products, self.products)
+        return found
+
+    def trace(self, rows: int, tokens: int, counted: int | None = None, clock: Any = None) -> Any:
+        """Peaks by phase and kind; those of a stack that was made shallow are without its tables.
+
+        Sets `churn` and `products`.
+        """
+        import torch
+
+        from ..cost.trace import MAPPED, WEIGHTS, Step, live, trace_steps
+        from ..engine.prepare import prepared
+
+        model, recipe = self.model, self.recipe
+        held = {_key(t) for t in (*model.parameters(), *model.buffers())}
+        aside = [t for key, t in self.base.items() if key not in held]  # originals that a patch keeps for the way back
+        model.train()
+        self._checkpointing()
+        every = [store for surgery in self.surgeries for store in surgery.stores]
+        stores = [] if clock is None or self.real else every  # what is done for real is seen
+        for store in stores:
+            store.clock = clock
+        plain = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compile=False))
+        with prepared(model, self.objective, plain):
+            if recipe.load_place().device.type != "cpu":  # the lean attention is the CPU's
+                model.set_attn_implementation("sdpa")
+            peaks, self.churn, self.products = trace_steps(Step(
+                model, torch.device("cpu"), functools.partial(self.batch, rows, tokens), self.loss,
+                self.optimizer, self.kind_of, self._evaluation(tokens),
+                micro_batches=min(2, self.args.gradient_accumulation_steps), clip=self.args.max_grad_norm or 0.0,
+                counted=None if counted is None else rows * counted, clock=clock,
+                full_rows=bool(getattr(self.args, "packing", False)),
+            ), fake=not self.real)  # fmt: skip
+        for store in stores:
+            self._update(store, clock)
+        for kinds in peaks.values():
+            for tensor in aside:
+                kind = MAPPED if self.mapped and _key(tensor) in self.in_file else WEIGHTS
+                kinds[kind] = kinds.get(kind, 0) + tensor.untyped_storage().nbytes()
+        assert all(live(kinds) >= 0 for kinds in peaks.values())
+        return peaks if self.blocks is not None else self.with_tables(peaks)
+
+    def _update(self, store: Any, clock: Any) -> None:
+        """The seconds in which the rows of `store` step, which the trace does not see; where they are not known, those
+        of the whole step are not."""
+        from ..cost.roofline import OPTIMISER, row_update
+        from ..tiered.expected import expected_rows
+        from ..tiered.record import VALUES
+
+        tokens, probes = store.asked
+        clock.known = clock.known and bool(tokens) and store.optimiser.plain
+        if tokens:
+            many = expected_rows(store, tokens, probes, self.args.gradient_accumulation_steps)
+            size = store.parts[VALUES].nbytes
+            clock.spend(row_update(clock.rates, size, many, store.optimiser.copies), OPTIMISER)
+            clock.dirty += many * store.extent if store.slow == "disk" else 0.0
+
+    def kind_of(self, name: str, tensor: Any) -> str:
+        from ..cost.trace import ADAPTER, MAPPED, WEIGHTS
+
+        if _key(tensor) not in self.base:
+            return ADAPTER
+        if _key(tensor) not in self.in_file:
+            return ADAPTER if tensor.requires_grad else WEIGHTS
+        return MAPPED if self.mapped and tensor.is_floating_point() else WEIGHTS  # packed ones are made, not mapped
+
+    def batch(self, rows: int, tokens: int) -> dict[str, Any]:
+        """Ids and labels as the collators make them: padded rows, rows packed with their positions, or full rows."""
+        import torch
+
+        from ..engine.prepare import BLOCK
+
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        if self.real:  # where the data decide what runs, they should differ
+            ids.random_(self.model.config.get_text_config().vocab_size)
+        if self.objective.task != "causal-lm":
+            labels = torch.zeros(rows, dtype=torch.int64)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        made = {"input_ids": ids, "labels": torch.zeros_like(ids)}
+        if self.args.padding_free or (self.args.packing and self.args.packing_strategy.startswith("bfd")):
+            made["position_ids"] = torch.ones_like(ids)
+            if (dtype := getattr(self.args, BLOCK, None)) is not None:
+                made["attention_mask"] = torch.zeros(rows, 1, tokens, tokens, dtype=dtype)
+        else:
+            made["attention_mask"] = torch.ones_like(ids)
+        return made
+
+    def _evaluation(self, tokens: int) -> Any:
+        """Rows of evaluation are taken to be as long as those of training."""
+        if not self.recipe.data.test or self.args.eval_strategy == "no":
+            return None
+        return functools.partial(self.batch, self.args.per_device_eval_batch_size, tokens)
+
+    def loss(self, batch: dict[str, Any]) -> Any:
+        import torch
+
+        dtype = self.autocast
+        with contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype):
+            return self.model(objective_batch=batch)[0]
+
+    def optimizer(self, trained: list[Any]) -> Any:
+        from transformers import Trainer
+
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if not cls.__module__.startswith("torch.optim"):
+            raise BadInput(
+                f"plan training: optim: {self.args.optim}",
+                "the planner follows PyTorch's own optimisers only",
+                "Take budget: out, or train with adamw_torch",
+            )
+        return cls(trained, **options)
+
+    @property
+    def autocast(self) -> Any:
+        """The type that autocast computes the step in, or None."""
+        from ..engine.prepare import autocast_dtype
+
+        return autocast_dtype(self.surgeries, self.dtype, self.args.bf16)
+
+    def _checkpointing(self) -> None:
+        if not self.args.activation_checkpointing:
+            return
+        options = dict(self.args.activation_checkpointing_kwargs or {})
+        every = options.pop("every_n_layers", 1)
+        if options.pop("offload", False):
+            raise BadInput("plan activation checkpointing with offload", "the planner does not know it yet", "Leave it")
+        self.model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=options or None, every_n_layers=every
+        )
+
+
+def _key(tensor: Any) -> int:
+    """Names a storage, also one without content."""
+    return tensor.untyped_storage()._cdata

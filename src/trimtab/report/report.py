@@ -1,0 +1,145 @@
+"""`trimtab report RUN [RUN2 ...]`: one page of what runs were, predicted, held, learned and answered.
+
+The page is a single file that needs no network: plotly's script is in it once, the figures are data beside it. What a
+run's folder lacks (it was killed, it is older, a line was cut off) is left out, and the page says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..artifacts.folder_lock import beside as lock_beside
+from ..artifacts.folder_lock import locked
+from ..artifacts.run_folder import lock_run, write_text
+from ..errors import BadInput
+from .figures import number
+from .page import page
+
+READ = ("run.json", "metrics.jsonl", "memory.jsonl", "recipe.yaml")
+POINTS = 2000  # at most so many of a curve are drawn
+
+
+@dataclass
+class Run:
+    """What the folder of one run holds, as far as it can be read. Absent parts are empty."""
+
+    name: str
+    run: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    before: dict[str, Any] = field(default_factory=dict)  # eval_base.json
+    after: dict[str, Any] = field(default_factory=dict)  # eval.json
+    notes: list[str] = field(default_factory=list)
+
+
+def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the page about `runs` (folders); -> where it is: `out`, or report.html in the first folder.
+
+    BadInput for a folder that holds no run, and for a page that cannot be written.
+    """
+    folders = [Path(name) for name in runs]
+    if not folders:
+        raise BadInput("report", "no run was named", "Name the folder of one or more runs")
+    found = [read(folder) for folder in folders]
+    for run, name in zip(found, _names(folders), strict=True):
+        run.name = name
+    target = Path(out) if out else folders[0] / "report.html"
+    text = page(found)
+    if not target.parent.is_dir():
+        raise BadInput(f"write {target}", f"there is no folder {target.parent}", "Name another file with --out")
+    do = "Wait until it is done, or name another file with --out"
+    inside = any(target.parent.resolve() == folder.resolve() for folder in folders)
+    lock = lock_run(target.parent, f"write {target}", do) if inside else locked(lock_beside(target), f"write {target}")
+    try:
+        with lock:
+            write_text(target, text)
+    except OSError as error:
+        raise BadInput(f"write {target}", error.strerror or str(error), "Name another file with --out") from None
+    return target
+
+
+def read(folder: Path) -> Run:
+    """The run in `folder`; what cannot be read is noted in it."""
+    if not folder.is_dir():
+        raise BadInput(f"report {folder}", "there is no such folder", "Name the folder of a run")
+    if not any((folder / name).is_file() for name in READ):
+        raise BadInput(f"report {folder}", f"none of {', '.join(READ)} is in it", "Name the folder of a run")
+    run = Run(folder.name)
+    run.run = _object(run, folder / "run.json")
+    if not (folder / "run.json").is_file():
+        run.notes.append("There is no run.json: the run did not come to its end.")
+    run.recipe = _object(run, folder / "recipe.yaml")
+    run.metrics = _thin([row for row in _lines(run, folder / "metrics.jsonl") if number(row.get("step")) is not None])
+    run.memory = _thin([row for row in _lines(run, folder / "memory.jsonl") if number(row.get("anon")) is not None])
+    run.before, run.after = _object(run, folder / "eval_base.json"), _object(run, folder / "eval.json")
+    return run
+
+
+def _object(run: Run, path: Path) -> dict[str, Any]:
+    """A file that holds keys; {} where it is missing, or cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = _finite(yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        run.notes.append(f"{path.name} could not be read.")
+        return {}
+    return found
+
+
+def _lines(run: Run, path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; those that are no objects (a last one that was cut off) are counted and left."""
+    if not path.is_file():
+        run.notes.append(f"There is no {path.name}.")
+        return []
+    rows, bad = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            row = _finite(json.loads(line))
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            bad += 1
+    if bad:
+        run.notes.append(f"{bad} line{'s' if bad > 1 else ''} of {path.name} could not be read.")
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    """`value` as the page's script can read it: numbers that are none (NaN, infinity) become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _thin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every so-many-th row and the last, so that a long run's page stays small."""
+    step = -(-len(rows) // POINTS) or 1
+    return [row for index, row in enumerate(rows) if index % step == 0 or index == len(rows) - 1]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len({*parts}):
+            break
+    return names

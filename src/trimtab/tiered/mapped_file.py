@@ -1,0 +1,128 @@
+"""Files of the slow tier: room for them, and one that is mapped and has no name.
+
+What a file will need is asked of the disk before any is made, and its space is reserved when it is made: a disk that is
+too small refuses before the start, and not in the middle of a run, where the kernel could only kill the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, DoesNotFit
+from ..memory.budget import free_bytes, gib, nearest_folder, room
+
+RAM = ("tmpfs", "ramfs")  # file systems
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # by the file system, of posix_fallocate
+ZEROS = 2**24  # bytes that are written at a time
+
+
+def slow_kind(slow: str, device: Any) -> str:
+    """What the slow tier under `device` is where `place: slow:` says `slow`: "ram" or "disk"."""
+    return slow if slow != "auto" else "ram" if device.type == "cuda" else "disk"
+
+
+def require_room(size: int, folder: str | Path | None, what: str) -> None:
+    """DoesNotFit if the disk of `folder` (None: of temporary files) cannot hold `size` bytes more for `what`."""
+    where = folder or tempfile.gettempdir()
+    if (free := free_bytes(where)) < size:
+        raise _too_small(size, where, what, f"{gib(free)} are free there")
+
+
+def require_memory(size: int, what: str) -> None:
+    """DoesNotFit if this machine's RAM cannot hold `size` bytes more for `what`: the kernel would kill who fills it."""
+    if (left := room()) is not None and size > left:
+        raise DoesNotFit(
+            f"{gib(size)} of RAM for {what}", f"{gib(left)} are free", "Say place: slow: disk, or take a smaller table"
+        )
+
+
+def require_folder(folder: str) -> None:
+    """BadInput if tables cannot be made in `folder`."""
+    if not os.path.isdir(folder):
+        why = "it is no folder" if os.path.exists(folder) else "there is no such folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        why = "it cannot be written"
+    else:
+        return
+    raise BadInput(f"place: folder: {folder}", why, "Make it, or name another")
+
+
+def in_ram(folder: str | Path) -> bool:
+    """Whether files in `folder` (or the nearest folder above it) lie in RAM: a file there saves no memory."""
+    number = os.stat(nearest_folder(folder)).st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # a system without it
+        return False
+    return any(line.split()[2] == device and line.partition(" - ")[2].split()[0] in RAM for line in mounts)
+
+
+class MappedFile:
+    """`size` bytes of an open file, mapped to be read, and written through a descriptor of its own.
+
+    A write through the mapping would cost a fault for each page that the kernel has written back since (measured:
+    docs/LOG.md); both see the same pages.
+    """
+
+    def __init__(self, descriptor: int, size: int):
+        self.map = mmap.mmap(descriptor, size)
+        self._descriptor = os.dup(descriptor)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def write(self, offset: int, *data: Any) -> None:
+        """Each of `data`, anything with a contiguous buffer, behind the one before."""
+        left = [memoryview(piece).cast("B") for piece in data]
+        while left:
+            done = os.pwritev(self._descriptor, left, offset)
+            offset += done
+            while left and done >= len(left[0]):
+                done -= len(left.pop(0))
+            left[:1] = [piece[done:] for piece in left[:1]]
+
+
+def map_file(size: int, folder: str | None, what: str) -> MappedFile:
+    """`size` bytes of zeros in a file without a name: it goes with the process, however that ends."""
+    where = folder or tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryFile(dir=where, buffering=0) as file:
+            _reserve(file, size)
+            return MappedFile(file.fileno(), size)
+    except OSError as error:
+        why = error.strerror or str(error)
+        if error.errno in FULL:
+            raise _too_small(size, where, what, why.lower()) from None
+        if error.errno == errno.ENODEV:
+            why = "its file system does not map files"
+        raise BadInput(
+            f"{gib(size)} for {what} in {where}", why,
+            "Name another folder on a local disk (place: folder), or say place: slow: ram",
+        ) from None  # fmt: skip
+
+
+def _reserve(file: Any, size: int) -> None:
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    except AttributeError:  # a system that does not have it
+        pass
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    left = size  # bytes that are written are reserved on any file system
+    while left:
+        left -= file.write(bytes(min(left, ZEROS)))
+
+
+def _too_small(size: int, folder: str | Path, what: str, why: str) -> DoesNotFit:
+    return DoesNotFit(
+        f"{gib(size)} for {what} in {folder}", why,
+        "Name a folder with room (place: folder), make room, or take a smaller table",
+    )  # fmt: skip

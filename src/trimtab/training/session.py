@@ -1,0 +1,245 @@
+"""A run's parts, from the loaded model to the trainer that steps it, and the way back.
+
+`Session` loads what a recipe names (what is cheap to refuse first), applies the patches when it is entered, trains when
+told to, and leaves the model as it was. Limits and the report are train.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, set_seed
+
+from ..artifacts import adapter
+from ..artifacts.checkpoint_files import STATE, read_state
+from ..artifacts.run_folder import nothing_left, place_of
+from ..engine.arguments import arguments_class, check_optimizer, training_arguments, weighed
+from ..engine.divergence import Diverged, StopIfDiverged, chance_of
+from ..engine.inputs import largest_batch, make_trainer, read_inputs
+from ..engine.prepare import as_it_was, autocast_dtype, prepared
+from ..engine.probe import head_read, loss_now, require_unchanged
+from ..engine.start import checked
+from ..engine.tables import notes_of
+from ..engine.trainers import Job
+from ..engine.trainers import quiet as hush
+from ..errors import BadInput
+from ..memory.guard import Guard, hard_limit, ran_out
+from ..memory.meter import Meter
+from ..model.reply import ReplyForm
+from ..recipe import Recipe
+from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How training ended: after step `step` of `wanted`."""
+
+    step: int
+    wanted: int
+    why: str = ""  # "" (done), "interrupt", "budget", "machine", "diverged", or "refused": an allocation was
+    mean_loss: float = 0.0
+    diverged: Diverged | None = None
+
+
+class Session:
+    """What a recipe names, loaded. Within `with`: patched, with a trainer."""
+
+    def __init__(self, recipe: Recipe, output: Path, say: Say, quiet: bool):
+        self.recipe, self.output, self.say, self.quiet = recipe, output, say, quiet
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.objective, self.stepper = recipe.load_objective(), recipe.load_stepper()
+        self.patches, self.place = recipe.load_patches(), place_of(recipe)
+        self.args = self._arguments()
+        self.inputs = read_inputs(recipe, self.objective, self.args, say)
+        self.tokenizer, self.rows = self.inputs.tokenizer, self.inputs.rows
+        set_seed(self.args.seed)
+        self.objective = weighed(self.objective, self.args)
+        if self.rows.regression and getattr(self.objective, "smoothing", 0.0):
+            raise BadInput("label smoothing", "the labels of data.train are numbers, not classes", "Take it out")
+        self.model = self._model()
+        self.main = self.args.process_index == 0  # of several processes one writes and speaks
+        if not self.main:
+            self.say, self.quiet = (lambda line: None), True
+        task, spec = self.objective.task, recipe.model
+        self.base = adapter.Base(
+            spec.name, self.model.trimtab_base, task, spec.precision, self.rows.labels or [], self._reply_form()
+        )
+        self.surgeries: list[Any] = []
+        self.meter = Meter(device=self.place.device)
+        self.meter.workers = self.args.dataloader_num_workers > 0
+        self.guard = Guard()
+
+    def __enter__(self) -> Session:
+        dtype = self.model.dtype
+        with contextlib.ExitStack() as way_back:
+            way_back.callback(self._revert)
+            self.meter.start()
+            way_back.callback(self.meter.stop)
+            held = (*self.model.parameters(), *self.model.buffers())
+            self.as_loaded = [weakref.ref(t.untyped_storage()) for t in held]  # a patch may keep some of it aside
+            causal = self.objective.task == "causal-lm"
+            if causal:
+                way_back.enter_context(head_read(self.model))
+                before = loss_now(self.model)
+            for patch in self.patches:
+                self.surgeries.append(patch.apply(self.model, self.place))
+            half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
+            if causal:
+                require_unchanged(self.model, before, self.surgeries, half)
+            if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
+                raise BadInput(
+                    f"train {', '.join(map(str, self.recipe.patches))} with {sharder}",
+                    "it cuts up the parameters beside a table in the slow tier, which cannot be stepped then",
+                    "Start plain data parallelism, with torchrun",
+                )
+            if (head := self.objective.prepare(self.model)) is not None:
+                self.surgeries.append(head)
+            for note in notes_of(self.surgeries, str(self.place.folder)):
+                self.say(note)
+            way_back.enter_context(as_it_was(self.model))
+            way_back.enter_context(_folder(self.output))
+            job = Job(
+                self.objective, self.stepper, self.surgeries, self.base, dtype, self.recipe.data.too_long, self.say
+            )
+            self.trainer = make_trainer(job, self.recipe, self.model, self.args, self.inputs)
+            hush(self.trainer)
+            if causal:
+                self.recipe = checked(self.trainer, self.recipe, self.say, gradients=True, autocast=half)
+                self.objective = job.objective = weighed(self.recipe.load_objective(), self.args)
+            self._way_back = way_back.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._way_back.__exit__(*error)
+
+    def _revert(self) -> None:
+        while self.surgeries:
+            self.surgeries.pop().revert()
+
+    # --- loading -------------------------------------------------------------------------------------------------
+
+    def _arguments(self) -> Any:
+        cls = arguments_class(self.objective)
+        args = training_arguments(self.recipe, cls, self.output, self.place.device.type == "cpu")
+        check_optimizer(self.patches, args)
+        if (
+            self.objective.task == "causal-lm"
+            and args.completion_only_loss is None
+            and args.max_length is None
+            and args.packing
+        ):
+            raise BadInput("training: packing: true", "max_length is None", "Give max_length")
+        return args
+
+    def _reply_form(self) -> ReplyForm:
+        """The form of reply that the rows teach, which the adapter's folder keeps."""
+        from ..data.chat import reply_form
+
+        if self.objective.task != "causal-lm":
+            return ReplyForm()
+        return reply_form(self.rows, self.recipe.data, self.tokenizer, getattr(self.args, "eos_token", None))
+
+    def _model(self) -> Any:
+        from ..model.load import load_model
+
+        names = self.rows.labels
+        model, _ = load_model(
+            self.recipe.model,
+            task=self.objective.task,
+            labels=self.inputs.labels,
+            device=self.place.device,
+            say=self.say,
+        )
+        if names:
+            model.config.id2label = dict(enumerate(names))
+            model.config.label2id = {label: index for index, label in enumerate(names)}
+        return model
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def largest_batch(self) -> dict[str, Any]:
+        """Of the rows that it trains on (engine/inputs.py)."""
+        return largest_batch(self.trainer)
+
+    def fit(self, checkpoint: Path | None, limit: int | None, hard: bool = False) -> Ended:
+        """Train, from `checkpoint` on where one is given, within `limit` bytes of the fast tier."""
+        trainer, meter = self.trainer, self.meter
+        self.guard = Guard.of(limit, self.place.device)
+        self.steps = Steps(self.surgeries, meter, self.model, self.as_loaded)
+        self.steps.trainer = trainer
+        live, interrupt = Live(self.steps, self.say, self.quiet, limit), StopOnInterrupt(self.say)
+        if self.main:
+            meter.timeline = self.output / "memory.jsonl"
+            trainer.add_callback(MetricsFile(self.output / "metrics.jsonl"))
+        for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter)):
+            trainer.add_callback(callback)
+        if checkpoint and nothing_left(read_state(checkpoint), self.args.max_steps, self.args.num_train_epochs):
+            return self._reached(checkpoint)
+        meter.watchers.append(self.guard.see)
+        if self.recipe.engine.stop_if_diverged:
+            trainer.add_callback(StopIfDiverged(trainer, chance_of(self.model, self.rows.labels, self.rows.regression)))
+        why, loss, diverged = "", 0.0, None
+        with prepared(self.model, self.objective, self.recipe), interrupt:
+            try:
+                with hard_limit(limit, self.place.device, meter) if hard and limit else contextlib.nullcontext():
+                    loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
+            except Diverged as error:
+                why, diverged = "diverged", error
+            except Exception as error:
+                if not ran_out(error, hard):
+                    raise
+                why = "refused"
+            finally:
+                self.steps.end_live()
+                live.close()
+                meter.stop_watching(self.guard.see)
+        done, wanted = trainer.state.global_step, trainer.state.max_steps
+        if not why and done < wanted:
+            why = "interrupt" if interrupt.asked else self.guard.why
+        return Ended(done, wanted, why, loss, diverged)
+
+    def _reached(self, checkpoint: Path) -> Ended:
+        """No step is left after `checkpoint`: the run was killed before it wrote what it had trained. Load that."""
+        trainer = self.trainer
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        if self.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
+        self.steps.first = trainer.state.global_step
+        trainer._total_train_tokens = trainer.state.num_input_tokens_seen if self.main else 0
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        return Ended(self.steps.first, self.steps.first, mean_loss=sum(losses) / max(1, len(losses)))
+
+
+def sharded_by(args: Any) -> str:
+    """ "FSDP" or "DeepSpeed" where the arguments or the launcher ask for one of them, else ""."""
+    for name, asked in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
+        if asked or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true", "yes"):
+            return name
+    return ""
+
+
+@contextlib.contextmanager
+def _folder(output: Path) -> Any:
+    """The folder, made; a run that never began leaves no empty one behind."""
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(
+                f"output: {output}", error.strerror or str(error), "Name a folder that can be made"
+            ) from None
+        yield
+    finally:
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
