@@ -1,7 +1,7 @@
 """The form in which a model was trained to reply: how a prompt is put to it, and what ends a reply.
 
-An adapter folder records a `ReplyForm` (artifacts/adapter.py), so that `generate`, `eval` and `export` use the form of the
-training rows. Plain data and tokenizers only: importing it loads no torch.
+An adapter folder records a `ReplyForm` (artifacts/adapter.py), so that `generate`, `eval` and `export` use the form of
+the training rows. Plain data and tokenizers only: importing it loads no torch.
 """
 
 from __future__ import annotations
