@@ -77,7 +77,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 def test_a_recipe_says_only_what_exists(path, tmp_path):
     recipe = Recipe.load(path)
     assert recipe.load_patches()
-    task = recipe.load_objective().task
+    task = recipe.load_objective().head
     args = training_arguments(recipe, SFTConfig if task == "causal-lm" else TrainingArguments, tmp_path, cpu=True)
     assert args.max_steps > 0 or "num_train_epochs" in recipe.training
     assert recipe.output == f"runs/{path.stem}"

@@ -21,6 +21,7 @@ FLOORS = (  # from the ground up; a module belongs to the first line that fits
     r"(model|data)(\..+)?",
     r"cost(\..+)?",
     r"contracts",
+    r"bases(\..+)?",
     r"methods(\..+)?",
     r"recipe|artifacts(\..+)?|integrations(\..+)?",
     r"engine(\..+)?",

@@ -295,7 +295,7 @@ def test_each_pair_composes_or_is_refused(first, second):
     outputs = logits(model, batch)
     one, two = (make(name, **PAIR.get(name, {})) for name in (first, second))
     below = one.apply(model, PLACE)
-    if one.alone or two.alone:
+    if one.exclusive_reason or two.exclusive_reason:
         patched = snapshot(model)
         with pytest.raises(BadInput):
             two.apply(model, PLACE)

@@ -11,7 +11,8 @@ from test_plan import ROWS, TOKENS, folders, recipe_of  # noqa: F401 (a fixture)
 from test_rates import flat
 from trimtab.cost import roofline
 from trimtab.cost.roofline import OPTIMISER, Stopwatch, row_update, written_back
-from trimtab.engine.arguments import arguments_class, training_arguments
+from trimtab.engine.arguments import training_arguments
+from trimtab.engine.objectives import arguments_class
 from trimtab.methods.meft import experts
 from trimtab.planning.plan import plan
 from trimtab.planning.step import PlannedStep

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from byte_model import byte_folder, byte_tokenizer, tiny
 from helpers_run import write_rows
 from trimtab import Recipe
+from trimtab.engine.packed_rows import PackedRows
 from trimtab.engine.packing_probe import leak, pack_apart, packed_batch
-from trimtab.engine.trainers import PackedRows, block_mask
 from trimtab.errors import BadInput
 from trimtab.inference.evaluate import evaluate
+from trimtab.model.block_mask import block_mask
 from trimtab.training.train import train
 
 LFM2 = {"layer_types": ["conv", "full_attention"]}

@@ -16,7 +16,8 @@ from tiny import tiny_folder
 from trimtab.cost import trace
 from trimtab.cost.overhead import CHURN, THREAD
 from trimtab.doctor import known_overhead
-from trimtab.engine.arguments import arguments_class, training_arguments
+from trimtab.engine.arguments import training_arguments
+from trimtab.engine.objectives import arguments_class
 from trimtab.engine.prepare import prepared
 from trimtab.errors import BadInput, DoesNotFit, Untraceable
 from trimtab.memory.meter import LiveTensors

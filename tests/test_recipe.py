@@ -39,7 +39,7 @@ def test_a_whole_recipe(file):
     (patch,) = recipe.load_patches()
     assert patch == trimtab.PaCA(r=8)
     assert recipe.training_values()["max_steps"] == 200 and recipe.training_values()["seed"] == 0
-    assert recipe.load_objective().task == "causal-lm" and recipe.load_stepper().by_trainer
+    assert recipe.load_objective().head == "causal-lm" and type(recipe.load_stepper()).__name__ == "Backprop"
 
 
 def test_what_is_written_is_what_is_read(file, tmp_path):

@@ -1,7 +1,12 @@
-"""All that a method may be: a Patch (a reversible change to a model), an Objective (batch -> loss) or a Stepper.
+"""The four things that a method may be: a Patch, its Surgery, an Objective or a Stepper.
 
-This is the thin waist of the house. Methods implement these classes and never import each other; the engine, the
-planner and the adapter files know only these classes and no method by name.
+- A Patch is a reversible change to a model. It is trained (LoRA), slims the model (pruning), or acts while the model
+  generates (a KV-cache policy); `when` says which. Applying it returns a Surgery.
+- An Objective turns a batch into a loss, and names the trainer that runs it.
+- A Stepper turns losses into gradients and gradients into steps.
+
+Methods implement these classes and never import each other. Everything else (engine, planner, adapter files, inference)
+knows only these classes and no method by name. Bases for the common cases are in `bases/`.
 """
 
 from __future__ import annotations
@@ -9,27 +14,29 @@ from __future__ import annotations
 import dataclasses
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import BadInput
-from .model import anatomy
-from .model.packing import keep_trainable_layout
-from .model.surgery import ALONE, Swaps, is_patch
 from .model.surgery import ModulePatch as ModulePatch
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+Batch = dict[str, Tensor]
 
 
 class When(enum.Enum):
-    """When a patch does its work."""
+    """When a patch acts, and where inference takes it from."""
 
-    TRAIN = "train"
-    INFER = "infer"
-    BOTH = "both"
+    TRAIN = "train"  # it is trained; inference loads it from the adapter folder
+    INFER = "infer"  # it acts while the model generates; nothing is saved, inference takes it from the recipe
+    BOTH = "both"  # it is not trained but acts in training too (a pruned base); saved in the adapter folder
 
 
 @dataclass(frozen=True)
@@ -63,20 +70,20 @@ class Portable:
 
 
 class Surgery(ABC):
-    """A change made to a model: the way back, and what is ours.
+    """A change made to a model: how it is undone, and which tensors are its own.
 
-    `own_tensors` names every tensor that the patch trained or must remember (keys are module paths of the *unpatched*
-    model plus a suffix); nothing of the base is among them. `load_tensors` takes the same dict back.
+    `own_tensors` names every tensor that the patch trained or must remember. Keys are module paths of the *unpatched*
+    model plus a suffix; no tensor of the base is among them. `load_tensors` takes the same dict back.
     """
 
     patch: Patch
     stores: list = []  # tables in the slow tier (TieredStore), when a method keeps any
-    starts_at_zero: bool = True  # the patched model computes at first what it computed without the patch
+    starts_at_zero: bool = True  # at first, the patched model computes exactly what the unpatched one does
     notes: tuple[str, ...] = ()  # what a user should know of how the patch was applied, a line each
 
     @abstractmethod
     def revert(self) -> None:
-        """Put the model back exactly as it was: state dict bit for bit, `str(model)`, number of hooks."""
+        """Restore the model exactly: state dict bit for bit, `str(model)`, number of hooks."""
 
     @abstractmethod
     def own_tensors(self) -> dict[str, Tensor]: ...
@@ -84,31 +91,30 @@ class Surgery(ABC):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Copy `tensors` into the patched model in place. Names and shapes must match those of `own_tensors`."""
         own = self.own_tensors()
+        do = "Use the adapter with the base model and the patch it was made with"
         if own.keys() != tensors.keys():
             odd = sorted(own.keys() ^ tensors.keys())[0]
-            raise BadInput(
-                f"load {len(tensors)} tensors into {type(self.patch).__name__}",
-                f"{len(own)} are expected, and {odd} is on one side only",
-                "Use the adapter with the base model and the patch it was made with",
-            )
+            asked = f"load {len(tensors)} tensors into {type(self.patch).__name__}"
+            raise BadInput(asked, f"{len(own)} are expected, and {odd} is on one side only", do)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if own[name].shape != tensor.shape:
-                    raise BadInput(
-                        f"load {name} of shape {tuple(tensor.shape)}",
-                        f"the patched model has {tuple(own[name].shape)} there",
-                        "Use the adapter with the base model and the patch it was made with",
-                    )
+                    have = f"the patched model has {tuple(own[name].shape)} there"
+                    raise BadInput(f"load {name} of shape {tuple(tensor.shape)}", have, do)
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
 
+    def calibrate(self, batches: Iterable[Batch]) -> None:  # noqa: B027
+        """Set what depends on data. Called once in a new run, before the next patch is applied, with
+        `patch.calibration_rows` rows of `data.train` in batches; a saved adapter has the result in its tensors."""
+
     def merge(self) -> None:
-        """Write the change into the base weights and take the patch out: a plain transformers model remains."""
+        """Write the change into the base weights and remove the patch: a plain transformers model remains."""
         asked = f"merge {type(self.patch).__name__}"
         raise BadInput(asked, "it depends on its input, so no weight can hold it", "Keep the adapter")
 
     def adapter_config(self) -> dict[str, Any]:
-        """What adapter_config.json holds. PEFT reads it where the method is one of PEFT's own (LoRA overrides this)."""
+        """The content of adapter_config.json. PEFT reads it where the method is one of PEFT's own (LoRA overrides)."""
         return {"peft_type": type(self.patch).__name__.upper(), **self.patch.config()}
 
     def portable(self) -> Portable:
@@ -116,6 +122,14 @@ class Surgery(ABC):
         raise BadInput(
             f"export {type(self.patch).__name__} to peft", "no tuner of peft computes it", "Run it through trimtab"
         )
+
+    def penalty(self) -> Tensor | None:
+        """A term of the loss, shape (), that does not depend on the batch; added once to each optimiser step."""
+        return None
+
+    def cache(self) -> Cache | None:
+        """A new, empty KV cache for one call of `generate` (model/kv_cache.py); None: transformers' own."""
+        return None
 
     def before_step(self, step: int) -> None:  # noqa: B027
         """Called by the engine before optimiser step `step` (0, 1, ...), for parts that change on a schedule."""
@@ -131,92 +145,25 @@ class Patch(ABC):
     paper: ClassVar[str] = ""  # arXiv id
     when: ClassVar[When] = When.TRAIN
     trains_base: ClassVar[bool] = False  # True where the base's own weights move (full fine-tuning)
-    alone: ClassVar[str] = ""  # why it composes with no other trained patch; "" where it does
-    defaults: ClassVar[dict[str, Any]] = {}  # of `training:`, where the method wants others than the recipe's
-    tables: ClassVar[bool] = False  # True where it keeps tables in the slow tier
-    less: ClassVar[tuple[str, ...]] = ()  # fields of which a smaller number holds less, those that matter least first
+    exclusive_reason: ClassVar[str] = ""  # why no other trained patch can be applied with it; "" where one can
+    defaults: ClassVar[dict[str, Any]] = {}  # of `training:`, above the objective's
+    uses_tables: ClassVar[bool] = False  # True where it keeps tables in the slow tier
+    shrinkable: ClassVar[tuple[str, ...]] = ()  # fields that use less memory when smaller, the least harmful first
 
     @abstractmethod
     def apply(self, model: PreTrainedModel, place: Place) -> Surgery: ...
+
+    @property
+    def calibration_rows(self) -> int:
+        """How many rows of `data.train` `Surgery.calibrate` needs; 0: it needs none and is not called."""
+        return 0
 
     def config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-class LinearSurgery(Surgery):
-    """Wrapped linears: the wrapper holds the frozen linear as `base` and its own parameters beside it."""
-
-    def __init__(self, patch: LinearPatch, model: PreTrainedModel):
-        self.patch, self.model = patch, model
-        self.swaps = Swaps(model)
-        self.layers: dict[str, Any] = {}  # path -> wrapper
-
-    def own_tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": tensor
-            for name, layer in self.layers.items()
-            for key, tensor in layer.state_dict(keep_vars=True).items()
-            if not key.startswith("base.")
-        }
-
-    def revert(self) -> None:
-        for layer in self.layers.values():
-            if callable(detach := getattr(layer, "detach_base", None)):
-                detach()
-        self.swaps.undo()
-
-    def merge(self) -> None:
-        """Each wrapper's `merge_into_base()` gives the linear that stands there from now on."""
-        merged = {name: layer.merge_into_base() for name, layer in self.layers.items()}
-        self.swaps.undo()
-        for name, linear in merged.items():
-            if self.model.get_submodule(name) is not linear:
-                self.swaps.replace(name, linear)
-
-
-@dataclass(frozen=True)
-class LinearPatch(Patch):
-    """The common case: every targeted linear is wrapped by one module. A method writes `wrap` and the module."""
-
-    targets: str = "all-linear"  # "all-linear", a comma list of name endings ("q_proj,v_proj"), or a regex on the path
-
-    @abstractmethod
-    def wrap(self, linear: nn.Module, name: str) -> nn.Module: ...
-
-    def surgery(self, model: PreTrainedModel) -> LinearSurgery:
-        return LinearSurgery(self, model)
-
-    def apply(self, model: PreTrainedModel, place: Place) -> LinearSurgery:
-        surgery = self.surgery(model)
-        targets = anatomy.target_linears(model, self.targets)
-        freeze_base(model, surgery.swaps)
-        for name, linear in targets.items():
-            layer = self.wrap(linear, name)
-            surgery.swaps.replace(name, layer)
-            surgery.layers[name] = layer
-        return surgery
-
-
-def freeze_base(model: nn.Module, swaps: Swaps) -> None:
-    """Freeze what no patch put there, before any other change; `swaps` remembers the flags for the way back."""
-    if why := getattr(model, ALONE, ""):
-        raise BadInput("apply a second trained patch", why, "Keep one of the two")
-    keep_trainable_layout(model, swaps)
-    ours = {id(p) for module in model.modules() if is_patch(module) for p in own_parameters(module)}
-    for parameter in model.parameters():
-        if id(parameter) not in ours and parameter.requires_grad:
-            swaps.set_requires_grad(parameter, False)
-
-
-def own_parameters(layer: nn.Module) -> Iterable[nn.Parameter]:
-    """The parameters of a wrapper without those of the module it wraps (its `base`; `base_layer` in peft)."""
-    wrapped = (getattr(layer, name, None) for name in ("base", "base_layer"))
-    base = {id(p) for module in wrapped if isinstance(module, nn.Module) for p in module.parameters()}
-    return (p for p in layer.parameters() if id(p) not in base)
-
-
 class Loss(NamedTuple):
-    """A loss with what it counted on the way, for the log."""
+    """A loss, with the counts that the log reports."""
 
     value: Tensor  # shape ()
     correct: Tensor  # how many items were predicted right
@@ -224,27 +171,50 @@ class Loss(NamedTuple):
 
 
 class Objective(ABC):
-    """A batch -> a loss. `task` says which transformers head the model needs."""
+    """A batch -> a loss."""
 
-    task: ClassVar[str] = "causal-lm"
-
-    def collect(self, model: PreTrainedModel, batch: dict[str, Any], rng: torch.Generator) -> dict[str, Any]:
-        """May sample from the model (RL); by default the batch is used as it is."""
-        return batch
+    head: ClassVar[str] = "causal-lm"  # the transformers head that the model needs: "causal-lm" or "classification"
+    trainer: ClassVar[str] = "trimtab.engine.trainers:CausalTrainer"  # an `engine.objectives.ObjectiveTrainer`
+    evaluator: ClassVar[str] = "trimtab.inference.evaluate:answer"  # what `trimtab eval` calls
+    defaults: ClassVar[dict[str, Any]] = {"lr_scheduler_type": "linear", "warmup_steps": 0}  # of `training:`
 
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
-        """A surgery for what the objective itself trains (a fresh classification head), or None."""
+        """A surgery for what the objective itself trains (a new classification head), or None."""
         return None
 
     @abstractmethod
-    def loss(self, model: PreTrainedModel, batch: dict[str, Any], count: Tensor | int | None = None) -> Loss:
+    def loss(self, model: PreTrainedModel, batch: Batch, count: Tensor | int | None = None) -> Loss:
         """-> mean loss, shape (). `count`: how many items the whole optimiser step averages over (accumulation)."""
 
+    def example_batch(self, rows: int, tokens: int, args: Any) -> Batch:
+        """A batch of zeros, as the trainer's collator would make it under `args`; the planner traces it."""
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
 
-class Stepper(ABC):
-    """A loss -> new weights. One closure per micro-batch; returns the mean loss."""
 
-    by_trainer: ClassVar[bool] = False  # True: the engine's own backward pass and optimiser are this stepper
+class Stepper:
+    """How losses become gradients, and gradients a step. As it stands: the ordinary backward pass, and the optimiser
+    that `training.optim` names."""
 
-    @abstractmethod
-    def step(self, losses: Iterable[Callable[[], Tensor]]) -> float: ...
+    def prepare(self, model: PreTrainedModel) -> Surgery | None:
+        """A surgery for what the stepper itself needs on the model, or None."""
+        return None
+
+    def optimizer(self, parameters: Sequence[nn.Parameter], args: Any) -> torch.optim.Optimizer | None:
+        """The optimiser for the trained `parameters` under the training arguments; None: transformers makes it."""
+        return None
+
+    def backward(self, loss: Callable[[], Tensor], back: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
+        """One micro-batch: compute `loss`, leave what the optimiser needs (`.grad`), return the loss, detached.
+
+        `loss` runs the forward pass anew each time it is called. `back`: runs a backward pass from a loss.
+        """
+        value = loss()
+        back(value)
+        return value.detach()
+
+
+def penalty_of(surgeries: Iterable[Surgery]) -> Tensor | None:
+    """The sum of the surgeries' penalties, shape (); None where there is none."""
+    found = [penalty for surgery in surgeries if (penalty := surgery.penalty()) is not None]
+    return torch.stack(found).sum() if found else None

@@ -56,7 +56,6 @@ class EngineSpec:
 # What `training:` may hold besides the fields of TRL's SFTConfig or transformers' TrainingArguments: nothing.
 # These are our defaults where theirs would surprise on a small machine.
 TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-3,
     "per_device_train_batch_size": 4,
     "max_length": 512,
     "num_train_epochs": 1,
@@ -64,8 +63,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": "none",
     "activation_checkpointing": False,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0,
     "seed": 0,
 }
 
@@ -164,9 +161,10 @@ class Recipe:
             patches.append(build(methods.find(name), values, f"patches: {name}"))
         trained = [p for p in patches if p.when.value != "infer"]
         for patch in trained:
-            if patch.alone and len(trained) > 1:
+            if patch.exclusive_reason and len(trained) > 1:
                 others = ", ".join(methods.name_of(p) for p in trained if p is not patch)
-                raise BadInput(f"{methods.name_of(patch)} with {others}", patch.alone, "Take one of them out")
+                asked = f"{methods.name_of(patch)} with {others}"
+                raise BadInput(asked, patch.exclusive_reason, "Take one of them out")
         return patches
 
     def load_objective(self) -> Objective:
@@ -186,7 +184,7 @@ class Recipe:
             if old in self.training and new in self.training:
                 raise BadInput(f'training: "{old}" and "{new}"', "they are two names of one field", f"Keep {new}")
         given = {RENAMED.get(key, key): value for key, value in self.training.items()}
-        wanted: dict[str, Any] = {}
+        wanted: dict[str, Any] = {**self._class(self.objective, "objective").defaults}
         for of_patch in (methods.find(next(iter(entry))).defaults for entry in self.patches):
             rate = min(of_patch.get("learning_rate", math.inf), wanted.get("learning_rate", math.inf))
             wanted |= of_patch | ({"learning_rate": rate} if rate < math.inf else {})
@@ -210,6 +208,10 @@ class Recipe:
     def _verb(name: str) -> Any:
         # A door for Python users to the floor above; the recipe itself knows none of the verbs.
         return getattr(import_module(f"{__package__}.{name}"), name.split(".")[-1])
+
+    @staticmethod
+    def _class(value: str | dict[str, dict[str, Any]], kind: str) -> Any:
+        return methods.find(value if isinstance(value, str) else next(iter(value), ""), kind)
 
     @staticmethod
     def _one(value: str | dict[str, dict[str, Any]], kind: str) -> Any:

@@ -215,7 +215,7 @@ def load_run(
         )
     if adapter_folder and not folder.is_dir():
         raise BadInput(f"adapter {folder}", "there is no such folder", "Name the adapter/ folder of a run")
-    meta = read_meta(folder)["base"] if folder.is_dir() else Base(recipe.model.name, "", recipe.load_objective().task)
+    meta = read_meta(folder)["base"] if folder.is_dir() else Base(recipe.model.name, "", recipe.load_objective().head)
     place = place_of(recipe)
     labels = len(meta.labels) or (1 if meta.task == "classification" else None)
     model, tokenizer = load_model(recipe.model, task=meta.task, labels=labels, device=place.device)

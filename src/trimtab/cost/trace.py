@@ -255,6 +255,7 @@ class Step:
     device: torch.device
     batch: Callable[[], dict[str, Tensor]]
     loss: Callable[[dict[str, Tensor]], Tensor]
+    backward: Callable[[Callable[[], Tensor], Callable[[Tensor], None]], Any]  # the stepper's
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     kind_of: Callable[[str, Tensor], str]  # (path, tensor) -> what a parameter or buffer counts as
     evaluation: Callable[[], dict[str, Tensor]] | None = None  # a batch of it, where the run evaluates on the way
@@ -310,12 +311,16 @@ def _operation(error: Exception) -> str:
 
 
 def _train(step: Step, trace: Trace, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
-    for _ in range(step.micro_batches):
+    def loss() -> Tensor:
         trace.enter("embedding", ACTIVATIONS)
-        value = step.loss(step.batch())
+        return step.loss(step.batch())
+
+    def back(value: Tensor) -> None:
         trace.enter("backward of the head", TEMPORARIES)
         value.backward()
-        del value
+
+    for _ in range(step.micro_batches):
+        step.backward(loss, back)
     trace.enter("optimiser", OPTIMISER)
     if step.clip:
         nn.utils.clip_grad_norm_(trained, step.clip)

@@ -70,7 +70,9 @@ def check_renders(reader: Reader, rows: list[dict[str, Any]], tokenizer: PreTrai
 def reply_form(
     rows: Any, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, eos_token: str | None = None
 ) -> ReplyForm:
-    """What rows (data.Rows) teach of replies. `eos_token`: of `training`."""
+    """What rows (data.Rows) teach of replies; those of a classifier teach nothing. `eos_token`: of `training`."""
+    if rows.labels is not None or rows.regression:
+        return ReplyForm()
     if rows.form == "text":
         return ReplyForm(False, eos_token=eos_token, template=template_of(spec))
     names = rows.dataset.column_names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,15 +11,10 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from transformers import TrainingArguments, get_scheduler
 from trl import SFTConfig
 
-from ..contracts import Objective, Patch
+from ..contracts import Objective, Stepper
 from ..errors import BadInput, nearest
 from ..recipe import Recipe
 from .fields import check_fields
-
-
-def arguments_class(objective: Objective) -> type[TrainingArguments]:
-    """The library's own dataclass for the objective's trainer."""
-    return SFTConfig if objective.task == "causal-lm" else TrainingArguments
 
 
 def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:
@@ -28,8 +22,8 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
     values = recipe.training_values()
     length = values["max_length"] if isinstance(values["max_length"], int) else 512
     known = {f.name for f in dataclasses.fields(cls) if f.init}
-    if cls is not SFTConfig:
-        values.pop("max_length")  # rows are tokenised by trimtab, up to it
+    if "max_length" not in known:  # rows are tokenised by trimtab, up to it
+        values.pop("max_length")
         if values.pop("packing", False):
             raise BadInput("training: packing: true", "a classifier reads one text a row", "Leave it out")
     if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # the newer name of the same
@@ -48,6 +42,8 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
         )  # fmt: skip
     if cls is SFTConfig:
         values.setdefault("bf16", False)
+        if values.get("packing") and values["max_length"] is None and values.get("completion_only_loss") is None:
+            raise BadInput("training: packing: true", "max_length is None", "Give max_length")
     try:
         made = cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
         if values.get("pad_to_multiple_of", "auto") == "auto":
@@ -88,9 +84,17 @@ def unweighed(objective: Objective) -> Objective:
     return dataclasses.replace(objective, **{k: v for k, v in plain.items() if k in have})  # type: ignore[type-var]
 
 
-def check_optimizer(patches: Iterable[Patch], args: TrainingArguments) -> None:
-    """BadInput for an optimiser that the rows of a patch's tables cannot be stepped with."""
-    tables = [patch for patch in patches if patch.tables]
+def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
+    """BadInput for an optimiser that would not be used, or that the rows of a patch's tables cannot be stepped with."""
+    stepper, tables = recipe.load_stepper(), [patch for patch in recipe.load_patches() if patch.uses_tables]
+    if type(stepper).optimizer is not Stepper.optimizer:
+        name = type(stepper).__name__
+        if "optim" in recipe.training:
+            asked = f"training: optim: {recipe.training['optim']} with {name}"
+            raise BadInput(asked, f"{name} has an optimiser of its own", "Take optim out")
+        if tables:
+            asked = f"{name} with {type(tables[0]).__name__}"
+            raise BadInput(asked, "rows in the slow tier are stepped by Adam only", "Say stepper: backprop")
     if tables and args.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise BadInput(
             f"training: optim: {getattr(args.optim, 'value', args.optim)} with {type(tables[0]).__name__}",

@@ -6,45 +6,33 @@ counts what tokenizer and table use of the process.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..contracts import Objective
+from ..contracts import Batch, Objective
 from ..data.files import is_hub
-from ..data.rows import Rows, read_rows, tokenize_classification
+from ..data.rows import read_rows
 from ..memory.meter import process_memory
-from ..model.limits import check_dataset
 from ..recipe import Recipe
-from .arguments import arguments_class, training_arguments
+from .arguments import training_arguments
 from .checks import check_batches, check_wishes
-from .trainers import CausalTrainer, ClassifierTrainer, Job
+from .job import Inputs, Job
+from .objectives import arguments_class, trainer_class
 
 Say = Callable[[str], None]
-
-
-@dataclass
-class Inputs:
-    """The tokenizer, and the rows of `data.train` and, where the run evaluates on the way, of `data.test`."""
-
-    tokenizer: Any
-    rows: Rows
-    test: Rows | None
-
-    @property
-    def labels(self) -> int | None:
-        """How many classes a classifier's head has: 1 for regression."""
-        return 1 if self.rows.regression else len(self.rows.labels) if self.rows.labels else None
 
 
 def read_inputs(recipe: Recipe, objective: Objective, args: Any, say: Say) -> Inputs:
     """Reads them, and refuses what of the training arguments they do not allow."""
     from ..model.load import config_folder, load_tokenizer
 
-    spec, task = recipe.model, objective.task
+    spec, task = recipe.model, objective.head
     tokenizer = load_tokenizer(config_folder(spec, say), trust_remote_code=spec.trust_remote_code)
     rows, test = read_rows(recipe.data, "train", tokenizer, task), None
     check_wishes(args, recipe, rows, tokenizer)
@@ -55,37 +43,30 @@ def read_inputs(recipe: Recipe, objective: Objective, args: Any, say: Say) -> In
 
 def make_trainer(job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs) -> Any:
     """The objective's trainer, with the tokenised rows."""
-    made = (_causal if job.objective.task == "causal-lm" else _classifier)(job, recipe, model, args, inputs)
+    made = trainer_class(job.objective).build(job, recipe, model, args, inputs)
     check_batches(made)
     return made
 
 
-def _causal(job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs) -> CausalTrainer:
-    rows, test = inputs.rows, inputs.test
-    args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
-    return CausalTrainer(
-        job, model=model, args=args, processing_class=inputs.tokenizer, train_dataset=rows.dataset,
-        eval_dataset=test.dataset if test else None,
-    )  # fmt: skip
+def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) -> Callable[[int], Iterator[Batch]]:
+    """-> a function: how many rows of `data.train` -> these rows in batches on `device`, as a run collates them."""
+    from transformers import IntervalStrategy
 
+    from ..model.load import empty_model
 
-def _classifier(job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs) -> ClassifierTrainer:
-    from transformers import DataCollatorWithPadding
+    def batches(rows: int) -> Iterator[Batch]:
+        dataset = inputs.rows.dataset
+        few = dataclasses.replace(inputs.rows, dataset=dataset.select(range(min(rows, len(dataset)))))
+        objective, own = recipe.load_objective(), copy.copy(args)
+        own.dataloader_drop_last, own.eval_strategy = False, IntervalStrategy.NO
+        own.per_device_eval_batch_size = own.per_device_train_batch_size
+        model, _ = empty_model(recipe.model, task=objective.head, labels=inputs.labels)
+        job = Job.without_patches(recipe, model)
+        trainer = make_trainer(job, recipe, model, own, Inputs(inputs.tokenizer, few, None))
+        for batch in trainer.get_eval_dataloader(trainer.train_dataset):
+            yield {key: value.to(device) for key, value in batch.items()}
 
-    length, parts = recipe.training_values()["max_length"], {}
-    for name, part in (("train", inputs.rows), ("test", inputs.test)):
-        if part is None:
-            continue
-        parts[name], found = tokenize_classification(part, inputs.tokenizer, length, recipe.data.too_long, name)
-        check_dataset(model, parts[name], name)
-        if found.over:
-            what = f"{found.cut} cut, {found.dropped} left out"
-            job.say(f"{found.over} {name} rows are longer than max_length {length}: {what}")
-    return ClassifierTrainer(
-        job, model=model, args=args, processing_class=inputs.tokenizer, train_dataset=parts["train"],
-        eval_dataset=parts.get("test"),
-        data_collator=DataCollatorWithPadding(inputs.tokenizer, pad_to_multiple_of=args.pad_to_multiple_of),
-    )  # fmt: skip
+    return batches
 
 
 def largest_batch(trainer: Any) -> dict[str, Any]:
@@ -129,10 +110,9 @@ def foresee(recipe: Recipe) -> Foreseen:
     """
     import tempfile
 
-    from ..artifacts.adapter import Base
     from ..model.load import empty_model
 
-    objective, stepper = recipe.load_objective(), recipe.load_stepper()
+    objective = recipe.load_objective()
     quiet: Say = lambda line: None  # noqa: E731
     gc.collect()
     before = process_memory()["anon"]
@@ -140,9 +120,8 @@ def foresee(recipe: Recipe) -> Foreseen:
         cpu = recipe.load_place().device.type == "cpu"
         args = training_arguments(recipe, arguments_class(objective), Path(folder), cpu)
         inputs = read_inputs(recipe, objective, args, quiet)
-        model, _ = empty_model(recipe.model, task=objective.task, labels=inputs.labels)
-        job = Job(objective, stepper, [], Base(recipe.model.name, ""), model.dtype, recipe.data.too_long, quiet)
-        trainer = make_trainer(job, recipe, model, args, inputs)
+        model, _ = empty_model(recipe.model, task=objective.head, labels=inputs.labels)
+        trainer = make_trainer(Job.without_patches(recipe, model), recipe, model, args, inputs)
         gc.collect()
         return Foreseen(largest_batch(trainer), max(0, process_memory()["anon"] - before))
 

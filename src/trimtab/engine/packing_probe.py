@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import BadInput
 from ..model.undisturbed import undisturbed
-from .trainers import PackedRows
+from .packed_rows import PackedRows
 
 LENGTHS = (6, 5, 4)  # tokens of the documents in the row
 WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention", "attention_window_size", "window_size")

@@ -19,8 +19,6 @@ from ..model.surgery import Swaps, is_patch
 from ..model.weight_prefetch import read_weights_ahead
 from ..recipe import Recipe
 
-BLOCK = "trimtab_block_mask"  # on training arguments: the type of the packed rows' explicit mask, for the planner
-
 
 @contextlib.contextmanager
 def as_it_was(model: PreTrainedModel) -> Iterator[None]:
@@ -52,7 +50,7 @@ def as_it_was(model: PreTrainedModel) -> Iterator[None]:
 def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> Iterator[None]:
     """The model as the engine steps it: lean forms in, blocks compiled if asked, forward leading to the objective."""
     swaps = Swaps(model)
-    if objective.task == "causal-lm" and not getattr(objective, "whole", False) and not hasattr(model, READ):
+    if objective.head == "causal-lm" and not getattr(objective, "whole", False) and not hasattr(model, READ):
         swaps.set_attribute(model, READ, read_head(model))
     lean_swaps = lean_forms(model, recipe)
     original = model.forward

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from ..contracts import Objective, Surgery
+from ..model.block_mask import BLOCK
 from ..recipe import Recipe
+from .packed_rows import PackedRows
 from .packing_probe import pack_apart, packed_batch
-from .prepare import BLOCK
-from .probe import probe
-from .trainers import PackedRows
+from .probe import head_read, loss_now, probe, require_unchanged
+
+
+@contextlib.contextmanager
+def loss_compared(model: Any, objective: Objective) -> Iterator[Callable[[list[Surgery], torch.dtype | None], None]]:
+    """Yields a function (surgeries, autocast's type): BadInput where patches that should change nothing at first have
+    changed a language model's loss. Within it the model's head is read once."""
+    if objective.head != "causal-lm":
+        yield lambda surgeries, autocast: None
+        return
+    with head_read(model):
+        before = loss_now(model)
+        yield lambda surgeries, autocast: require_unchanged(model, before, surgeries, autocast)
 
 
 def checked(

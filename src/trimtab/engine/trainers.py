@@ -12,49 +12,38 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, Trainer
+from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..artifacts import adapter
 from ..artifacts.checkpoint_files import EARLIER, STATE, check_optimizer, check_scheduler, write_sums
 from ..artifacts.run_folder import PARTIAL, checkpoints, discard, sync, sync_entry
-from ..contracts import Objective, Stepper, Surgery
+from ..contracts import Stepper, penalty_of
 from ..data.order import longest_first
-from ..data.rows import check_lengths
+from ..data.rows import check_lengths, tokenize_classification
 from ..errors import BadInput
 from ..model.limits import check_dataset, learned_positions
 from ..model.sampling import refused_by_template
+from ..recipe import Recipe
 from .divergence import mean_of
+from .job import Inputs, Job
+from .packed_rows import PackedRows
 from .prepare import autocast_dtype
 from .tables import ClipsRows
 
 
-@dataclass
-class Job:
-    """All that a trainer of ours is given beside the model and the data."""
-
-    objective: Objective
-    stepper: Stepper
-    surgeries: Sequence[Surgery]
-    base: adapter.Base
-    dtype: torch.dtype | None = None  # the base's, before any patch
-    too_long: str = "error"
-    say: Any = print
-    part: str | None = None  # which data its rows are of, "train" or "test", where the library's name for them misleads
-
-
 class _OurTrainer(ClipsRows):
-    """What both trainers share. Mixed in before the library's class."""
+    """What the trainers of all objectives share. Mixed in before the library's class."""
 
+    arguments: ClassVar[type[TrainingArguments]]  # the dataclass whose fields `training:` holds
     job: Job
 
     grad_norm = 0.0  # of the newest step, before clipping
@@ -79,7 +68,31 @@ class _OurTrainer(ClipsRows):
             self.step_summed = count is not None
         if count is not None and self.args.average_tokens_across_devices:
             value = value * self.accelerator.num_processes  # `count` is over all ranks; DDP averages the gradients
+        if mode == "train" and (penalty := penalty_of(self.job.surgeries)) is not None:
+            value = value + (penalty if count is None else penalty / self.current_gradient_accumulation_steps)
         return value
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """A stepper's own backward pass over one micro-batch; the library's where the stepper has none."""
+        stepper = self.job.stepper
+        if type(stepper).backward is Stepper.backward:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+
+        def loss() -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                value = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            return value if num_items_in_batch is not None else value / self.current_gradient_accumulation_steps
+
+        return stepper.backward(loss, self.accelerator.backward)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The stepper's, or else the one that the arguments name."""
+        if self.optimizer is None:
+            trained = [p for p in (model or self.model).parameters() if p.requires_grad]
+            self.optimizer = self.job.stepper.optimizer(trained, self.args)
+        return super().create_optimizer(model)  # type: ignore[misc]
 
     def step_loss(self) -> float:
         """The mean loss of the optimiser step whose gradients are ready, over all processes (each must call this)."""
@@ -202,8 +215,19 @@ class _OurTrainer(ClipsRows):
 class CausalTrainer(_OurTrainer, SFTTrainer):
     """SFTTrainer on an objective of ours."""
 
+    arguments = SFTConfig
+
     def _send_telemetry(self) -> None:
         """TRL's trainers report to the hub that they were made. Ours send nothing."""
+
+    @classmethod
+    def build(cls, job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs) -> CausalTrainer:
+        rows, test = inputs.rows, inputs.test
+        args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
+        return cls(
+            job, model=model, args=args, processing_class=inputs.tokenizer, train_dataset=rows.dataset,
+            eval_dataset=test.dataset if test else None,
+        )  # fmt: skip
 
     def __init__(self, job: Job, **kwargs: Any):
         self._take(job, kwargs["model"], kwargs["args"])
@@ -273,6 +297,25 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
 class ClassifierTrainer(_OurTrainer, Trainer):
     """transformers' Trainer on an objective of ours."""
 
+    arguments = TrainingArguments
+
+    @classmethod
+    def build(cls, job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs) -> ClassifierTrainer:
+        length, parts = recipe.training_values()["max_length"], {}
+        for name, part in (("train", inputs.rows), ("test", inputs.test)):
+            if part is None:
+                continue
+            parts[name], found = tokenize_classification(part, inputs.tokenizer, length, recipe.data.too_long, name)
+            check_dataset(model, parts[name], name)
+            if found.over:
+                what = f"{found.cut} cut, {found.dropped} left out"
+                job.say(f"{found.over} {name} rows are longer than max_length {length}: {what}")
+        return cls(
+            job, model=model, args=args, processing_class=inputs.tokenizer, train_dataset=parts["train"],
+            eval_dataset=parts.get("test"),
+            data_collator=DataCollatorWithPadding(inputs.tokenizer, pad_to_multiple_of=args.pad_to_multiple_of),
+        )  # fmt: skip
+
     def __init__(self, job: Job, **kwargs: Any):
         self._take(job, kwargs["model"], kwargs["args"])
         self._total_train_tokens = 0
@@ -294,48 +337,6 @@ class ClassifierTrainer(_OurTrainer, Trainer):
 
     prediction_step = CausalTrainer.prediction_step
     log = CausalTrainer.log
-
-
-class PackedRows(DataCollatorForLanguageModeling):
-    """Packed documents as rows (B, T) with restarting position ids, not as one sequence of B x T.
-
-    transformers builds the block mask from the position ids, and attention over B rows of T costs a B-th of attention
-    over one row of B x T. The first token of each document is no target (its label is masked).
-
-    For models that make no mask of position ids (packing_probe.py): `block`, the type of an explicit mask (B, 1, T, T),
-    which is added to the scores; `positions`: whether the rows have position ids.
-    """
-
-    block: torch.dtype | None = None
-    positions: bool = True
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        step = self.pad_to_multiple_of or 1
-        width = -(-max(len(e["input_ids"]) for e in examples) // step) * step
-        ids = torch.full((len(examples), width), self.pad_token_id)
-        labels = torch.full((len(examples), width), -100)
-        positions = torch.zeros((len(examples), width), dtype=torch.int64)
-        for row, example in enumerate(examples):
-            size = len(example["input_ids"])
-            ids[row, :size] = torch.tensor(example["input_ids"])
-            labels[row, :size] = torch.tensor(example["labels"])
-            lengths = list(example.get("seq_lengths", [size])) + ([width - size] if size < width else [])
-            positions[row] = torch.cat([torch.arange(n) for n in lengths])
-        labels[positions == 0] = -100
-        batch = {"input_ids": ids, "labels": labels}
-        if self.positions:
-            batch["position_ids"] = positions
-        if self.block is not None:
-            batch["attention_mask"] = block_mask(positions, self.block)
-        return batch
-
-
-def block_mask(positions_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, 1, T, T), to be added to attention scores: 0 where a token sees another of its document, else the lowest."""
-    document_BT = (positions_BT == 0).cumsum(1)
-    sees = (document_BT[:, :, None] == document_BT[:, None, :]).tril_()
-    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
-    return mask[:, None]
 
 
 def _admit_quantised(model: PreTrainedModel) -> None:

@@ -109,24 +109,24 @@ def losses(
     """Mean next-token loss (nats) over the tokens that count, its perplexity, and the share predicted right."""
     import tempfile
 
-    from trl import SFTConfig
+    from transformers import IntervalStrategy
 
-    from ..artifacts.adapter import Base
     from ..engine.arguments import training_arguments, unweighed
+    from ..engine.inputs import Inputs, make_trainer
+    from ..engine.objectives import arguments_class
     from ..engine.prepare import as_it_was, autocast_dtype, prepared
     from ..engine.start import checked
-    from ..engine.trainers import CausalTrainer, Job, quiet
+    from ..engine.trainers import Job, quiet
 
-    objective, stepper = recipe.load_objective(), recipe.load_stepper()
     with tempfile.TemporaryDirectory() as folder, as_it_was(model):
-        args = training_arguments(recipe, SFTConfig, Path(folder), recipe.load_place().device.type == "cpu")
-        args.assistant_only_loss = args.assistant_only_loss or rows.assistant_only
+        cpu = recipe.load_place().device.type == "cpu"
+        args = training_arguments(recipe, arguments_class(recipe.load_objective()), Path(folder), cpu)
+        args.dataloader_drop_last, args.eval_strategy = False, IntervalStrategy.NO
         args.per_device_eval_batch_size = args.per_device_train_batch_size
         dataset = rows.dataset.select(range(size))
-        job = Job(objective, stepper, [], Base(recipe.model.name, ""), model.dtype, recipe.data.too_long, part="test")
-        trainer = CausalTrainer(
-            job, model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
-        )
+        inputs = Inputs(tokenizer, dataclasses.replace(rows, dataset=dataset), None)
+        trainer = make_trainer(Job.without_patches(recipe, model, part="test"), recipe, model, args, inputs)
+        trainer.eval_dataset = trainer.train_dataset
         quiet(trainer)
         half = autocast_dtype([], model.dtype, trainer.autocast_wanted)
         recipe = checked(trainer, recipe, say, gradients=False, autocast=half)

@@ -7,12 +7,14 @@ label -100 and are neither projected nor counted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..contracts import Loss, Objective
+from ..contracts import Batch, Loss, Objective
+from ..model.block_mask import BLOCK
 from ..model.loss import next_token_loss
 
 
@@ -21,15 +23,23 @@ class CausalLM(Objective):
     """Next-token cross-entropy. `chunk`: positions projected at once (None: by bytes). `whole`: the logits of all
     positions at once, as the model itself makes them; the engine sets it where a head cannot be computed in chunks."""
 
-    task: ClassVar[str] = "causal-lm"
-
     chunk: int | None = None
     whole: bool = False
     smoothing: float = 0.0  # of labels; TRL's name in `training:` is label_smoothing_factor
     dft: bool = False  # weights each token by its probability (arXiv 2508.05629); in `training:` loss_type: dft
 
-    def loss(self, model: PreTrainedModel, batch: dict[str, Any], count: Tensor | int | None = None) -> Loss:
+    def loss(self, model: PreTrainedModel, batch: Batch, count: Tensor | int | None = None) -> Loss:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         return Loss(
             *next_token_loss(model, inputs, batch["labels"], count, self.chunk, self.whole, self.smoothing, self.dft)
         )
+
+    def example_batch(self, rows: int, tokens: int, args: Any) -> Batch:
+        """Padded rows, rows packed with their positions, or full rows."""
+        batch = super().example_batch(rows, tokens, args)
+        if args.padding_free or (args.packing and args.packing_strategy.startswith("bfd")):
+            batch["position_ids"] = torch.ones_like(batch["input_ids"])
+            del batch["attention_mask"]
+            if (dtype := getattr(args, BLOCK, None)) is not None:
+                batch["attention_mask"] = torch.zeros(rows, 1, tokens, tokens, dtype=dtype)
+        return batch

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..contracts import Loss, Objective, Patch, Place, Surgery
+from ..contracts import Batch, Loss, Objective, Patch, Place, Surgery
 from ..model import anatomy
 from ..model.surgery import Swaps
 
@@ -52,7 +52,9 @@ class HeadSurgery(Surgery):
 class Classification(Objective):
     """Cross-entropy over the labels, or squared error where the label is a number (`problem_type: regression`)."""
 
-    task: ClassVar[str] = "classification"
+    head: ClassVar[str] = "classification"
+    trainer: ClassVar[str] = "trimtab.engine.trainers:ClassifierTrainer"
+    evaluator: ClassVar[str] = "trimtab.inference.evaluate:classify"
 
     smoothing: float = 0.0  # of labels; in `training:` label_smoothing_factor
 
@@ -61,7 +63,7 @@ class Classification(Objective):
             return None  # full fine-tuning has the head among its weights
         return Head().apply(model, Place())
 
-    def loss(self, model: PreTrainedModel, batch: dict[str, Any], count: Tensor | int | None = None) -> Loss:
+    def loss(self, model: PreTrainedModel, batch: Batch, count: Tensor | int | None = None) -> Loss:
         labels = batch["labels"]
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
         seen = torch.as_tensor(labels.shape[0], device=labels.device)
@@ -72,3 +74,6 @@ class Classification(Objective):
             total = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.smoothing)
             correct = (logits.argmax(-1) == labels).sum()
         return Loss(total / (seen if count is None else count), correct, seen)
+
+    def example_batch(self, rows: int, tokens: int, args: Any) -> Batch:
+        return {**super().example_batch(rows, tokens, args), "labels": torch.zeros(rows, dtype=torch.int64)}

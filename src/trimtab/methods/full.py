@@ -35,7 +35,7 @@ class Full(Patch):
 
     trains_base: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-5}
-    alone: ClassVar[str] = "full fine-tuning moves the base weights, which every other trained patch holds still"
+    exclusive_reason: ClassVar[str] = "full fine-tuning moves the base weights, which every other patch needs frozen"
 
     dtype: Literal["fp32", "bf16", "keep"] = "fp32"  # of the weights while they are trained; bf16 loses small updates
     train: str = "all"  # "all", or a regex on parameter paths
@@ -50,7 +50,7 @@ class Full(Patch):
             raise BadInput(f'full: dtype: "{self.dtype}"', "no such precision here", f"Say {', '.join(DTYPES)}")
         chosen = self._chosen(model)
         surgery = FullSurgery(self, model)
-        stand_alone(model, surgery.swaps, self.alone)
+        stand_alone(model, surgery.swaps, self.exclusive_reason)
         for parameter in model.parameters():
             surgery.swaps.set_requires_grad(parameter, False)
         for name, parameter in chosen.items():

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..contracts import Patch, Place, Portable, Surgery, freeze_base
+from ..contracts import Patch, Place, Portable, Surgery
 from ..errors import BadInput
 from ..model import anatomy, quant
+from ..model.freeze import freeze_base
 from ..model.surgery import PATCH_MARK, Swaps
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ Of each targeted weight W (out x in), r input columns are trained and nothing el
 So backward needs only the r chosen columns of the input, T x r numbers instead of T x in. QPaCA (section 3.3) is the
 same on a base that is stored in 4 or 8 bits and de-quantised for each product.
 
-    I   the r chosen column indices, drawn once      D   trained delta, zero at the start (out x r)
-    s   alpha / r
+    I   the r chosen column indices, drawn once      D   trained delta, zero at first (out x r)      s   alpha / r
 
 What differs from the paper, and why. We train a delta from zero rather than the columns themselves, so that the base
 stays intact and s scales the update. Linears that read the same tensor (q/k/v, gate/up) share I, and so one saved
@@ -25,14 +24,15 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..contracts import LinearPatch, LinearSurgery, ModulePatch, Place, Portable
+from ..bases.linear import LinearPatch, LinearSurgery
+from ..contracts import ModulePatch, Place, Portable
 from ..errors import BadInput
 from ..model import anatomy, quant
 from ..model.shared_slice import SharedSlice
@@ -43,6 +43,7 @@ class PaCA(LinearPatch):
     """Train r columns of each targeted weight (section 3). Defaults are the reference library's, save `selection`."""
 
     paper: ClassVar[str] = "2503.01905"
+    defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3}
 
     r: int = 8  # columns per linear (section 4: 16 matches LoRA's r 8 in parameters)
     alpha: float | None = None  # s = alpha / r; None: s = 1. Under Adam, s only scales the learning rate

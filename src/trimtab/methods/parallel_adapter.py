@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from ..contracts import ModulePatch, Patch, Place, Surgery, freeze_base
+from ..contracts import ModulePatch, Patch, Place, Surgery
 from ..errors import BadInput
 from ..model import anatomy
+from ..model.freeze import freeze_base
 from ..model.surgery import Swaps
 
 NAME = "trimtab_parallel_adapter"
@@ -44,7 +45,7 @@ class ParallelAdapter(Patch):
 
     paper: ClassVar[str] = "2110.04366"
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-4, "warmup_steps": 0.02}
-    less: ClassVar[tuple[str, ...]] = ("r",)
+    shrinkable: ClassVar[tuple[str, ...]] = ("r",)
 
     r: int = 512  # pairs per layer; the paper's "bottleneck dimension" (512 in table 6, FFN rows)
     scale: float = 1.0  # s, section 4.6 (4 there)

@@ -97,11 +97,11 @@ def _computed(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """(how a user writes it, the changed recipe): tables in a file, and patches with less of what they are made of."""
     patches = recipe.load_patches()
-    if any(patch.tables for patch in patches) and recipe.place.slow == "ram":
+    if any(patch.uses_tables for patch in patches) and recipe.place.slow == "ram":
         yield "place.slow=disk", dataclasses.replace(recipe, place=dataclasses.replace(recipe.place, slow="disk"))
     for at, patch in enumerate(patches):
         ((name, fields),) = recipe.patches[at].items()
-        for key in patch.less:
+        for key in patch.shrinkable:
             for value in _lower(getattr(patch, key)):
                 entry = {name: {**fields, key: value}}
                 changed = [*recipe.patches[:at], entry, *recipe.patches[at + 1 :]]

@@ -184,7 +184,8 @@ def plan(
     from ..cost.roofline import Stopwatch
     from ..cost.trace import highest
     from ..doctor import known_overhead, known_rates
-    from ..engine.arguments import arguments_class, check_optimizer, training_arguments
+    from ..engine.arguments import check_optimizer, training_arguments
+    from ..engine.objectives import arguments_class
     from ..tiered.threads import beside as threads_beside
 
     place, objective = recipe.load_place(), recipe.load_objective()
@@ -199,7 +200,7 @@ def plan(
         )
     budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder or recipe.output))
     args = args or training_arguments(recipe, arguments_class(objective), Path(recipe.output), device.type == "cpu")
-    check_optimizer(recipe.load_patches(), args)
+    check_optimizer(recipe, args)
     notes: list[str] = []
     beside = Overhead(fixed=0, share=0.0) if device.type == "cuda" else known_overhead()
     if tokens is None:
@@ -328,7 +329,3 @@ def _speed(
 def _covered(recipe: Recipe) -> None:
     """What the planner cannot trace yet is said, not guessed."""
     template_of(recipe.data)  # a file that is not there is refused here as it is by `train`
-    if not recipe.load_stepper().by_trainer:
-        raise BadInput(
-            f"plan stepper {recipe.stepper}", "the planner follows back-propagation only", "Take budget: out"
-        )

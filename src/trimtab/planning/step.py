@@ -49,39 +49,40 @@ class PlannedStep:
     """One training step of a recipe on a model without values, `blocks` deep (None: as deep as it is)."""
 
     def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
+        from ..contracts import When
         from ..engine.arguments import weighed
+        from ..engine.patching import apply_patches, prepare
         from ..model.load import assembled, empty_model, left_dense, load_model
 
         self.recipe, self.args, self.real = recipe, args, real
-        self.objective = weighed(recipe.load_objective(), args)
+        self.objective, self.stepper = weighed(recipe.load_objective(), args), recipe.load_stepper()
         self.blocks, self.churn, self.products = blocks, 0, 0
-        self.model, self.mapped = empty_model(recipe.model, task=self.objective.task, blocks=blocks)
+        self.model, self.mapped = empty_model(recipe.model, task=self.objective.head, blocks=blocks)
         if real:
-            self.model = load_model(recipe.model, task=self.objective.task)[0]
+            self.model = load_model(recipe.model, task=self.objective.head)[0]
         self.left_dense = left_dense(self.model)
         self._as_trained()
         self.dtype = self.model.dtype
         # `.data`: the storage, which stays when a patch puts another under the same parameter
         self.base = {_key(t): t.data for t in (*self.model.parameters(), *self.model.buffers())}
-        fresh = [] if self.objective.task == "causal-lm" else self._fresh()
+        fresh = [] if self.objective.head == "causal-lm" else self._fresh()
         copies = [*fresh, *assembled(self.model, recipe.model)]
         self.in_file = {_key(p) for p in self.model.parameters()} - {_key(p) for p in copies}
         place = recipe.load_place()
         self.mapped = self.mapped and place.device.type == "cpu"  # another device gets copies
         try:
-            self.surgeries = [patch.apply(self.model, place) for patch in recipe.load_patches()]
+            self.surgeries = apply_patches(self.model, recipe.load_patches(), place, When.TRAIN)
+            self.surgeries += prepare(self.model, self.stepper, self.objective)
         except (RuntimeError, NotImplementedError) as error:  # a library's own code may want values
             why = f"the patch cannot be put on a model without values ({' '.join(str(error).split())[:120]})"
             raise Untraceable(f"plan {', '.join(map(str, recipe.patches))}", why, "Take budget: out") from error
-        if (head := self.objective.prepare(self.model)) is not None:
-            self.surgeries.append(head)
 
     def _as_trained(self) -> None:
         """What a run does to the model before it is patched and decides how its loss is computed."""
         from ..engine.prepare import weigh_router
         from ..model.head import READ, read_head
 
-        if self.objective.task == "causal-lm":
+        if self.objective.head == "causal-lm":
             weigh_router(self.model, self.args)
             setattr(self.model, READ, read_head(self.model))
 
@@ -166,7 +167,7 @@ class PlannedStep:
                 model.set_attn_implementation("sdpa")
             peaks, self.churn, self.products = trace_steps(Step(
                 model, torch.device("cpu"), functools.partial(self.batch, rows, tokens), self.loss,
-                self.optimizer, self.kind_of, self._evaluation(tokens),
+                self.stepper.backward, self.optimizer, self.kind_of, self._evaluation(tokens),
                 micro_batches=min(2, self.args.gradient_accumulation_steps), clip=self.args.max_grad_norm or 0.0,
                 counted=None if counted is None else rows * counted, clock=clock,
                 full_rows=bool(getattr(self.args, "packing", False)),
@@ -205,24 +206,9 @@ class PlannedStep:
         return MAPPED if self.mapped and tensor.is_floating_point() else WEIGHTS  # packed ones are made, not mapped
 
     def batch(self, rows: int, tokens: int) -> dict[str, Any]:
-        """Ids and labels as the collators make them: padded rows, rows packed with their positions, or full rows."""
-        import torch
-
-        from ..engine.prepare import BLOCK
-
-        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        made = self.objective.example_batch(rows, tokens, self.args)
         if self.real:  # where the data decide what runs, they should differ
-            ids.random_(self.model.config.get_text_config().vocab_size)
-        if self.objective.task != "causal-lm":
-            labels = torch.zeros(rows, dtype=torch.int64)
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        made = {"input_ids": ids, "labels": torch.zeros_like(ids)}
-        if self.args.padding_free or (self.args.packing and self.args.packing_strategy.startswith("bfd")):
-            made["position_ids"] = torch.ones_like(ids)
-            if (dtype := getattr(self.args, BLOCK, None)) is not None:
-                made["attention_mask"] = torch.zeros(rows, 1, tokens, tokens, dtype=dtype)
-        else:
-            made["attention_mask"] = torch.ones_like(ids)
+            made["input_ids"].random_(self.model.config.get_text_config().vocab_size)
         return made
 
     def _evaluation(self, tokens: int) -> Any:
@@ -234,13 +220,19 @@ class PlannedStep:
     def loss(self, batch: dict[str, Any]) -> Any:
         import torch
 
+        from ..contracts import penalty_of
+
         dtype = self.autocast
         with contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype):
-            return self.model(objective_batch=batch)[0]
+            value = self.model(objective_batch=batch)[0]
+        penalty = penalty_of(self.surgeries)
+        return value if penalty is None else value + penalty
 
     def optimizer(self, trained: list[Any]) -> Any:
         from transformers import Trainer
 
+        if (made := self.stepper.optimizer(trained, self.args)) is not None:
+            return made
         cls, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
         if not cls.__module__.startswith("torch.optim"):
             raise BadInput(

@@ -19,12 +19,14 @@ from transformers import TrainerState, set_seed
 from ..artifacts import adapter
 from ..artifacts.checkpoint_files import STATE, read_state
 from ..artifacts.run_folder import nothing_left, place_of
-from ..engine.arguments import arguments_class, check_optimizer, training_arguments, weighed
+from ..contracts import When
+from ..engine.arguments import check_optimizer, training_arguments, weighed
 from ..engine.divergence import Diverged, StopIfDiverged, chance_of
-from ..engine.inputs import largest_batch, make_trainer, read_inputs
+from ..engine.inputs import calibration_batches, largest_batch, make_trainer, read_inputs
+from ..engine.objectives import arguments_class
+from ..engine.patching import apply_patches, prepare, revert
 from ..engine.prepare import as_it_was, autocast_dtype, prepared
-from ..engine.probe import head_read, loss_now, require_unchanged
-from ..engine.start import checked
+from ..engine.start import checked, loss_compared
 from ..engine.tables import notes_of
 from ..engine.trainers import Job
 from ..engine.trainers import quiet as hush
@@ -68,9 +70,9 @@ class Session:
         self.main = self.args.process_index == 0  # of several processes one writes and speaks
         if not self.main:
             self.say, self.quiet = (lambda line: None), True
-        task, spec = self.objective.task, recipe.model
+        head, spec = self.objective.head, recipe.model
         self.base = adapter.Base(
-            spec.name, self.model.trimtab_base, task, spec.precision, self.rows.labels or [], self._reply_form()
+            spec.name, self.model.trimtab_base, head, spec.precision, self.rows.labels or [], self._reply_form()
         )
         self.surgeries: list[Any] = []
         self.meter = Meter(device=self.place.device)
@@ -85,23 +87,18 @@ class Session:
             way_back.callback(self.meter.stop)
             held = (*self.model.parameters(), *self.model.buffers())
             self.as_loaded = [weakref.ref(t.untyped_storage()) for t in held]  # a patch may keep some of it aside
-            causal = self.objective.task == "causal-lm"
-            if causal:
-                way_back.enter_context(head_read(self.model))
-                before = loss_now(self.model)
-            for patch in self.patches:
-                self.surgeries.append(patch.apply(self.model, self.place))
+            require_unchanged = way_back.enter_context(loss_compared(self.model, self.objective))
+            batches = calibration_batches(self.recipe, self.inputs, self.args, self.place.device)
+            self.surgeries += apply_patches(self.model, self.patches, self.place, When.TRAIN, batches)
             half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
-            if causal:
-                require_unchanged(self.model, before, self.surgeries, half)
+            require_unchanged(self.surgeries, half)
             if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
                 raise BadInput(
                     f"train {', '.join(map(str, self.recipe.patches))} with {sharder}",
                     "it cuts up the parameters beside a table in the slow tier, which cannot be stepped then",
                     "Start plain data parallelism, with torchrun",
                 )
-            if (head := self.objective.prepare(self.model)) is not None:
-                self.surgeries.append(head)
+            self.surgeries += prepare(self.model, self.stepper, self.objective)
             for note in notes_of(self.surgeries, str(self.place.folder)):
                 self.say(note)
             way_back.enter_context(as_it_was(self.model))
@@ -111,9 +108,8 @@ class Session:
             )
             self.trainer = make_trainer(job, self.recipe, self.model, self.args, self.inputs)
             hush(self.trainer)
-            if causal:
-                self.recipe = checked(self.trainer, self.recipe, self.say, gradients=True, autocast=half)
-                self.objective = job.objective = weighed(self.recipe.load_objective(), self.args)
+            self.recipe = checked(self.trainer, self.recipe, self.say, gradients=True, autocast=half)
+            self.objective = job.objective = weighed(self.recipe.load_objective(), self.args)
             self._way_back = way_back.pop_all()
         return self
 
@@ -121,30 +117,21 @@ class Session:
         self._way_back.__exit__(*error)
 
     def _revert(self) -> None:
-        while self.surgeries:
-            self.surgeries.pop().revert()
+        revert(self.surgeries)
+        self.surgeries.clear()
 
     # --- loading -------------------------------------------------------------------------------------------------
 
     def _arguments(self) -> Any:
         cls = arguments_class(self.objective)
         args = training_arguments(self.recipe, cls, self.output, self.place.device.type == "cpu")
-        check_optimizer(self.patches, args)
-        if (
-            self.objective.task == "causal-lm"
-            and args.completion_only_loss is None
-            and args.max_length is None
-            and args.packing
-        ):
-            raise BadInput("training: packing: true", "max_length is None", "Give max_length")
+        check_optimizer(self.recipe, args)
         return args
 
     def _reply_form(self) -> ReplyForm:
         """The form of reply that the rows teach, which the adapter's folder keeps."""
         from ..data.chat import reply_form
 
-        if self.objective.task != "causal-lm":
-            return ReplyForm()
         return reply_form(self.rows, self.recipe.data, self.tokenizer, getattr(self.args, "eos_token", None))
 
     def _model(self) -> Any:
@@ -153,7 +140,7 @@ class Session:
         names = self.rows.labels
         model, _ = load_model(
             self.recipe.model,
-            task=self.objective.task,
+            task=self.objective.head,
             labels=self.inputs.labels,
             device=self.place.device,
             say=self.say,

@@ -136,7 +136,7 @@ def _possible(session: Session) -> None:
     from ..planning.plan import plan
 
     recipe = session.recipe
-    if recipe.budget and session.args.world_size == 1 and any(patch.tables for patch in session.patches):
+    if recipe.budget and session.args.world_size == 1 and any(patch.uses_tables for patch in session.patches):
         made = plan(recipe, args=session.args, rows=1, tokens=2, process=0)
         here = max(0, process_memory()["anon"] - made.kinds.get("weights", 0))  # they are loaded by now
         require_fit(dataclasses.replace(made, process=here, phase="with one row of two tokens"), recipe)

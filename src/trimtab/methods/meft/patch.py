@@ -43,9 +43,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from ...contracts import Patch, Place, Surgery, freeze_base
+from ...contracts import Patch, Place, Surgery
 from ...errors import BadInput, nearest
 from ...model import anatomy
+from ...model.freeze import freeze_base
 from ...model.row_steps import RowPatch, step_with_optimisers
 from ...model.surgery import Swaps
 from ...model.weight_prefetch import recomputing
@@ -71,9 +72,9 @@ class Meft(Patch):
     """A sparse adapter of `r` key-value pairs beside each FFN, kept in slow memory."""
 
     paper: ClassVar[str] = "2406.04984"
-    tables: ClassVar[bool] = True
+    uses_tables: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2.5e-4, "warmup_steps": 0.02}  # paper: 1e-4, 2 % warm-up
-    less: ClassVar[tuple[str, ...]] = ("cache", "probes", "r")
+    shrinkable: ClassVar[tuple[str, ...]] = ("cache", "probes", "r")
 
     r: int = 4096  # pairs per layer; the paper's "10 %" is 3,200 on LLaMA-7B
     experts: int | None = None  # N; None: 12 sqrt(r), or r probes / k where that is fewer (section 3.3: 4 sqrt(r))

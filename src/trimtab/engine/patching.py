@@ -1,0 +1,41 @@
+"""Applies the patches of a recipe: for training, for a plan on a model without values, and for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..contracts import Batch, Patch, Place, Surgery, When
+
+
+def apply_patches(
+    model: Any, patches: Iterable[Patch], place: Place, phase: When,
+    batches: Callable[[int], Iterable[Batch]] | None = None,
+) -> list[Surgery]:  # fmt: skip
+    """Apply those of `patches` that act in `phase` (TRAIN or INFER), in order; -> their surgeries.
+
+    Each is calibrated before the next is applied, where it needs that: `batches` returns so many rows of the training
+    data in batches (None: a plan, whose model has no values). If one is refused, those before it are undone.
+    """
+    made: list[Surgery] = []
+    try:
+        for patch in patches:
+            if patch.when in (phase, When.BOTH):
+                made.append(patch.apply(model, place))
+                if batches is not None and patch.calibration_rows:
+                    made[-1].calibrate(batches(patch.calibration_rows))
+    except BaseException:
+        revert(made)
+        raise
+    return made
+
+
+def prepare(model: Any, *parts: Any) -> list[Surgery]:
+    """The surgeries of an objective and a stepper, which come after the patches."""
+    return [surgery for part in parts if (surgery := part.prepare(model)) is not None]
+
+
+def revert(surgeries: Sequence[Surgery]) -> None:
+    """Undo them, the newest first."""
+    for surgery in reversed(surgeries):
+        surgery.revert()
