@@ -159,13 +159,19 @@ class Recipe:
         for entry in self.patches:
             ((name, values),) = entry.items()
             patches.append(build(methods.find(name), values, f"patches: {name}"))
-        trained = [p for p in patches if p.when.value != "infer"]
-        for patch in trained:
-            if patch.exclusive_reason and len(trained) > 1:
-                others = ", ".join(methods.name_of(p) for p in trained if p is not patch)
+        for patch in patches:
+            alike = [p for p in patches if p.when is patch.when]
+            if patch.exclusive_reason and len(alike) > 1:
+                others = ", ".join(methods.name_of(p) for p in alike if p is not patch)
                 asked = f"{methods.name_of(patch)} with {others}"
                 raise BadInput(asked, patch.exclusive_reason, "Take one of them out")
         return patches
+
+    @property
+    def trains(self) -> bool:
+        """Whether one of its patches is trained."""
+        names = {name for entry in self.patches for name in entry}
+        return any(methods.TABLE[name].when == "train" for name in names & methods.TABLE.keys())
 
     def load_objective(self) -> Objective:
         return self._one(self.objective, "objective")

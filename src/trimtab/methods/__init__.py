@@ -18,7 +18,8 @@ class Row:
     title: str
     summary: str
     paper: str = ""  # arXiv id
-    exports: tuple[str, ...] = ()  # of trimtab.export.FORMS, those that a patch can take
+    exports: tuple[str, ...] = ()  # of trimtab.inference.export.FORMS, those that a patch can take
+    when: str = "train"  # a patch's `when` (contracts.When)
 
     def load(self) -> Any:
         module, _, name = self.target.partition(":")
@@ -35,6 +36,10 @@ TABLE: dict[str, Row] = {
     "meft": Row("meft:Meft", "patch", "MEFT", "a sparse adapter larger than fast memory: only the experts that a batch "
                 "needs are brought up", "2406.04984"),
     "full": Row("full:Full", "patch", "Full fine-tuning", "every weight is trained", exports=("merged",)),
+    "pruning": Row("pruning:Pruning", "patch", "Magnitude pruning, Wanda", "sets the least important weights to zero, "
+                   "before training or for export", "2306.11695", ("merged",), "both"),
+    "streaming_llm": Row("streaming_llm:StreamingLLM", "patch", "StreamingLLM", "a KV cache of the first and the "
+                         "newest tokens", "2309.17453", when="infer"),
     "head": Row("classification:Head", "part", "Classification head", "the fresh head that classification trains"),
     "causal_lm": Row("causal_lm:CausalLM", "objective", "Causal language modelling",
                      "next-token loss, logits never whole"),
@@ -44,8 +49,9 @@ TABLE: dict[str, Row] = {
 }  # fmt: skip
 
 
-def names(kind: str) -> list[str]:
-    return [name for name, row in TABLE.items() if row.kind == kind]
+def names(kind: str, when: str = "") -> list[str]:
+    """The names of one kind; of patches, perhaps only those with this `when`."""
+    return [name for name, row in TABLE.items() if row.kind == kind and when in ("", row.when)]
 
 
 def find(name: str, kind: str = "patch") -> Any:

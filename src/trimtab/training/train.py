@@ -49,10 +49,9 @@ def train(
     that held too much on the way, and Interrupted after Ctrl-C (a checkpoint is then in the folder).
     """
     began = time.monotonic()
-    if not recipe.patches:
-        raise BadInput(
-            "train", "the recipe has no patch", f"Add one under patches: {', '.join(methods.names('patch'))}"
-        )
+    if not recipe.trains:
+        have = "the recipe has no patch" + (" that is trained" if recipe.patches else "")
+        raise BadInput("train", have, f"Add one under patches: {', '.join(methods.names('patch', 'train'))}")
     if hard and not (recipe.budget or {}).get("fast"):
         raise BadInput("train --hard", "the recipe states no budget.fast", "Say, for example, budget.fast=2GiB")
     from .progress import speaker

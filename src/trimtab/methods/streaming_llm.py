@@ -1,0 +1,50 @@
+"""StreamingLLM. Efficient Streaming Language Models with Attention Sinks (Xiao et al., ICLR 2024, arXiv 2309.17453).
+
+A model attends strongly to its first few tokens, whatever they say ("attention sinks"). So the KV cache keeps these and
+the newest tokens, and evicts what lies between (section 3.2). Memory no longer grows with the text.
+
+    kept = the first `sinks` positions  +  the last `window` positions
+
+What differs from the paper, and why. Positions are the text's own, not those within the cache: prompt and reply then
+stay within the positions that the model was trained on, where that is exact, and the paper's renumbering matters beyond
+them. A prompt is read whole, with full attention, before anything is evicted, as the paper's code does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..bases.cache import CacheScorer, CacheSurgery
+from ..contracts import Place
+from ..errors import BadInput
+from ..model.kv_cache import BoundedLayer
+
+
+@dataclass(frozen=True)
+class StreamingLLM(CacheScorer):
+    """Keep the first tokens and a window of the newest (section 3.2)."""
+
+    paper: ClassVar[str] = "2309.17453"
+    shrinkable: ClassVar[tuple[str, ...]] = ("window",)
+
+    window: int = 1020  # newest tokens that stay
+    sinks: int = 4  # first tokens that stay (table 2: four are enough)
+
+    @property
+    def limit(self) -> int:
+        return self.sinks + self.window
+
+    def scores(self, layer: BoundedLayer) -> Tensor:
+        return layer.positions.float().masked_fill(layer.positions < self.sinks, torch.inf)
+
+    def apply(self, model: PreTrainedModel, place: Place) -> CacheSurgery:
+        for name, least in (("window", 1), ("sinks", 0)):
+            if (said := getattr(self, name)) < least:
+                raise BadInput(f"streaming_llm: {name}: {said}", f"a number from {least} on is needed",
+                               f"Say {name}: {getattr(StreamingLLM, name)}")  # fmt: skip
+        return super().apply(model, place)

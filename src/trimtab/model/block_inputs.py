@@ -1,0 +1,95 @@
+"""Runs calibration batches through a model block by block, so that each block can be changed before the next one runs.
+
+A full forward pass records what each block is called with. Then the blocks are run one after the other on the hidden
+states that the changed blocks before them return; only the hidden states of one block are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import BadInput
+from . import anatomy
+from .undisturbed import undisturbed
+
+
+@dataclass
+class _Recorded:
+    """One batch: the hidden states that the next block reads, and how each block was called."""
+
+    hidden: Tensor | None = None
+    second: Tensor | None = None  # what the second block read in the full pass
+    calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
+    mask: Tensor | None = None  # (rows, tokens): 1 where a token counts
+
+
+@torch.no_grad()
+def by_blocks(
+    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
+) -> Iterator[tuple[str, nn.Module, Callable[[], Iterator[Tensor | None]]]]:
+    """Yields (path, block, run) for each block in order. `run()` runs the block on all batches; it yields each batch's
+    mask (rows, tokens), after the block has run on it. Change the block after `run`: once the next block is asked for,
+    the changed block computes the hidden states that the next one reads.
+    """
+    path, stack = anatomy.blocks(model)
+    with undisturbed(model):
+        recorded = [_record(model, stack, batch) for batch in batches]
+        for number, block in enumerate(stack):
+
+            def run(number: int = number, block: nn.Module = block) -> Iterator[Tensor | None]:
+                for batch in recorded:
+                    _call(block, batch, number)
+                    yield batch.mask
+
+            if number == 0 and len(stack) > 1:
+                for batch in recorded[:1]:
+                    _require_chain(model, block, batch)
+            yield f"{path}.{number}", block, run
+            for batch in recorded:
+                batch.hidden = _call(block, batch, number)
+                batch.calls[number] = ((), {})
+
+
+def _record(model: PreTrainedModel, stack: nn.ModuleList, batch: dict[str, Tensor]) -> _Recorded:
+    made = _Recorded(mask=batch.get("attention_mask"))
+
+    def seen(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not made.calls:
+            made.hidden = hidden
+        elif len(made.calls) == 1:
+            made.second = hidden
+        made.calls.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+
+    handles = [block.register_forward_pre_hook(seen, with_kwargs=True) for block in stack]
+    try:
+        model.base_model(**{k: v for k, v in batch.items() if k != "labels"}, **_no_cache(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(made.calls) != len(stack):
+        raise BadInput(f"calibrate {type(model).__name__}", "its blocks do not run once each, in order", "Leave it out")
+    return made
+
+
+def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
+
+
+def _call(block: nn.Module, batch: _Recorded, number: int) -> Tensor:
+    args, kwargs = batch.calls[number]
+    output = block(batch.hidden, *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _require_chain(model: PreTrainedModel, block: nn.Module, batch: _Recorded) -> None:
+    """BadInput where the second block does not read what the first one returns."""
+    if not torch.equal(_call(block, batch, 0), batch.second):
+        have = "its second block does not read what the first one returns"
+        raise BadInput(f"calibrate {type(model).__name__}", have, "Use a model whose blocks are a plain stack")
