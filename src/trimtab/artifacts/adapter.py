@@ -30,8 +30,8 @@ from ..contracts import Place, Surgery
 from ..errors import BadInput
 from ..model.hub import ordinary_modes
 from ..model.reply import ReplyForm
-from ..recipe import build
 from ..tiered.checkpoint import load_rows, save_rows
+from ..validation import build
 from .adapter_weights import read_weights, write_weights
 
 CONFIG, OURS = "adapter_config.json", "trimtab.json"

@@ -15,6 +15,7 @@ from trl import SFTConfig
 from ..contracts import Objective, Patch
 from ..errors import BadInput, nearest
 from ..recipe import Recipe
+from ..validation import booleans
 from .fields import check_fields
 
 
@@ -99,16 +100,16 @@ def check_optimizer(patches: Iterable[Patch], args: TrainingArguments) -> None:
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
-    """`value` if it is of a training field's kind; YAML 1.1 reads 1e-4 as text and a bare `no` as false."""
+    """`value` as a training field's type; false is also the text "no", as in `save_strategy: false`."""
     try:
         adapter_of = TypeAdapter(kind)
     except PydanticSchemaGenerationError:
-        return value
+        return booleans(value)
     for candidate in (value, "no") if value is False else (value,):
         try:
             read = adapter_of.validate_python(candidate)
         except ValidationError as error:
             why = error.errors()[0]["msg"].lower()
         else:
-            return read if isinstance(candidate, str) and isinstance(read, int | float) else candidate
+            return booleans(read) if isinstance(read, dict) else read
     raise BadInput(f"training: {key}: {value!r}", why, "Give a value of that kind")
