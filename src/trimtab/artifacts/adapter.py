@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,8 +29,9 @@ from ..errors import BadInput
 from ..model.hub import ordinary_modes
 from ..model.reply import ReplyForm
 from ..tiered.checkpoint import load_rows, save_rows
-from ..validation import build
+from ..validation import FORBID, build
 from .adapter_weights import read_weights, write_weights
+from .files import whole_folder, writing
 
 CONFIG, OURS = "adapter_config.json", "trimtab.json"
 ROWS = "rows"  # in a checkpoint: the tables, by what changed
@@ -53,37 +52,23 @@ class Base:
     reply: ReplyForm = field(default_factory=ReplyForm)
 
 
+@dataclass(frozen=True)
+class Meta:
+    """What trimtab.json holds: the base, and the patch with its fields or the sub-folders of several patches."""
+
+    base: Base
+    trimtab: str = ""  # the version that wrote it
+    patch: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)
+
+
 def save_adapter(folder: str | Path, surgeries: Sequence[Surgery], base: Base) -> Path:
     """Write what the surgeries own. The folder appears whole or not at all; one that is there is replaced."""
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with writing(f"write the adapter to {folder}", "Free some space and resume"), whole_folder(folder) as partial:
         write_adapter(partial, surgeries, base)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if (why := unwritten(error)) is None:
-            raise
-        raise BadInput(f"write the adapter to {folder}", why, "Free some space and resume") from error
     return folder
-
-
-def unwritten(error: Exception) -> str | None:
-    """Why a file could not be written, or None if `error` says something else.
-
-    A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
-    """
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    text = " ".join(str(error).split())
-    if isinstance(error, SafetensorError) and "I/O error" in text:
-        return text.partition("I/O error: ")[2].rstrip(".") or text
-    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
-        return "torch could not write it; the disk may be full"
-    return None
 
 
 def write_adapter(
@@ -182,23 +167,18 @@ def _plain(value: Any) -> Any:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_meta(folder: str | Path) -> dict[str, Any]:
-    """The content of trimtab.json, checked to be one of ours."""
+def read_meta(folder: str | Path) -> Meta:
+    """The content of trimtab.json; BadInput unless it is one of ours."""
     path = Path(folder) / OURS
     if not path.is_file():
         raise BadInput(f"adapter {folder}", f"it has no {OURS}", "Name the adapter/ folder of a trimtab run")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        known = dict(meta["base"])
-        base = Base(**{**known, "reply": ReplyForm.read(known.get("reply", {}))})
-        words = [base.name, base.hash, base.task, base.precision, *base.labels, *meta.get("parts", [])]
-        fits = all(isinstance(word, str) for word in words) and isinstance(base.labels, list)
-        fits = fits and (bool(meta["parts"]) if "parts" in meta else isinstance(meta["patch"], str))
-    except (ValueError, KeyError, TypeError, RecursionError, OSError):
-        fits = False
-    if not fits:
+        meta = TypeAdapter(Meta | None, config={**FORBID, "strict": True}).validate_json(path.read_bytes())
+    except (ValidationError, OSError):
+        meta = None
+    if meta is None or not (meta.patch or meta.parts):
         raise BadInput(f"adapter {folder}", f"its {OURS} is damaged", "Make the adapter again, or take an intact copy")
-    return {**meta, "base": base}
+    return meta
 
 
 def load_adapter(
@@ -213,8 +193,8 @@ def load_adapter(
     folder = Path(folder)
     meta = read_meta(folder)
     actual = hash_of_base or base_hash(model)
-    if meta["base"].hash != actual:
-        raise _of_another_base(f"adapter {folder}", meta["base"], actual)
+    if meta.base.hash != actual:
+        raise _of_another_base(f"adapter {folder}", meta.base, actual)
     surgeries: list[Surgery] = []
     try:
         for part in _parts(folder, meta):
@@ -226,8 +206,8 @@ def load_adapter(
     return surgeries
 
 
-def _parts(folder: Path, meta: dict[str, Any]) -> list[Path]:
-    parts = [folder / part for part in meta["parts"]] if "parts" in meta else [folder]
+def _parts(folder: Path, meta: Meta) -> list[Path]:
+    parts = [folder / part for part in meta.parts] or [folder]
     for part in parts:
         if part != folder and part.resolve().parent != folder.resolve():
             raise BadInput(f"adapter {folder}", f"it names {part}, outside itself", "Do not use this adapter")
@@ -236,9 +216,9 @@ def _parts(folder: Path, meta: dict[str, Any]) -> list[Path]:
 
 def _load_one(model: PreTrainedModel, folder: Path, place: Place) -> Surgery:
     meta = read_meta(folder)
-    if "patch" not in meta:
+    if not meta.patch:
         raise BadInput(f"adapter {folder}", f"its {OURS} names no patch", "Take an intact copy")
-    patch = build(methods.find(meta["patch"]), meta.get("config", {}), f"adapter {folder}")
+    patch = build(methods.find(meta.patch), meta.config, f"adapter {folder}")
     tensors = read_tensors(folder)
     has_rows = (folder / ROWS).is_dir()
     widest = max([RANK, *(max(*t.shape, t.numel() // t.shape[-1]) for t in tensors.values() if t.dim() and t.numel())])
@@ -257,8 +237,8 @@ def load_into(surgeries: Sequence[Surgery], folder: str | Path, base: Base | Non
     """Load saved tensors into patches that are already applied (resume). `base`: theirs, where it is known."""
     folder = Path(folder)
     meta = read_meta(folder)
-    if base is not None and meta["base"].hash != base.hash:
-        raise _of_another_base(f"resume from {folder}", meta["base"], base.hash)
+    if base is not None and meta.base.hash != base.hash:
+        raise _of_another_base(f"resume from {folder}", meta.base, base.hash)
     parts = _parts(folder, meta)
     if len(parts) != len(surgeries):
         raise BadInput(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..artifacts import adapter
 from ..artifacts.checkpoint_files import EARLIER, STATE, check_optimizer, check_scheduler, write_sums
-from ..artifacts.run_folder import PARTIAL, checkpoints, discard, sync, sync_entry
+from ..artifacts.files import discard, replace_folder, sync, sync_entry, writing
+from ..artifacts.run_folder import PARTIAL, checkpoints
 from ..contracts import Objective, Stepper, Surgery
 from ..data.order import longest_first
 from ..data.rows import check_lengths
@@ -161,21 +161,15 @@ class _OurTrainer(ClipsRows):
             self.state.num_input_tokens_seen = self.tokens()  # a resumed run counts on from here
         self.accelerator.wait_for_everyone()
         self._partial_dir = str(partial)
+        do = "Free some space and go on with resume=true; earlier checkpoints are intact"
         try:
-            # Trainer's own method, not SFTTrainer's, which would write a model card into the run's folder first
-            Trainer._save_checkpoint(self, model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._publish(run, partial / name)
-            self.accelerator.wait_for_everyone()
-        except Exception as error:
-            if (why := adapter.unwritten(error)) is None:
-                raise
-            raise BadInput(
-                f"write checkpoint {name} to {run}",
-                why,
-                "Free some space and go on with resume=true; earlier checkpoints are intact",
-            ) from error
+            with writing(f"write checkpoint {name} to {run}", do):
+                # Trainer's own method, not SFTTrainer's, which would write a model card into the run's folder first
+                Trainer._save_checkpoint(self, model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._publish(run, partial / name)
+                self.accelerator.wait_for_everyone()
         finally:
             self._partial_dir = None
             if self.args.should_save:
@@ -190,8 +184,7 @@ class _OurTrainer(ClipsRows):
             self.state.save_to_json(str(whole / STATE))
         write_sums(whole)
         sync(whole)
-        discard(run / whole.name)
-        os.replace(whole, run / whole.name)
+        replace_folder(whole, run / whole.name)
         sync_entry(run)
         if limit := self.args.save_total_limit:
             for old in checkpoints(run)[:-limit]:

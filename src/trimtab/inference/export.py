@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..artifacts.files import whole_folder, writing
 from ..artifacts.folder_lock import beside, locked
+from ..artifacts.run_folder import lock_run
 from ..errors import BadInput, nearest
 from ..model.hub import SHORT_NAMES, cached_folder, ordinary_modes
 from ..model.reply import stop_ids
@@ -35,7 +35,7 @@ def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str 
     """Write the run's adapter as `to` into `out` (default: beside it, `<output>/peft` or `<output>/merged`)."""
     if to not in FORMS:
         raise BadInput(f"export to {to}", "there is no such form", nearest(to, FORMS))
-    from ..artifacts.run_folder import load_run, lock_run
+    from .load_run import load_run
 
     out = Path(out) if out else Path(recipe.output) / to
     with contextlib.ExitStack() as locks:
@@ -44,13 +44,11 @@ def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str 
         locks.enter_context(locked(beside(out), f"export to {out}"))
         _replaceable(out, overwrite)
         model, tokenizer, surgeries, base = load_run(recipe, adapter)
-        write = {"peft": _peft, "merged": _merged}[to]
-
-        def fill(folder: Path) -> None:
-            write(folder, recipe, model, tokenizer, surgeries, base)
+        with writing(f"write {out}", "Free some space, or name another folder"), whole_folder(out) as folder:
+            {"peft": _peft, "merged": _merged}[to](folder, recipe, model, tokenizer, surgeries, base)
             ordinary_modes(folder)
-
-        _whole(out, fill, {"to": to, "recipe": recipe.hash})
+            mark = {"trimtab": __version__, "to": to, "recipe": recipe.hash, "files": sorted(_names(folder))}
+            (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
     return out
 
 
@@ -127,9 +125,7 @@ def _merged(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries:
         for name, module in list(model.named_modules()):
             if hasattr(module, "weight") and is_quantised(module):
                 swaps.replace(name, dense_linear(module, model.dtype))
-        for attribute in ("quantization_config",):
-            if hasattr(model.config, attribute):
-                delattr(model.config, attribute)
+        vars(model.config).pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False
         vars(model).pop("_hf_peft_config_loaded", None)
     if base.task == "causal-lm":
@@ -194,35 +190,3 @@ def _how_to_ask(base: Base, model: Any, tokenizer: Any) -> str:
     said = ", ".join(f"`{token}`" for token in [*ends, *map(repr, form.stop)])
     longest = f" The longest answer it was trained on has {form.longest} tokens." if form.longest else ""
     return f"{asked}. A reply ends at {said}.{longest}"
-
-
-def _whole(out: Path, write: Callable[[Path], None], mark: dict[str, str]) -> None:
-    """The folder appears complete or not at all; what it replaces goes once it is in place.
-
-    `mark` is left in it, with the names of its files: by it a later export knows what it may replace.
-    """
-    from ..artifacts.adapter import unwritten
-
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write(partial)
-        content = {"trimtab": __version__, **mark, "files": sorted(_names(partial))}
-        (partial / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(old, ignore_errors=True)
-        if had := out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(partial, out)
-        except OSError:
-            if had:
-                os.replace(old, out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:
-        if (why := unwritten(error)) is None:
-            raise
-        raise BadInput(f"write {out}", why, "Free some space, or name another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -15,9 +15,10 @@ from typing import Any
 
 import yaml
 
+from ..artifacts.files import write_text
 from ..artifacts.folder_lock import beside as lock_beside
 from ..artifacts.folder_lock import locked
-from ..artifacts.run_folder import lock_run, write_text
+from ..artifacts.run_folder import lock_run
 from ..errors import BadInput
 from .figures import number
 from .page import page
