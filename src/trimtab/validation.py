@@ -20,7 +20,6 @@ from .errors import BadInput, nearest
 LONGEST = 2**18  # characters
 DEEPEST = 40  # collections within each other
 MOST = 20_000  # values, those behind aliases counted as often as they are named
-FORBID = ConfigDict(extra="forbid")
 
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
@@ -111,7 +110,7 @@ FileName = Annotated[
 ]
 
 
-@dataclass(frozen=True, config=FORBID)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Block:
     """Base of the blocks of a recipe: dataclasses whose fields are checked, and of which unknown keys are refused.
 
@@ -136,8 +135,8 @@ class Block:
 
 def build(cls: type, values: Any, where: str) -> Any:
     """`cls(**values)` for a dataclass `cls`, with every key and type checked. `where` is named in messages."""
-    try:  # of a plain dataclass the configuration is that of the type around it
-        return TypeAdapter(cls | None, config=FORBID).validate_python({} if values is None else values)
+    try:
+        return TypeAdapter(cls).validate_python({} if values is None else values, extra="forbid")
     except ValidationError as error:
         raise _bad_input(error, cls, where) from None
 

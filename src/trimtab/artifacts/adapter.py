@@ -29,7 +29,7 @@ from ..errors import BadInput
 from ..model.hub import ordinary_modes
 from ..model.reply import ReplyForm
 from ..tiered.checkpoint import load_rows, save_rows
-from ..validation import FORBID, build
+from ..validation import build
 from .adapter_weights import read_weights, write_weights
 from .files import whole_folder, writing
 
@@ -173,7 +173,7 @@ def read_meta(folder: str | Path) -> Meta:
     if not path.is_file():
         raise BadInput(f"adapter {folder}", f"it has no {OURS}", "Name the adapter/ folder of a trimtab run")
     try:
-        meta = TypeAdapter(Meta | None, config={**FORBID, "strict": True}).validate_json(path.read_bytes())
+        meta = TypeAdapter(Meta).validate_json(path.read_bytes(), strict=True, extra="forbid")
     except (ValidationError, OSError):
         meta = None
     if meta is None or not (meta.patch or meta.parts):
