@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -31,6 +31,7 @@ from ..contracts import Objective, Stepper, Surgery
 from ..data.order import longest_first
 from ..data.rows import check_lengths
 from ..errors import BadInput
+from ..foreign import admit_quantised
 from ..model.limits import check_dataset, learned_positions
 from ..model.sampling import refused_by_template
 from .divergence import mean_of
@@ -201,7 +202,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
     def __init__(self, job: Job, **kwargs: Any):
         self._take(job, kwargs["model"], kwargs["args"])
         self.base_model = kwargs["model"]  # the library's constructor prepares the rows before it keeps the model
-        _admit_quantised(kwargs["model"])
+        admit_quantised(kwargs["model"])
         trained = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
         try:
             super().__init__(**kwargs)
@@ -269,7 +270,7 @@ class ClassifierTrainer(_OurTrainer, Trainer):
     def __init__(self, job: Job, **kwargs: Any):
         self._take(job, kwargs["model"], kwargs["args"])
         self._total_train_tokens = 0
-        _admit_quantised(kwargs["model"])
+        admit_quantised(kwargs["model"])
         super().__init__(**kwargs)
         self._set_signature_columns_if_needed()  # now, while the model's forward still names its arguments
         self.model_accepts_loss_kwargs = True  # the mean is over all rows of a step, however they are cut into batches
@@ -329,15 +330,6 @@ def block_mask(positions_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     sees = (document_BT[:, :, None] == document_BT[:, None, :]).tril_()
     mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
     return mask[:, None]
-
-
-def _admit_quantised(model: PreTrainedModel) -> None:
-    """The library takes a quantised model only if it says that an adapter of peft is on it; ours is, or it only reads.
-
-    `export` takes the mark away again.
-    """
-    if getattr(model, "is_quantized", False):
-        model._hf_peft_config_loaded = True
 
 
 def quiet(trainer: Trainer) -> None:

@@ -17,6 +17,7 @@ from ..artifacts.files import whole_folder, writing
 from ..artifacts.folder_lock import beside, locked
 from ..artifacts.run_folder import lock_run
 from ..errors import BadInput, nearest
+from ..foreign import admit_quantised
 from ..model.hub import SHORT_NAMES, cached_folder, ordinary_modes
 from ..model.reply import stop_ids
 from ..quiet import hushed
@@ -127,7 +128,7 @@ def _merged(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries:
                 swaps.replace(name, dense_linear(module, model.dtype))
         vars(model.config).pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False
-        vars(model).pop("_hf_peft_config_loaded", None)
+        admit_quantised(model, False)
     if base.task == "causal-lm":
         _reply_as_measured(model, tokenizer, base)
     model.save_pretrained(folder)
