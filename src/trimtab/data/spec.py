@@ -16,6 +16,7 @@ from .metrics import METRICS
 # What a column may be to us. `columns: {ours: theirs}` renames.
 Column = Literal["messages", "conversations", "prompt", "completion", "question", "answer", "instruction", "input",
                  "output", "text", "text_pair", "label", "tools", "system"]  # fmt: skip
+Metric = Literal[*METRICS]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -43,7 +44,7 @@ class DataSpec(Block):
     system: str | None = None
     too_long: Literal["error", "cut", "drop"] = "error"
     limit: Count | None = None
-    metrics: list[Literal[*METRICS]] = field(default_factory=lambda: ["exact_match", "contains"])
+    metrics: list[Metric] = field(default_factory=lambda: ["exact_match", "contains"])
     reply_tokens: Count | None = None
 
     def beside(self, folder: Path) -> DataSpec:
