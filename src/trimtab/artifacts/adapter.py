@@ -12,6 +12,7 @@ safetensors; what comes from others is checked and never executed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -82,19 +83,15 @@ def write_adapter(
     if len(surgeries) == 1:
         _write_one(folder, surgeries[0], base, before)
         return
-    parts = [f"{index}-{surgery_name(surgery)}" for index, surgery in enumerate(surgeries)]
+    parts = [f"{index}-{methods.name_of(surgery.patch)}" for index, surgery in enumerate(surgeries)]
     for part, surgery in zip(parts, surgeries, strict=True):
         _write_one(folder / part, surgery, base, (before[0] and before[0] / part,) if before else None)
     _write_json(folder / OURS, {"trimtab": __version__, "parts": parts, "base": dataclasses.asdict(base)})
 
 
-def surgery_name(surgery: Surgery) -> str:
-    return methods.name_of(surgery.patch)
-
-
 def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | None] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    name = surgery_name(surgery)
+    name = methods.name_of(surgery.patch)
     tensors = {PREFIX + key: t.detach() for key, t in surgery.own_tensors().items()}
     stays = tensors if before is None else {key: t for key, t in tensors.items() if not _in_store(surgery, t)}
     write_weights(folder, stays, lambda tensor: _in_store(surgery, tensor))
@@ -131,29 +128,22 @@ def _card(name: str, surgery: Surgery, base: Base, tensors: dict[str, Tensor]) -
     row = methods.TABLE[name]
     fields = "\n".join(f"- {key}: {value}" for key, value in surgery.patch.config().items())
     tag = base.name if "/" in base.name and not Path(base.name).exists() else ""
-    front = [
-        "---",
-        *([f"base_model: {tag}"] if tag else []),
-        "library_name: peft",
-        "tags:",
-        "- trimtab",
-        f"- {name}",
-        "---",
-    ]
     paper = f" (arXiv {row.paper})" if row.paper else ""
-    return (
-        "\n".join(front)
-        + f"""
-
+    return f"""{front_matter("peft", tag, name)}
 # A {row.title} adapter for {base.name}
 
-{row.title}{paper}: {row.summary}. {count:,} numbers; base hash `{base.hash}`.
+{row.title}{paper}: {row.summary}. {count:,} parameters; base hash `{base.hash}`.
 
 {fields}
 
-Load it with `trimtab.load_adapter(model, folder)`, or turn it into other forms with `trimtab export`.
+Load it with `trimtab.load_adapter(model, folder)`, or convert it with `trimtab export`.
 """
-    )
+
+
+def front_matter(library: str, base: str, *tags: str) -> str:
+    """The head of a model card. `base`: its hub id, "" where it has none."""
+    lines = [f"base_model: {base}"] * bool(base) + [f"library_name: {library}", "tags:"]
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in ("trimtab", *tags)), "---", ""])
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -192,17 +182,10 @@ def load_adapter(
 
     folder = Path(folder)
     meta = read_meta(folder)
-    actual = hash_of_base or base_hash(model)
-    if meta.base.hash != actual:
-        raise _of_another_base(f"adapter {folder}", meta.base, actual)
-    surgeries: list[Surgery] = []
-    try:
-        for part in _parts(folder, meta):
-            surgeries.append(_load_one(model, part, place or Place()))
-    except BaseException:
-        for surgery in reversed(surgeries):
-            surgery.revert()
-        raise
+    _require_base(f"adapter {folder}", meta.base, hash_of_base or base_hash(model))
+    with contextlib.ExitStack() as undo:  # where one part fails, the others are taken out again
+        surgeries = [_load_one(model, part, place or Place(), undo) for part in _parts(folder, meta)]
+        undo.pop_all()
     return surgeries
 
 
@@ -214,7 +197,7 @@ def _parts(folder: Path, meta: Meta) -> list[Path]:
     return parts
 
 
-def _load_one(model: PreTrainedModel, folder: Path, place: Place) -> Surgery:
+def _load_one(model: PreTrainedModel, folder: Path, place: Place, undo: contextlib.ExitStack) -> Surgery:
     meta = read_meta(folder)
     if not meta.patch:
         raise BadInput(f"adapter {folder}", f"its {OURS} names no patch", "Take an intact copy")
@@ -225,11 +208,8 @@ def _load_one(model: PreTrainedModel, folder: Path, place: Place) -> Surgery:
     if not has_rows and (rank := getattr(patch, "r", 0)) > widest:  # before anything of that size is made
         raise BadInput(f"adapter {folder} of r {rank}", f"its tensors are at most {widest} wide", "Do not use it")
     surgery = patch.apply(model, place)
-    try:
-        _fill(surgery, folder, tensors)
-    except BaseException:
-        surgery.revert()
-        raise
+    undo.callback(surgery.revert)
+    _fill(surgery, folder, tensors)
     return surgery
 
 
@@ -237,23 +217,22 @@ def load_into(surgeries: Sequence[Surgery], folder: str | Path, base: Base | Non
     """Load saved tensors into patches that are already applied (resume). `base`: theirs, where it is known."""
     folder = Path(folder)
     meta = read_meta(folder)
-    if base is not None and meta.base.hash != base.hash:
-        raise _of_another_base(f"resume from {folder}", meta.base, base.hash)
+    asked = f"resume from {folder}"
+    if base is not None:
+        _require_base(asked, meta.base, base.hash)
     parts = _parts(folder, meta)
     if len(parts) != len(surgeries):
-        raise BadInput(
-            f"resume from {folder}", f"it holds {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same"
-        )
+        raise BadInput(asked, f"it holds {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same")
     for surgery, part in zip(surgeries, parts, strict=True):
         _fill(surgery, part, read_tensors(part))
 
 
-def _of_another_base(asked: str, made_for: Base, actual: str) -> BadInput:
-    return BadInput(
-        f"{asked}, made for {made_for.name} (hash {made_for.hash})",
-        f"this model is another one (hash {actual})",
-        f"Load {made_for.name}, or train the adapter anew on this model",
-    )
+def _require_base(asked: str, made_for: Base, actual: str) -> None:
+    if made_for.hash != actual:
+        raise BadInput(
+            f"{asked}, made for {made_for.name} (hash {made_for.hash})", f"this model is another one (hash {actual})",
+            f"Load {made_for.name}, or train the adapter anew on this model",
+        )  # fmt: skip
 
 
 def _fill(surgery: Surgery, folder: Path, tensors: dict[str, Tensor]) -> None:

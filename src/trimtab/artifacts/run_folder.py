@@ -45,11 +45,9 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
     ours writes, and only once everything else about the recipe has been found good.
     """
     output = Path(recipe.output)
-    held = output.is_dir() and (
-        (output / "recipe.yaml").exists() or (output / "run.json").exists() or checkpoints(output)
-    )
+    found = checkpoints(output)
+    held = found or any((output / name).exists() for name in ("recipe.yaml", "run.json"))
     if recipe.resume:
-        found = checkpoints(output) if output.is_dir() else []
         if held:
             _same_recipe(output, recipe)
         if held and not found and finished_run(recipe) is None:
@@ -137,11 +135,8 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
         ("stepper", old.load_stepper(), new.load_stepper()),
     ]:
         if before != now:
-            raise BadInput(
-                f"resume {output} with {name}: {now}",
-                f"the run was begun with {before}",
-                "Use the recipe in its folder",
-            )
+            asked = f"resume {output} with {name}: {now}"
+            raise BadInput(asked, f"the run was begun with {before}", "Use the recipe in its folder")
 
 
 def checkpoints(run: Path) -> list[Path]:

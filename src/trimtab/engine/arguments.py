@@ -33,8 +33,6 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
         values.pop("max_length")  # rows are tokenised by trimtab, up to it
         if values.pop("packing", False):
             raise BadInput("training: packing: true", "a classifier reads one text a row", "Leave it out")
-    if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # the newer name of the same
-        values.setdefault("activation_checkpointing", values.pop("gradient_checkpointing"))
     for key in values:
         if key not in known:
             raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(str(key), known))

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from .. import __version__, methods
 from ..artifacts.files import whole_folder, writing
 from ..artifacts.folder_lock import beside, locked
 from ..artifacts.run_folder import lock_run
@@ -156,18 +156,17 @@ def _reply_as_measured(model: Any, tokenizer: Any, base: Base) -> None:
 
 def _card(folder: Path, form: str, recipe: Recipe, surgeries: list, base: Base, model: Any, tokenizer: Any) -> None:
     """README.md: what it is, from what it was made, how to load it and how it wants to be asked."""
-    from ..artifacts.adapter import surgery_name
+    from ..artifacts.adapter import front_matter
 
     name = recipe.model.name
     on_hub = "/" in name and loadable(name) == name and not Path(name).exists()
     title = name if on_hub else Path(name).name
-    patches = " + ".join(surgery_name(surgery) for surgery in surgeries)
+    patches = " + ".join(methods.name_of(surgery.patch) for surgery in surgeries)
     library = "peft" if form == "peft" else "transformers"
     loader = "AutoPeftModelFor" if form == "peft" else "AutoModelFor"
     loader += "CausalLM" if base.task == "causal-lm" else "SequenceClassification"
     what = "an adapter" if form == "peft" else "the base with what was trained merged into it"
-    front = [f"base_model: {name}"] if on_hub else []
-    text = "\n".join(["---", *front, f"library_name: {library}", "tags:", "- trimtab", "---", ""])
+    text = front_matter(library, name if on_hub else "")
     text += f"\n# {patches} on {title}\n\nMade by trimtab {__version__}: {what}.\n"
     text += f'\n```python\nfrom {library} import {loader}\n\nmodel = {loader}.from_pretrained("FOLDER")\n```\n'
     if form == "peft" and not on_hub:
