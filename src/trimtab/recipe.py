@@ -191,11 +191,11 @@ class Recipe(Block):
     # --- doing ---------------------------------------------------------------------------------------------------
 
     def plan(self, **options: Any) -> Any:
-        """What it will hold in memory (`trimtab.plan.plan`)."""
+        """Predict its memory and speed (`trimtab.planning.plan`)."""
         return self._verb("planning.plan")(self, **options)
 
     def train(self, **options: Any) -> dict[str, Any]:
-        """Run it; returns what run.json holds (`trimtab.training.train`)."""
+        """Run it; returns the content of run.json (`trimtab.training.train`)."""
         return self._verb("training.train")(self, **options)
 
     def evaluate(self, **options: Any) -> dict[str, Any]:

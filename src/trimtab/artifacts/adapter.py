@@ -42,8 +42,8 @@ RANK = 4096  # ranks up to here are believed without looking at the tensors
 
 @dataclass(frozen=True)
 class Base:
-    """Whose adapter it is: the base's name as the user wrote it, its hash, its task and precision, class labels, and
-    the form in which it was trained to reply."""
+    """The base that an adapter was trained on: its name as the user wrote it, hash, task, precision and class labels,
+    and the form in which it was trained to reply."""
 
     name: str
     hash: str
@@ -65,7 +65,7 @@ class Meta:
 
 
 def save_adapter(folder: str | Path, surgeries: Sequence[Surgery], base: Base) -> Path:
-    """Write what the surgeries own. The folder appears whole or not at all; one that is there is replaced."""
+    """Write the surgeries' own tensors. The folder appears whole or not at all and replaces an earlier one."""
     folder = Path(folder)
     with writing(f"write the adapter to {folder}", "Free some space and resume"), whole_folder(folder) as partial:
         write_adapter(partial, surgeries, base)
@@ -75,9 +75,9 @@ def save_adapter(folder: str | Path, surgeries: Sequence[Surgery], base: Base) -
 def write_adapter(
     folder: Path, surgeries: Sequence[Surgery], base: Base, before: tuple[Path | None] | None = None
 ) -> None:
-    """Write into `folder` in place (a checkpoint calls this in a folder that is itself made whole or not at all).
+    """Write into `folder` in place, as a part of a folder that itself appears whole or not at all.
 
-    A checkpoint says which one came `before` it, in a tuple of one: of tables it holds what changed since.
+    `before`: for a checkpoint, a tuple of the previous one or None; it saves the rows of tables that changed since.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if len(surgeries) == 1:
@@ -110,7 +110,7 @@ def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | 
 
 
 def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The fewest words by which peft finds exactly the modules `names`: their last names, where no other has them."""
+    """The shortest names by which peft finds exactly the modules `names`: the last part where no other shares it."""
     wanted = set(names)
     leaves: dict[str, set[str]] = {}
     for path, module in model.named_modules():
@@ -167,7 +167,7 @@ def read_meta(folder: str | Path) -> Meta:
     except (ValidationError, OSError):
         meta = None
     if meta is None or not (meta.patch or meta.parts):
-        raise BadInput(f"adapter {folder}", f"its {OURS} is damaged", "Make the adapter again, or take an intact copy")
+        raise BadInput(f"adapter {folder}", f"its {OURS} is damaged", "Train the adapter again, or use an intact copy")
     return meta
 
 
@@ -176,7 +176,7 @@ def load_adapter(
 ) -> list[Surgery]:
     """Apply the adapter's patches to `model` and load their tensors; returns the surgeries, in order.
 
-    The base must be the one the adapter was made with: its hash is compared (`hash_of_base`: the model's, if known).
+    BadInput unless the base is the one the adapter was trained on, by its hash (`hash_of_base`: the model's, if known).
     """
     from ..model.load import base_hash
 
@@ -200,7 +200,7 @@ def _parts(folder: Path, meta: Meta) -> list[Path]:
 def _load_one(model: PreTrainedModel, folder: Path, place: Place, undo: contextlib.ExitStack) -> Surgery:
     meta = read_meta(folder)
     if not meta.patch:
-        raise BadInput(f"adapter {folder}", f"its {OURS} names no patch", "Take an intact copy")
+        raise BadInput(f"adapter {folder}", f"its {OURS} names no patch", "Use an intact copy")
     patch = build(methods.find(meta.patch), meta.config, f"adapter {folder}")
     tensors = read_tensors(folder)
     has_rows = (folder / ROWS).is_dir()
@@ -236,7 +236,7 @@ def _require_base(asked: str, made_for: Base, actual: str) -> None:
 
 
 def _fill(surgery: Surgery, folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Tensors into the patched model, and a checkpoint's rows into its tables."""
+    """Load `tensors` into the patched model, and a checkpoint's rows into its tables."""
     if not (folder / ROWS).is_dir():
         surgery.load_tensors(tensors)
         return

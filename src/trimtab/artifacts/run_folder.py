@@ -28,7 +28,7 @@ PARTIAL = ".checkpoint.partial"  # a checkpoint being written
 
 def lock_run(folder: str | Path, asked: str, do: str = "Wait until it is done, or name another output") \
         -> contextlib.AbstractContextManager[None]:  # fmt: skip
-    """Within it, no other process of ours writes into the run's folder; BadInput where one does already."""
+    """A lock on the run's folder against other trimtab processes; BadInput where one holds it."""
     folder = Path(folder)
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
@@ -57,13 +57,13 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
     elif held and not recipe.overwrite:
         raise BadInput(
             f"output: {output}", "it already holds a run",
-            "Say resume=true to go on with it, overwrite=true to replace it, or name another folder",
+            "Say resume=true to continue it, overwrite=true to replace it, or name another folder",
         )  # fmt: skip
     return output, None
 
 
 def finished_run(recipe: Recipe, checkpoint: Path | None = None) -> dict[str, Any] | None:
-    """What run.json holds where the run in the recipe's folder has come to the end that the recipe asks for, else None.
+    """The content of run.json if the run in the recipe's folder is as long as the recipe asks for, else None.
 
     `checkpoint`: its newest one. A run that was killed between its last step and run.json is not finished.
     """
@@ -104,10 +104,10 @@ def begin_run(output: Path, recipe: Recipe, resumed: bool) -> None:
 
 
 def _same_recipe(output: Path, recipe: Recipe) -> None:
-    """Resuming computes what was begun: the recipe must be the one in the folder.
+    """BadInput unless `recipe` continues the run in the folder: its steps must be the same.
 
-    How far it goes may differ, and what changes memory but not the steps: the budget, `engine:`, recomputed
-    activations, and micro-batches of another size that make steps of as many rows.
+    Its length may differ, and what changes memory but not the steps: the budget, `engine:`, recomputed activations,
+    and the size of micro-batches where a step has as many rows.
     """
     path = output / "recipe.yaml"
     if not path.is_file():
@@ -123,7 +123,7 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
         whole = sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else sizes
         return {"rows of a step": whole} | {k: v for k, v in values.items() if k not in free}
 
-    # the working folder may be another one: files of the same name are taken for the same
+    # the working folder may have changed: files with the same name count as the same
     files = lambda value: [Path(v).name for v in ([value] if isinstance(value, str) else value or [])]  # noqa: E731
     data = lambda r: vars(r.data) | {k: files(getattr(r.data, k)) for k in ("train", "test", "chat_template")}  # noqa: E731
     for name, before, now in [

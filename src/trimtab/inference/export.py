@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, methods
-from ..artifacts.files import whole_folder, writing
-from ..artifacts.folder_lock import beside, locked
+from ..artifacts.files import beside, whole_folder, writing
+from ..artifacts.folder_lock import locked
 from ..artifacts.run_folder import lock_run
 from ..errors import BadInput, nearest
 from ..foreign import admit_quantised
@@ -40,9 +40,9 @@ def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str 
 
     out = Path(out) if out else Path(recipe.output) / to
     with contextlib.ExitStack() as locks:
-        if os.access(recipe.output, os.W_OK):  # others may read a run, and write elsewhere
+        if os.access(recipe.output, os.W_OK):  # a run that is read-only can be exported elsewhere
             locks.enter_context(lock_run(recipe.output, f"export {recipe.output}"))
-        locks.enter_context(locked(beside(out), f"export to {out}"))
+        locks.enter_context(locked(beside(out, "lock"), f"export to {out}"))
         _replaceable(out, overwrite)
         model, tokenizer, surgeries, base = load_run(recipe, adapter)
         with writing(f"write {out}", "Free some space, or name another folder"), whole_folder(out) as folder:
@@ -54,7 +54,7 @@ def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str 
 
 
 def _replaceable(out: Path, overwrite: bool) -> None:
-    """Refuse what is there already, but for an earlier export of ours where the user says so: it is removed whole."""
+    """Refuse a folder that is there already, unless it is an earlier export and the user said --overwrite."""
     asked = f"export to {out}"
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()) or not (out.exists() or out.is_symlink()):
         return
@@ -72,7 +72,7 @@ def _replaceable(out: Path, overwrite: bool) -> None:
         ) from None  # fmt: skip
     if more := sorted(set(_names(out)) - written):
         some = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
-        raise BadInput(f"{asked} --overwrite", f"it holds what no export wrote ({some})", f"Move that away. {other}")
+        raise BadInput(f"{asked} --overwrite", f"it has files that no export wrote ({some})", f"Move them. {other}")
 
 
 def _names(folder: Path) -> list[str]:
@@ -140,8 +140,8 @@ def _merged(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries:
 
 
 def _reply_as_measured(model: Any, tokenizer: Any, base: Base) -> None:
-    """Greedy replies of the exported model are those that `eval` measured: the same ends of a reply in each file, and
-    nothing in generation_config that bends greedy search. How the base is sampled stays."""
+    """Make greedy replies of the exported model those that `eval` measured: the same ends of a reply in each file, and
+    nothing in generation_config that changes greedy search. The base's settings for sampling stay."""
     from transformers import GenerationConfig
 
     from ..model.sampling import SAMPLED, TOKENS
@@ -155,7 +155,7 @@ def _reply_as_measured(model: Any, tokenizer: Any, base: Base) -> None:
 
 
 def _card(folder: Path, form: str, recipe: Recipe, surgeries: list, base: Base, model: Any, tokenizer: Any) -> None:
-    """README.md: what it is, from what it was made, how to load it and how it wants to be asked."""
+    """Write README.md: what it is, what it was made from, how to load it and how to prompt it."""
     from ..artifacts.adapter import front_matter
 
     name = recipe.model.name

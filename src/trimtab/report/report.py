@@ -15,8 +15,7 @@ from typing import Any
 
 import yaml
 
-from ..artifacts.files import write_text
-from ..artifacts.folder_lock import beside as lock_beside
+from ..artifacts.files import beside, write_text
 from ..artifacts.folder_lock import locked
 from ..artifacts.run_folder import lock_run
 from ..errors import BadInput
@@ -58,7 +57,9 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
         raise BadInput(f"write {target}", f"there is no folder {target.parent}", "Name another file with --out")
     do = "Wait until it is done, or name another file with --out"
     inside = any(target.parent.resolve() == folder.resolve() for folder in folders)
-    lock = lock_run(target.parent, f"write {target}", do) if inside else locked(lock_beside(target), f"write {target}")
+    lock = (
+        lock_run(target.parent, f"write {target}", do) if inside else locked(beside(target, "lock"), f"write {target}")
+    )
     try:
         with lock:
             write_text(target, text)
