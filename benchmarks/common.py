@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.artifacts.run_folder import machine, now, versions
+from trimtab.cost.machine import machine, now, versions
 from trimtab.memory import allocator
 from trimtab.memory.meter import process_memory
 

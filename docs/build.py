@@ -241,7 +241,8 @@ def kind_of(annotation: Any) -> str:
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
     text = re.sub(r"Literal\[(.*?)\]", r"\1", text)
     plain = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "None": "nothing",
-             "list[str]": "list of texts", "dict[str, str]": "keys"}  # fmt: skip
+             "FileName": "text", "Count": "whole number", "dict[str, str]": "keys", "dict[Column, str]": "keys",
+             **dict.fromkeys(("list[str]", "list[FileName]", "list[Metric]"), "list of texts")}  # fmt: skip
     return " or ".join(plain.get(part.strip(), part.strip()) for part in text.split(" | "))
 
 

@@ -234,7 +234,7 @@ def test_generate(call, ran):
 
 
 def loaded(ran: Path):
-    from trimtab.artifacts.run_folder import load_run
+    from trimtab.inference.load_run import load_run
 
     model, tokenizer, _, _ = load_run(trimtab.Recipe.load(ran))
     ids = torch.tensor([tokenizer("paris is in the country of france")["input_ids"]])

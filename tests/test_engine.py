@@ -188,8 +188,8 @@ INSTANTS = [
     (adapter_weights, "write_tensors", 1, False), (adapter_weights, "write_tensors", 3, True),
     (adapter, "_write_json", 4, True),
     (engine, "sync", 2, True), (engine, "sync", 2, False), (os, "replace", 4, False), (os, "replace", 4, True),
-    (engine, "discard", 6, True), (engine, "discard", 6, False), (engine.shutil, "rmtree", 9, True),
-    (engine.shutil, "rmtree", 12, True),
+    (engine, "discard", 2, True), (engine, "discard", 2, False), (engine.shutil, "rmtree", 13, True),
+    (engine.shutil, "rmtree", 15, True), (engine.shutil, "rmtree", 20, True),
 ]  # fmt: skip
 
 
@@ -248,7 +248,7 @@ MEFT = {"meft": {**TABLES, "r": 256, "experts": 128, "probes": 1, "k": 2, "momen
 # 2 tables, a delta each in each of 4 checkpoints, from the second on with links to the deltas before
 TABLE_INSTANTS = [
     (checkpoint, "write_tensors", 2, False), (checkpoint, "write_tensors", 5, True), (checkpoint, "_link", 3, False),
-    (torch, "save", 6, True), (engine, "sync", 3, True), (os, "replace", 6, False), (engine, "discard", 6, True),
+    (torch, "save", 6, True), (engine, "sync", 3, True), (os, "replace", 6, False), (engine, "discard", 2, True),
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import trimtab
 
 ROOT = Path(trimtab.__file__).parent
 FLOORS = (  # from the ground up; a module belongs to the first line that fits
-    r"errors|quiet|subprocess_call|supervise|interrupt|yaml_text",
+    r"errors|quiet|subprocess_call|supervise|interrupt|validation|foreign|artifacts\.files",
     r"memory(\..+)?",
     r"tiered(\..+)?",
     r"(model|data)(\..+)?",

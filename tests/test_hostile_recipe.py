@@ -7,7 +7,7 @@ import yaml
 
 from helpers_run import tree
 from trimtab.errors import BadInput, shortened
-from trimtab.yaml_text import DEEPEST, MOST, read_yaml
+from trimtab.validation import DEEPEST, MOST, read_yaml, write_yaml
 
 DEEP = "depth" if hasattr(yaml, "CSafeLoader") else f"more than {DEEPEST} deep"  # libyaml has a bound of its own
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
@@ -60,10 +60,19 @@ def test_a_hostile_order_is_refused(case, call, tmp_path):
 
 
 def test_what_recipes_hold_is_read():
-    text = "a: &base {r: 4}\nb: *base\nc: [1, 1.5, text, null, yes]\n"
+    text = "a: &base {r: 4}\nb: *base\nc: [1, 1.5, text, null, true, 1.0e-4, 2026-01-01]\n"
     assert read_yaml(text, "recipe") == yaml.safe_load(text)
+    words = read_yaml("[1e-4, -2E+3, .5e1, no, off, Yes, on, False]", "recipe")
+    assert words == [1e-4, -2e3, 5.0, "no", "off", "Yes", "on", False]
     with pytest.raises(BadInput, match="line 3: "):
         read_yaml("a: 1\nb: [\n", "recipe")
+
+
+def test_what_is_written_is_read_as_it_was():
+    tree = {"a": ["1e-4", "no", "true", "null", "5", "1e", 1e-4, 1e-300, 0.1, 3, True, None, "e5", "y", "ü"]}
+    written = write_yaml(tree)
+    assert read_yaml(written, "") == tree
+    assert yaml.safe_load(written)["a"][:3] == tree["a"][:3], "other readers of YAML too"
 
 
 def test_a_message_keeps_its_ends():

@@ -256,7 +256,7 @@ def test_no_network(tmp_path, monkeypatch):
 def test_what_a_killed_process_left_is_cleared(tmp_path, monkeypatch):
     fake_wheel(tmp_path, monkeypatch)
     done = cached_folder("tiny")
-    done.rename(done.with_name(f".making-{done.name}-dead"))
+    done.rename(done.with_name(f".{done.name}.partial"))
     cached_folder("tiny")
     assert left() == [done.name]
 

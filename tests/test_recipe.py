@@ -11,6 +11,7 @@ import trimtab
 from trimtab import methods
 from trimtab.errors import BadInput, TrimtabError, nearest
 from trimtab.recipe import Recipe, override
+from trimtab.validation import read_yaml
 
 WHOLE = """
 model: smollm2-135m
@@ -140,6 +141,63 @@ def test_the_training_block_is_of_the_librarys_kinds(tmp_path):
     plain = Recipe(model="x", training={"max_steps": 3})
     assert training_arguments(plain, TrainingArguments, tmp_path / "out", True).max_steps == 3
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bare_word_is_what_is_wanted_there(tmp_path):
+    """Text where a text is wanted, else a boolean; also where the libraries declare no type."""
+    from trl import SFTConfig
+
+    from trimtab.engine.arguments import training_arguments
+
+    recipe = Recipe.from_dict(read_yaml("""
+model: x
+data: {train: t.jsonl, columns: {prompt: on}, system: no, chat: off}
+engine: {lean: no, compile: on}
+training: {run_name: yes, packing: no, lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6},
+           activation_checkpointing_kwargs: {use_reentrant: no}, save_strategy: no, eval_strategy: false}
+""", "recipe"))  # fmt: skip
+    assert recipe.data.columns == {"prompt": "on"} and recipe.data.system == "no" and recipe.data.chat is False
+    assert recipe.engine.lean is False and recipe.engine.compile is True
+    args = training_arguments(recipe, SFTConfig, tmp_path / "out", True)
+    assert args.run_name == "yes" and args.packing is False and args.save_strategy == args.eval_strategy == "no"
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert args.activation_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("tree,message", [
+    ({"modle": "x"}, 'recipe: "modle": there is no such key. Did you mean "model".'),
+    ({"model": {"nam": "x"}}, 'model: "nam": there is no such key. Did you mean "name".'),
+    ({"model": {"precision": "bf61", "name": "x"}},
+     "model: precision: 'bf61': there is no such choice. Did you mean \"bf16\"."),
+    ({"data": {"columns": {"promt": "q"}}},
+     "data: columns: 'promt': there is no such choice. Did you mean \"prompt\"."),
+    ({"data": {"limit": "many"}}, "data: limit: 'many': input should be a valid integer"),
+    ({"data": {"limit": 0}}, "data: limit: 0: input should be greater than or equal to 1. Give a value of that kind."),
+    ({"engine": {"lean": ["nrom"]}}, "engine: lean: 'nrom': there is no such choice. Did you mean \"norm\"."),
+    ({"place": 5}, "place: 5: a block of keys is wanted there. Check the indentation."),
+    ({"training": "x"}, "recipe: training: 'x': a block of keys is wanted there. Check the indentation."),
+    ({"patches": {"paca": {}}}, "recipe: patches: {'paca': {}}: a list is wanted there."),
+    ({"patches": ["pacca"]}, 'patch "pacca": there is no such patch. Did you mean "paca".'),
+    ({"output": "a\0b"}, "recipe: output: 'a\\x00b': no file can have such a name."),
+    ({"model": " "}, "model: ' ': it names no model."), ({"model": {}}, "model: name: {}: field required."),
+    ({"resume": "perhaps"}, "recipe: resume: 'perhaps': input should be a valid boolean"),
+])  # fmt: skip
+def test_what_is_wrong_is_named(tree, message):
+    for make in (Recipe.from_dict, lambda tree: Recipe(**tree)):
+        with pytest.raises(BadInput) as caught:
+            make(tree)
+        assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("values,message", [
+    ({"rr": 8}, 'patches: paca: "rr": there is no such key. Did you mean "r".'),
+    ({"r": "x"}, "patches: paca: r: 'x': input should be a valid integer"),
+    ({"target": "q_proj"}, 'patches: paca: "target": there is no such key. Did you mean "targets".'),
+])  # fmt: skip
+def test_what_is_wrong_with_a_patch_is_named(values, message):
+    with pytest.raises(BadInput) as caught:
+        Recipe(model="x", patches=[{"paca": values}]).load_patches()
+    assert str(caught.value).startswith(message)
 
 
 def test_errors_have_three_parts_and_a_code():

@@ -170,12 +170,14 @@ def generate(
 ) -> None:  # fmt: skip
     """Answer prompts, or chat in the terminal when none is given."""
     from .recipe import Recipe, override
+    from .validation import booleans
 
     loaded = Recipe.load(recipe, overrides or ())
     _allocator(loaded)
     settings: dict[str, Any] = {}
     for item in setting or ():
         override(settings, item)
+    settings = booleans(settings)
     from .inference import generate as verb
 
     if not prompt:

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from .artifacts.run_folder import machine, versions
 from .cost import overhead, rates
+from .cost.machine import machine, versions
 from .cost.overhead import Overhead
 from .cost.rates import Rates
 from .memory import allocator

@@ -12,16 +12,15 @@ safetensors; what comes from others is checked and never executed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,9 +29,10 @@ from ..contracts import Place, Surgery
 from ..errors import BadInput
 from ..model.hub import ordinary_modes
 from ..model.reply import ReplyForm
-from ..recipe import build
 from ..tiered.checkpoint import load_rows, save_rows
+from ..validation import build
 from .adapter_weights import read_weights, write_weights
+from .files import whole_folder, writing
 
 CONFIG, OURS = "adapter_config.json", "trimtab.json"
 ROWS = "rows"  # in a checkpoint: the tables, by what changed
@@ -42,8 +42,8 @@ RANK = 4096  # ranks up to here are believed without looking at the tensors
 
 @dataclass(frozen=True)
 class Base:
-    """Whose adapter it is: the base's name as the user wrote it, its hash, its task and precision, class labels, and
-    the form in which it was trained to reply."""
+    """The base that an adapter was trained on: its name as the user wrote it, hash, task, precision and class labels,
+    and the form in which it was trained to reply."""
 
     name: str
     hash: str
@@ -53,63 +53,45 @@ class Base:
     reply: ReplyForm = field(default_factory=ReplyForm)
 
 
+@dataclass(frozen=True)
+class Meta:
+    """What trimtab.json holds: the base, and the patch with its fields or the sub-folders of several patches."""
+
+    base: Base
+    trimtab: str = ""  # the version that wrote it
+    patch: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)
+
+
 def save_adapter(folder: str | Path, surgeries: Sequence[Surgery], base: Base) -> Path:
-    """Write what the surgeries own. The folder appears whole or not at all; one that is there is replaced."""
+    """Write the surgeries' own tensors. The folder appears whole or not at all and replaces an earlier one."""
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with writing(f"write the adapter to {folder}", "Free some space and resume"), whole_folder(folder) as partial:
         write_adapter(partial, surgeries, base)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if (why := unwritten(error)) is None:
-            raise
-        raise BadInput(f"write the adapter to {folder}", why, "Free some space and resume") from error
     return folder
-
-
-def unwritten(error: Exception) -> str | None:
-    """Why a file could not be written, or None if `error` says something else.
-
-    A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
-    """
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    text = " ".join(str(error).split())
-    if isinstance(error, SafetensorError) and "I/O error" in text:
-        return text.partition("I/O error: ")[2].rstrip(".") or text
-    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
-        return "torch could not write it; the disk may be full"
-    return None
 
 
 def write_adapter(
     folder: Path, surgeries: Sequence[Surgery], base: Base, before: tuple[Path | None] | None = None
 ) -> None:
-    """Write into `folder` in place (a checkpoint calls this in a folder that is itself made whole or not at all).
+    """Write into `folder` in place, as a part of a folder that itself appears whole or not at all.
 
-    A checkpoint says which one came `before` it, in a tuple of one: of tables it holds what changed since.
+    `before`: for a checkpoint, a tuple of the previous one or None; it saves the rows of tables that changed since.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if len(surgeries) == 1:
         _write_one(folder, surgeries[0], base, before)
         return
-    parts = [f"{index}-{surgery_name(surgery)}" for index, surgery in enumerate(surgeries)]
+    parts = [f"{index}-{methods.name_of(surgery.patch)}" for index, surgery in enumerate(surgeries)]
     for part, surgery in zip(parts, surgeries, strict=True):
         _write_one(folder / part, surgery, base, (before[0] and before[0] / part,) if before else None)
     _write_json(folder / OURS, {"trimtab": __version__, "parts": parts, "base": dataclasses.asdict(base)})
 
 
-def surgery_name(surgery: Surgery) -> str:
-    return methods.name_of(surgery.patch)
-
-
 def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | None] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    name = surgery_name(surgery)
+    name = methods.name_of(surgery.patch)
     tensors = {PREFIX + key: t.detach() for key, t in surgery.own_tensors().items()}
     stays = tensors if before is None else {key: t for key, t in tensors.items() if not _in_store(surgery, t)}
     write_weights(folder, stays, lambda tensor: _in_store(surgery, tensor))
@@ -128,7 +110,7 @@ def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | 
 
 
 def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The fewest words by which peft finds exactly the modules `names`: their last names, where no other has them."""
+    """The shortest names by which peft finds exactly the modules `names`: the last part where no other shares it."""
     wanted = set(names)
     leaves: dict[str, set[str]] = {}
     for path, module in model.named_modules():
@@ -146,29 +128,22 @@ def _card(name: str, surgery: Surgery, base: Base, tensors: dict[str, Tensor]) -
     row = methods.TABLE[name]
     fields = "\n".join(f"- {key}: {value}" for key, value in surgery.patch.config().items())
     tag = base.name if "/" in base.name and not Path(base.name).exists() else ""
-    front = [
-        "---",
-        *([f"base_model: {tag}"] if tag else []),
-        "library_name: peft",
-        "tags:",
-        "- trimtab",
-        f"- {name}",
-        "---",
-    ]
     paper = f" (arXiv {row.paper})" if row.paper else ""
-    return (
-        "\n".join(front)
-        + f"""
-
+    return f"""{front_matter("peft", tag, name)}
 # A {row.title} adapter for {base.name}
 
-{row.title}{paper}: {row.summary}. {count:,} numbers; base hash `{base.hash}`.
+{row.title}{paper}: {row.summary}. {count:,} parameters; base hash `{base.hash}`.
 
 {fields}
 
-Load it with `trimtab.load_adapter(model, folder)`, or turn it into other forms with `trimtab export`.
+Load it with `trimtab.load_adapter(model, folder)`, or convert it with `trimtab export`.
 """
-    )
+
+
+def front_matter(library: str, base: str, *tags: str) -> str:
+    """The head of a model card. `base`: its hub id, "" where it has none."""
+    lines = [f"base_model: {base}"] * bool(base) + [f"library_name: {library}", "tags:"]
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in ("trimtab", *tags)), "---", ""])
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -182,23 +157,18 @@ def _plain(value: Any) -> Any:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_meta(folder: str | Path) -> dict[str, Any]:
-    """The content of trimtab.json, checked to be one of ours."""
+def read_meta(folder: str | Path) -> Meta:
+    """The content of trimtab.json; BadInput unless it is one of ours."""
     path = Path(folder) / OURS
     if not path.is_file():
         raise BadInput(f"adapter {folder}", f"it has no {OURS}", "Name the adapter/ folder of a trimtab run")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        known = dict(meta["base"])
-        base = Base(**{**known, "reply": ReplyForm.read(known.get("reply", {}))})
-        words = [base.name, base.hash, base.task, base.precision, *base.labels, *meta.get("parts", [])]
-        fits = all(isinstance(word, str) for word in words) and isinstance(base.labels, list)
-        fits = fits and (bool(meta["parts"]) if "parts" in meta else isinstance(meta["patch"], str))
-    except (ValueError, KeyError, TypeError, RecursionError, OSError):
-        fits = False
-    if not fits:
-        raise BadInput(f"adapter {folder}", f"its {OURS} is damaged", "Make the adapter again, or take an intact copy")
-    return {**meta, "base": base}
+        meta = TypeAdapter(Meta).validate_json(path.read_bytes(), strict=True, extra="forbid")
+    except (ValidationError, OSError):
+        meta = None
+    if meta is None or not (meta.patch or meta.parts):
+        raise BadInput(f"adapter {folder}", f"its {OURS} is damaged", "Train the adapter again, or use an intact copy")
+    return meta
 
 
 def load_adapter(
@@ -206,50 +176,40 @@ def load_adapter(
 ) -> list[Surgery]:
     """Apply the adapter's patches to `model` and load their tensors; returns the surgeries, in order.
 
-    The base must be the one the adapter was made with: its hash is compared (`hash_of_base`: the model's, if known).
+    BadInput unless the base is the one the adapter was trained on, by its hash (`hash_of_base`: the model's, if known).
     """
     from ..model.load import base_hash
 
     folder = Path(folder)
     meta = read_meta(folder)
-    actual = hash_of_base or base_hash(model)
-    if meta["base"].hash != actual:
-        raise _of_another_base(f"adapter {folder}", meta["base"], actual)
-    surgeries: list[Surgery] = []
-    try:
-        for part in _parts(folder, meta):
-            surgeries.append(_load_one(model, part, place or Place()))
-    except BaseException:
-        for surgery in reversed(surgeries):
-            surgery.revert()
-        raise
+    _require_base(f"adapter {folder}", meta.base, hash_of_base or base_hash(model))
+    with contextlib.ExitStack() as undo:  # where one part fails, the others are taken out again
+        surgeries = [_load_one(model, part, place or Place(), undo) for part in _parts(folder, meta)]
+        undo.pop_all()
     return surgeries
 
 
-def _parts(folder: Path, meta: dict[str, Any]) -> list[Path]:
-    parts = [folder / part for part in meta["parts"]] if "parts" in meta else [folder]
+def _parts(folder: Path, meta: Meta) -> list[Path]:
+    parts = [folder / part for part in meta.parts] or [folder]
     for part in parts:
         if part != folder and part.resolve().parent != folder.resolve():
             raise BadInput(f"adapter {folder}", f"it names {part}, outside itself", "Do not use this adapter")
     return parts
 
 
-def _load_one(model: PreTrainedModel, folder: Path, place: Place) -> Surgery:
+def _load_one(model: PreTrainedModel, folder: Path, place: Place, undo: contextlib.ExitStack) -> Surgery:
     meta = read_meta(folder)
-    if "patch" not in meta:
-        raise BadInput(f"adapter {folder}", f"its {OURS} names no patch", "Take an intact copy")
-    patch = build(methods.find(meta["patch"]), meta.get("config", {}), f"adapter {folder}")
+    if not meta.patch:
+        raise BadInput(f"adapter {folder}", f"its {OURS} names no patch", "Use an intact copy")
+    patch = build(methods.find(meta.patch), meta.config, f"adapter {folder}")
     tensors = read_tensors(folder)
     has_rows = (folder / ROWS).is_dir()
     widest = max([RANK, *(max(*t.shape, t.numel() // t.shape[-1]) for t in tensors.values() if t.dim() and t.numel())])
     if not has_rows and (rank := getattr(patch, "r", 0)) > widest:  # before anything of that size is made
         raise BadInput(f"adapter {folder} of r {rank}", f"its tensors are at most {widest} wide", "Do not use it")
     surgery = patch.apply(model, place)
-    try:
-        _fill(surgery, folder, tensors)
-    except BaseException:
-        surgery.revert()
-        raise
+    undo.callback(surgery.revert)
+    _fill(surgery, folder, tensors)
     return surgery
 
 
@@ -257,27 +217,26 @@ def load_into(surgeries: Sequence[Surgery], folder: str | Path, base: Base | Non
     """Load saved tensors into patches that are already applied (resume). `base`: theirs, where it is known."""
     folder = Path(folder)
     meta = read_meta(folder)
-    if base is not None and meta["base"].hash != base.hash:
-        raise _of_another_base(f"resume from {folder}", meta["base"], base.hash)
+    asked = f"resume from {folder}"
+    if base is not None:
+        _require_base(asked, meta.base, base.hash)
     parts = _parts(folder, meta)
     if len(parts) != len(surgeries):
-        raise BadInput(
-            f"resume from {folder}", f"it holds {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same"
-        )
+        raise BadInput(asked, f"it holds {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same")
     for surgery, part in zip(surgeries, parts, strict=True):
         _fill(surgery, part, read_tensors(part))
 
 
-def _of_another_base(asked: str, made_for: Base, actual: str) -> BadInput:
-    return BadInput(
-        f"{asked}, made for {made_for.name} (hash {made_for.hash})",
-        f"this model is another one (hash {actual})",
-        f"Load {made_for.name}, or train the adapter anew on this model",
-    )
+def _require_base(asked: str, made_for: Base, actual: str) -> None:
+    if made_for.hash != actual:
+        raise BadInput(
+            f"{asked}, made for {made_for.name} (hash {made_for.hash})", f"this model is another one (hash {actual})",
+            f"Load {made_for.name}, or train the adapter anew on this model",
+        )  # fmt: skip
 
 
 def _fill(surgery: Surgery, folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Tensors into the patched model, and a checkpoint's rows into its tables."""
+    """Load `tensors` into the patched model, and a checkpoint's rows into its tables."""
     if not (folder / ROWS).is_dir():
         surgery.load_tensors(tensors)
         return

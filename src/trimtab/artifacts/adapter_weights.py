@@ -5,7 +5,7 @@
     adapter_model.safetensors.index.json        which file holds which: the layout of transformers' large models
     checksums.json                              CRC-32 of each tensor, of a table's row by row
 
-What is read is mapped from the files: no more than a piece of it is in anonymous memory, however large it is.
+Tensors that are read are mapped from the files: at most one piece at a time is in anonymous memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..tiered.checksums import Checksums, bytes_of, differing, of_parts, some
 WEIGHTS, CHECKSUMS = "adapter_model.safetensors", "checksums.json"
 INDEX = f"{WEIGHTS}.index.json"
 SHARD = 5 * 10**9  # bytes of one file, as huggingface_hub splits models; a larger tensor has a file of its own
-INTACT = "Take an intact copy"
+INTACT = "Use an intact copy"
 
 
 def write_weights(
@@ -52,7 +52,7 @@ def write_weights(
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors in `folder`, mapped from its files, whose checksums are compared where there are any.
 
-    BadInput names the file, and of a table the rows, that are damaged or hold what is no number.
+    BadInput names the file, and the rows of a table, that are damaged; a tensor with NaN or infinity is refused too.
     """
     kept = _checksums(folder)
     tensors: dict[str, Tensor] = {}

@@ -1,10 +1,10 @@
-"""What a checkpoint must hold before a run goes on from it: every file as it was written, and states that fit the run.
+"""Checks of a checkpoint before a run resumes from it: each file is as it was written, and the states fit the run.
 
     checkpoint-N/files.json     size in bytes and CRC-32 of each file beside it, but of rows/ (tiered/checkpoint.py has
                                 checksums of its own for tables)
 
-A damaged moment would not always be noticed later: a fused optimizer step writes past the end of one that is too small,
-and one that holds NaN trains on.
+Damage would not always be noticed later: a fused optimizer step writes past the end of a moment that is too small, and
+training goes on with one that holds NaN.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ STATE, SUMS = "trainer_state.json", "files.json"
 ROWS = "rows"
 PIECE = 2**22  # bytes that are read at a time
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # each has the shape of its parameter
-EARLIER = "Remove this checkpoint, and resume=true goes on from the one before; or take an intact copy"
+EARLIER = "Remove this checkpoint, and resume=true continues from the one before; or use an intact copy"
 
 
 def write_sums(checkpoint: Path) -> None:
-    """Write files.json for a checkpoint that holds all its other files."""
+    """Write files.json, when the checkpoint's other files are all there."""
     found = {name: _sum_of(path) for name, path in _files(checkpoint)}
     (checkpoint / SUMS).write_text(json.dumps({"crc32": found}, indent=1) + "\n", encoding="utf-8")
 
 
 def check_files(checkpoint: Path) -> None:
-    """BadInput where a file is missing or is not what was written, or where the state says another step."""
+    """BadInput where a file is missing or differs from what was written, or the state is of another step."""
     asked = f"resume from {checkpoint}"
     read_state(checkpoint)
     try:
@@ -55,7 +55,7 @@ def check_files(checkpoint: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """trainer_state.json, of which the step is sure to be that of the folder's name."""
+    """The content of trainer_state.json; its step is that of the folder's name."""
     asked = f"resume from {checkpoint}"
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))

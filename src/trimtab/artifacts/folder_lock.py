@@ -20,11 +20,6 @@ _HELD: set[Path] = set()  # by this process: the kernel's locks do not tell its 
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
-def beside(path: Path) -> Path:
-    """The lock of a file, or of a folder that is replaced as a whole."""
-    return path.with_name(f".{path.name}{NAME}")
-
-
 @contextlib.contextmanager
 def locked(file: Path, asked: str, do: str = "Wait until it is done, or name another folder") -> Iterator[None]:
     """Hold `file` locked. BadInput, which says what was `asked` and what to `do`, where another holds it.

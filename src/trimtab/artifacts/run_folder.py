@@ -6,10 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import shutil
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +14,7 @@ from ..errors import BadInput
 from ..memory.budget import nearest_folder
 from ..recipe import Recipe
 from .checkpoint_files import STATE, read_state
+from .files import write_text, writing
 from .folder_lock import NAME as LOCK
 from .folder_lock import locked
 
@@ -25,12 +23,12 @@ if TYPE_CHECKING:
 
 PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html",
          "eval.json")  # fmt: skip
-PARTIAL, OLD = ".checkpoint.partial", ".checkpoint.old"  # a checkpoint being written, and one being thrown away
+PARTIAL = ".checkpoint.partial"  # a checkpoint being written
 
 
 def lock_run(folder: str | Path, asked: str, do: str = "Wait until it is done, or name another output") \
         -> contextlib.AbstractContextManager[None]:  # fmt: skip
-    """Within it, no other process of ours writes into the run's folder; BadInput where one does already."""
+    """A lock on the run's folder against other trimtab processes; BadInput where one holds it."""
     folder = Path(folder)
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
@@ -47,11 +45,9 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
     ours writes, and only once everything else about the recipe has been found good.
     """
     output = Path(recipe.output)
-    held = output.is_dir() and (
-        (output / "recipe.yaml").exists() or (output / "run.json").exists() or checkpoints(output)
-    )
+    found = checkpoints(output)
+    held = found or any((output / name).exists() for name in ("recipe.yaml", "run.json"))
     if recipe.resume:
-        found = checkpoints(output) if output.is_dir() else []
         if held:
             _same_recipe(output, recipe)
         if held and not found and finished_run(recipe) is None:
@@ -61,13 +57,13 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
     elif held and not recipe.overwrite:
         raise BadInput(
             f"output: {output}", "it already holds a run",
-            "Say resume=true to go on with it, overwrite=true to replace it, or name another folder",
+            "Say resume=true to continue it, overwrite=true to replace it, or name another folder",
         )  # fmt: skip
     return output, None
 
 
 def finished_run(recipe: Recipe, checkpoint: Path | None = None) -> dict[str, Any] | None:
-    """What run.json holds where the run in the recipe's folder has come to the end that the recipe asks for, else None.
+    """The content of run.json if the run in the recipe's folder is as long as the recipe asks for, else None.
 
     `checkpoint`: its newest one. A run that was killed between its last step and run.json is not finished.
     """
@@ -96,24 +92,22 @@ def nothing_left(state: dict[str, Any], max_steps: int, epochs: Any) -> bool:
 
 
 def begin_run(output: Path, recipe: Recipe, resumed: bool) -> None:
-    """Write the resolved recipe; a new run first removes an old one's parts, any run what a killed one left."""
-    try:
+    """Write the resolved recipe. A new run first removes an old one's parts; any run removes what a killed one left."""
+    with writing(f"output: {output}", "Name a folder that can be written"):
         output.mkdir(parents=True, exist_ok=True)
-        gone = [*output.glob(".*.partial"), output / OLD]
+        gone = [*output.glob(".*.partial"), *output.glob(".checkpoint-*.old")]
         if not resumed:
             gone += [*(output / part for part in PARTS), *output.glob("checkpoint-*")]
         for part in gone:
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         write_text(output / "recipe.yaml", recipe.to_yaml())
-    except OSError as error:
-        raise BadInput(f"output: {output}", error.strerror or str(error), "Name a folder that can be written") from None
 
 
 def _same_recipe(output: Path, recipe: Recipe) -> None:
-    """Resuming computes what was begun: the recipe must be the one in the folder.
+    """BadInput unless `recipe` continues the run in the folder: its steps must be the same.
 
-    How far it goes may differ, and what changes memory but not the steps: the budget, `engine:`, recomputed
-    activations, and micro-batches of another size that make steps of as many rows.
+    Its length may differ, and what changes memory but not the steps: the budget, `engine:`, recomputed activations,
+    and the size of micro-batches where a step has as many rows.
     """
     path = output / "recipe.yaml"
     if not path.is_file():
@@ -129,7 +123,7 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
         whole = sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else sizes
         return {"rows of a step": whole} | {k: v for k, v in values.items() if k not in free}
 
-    # the working folder may be another one: files of the same name are taken for the same
+    # the working folder may have changed: files with the same name count as the same
     files = lambda value: [Path(v).name for v in ([value] if isinstance(value, str) else value or [])]  # noqa: E731
     data = lambda r: vars(r.data) | {k: files(getattr(r.data, k)) for k in ("train", "test", "chat_template")}  # noqa: E731
     for name, before, now in [
@@ -141,11 +135,8 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
         ("stepper", old.load_stepper(), new.load_stepper()),
     ]:
         if before != now:
-            raise BadInput(
-                f"resume {output} with {name}: {now}",
-                f"the run was begun with {before}",
-                "Use the recipe in its folder",
-            )
+            asked = f"resume {output} with {name}: {now}"
+            raise BadInput(asked, f"the run was begun with {before}", "Use the recipe in its folder")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -154,134 +145,7 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
-
-
-def sync(folder: Path) -> None:
-    """Bytes to the disk before the rename that makes them count."""
-    for path in (*folder.rglob("*"), folder):
-        sync_entry(path)
-
-
-def sync_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def discard(checkpoint: Path) -> None:
-    """Out of sight at once, then removed: a kill in between leaves no checkpoint that lacks a part."""
-    if not checkpoint.is_dir():
-        return
-    aside = checkpoint.with_name(OLD)
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(checkpoint, aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def place_of(recipe: Recipe) -> Place:
     """The recipe's place; files of the slow tier are on the run's own disk where no folder is named."""
     place = recipe.load_place()
     return place if place.folder else dataclasses.replace(place, folder=str(nearest_folder(recipe.output)))
-
-
-def load_run(
-    recipe: Recipe, adapter_folder: str | Path | None = None, base_only: bool = False
-) -> tuple[Any, Any, list, Any]:
-    """-> model, tokenizer, surgeries, base: the recipe's model with the adapter that its run left (or another one).
-
-    `base_only`: the model as it was before. The labels and the task come from the adapter where there is one.
-    """
-    from ..data.chat import use_template
-    from ..model.load import load_model
-    from .adapter import Base, load_adapter, read_meta
-
-    folder = Path(adapter_folder) if adapter_folder else Path(recipe.output) / "adapter"
-    if not adapter_folder and not base_only and not folder.is_dir():
-        raise BadInput(
-            f"the adapter of {recipe.output}",
-            f"there is no {folder}",
-            "Train first, name one with --adapter, or say --base",
-        )
-    if adapter_folder and not folder.is_dir():
-        raise BadInput(f"adapter {folder}", "there is no such folder", "Name the adapter/ folder of a run")
-    meta = read_meta(folder)["base"] if folder.is_dir() else Base(recipe.model.name, "", recipe.load_objective().head)
-    place = place_of(recipe)
-    labels = len(meta.labels) or (1 if meta.task == "classification" else None)
-    model, tokenizer = load_model(recipe.model, task=meta.task, labels=labels, device=place.device)
-    if meta.reply.template is not None:  # the run's own, also where the file it came from has changed
-        tokenizer.chat_template = meta.reply.template
-    else:
-        use_template(recipe.data, tokenizer)
-    if meta.labels:
-        model.config.id2label = dict(enumerate(meta.labels))
-        model.config.label2id = {label: index for index, label in enumerate(meta.labels)}
-    surgeries = [] if base_only else load_adapter(model, folder, place)
-    return model.eval(), tokenizer, surgeries, meta
-
-
-def machine() -> dict[str, Any]:
-    """What this run ran on, without names that tell whose machine it is."""
-    import torch
-
-    from ..memory import allocator
-
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
-    )
-    found: dict[str, Any] = {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_bytes": _memory_bytes(),
-        "system": platform.system(), "python": platform.python_version(), "allocator": allocator.active(),
-    }  # fmt: skip
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["gpu_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
-    return found
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in (
-        "trimtab",
-        "torch",
-        "transformers",
-        "trl",
-        "peft",
-        "accelerate",
-        "datasets",
-        "bitsandbytes",
-        "safetensors",
-    ):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0

@@ -7,10 +7,10 @@ Imports no torch.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from ..artifacts.files import write_text
 
 
 def read(path: Path, form: int, machine: dict[str, Any]) -> dict[str, Any] | None:
@@ -28,14 +28,7 @@ def write(path: Path, form: int, content: dict[str, Any]) -> bool:
     """`content` names its "machine". False where the cache cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"form": form, **content}, file, indent=1)
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_text(path, json.dumps({"form": form, **content}, indent=1))
     except OSError:
         return False
     return True

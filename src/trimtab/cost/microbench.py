@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..foreign import TorchDispatchMode
 from .rates import LAYOUTS, SMALLEST, Rates
 from .roofline import Clock
 

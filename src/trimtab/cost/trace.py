@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ..errors import TrimtabError, Untraceable
+from ..foreign import DataDependentOutputException, FakeTensorMode
 from ..memory.meter import LiveTensors, file_ranges, is_mapped
 from ..model import anatomy
 from ..model.efficient import biases_apart

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from ..errors import BadInput, nearest
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from ..validation import Block, FileName
 from .metrics import METRICS
 
 # What a column may be to us. `columns: {ours: theirs}` renames.
-CANONICAL = ("messages", "conversations", "prompt", "completion", "question", "answer", "instruction", "input",
-             "output", "text", "text_pair", "label", "tools", "system")  # fmt: skip
-TOO_LONG = ("error", "cut", "drop")
+Column = Literal["messages", "conversations", "prompt", "completion", "question", "answer", "instruction", "input",
+                 "output", "text", "text_pair", "label", "tools", "system"]  # fmt: skip
+Metric = Literal[*METRICS]
+Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
-class DataSpec:
+class DataSpec(Block):
     """Training and test rows.
 
     `train`, `test`: a JSONL(.gz), CSV(.gz) or Parquet file, or a hub id (`owner/name`, `owner/name:split` or
@@ -26,31 +33,28 @@ class DataSpec:
     of `eval` or `generate` may be (None: the longest answer and 24 tokens more).
     """
 
-    train: str | list[str] | None = None
-    test: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    chat: bool | None = None
-    chat_template: str | None = None
-    system: str | None = None
-    too_long: str = "error"
-    limit: int | None = None
-    metrics: list[str] = field(default_factory=lambda: ["exact_match", "contains"])
-    reply_tokens: int | None = None
+    where: ClassVar[str] = "data"
+    short: ClassVar[str] = "train"
 
-    def __post_init__(self) -> None:
-        for ours in self.columns:
-            if ours not in CANONICAL:
-                raise BadInput(
-                    f'data.columns: "{ours}"', "no such column is known to trimtab", nearest(ours, CANONICAL)
-                )
-        if self.too_long not in TOO_LONG:
-            raise BadInput(
-                f'data.too_long: "{self.too_long}"', "there is no such choice", nearest(str(self.too_long), TOO_LONG)
-            )
-        if self.limit is not None and self.limit < 1:
-            raise BadInput(f"data.limit: {self.limit}", "no row would be left", "Give a number of rows, 1 or more")
-        if self.reply_tokens is not None and self.reply_tokens < 1:
-            raise BadInput(f"data.reply_tokens: {self.reply_tokens}", "no reply would be left", "Give 1 or more")
-        for name in self.metrics:
-            if name not in METRICS:
-                raise BadInput(f'data.metrics: "{name}"', "no such metric is known to trimtab", nearest(name, METRICS))
+    train: FileName | list[FileName] | None = None
+    test: FileName | None = None
+    columns: dict[Column, str] = field(default_factory=dict)
+    chat: bool | None = None
+    chat_template: FileName | None = None
+    system: str | None = None
+    too_long: Literal["error", "cut", "drop"] = "error"
+    limit: Count | None = None
+    metrics: list[Metric] = field(default_factory=lambda: ["exact_match", "contains"])
+    reply_tokens: Count | None = None
+
+    def beside(self, folder: Path) -> DataSpec:
+        """The same data, with the files that lie in `folder` named by their paths."""
+
+        def found(value: Any) -> Any:
+            paths = [folder / name for name in ([value] if isinstance(value, str) else value or [])]
+            if not paths or value == "chatml" or not all(path.exists() for path in paths):
+                return value
+            return str(paths[0]) if isinstance(value, str) else [str(path) for path in paths]
+
+        files = {key: found(getattr(self, key)) for key in ("train", "test", "chat_template")}
+        return dataclasses.replace(self, **files)

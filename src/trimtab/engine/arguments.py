@@ -14,6 +14,7 @@ from trl import SFTConfig
 from ..contracts import Objective, Stepper
 from ..errors import BadInput, nearest
 from ..recipe import Recipe
+from ..validation import booleans
 from .fields import check_fields
 
 
@@ -26,8 +27,6 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
         values.pop("max_length")
         if values.pop("packing", False):
             raise BadInput("training: packing: true", "a classifier reads one text a row", "Leave it out")
-    if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # the newer name of the same
-        values.setdefault("activation_checkpointing", values.pop("gradient_checkpointing"))
     for key in values:
         if key not in known:
             raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(str(key), known))
@@ -103,16 +102,16 @@ def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
-    """`value` if it is of a training field's kind; YAML 1.1 reads 1e-4 as text and a bare `no` as false."""
+    """`value` as a training field's type; false is also the text "no", as in `save_strategy: false`."""
     try:
         adapter_of = TypeAdapter(kind)
     except PydanticSchemaGenerationError:
-        return value
+        return booleans(value)
     for candidate in (value, "no") if value is False else (value,):
         try:
             read = adapter_of.validate_python(candidate)
         except ValidationError as error:
             why = error.errors()[0]["msg"].lower()
         else:
-            return read if isinstance(candidate, str) and isinstance(read, int | float) else candidate
+            return booleans(read) if isinstance(read, dict) else read
     raise BadInput(f"training: {key}: {value!r}", why, "Give a value of that kind")

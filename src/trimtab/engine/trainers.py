@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,18 +17,20 @@ from typing import Any, ClassVar
 
 import torch
 from jinja2 import TemplateError
-from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..artifacts import adapter
 from ..artifacts.checkpoint_files import EARLIER, STATE, check_optimizer, check_scheduler, write_sums
-from ..artifacts.run_folder import PARTIAL, checkpoints, discard, sync, sync_entry
+from ..artifacts.files import discard, replace_folder, sync, sync_entry, writing
+from ..artifacts.run_folder import PARTIAL, checkpoints
 from ..contracts import Stepper, penalty_of
 from ..data.order import longest_first
 from ..data.rows import check_lengths, tokenize_classification
 from ..errors import BadInput
+from ..foreign import admit_quantised
 from ..model.limits import check_dataset, learned_positions
 from ..model.sampling import refused_by_template
 from ..recipe import Recipe
@@ -174,21 +175,15 @@ class _OurTrainer(ClipsRows):
             self.state.num_input_tokens_seen = self.tokens()  # a resumed run counts on from here
         self.accelerator.wait_for_everyone()
         self._partial_dir = str(partial)
+        do = "Free some space and go on with resume=true; earlier checkpoints are intact"
         try:
-            # Trainer's own method, not SFTTrainer's, which would write a model card into the run's folder first
-            Trainer._save_checkpoint(self, model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._publish(run, partial / name)
-            self.accelerator.wait_for_everyone()
-        except Exception as error:
-            if (why := adapter.unwritten(error)) is None:
-                raise
-            raise BadInput(
-                f"write checkpoint {name} to {run}",
-                why,
-                "Free some space and go on with resume=true; earlier checkpoints are intact",
-            ) from error
+            with writing(f"write checkpoint {name} to {run}", do):
+                # Trainer's own method, not SFTTrainer's, which would write a model card into the run's folder first
+                Trainer._save_checkpoint(self, model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._publish(run, partial / name)
+                self.accelerator.wait_for_everyone()
         finally:
             self._partial_dir = None
             if self.args.should_save:
@@ -203,8 +198,7 @@ class _OurTrainer(ClipsRows):
             self.state.save_to_json(str(whole / STATE))
         write_sums(whole)
         sync(whole)
-        discard(run / whole.name)
-        os.replace(whole, run / whole.name)
+        replace_folder(whole, run / whole.name)
         sync_entry(run)
         if limit := self.args.save_total_limit:
             for old in checkpoints(run)[:-limit]:
@@ -232,7 +226,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
     def __init__(self, job: Job, **kwargs: Any):
         self._take(job, kwargs["model"], kwargs["args"])
         self.base_model = kwargs["model"]  # the library's constructor prepares the rows before it keeps the model
-        _admit_quantised(kwargs["model"])
+        admit_quantised(kwargs["model"])
         trained = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
         try:
             super().__init__(**kwargs)
@@ -319,7 +313,7 @@ class ClassifierTrainer(_OurTrainer, Trainer):
     def __init__(self, job: Job, **kwargs: Any):
         self._take(job, kwargs["model"], kwargs["args"])
         self._total_train_tokens = 0
-        _admit_quantised(kwargs["model"])
+        admit_quantised(kwargs["model"])
         super().__init__(**kwargs)
         self._set_signature_columns_if_needed()  # now, while the model's forward still names its arguments
         self.model_accepts_loss_kwargs = True  # the mean is over all rows of a step, however they are cut into batches
@@ -337,15 +331,6 @@ class ClassifierTrainer(_OurTrainer, Trainer):
 
     prediction_step = CausalTrainer.prediction_step
     log = CausalTrainer.log
-
-
-def _admit_quantised(model: PreTrainedModel) -> None:
-    """The library takes a quantised model only if it says that an adapter of peft is on it; ours is, or it only reads.
-
-    `export` takes the mark away again.
-    """
-    if getattr(model, "is_quantized", False):
-        model._hf_peft_config_loaded = True
 
 
 def quiet(trainer: Trainer) -> None:

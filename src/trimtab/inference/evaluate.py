@@ -33,8 +33,9 @@ def evaluate(
 
     A run's folder keeps it: `eval.json`, or `eval_base.json` for the base. With another `adapter`, nothing is written.
     """
-    from ..artifacts.run_folder import load_run, write_json
+    from ..artifacts.files import write_json
     from ..engine.tables import reading
+    from .load_run import load_run
 
     if not recipe.data.test and not tasks:
         raise BadInput("eval", "the recipe names no data.test", "Add data: {test: FILE}, or name --tasks of lm-eval")

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
-from ..artifacts.folder_lock import beside, locked
+from .. import __version__, methods
+from ..artifacts.files import beside, whole_folder, writing
+from ..artifacts.folder_lock import locked
+from ..artifacts.run_folder import lock_run
 from ..errors import BadInput, nearest
+from ..foreign import admit_quantised
 from ..model.hub import SHORT_NAMES, cached_folder, ordinary_modes
 from ..model.reply import stop_ids
 from ..quiet import hushed
@@ -35,27 +36,25 @@ def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str 
     """Write the run's adapter as `to` into `out` (default: beside it, `<output>/peft` or `<output>/merged`)."""
     if to not in FORMS:
         raise BadInput(f"export to {to}", "there is no such form", nearest(to, FORMS))
-    from ..artifacts.run_folder import load_run, lock_run
+    from .load_run import load_run
 
     out = Path(out) if out else Path(recipe.output) / to
     with contextlib.ExitStack() as locks:
-        if os.access(recipe.output, os.W_OK):  # others may read a run, and write elsewhere
+        if os.access(recipe.output, os.W_OK):  # a run that is read-only can be exported elsewhere
             locks.enter_context(lock_run(recipe.output, f"export {recipe.output}"))
-        locks.enter_context(locked(beside(out), f"export to {out}"))
+        locks.enter_context(locked(beside(out, "lock"), f"export to {out}"))
         _replaceable(out, overwrite)
         model, tokenizer, surgeries, base = load_run(recipe, adapter)
-        write = {"peft": _peft, "merged": _merged}[to]
-
-        def fill(folder: Path) -> None:
-            write(folder, recipe, model, tokenizer, surgeries, base)
+        with writing(f"write {out}", "Free some space, or name another folder"), whole_folder(out) as folder:
+            {"peft": _peft, "merged": _merged}[to](folder, recipe, model, tokenizer, surgeries, base)
             ordinary_modes(folder)
-
-        _whole(out, fill, {"to": to, "recipe": recipe.hash})
+            mark = {"trimtab": __version__, "to": to, "recipe": recipe.hash, "files": sorted(_names(folder))}
+            (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
     return out
 
 
 def _replaceable(out: Path, overwrite: bool) -> None:
-    """Refuse what is there already, but for an earlier export of ours where the user says so: it is removed whole."""
+    """Refuse a folder that is there already, unless it is an earlier export and the user said --overwrite."""
     asked = f"export to {out}"
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()) or not (out.exists() or out.is_symlink()):
         return
@@ -73,7 +72,7 @@ def _replaceable(out: Path, overwrite: bool) -> None:
         ) from None  # fmt: skip
     if more := sorted(set(_names(out)) - written):
         some = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
-        raise BadInput(f"{asked} --overwrite", f"it holds what no export wrote ({some})", f"Move that away. {other}")
+        raise BadInput(f"{asked} --overwrite", f"it has files that no export wrote ({some})", f"Move them. {other}")
 
 
 def _names(folder: Path) -> list[str]:
@@ -127,11 +126,9 @@ def _merged(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries:
         for name, module in list(model.named_modules()):
             if hasattr(module, "weight") and is_quantised(module):
                 swaps.replace(name, dense_linear(module, model.dtype))
-        for attribute in ("quantization_config",):
-            if hasattr(model.config, attribute):
-                delattr(model.config, attribute)
+        vars(model.config).pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False
-        vars(model).pop("_hf_peft_config_loaded", None)
+        admit_quantised(model, False)
     if base.task == "causal-lm":
         _reply_as_measured(model, tokenizer, base)
     model.save_pretrained(folder)
@@ -143,8 +140,8 @@ def _merged(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries:
 
 
 def _reply_as_measured(model: Any, tokenizer: Any, base: Base) -> None:
-    """Greedy replies of the exported model are those that `eval` measured: the same ends of a reply in each file, and
-    nothing in generation_config that bends greedy search. How the base is sampled stays."""
+    """Make greedy replies of the exported model those that `eval` measured: the same ends of a reply in each file, and
+    nothing in generation_config that changes greedy search. The base's settings for sampling stay."""
     from transformers import GenerationConfig
 
     from ..model.sampling import SAMPLED, TOKENS
@@ -158,19 +155,18 @@ def _reply_as_measured(model: Any, tokenizer: Any, base: Base) -> None:
 
 
 def _card(folder: Path, form: str, recipe: Recipe, surgeries: list, base: Base, model: Any, tokenizer: Any) -> None:
-    """README.md: what it is, from what it was made, how to load it and how it wants to be asked."""
-    from ..artifacts.adapter import surgery_name
+    """Write README.md: what it is, what it was made from, how to load it and how to prompt it."""
+    from ..artifacts.adapter import front_matter
 
     name = recipe.model.name
     on_hub = "/" in name and loadable(name) == name and not Path(name).exists()
     title = name if on_hub else Path(name).name
-    patches = " + ".join(surgery_name(surgery) for surgery in surgeries)
+    patches = " + ".join(methods.name_of(surgery.patch) for surgery in surgeries)
     library = "peft" if form == "peft" else "transformers"
     loader = "AutoPeftModelFor" if form == "peft" else "AutoModelFor"
     loader += "CausalLM" if base.task == "causal-lm" else "SequenceClassification"
     what = "an adapter" if form == "peft" else "the base with what was trained merged into it"
-    front = [f"base_model: {name}"] if on_hub else []
-    text = "\n".join(["---", *front, f"library_name: {library}", "tags:", "- trimtab", "---", ""])
+    text = front_matter(library, name if on_hub else "")
     text += f"\n# {patches} on {title}\n\nMade by trimtab {__version__}: {what}.\n"
     text += f'\n```python\nfrom {library} import {loader}\n\nmodel = {loader}.from_pretrained("FOLDER")\n```\n'
     if form == "peft" and not on_hub:
@@ -194,35 +190,3 @@ def _how_to_ask(base: Base, model: Any, tokenizer: Any) -> str:
     said = ", ".join(f"`{token}`" for token in [*ends, *map(repr, form.stop)])
     longest = f" The longest answer it was trained on has {form.longest} tokens." if form.longest else ""
     return f"{asked}. A reply ends at {said}.{longest}"
-
-
-def _whole(out: Path, write: Callable[[Path], None], mark: dict[str, str]) -> None:
-    """The folder appears complete or not at all; what it replaces goes once it is in place.
-
-    `mark` is left in it, with the names of its files: by it a later export knows what it may replace.
-    """
-    from ..artifacts.adapter import unwritten
-
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write(partial)
-        content = {"trimtab": __version__, **mark, "files": sorted(_names(partial))}
-        (partial / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(old, ignore_errors=True)
-        if had := out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(partial, out)
-        except OSError:
-            if had:
-                os.replace(old, out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:
-        if (why := unwritten(error)) is None:
-            raise
-        raise BadInput(f"write {out}", why, "Free some space, or name another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -29,9 +29,9 @@ def generate(
     Prompts are put as the rows of the run were: through the chat template or as plain text; `raw`: as they are. `say`
     is told what was read of tables, and how many replies were cut.
     """
-    from ..artifacts.run_folder import load_run
     from ..engine.tables import reading, said
     from ..model.sampling import check_generation, sample
+    from .load_run import load_run
 
     settings = check_generation(settings)
     with hushed():
@@ -57,9 +57,9 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
     import torch
     from transformers import TextStreamer
 
-    from ..artifacts.run_folder import load_run
     from ..engine.tables import reading, said
     from ..model.sampling import check_generation, complete, prompt_ids, reply_text, settings_of, within_positions
+    from .load_run import load_run
 
     settings = check_generation(settings)
     if settings.get("num_beams", 1) > 1:

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from ..foreign import TorchDispatchMode, tree_iter
 from .budget import fast_bytes, room
 
 GIB = 2**30

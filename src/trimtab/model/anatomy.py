@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import BadInput
+from ..foreign import AnyConvolution
 from ..memory.budget import gib
 from .surgery import is_patch
 
@@ -146,7 +147,7 @@ def stacked_experts(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Path -> parameter of each tensor in the blocks that holds the weights of several experts."""
     prefix, found = blocks(model)[0] + ".", {}
     for path, module in model.named_modules():
-        if path.startswith(prefix) and not isinstance(module, nn.modules.conv._ConvNd) and not is_linear(module):
+        if path.startswith(prefix) and not isinstance(module, AnyConvolution) and not is_linear(module):
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 3 or (parameter.dim() == 2 and ".experts." in f"{path}."):
                     found[f"{path}.{leaf}"] = parameter

@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..foreign import softmax_backward
 from .efficient_experts import lean_experts
 from .surgery import Swaps, is_patch
 
@@ -234,7 +235,7 @@ class _Attention(torch.autograd.Function):
         p = _probabilities(query, key, bias, ctx.scale, B)
         d_value = torch.bmm(p.transpose(1, 2), d_out)
         d_p = torch.bmm(d_out, value.transpose(1, 2))
-        d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
+        d_scores = softmax_backward(d_p, p, -1, p.dtype)
         d_query = torch.bmm(d_scores, key).mul_(ctx.scale)
         d_key = torch.bmm(d_scores.transpose(1, 2), query).mul_(ctx.scale)
         return d_query.view(B, H, T, D), d_key.view(B, K, T, D), d_value.view(B, K, T, D), None, None

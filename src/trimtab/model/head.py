@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..errors import BadInput
+from ..foreign import TorchDispatchMode
 from . import anatomy
 from .quant import is_quantised
 from .undisturbed import undisturbed

@@ -14,12 +14,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..artifacts.files import whole_folder
 from ..errors import BadInput, nearest
 from ..subprocess_call import apart
 
@@ -301,7 +301,7 @@ def sha256(path: Path) -> str:
 
 
 def _made(key: str, make: Callable[[Path], None]) -> Path:
-    """The cache's folder `key`; `make(folder)` fills a temporary one, which then takes its place in one rename."""
+    """The cache's folder `key`; `make(folder)` fills a temporary one, which then takes its place."""
     from filelock import FileLock
 
     root = cache_root()
@@ -313,18 +313,10 @@ def _made(key: str, make: Callable[[Path], None]) -> Path:
         with FileLock(root / f".{key}.lock"):
             if _sound(final):  # another process made it while we waited
                 return final
-            for stale in [final, *root.glob(f".making-{key}-*")]:
-                if stale.exists():
-                    shutil.rmtree(stale)
-            folder = Path(tempfile.mkdtemp(prefix=f".making-{key}-", dir=root))
-            try:
+            with whole_folder(final) as folder:
                 make(folder)
                 check_folder(folder)
-                folder.chmod(0o755)
                 ordinary_modes(folder)
-                os.replace(folder, final)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise BadInput(
             f"write {final}", f"the cache folder cannot be written ({error.strerror or error})",

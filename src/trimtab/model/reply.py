@@ -7,7 +7,9 @@ the training rows. Plain data and tokenizers only: importing it loads no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ..errors import BadInput
 
@@ -28,25 +30,10 @@ class ReplyForm:
 
     chat: bool | None = None
     after: str = ""
-    longest: int = 0
-    stop: list[str] = field(default_factory=list)
+    longest: Annotated[int, Field(ge=0, le=LONGEST)] = 0
+    stop: list[Annotated[str, Field(min_length=1)]] = field(default_factory=list)
     eos_token: str | None = None
     template: str | None = None
-
-    @classmethod
-    def read(cls, values: Any) -> ReplyForm:
-        """From JSON; TypeError or ValueError where it is no such thing."""
-        form = cls(**values)
-        maybe = [text for text in (form.eos_token, form.template) if text is not None]
-        if not isinstance(form.stop, list) or not all(
-            isinstance(text, str) for text in (form.after, *form.stop, *maybe)
-        ):
-            raise TypeError("a text was expected")
-        if not isinstance(form.chat, bool | None) or type(form.longest) is not int:
-            raise TypeError("a flag and a number were expected")
-        if not 0 <= form.longest <= LONGEST or not all(form.stop):
-            raise ValueError("out of range")
-        return form
 
     def prompt(self, tokenizer: Any, text: str, system: str | None = None, chat: bool | None = None) -> Any:
         """`text` as the training rows put a prompt: messages for the chat template, or plain text.

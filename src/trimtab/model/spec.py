@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from ..errors import BadInput, nearest
+from pydantic.dataclasses import dataclass
 
-PRECISIONS = ("auto", "bf16", "fp32", "fp16", "nf4", "int8")
+from ..errors import BadInput
+from ..validation import Block, FileName
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(Block):
     """A base model.
 
     `name`: hub id, folder, GGUF file or short name (`smollm2-135m`, `minilm-l6`); `precision`: "auto" is the file's own
@@ -19,17 +20,14 @@ class ModelSpec:
     model.
     """
 
-    name: str
-    precision: str = "auto"
+    where: ClassVar[str] = "model"
+    short: ClassVar[str] = "name"
+
+    name: FileName
+    precision: Literal["auto", "bf16", "fp32", "fp16", "nf4", "int8"] = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
-            raise BadInput(
-                f"model: {self.name!r}", "a model is named by a text", "Name a hub id, a folder or a GGUF file"
-            )
-        if self.precision not in PRECISIONS:
-            raise BadInput(
-                f'precision: "{self.precision}"', "there is no such precision", nearest(str(self.precision), PRECISIONS)
-            )
+        if not self.name.strip():
+            raise BadInput(f"model: {self.name!r}", "it names no model", "Name a hub id, a folder or a GGUF file")

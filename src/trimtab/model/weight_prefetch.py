@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..foreign import recomputing
 from ..memory.budget import ram
 from ..memory.meter import file_ranges, is_mapped
 from ..tiered.prefetch import Reader
@@ -47,11 +48,6 @@ class Weights:
     def pages(self, rows: Any, kinds: Any) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
         """As of a table: what holds the mapping, and where it lies."""
         return self.tensors, self.spans
-
-
-def recomputing() -> bool:
-    """Whether autograd is running a backward pass: a forward pass within one is a checkpointed layer's second."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def read_weights_ahead(model: Any, swaps: Swaps, reader: Reader | None = None) -> list[Weights]:

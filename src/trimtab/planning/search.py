@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import methods
-from ..artifacts.run_folder import write_text
+from ..artifacts.files import write_text
 from ..cost.rates import Rates
 from ..errors import BadInput, DoesNotFit, TrimtabError
 from ..memory.budget import gib

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from ..artifacts.folder_lock import beside as lock_beside
+from ..artifacts.files import beside, write_text, writing
+from ..artifacts.folder_lock import NAME as LOCK
 from ..artifacts.folder_lock import locked
-from ..artifacts.run_folder import lock_run, write_text
 from ..errors import BadInput
 from .figures import number
 from .page import page
@@ -55,14 +55,11 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     text = page(found)
     if not target.parent.is_dir():
         raise BadInput(f"write {target}", f"there is no folder {target.parent}", "Name another file with --out")
-    do = "Wait until it is done, or name another file with --out"
+    asked, do = f"write {target}", "Name another file with --out"
     inside = any(target.parent.resolve() == folder.resolve() for folder in folders)
-    lock = lock_run(target.parent, f"write {target}", do) if inside else locked(lock_beside(target), f"write {target}")
-    try:
-        with lock:
-            write_text(target, text)
-    except OSError as error:
-        raise BadInput(f"write {target}", error.strerror or str(error), "Name another file with --out") from None
+    file = target.parent / LOCK if inside else beside(target, "lock")
+    with writing(asked, do), locked(file, asked, f"Wait until it is done. {do}"):
+        write_text(target, text)
     return target
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..foreign import fused_adam, fused_adamw
 from . import adam_state
 from .store import GRADS, VALUES, M, TieredStore, V
 
@@ -130,7 +131,7 @@ class RowAdam:
         store = self.store
         scale = None if store.grad_scale == 1.0 else torch.tensor(1.0 / store.grad_scale)
         fused = functools.partial(
-            torch._fused_adamw_ if rates.decoupled else torch._fused_adam_, lr=rates.lr, beta1=rates.betas[0],
+            fused_adamw if rates.decoupled else fused_adam, lr=rates.lr, beta1=rates.betas[0],
             beta2=rates.betas[1], weight_decay=rates.weight_decay, eps=rates.eps, amsgrad=False, maximize=False,
             grad_scale=scale, found_inf=None,
         )  # fmt: skip

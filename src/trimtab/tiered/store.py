@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..foreign import foreach_copy
 from .mapped_file import MappedFile, map_file, require_memory, require_room
 from .prefetch import Ask, Reader
 from .record import GRADS, PAGE, VALUES, joined, layout, spans
@@ -198,7 +199,7 @@ class TieredStore:
             return
         if self._file is None or self._slot_of:
             for kind, given in parts.items():
-                torch._foreach_copy_(list(self.each(kind, rows)), list(given))
+                foreach_copy(list(self.each(kind, rows)), list(given))
             return
         for kinds in joined(self.parts, parts):
             (start, step), data = self._at(kinds[0]), [self._bytes(kind, parts[kind]) for kind in kinds]

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from ..artifacts.run_folder import write_text
+from ..artifacts.files import write_text
 from ..contracts import Surgery
 from ..cost.trace import ADAPTER, MAPPED, OPTIMISER, WEIGHTS, Trace, highest, live, metered
 from ..memory.guard import Guard

@@ -17,17 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import methods
 from ..artifacts.checkpoint_files import check_files
-from ..artifacts.run_folder import (
-    begin_run,
-    checkpoints,
-    finished_run,
-    lock_run,
-    machine,
-    now,
-    open_run,
-    versions,
-    write_json,
-)
+from ..artifacts.files import write_json
+from ..artifacts.run_folder import begin_run, checkpoints, finished_run, lock_run, open_run
+from ..cost.machine import machine, now, versions
 from ..errors import BadInput, Interrupted, Stopped
 from ..memory.meter import GIB
 from ..quiet import hushed, no_dataset_bars

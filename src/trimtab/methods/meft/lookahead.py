@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...model.weight_prefetch import recomputing
+from ...foreign import recomputing
 from ...tiered.store import GRADS, VALUES
 from .router import Router
 

@@ -45,11 +45,11 @@ from transformers import PreTrainedModel
 
 from ...contracts import Patch, Place, Surgery
 from ...errors import BadInput, nearest
+from ...foreign import recomputing
 from ...model import anatomy
 from ...model.freeze import freeze_base
 from ...model.row_steps import RowPatch, step_with_optimisers
 from ...model.surgery import Swaps
-from ...model.weight_prefetch import recomputing
 from ...tiered.adam import MODES, RowAdam
 from ...tiered.distributed import settle, tables
 from ...tiered.mapped_file import slow_kind

@@ -1,0 +1,114 @@
+"""Files and folders that appear on disk complete or not at all. Imports no torch; the floors above all use it.
+
+What is being written or thrown away lies beside its place under a hidden name, `.NAME.partial` or `.NAME.old`; a killed
+process may leave one, and the next writer of the same place removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..errors import BadInput
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill, which then takes the place of `folder`; after an error it is removed."""
+    partial = beside(folder, "partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """`new` takes the place of `folder` by one rename; what was there is removed afterwards, or put back."""
+    old = _aside(folder)
+    try:
+        os.replace(new, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Hide the folder at once, then remove it: a process killed in between leaves no folder that lacks a part."""
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    old = beside(folder, "old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    return old
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A hidden name in the same folder."""
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def sync(folder: Path) -> None:
+    """Write the folder's bytes through to the disk, before the rename that makes them count."""
+    for path in (*folder.rglob("*"), folder):
+        sync_entry(path)
+
+
+def sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(asked: str, do: str) -> Iterator[None]:
+    """Within it, a file that cannot be written raises BadInput; other errors pass.
+
+    A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (why := _unwritten(error)) is None:
+            raise
+        raise BadInput(asked, why, do) from error
+
+
+def _unwritten(error: Exception) -> str | None:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, SafetensorError) and "I/O error" in text:
+        return text.partition("I/O error: ")[2].rstrip(".") or text
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
+        return "torch could not write it; the disk may be full"
+    return None
