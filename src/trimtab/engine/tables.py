@@ -45,20 +45,24 @@ def traffic(surgeries: Iterable[Surgery], steps: int) -> dict[str, Any]:
     tables = stores_of(surgeries)
     if not tables:
         return {}
-    kinds = ("hits", "misses", "up", "down", "needed", "foreseen", "unused")
-    moved = summed(tables, [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds])
-    hits, misses, up, down, needed, foreseen, unused = map(int, moved)
-    ahead = {
+    hits, misses, up, down, needed, foreseen, unused = map(int, summed(tables, _sums(
+        tables, "hits", "misses", "up", "down", "needed", "foreseen", "unused")))  # fmt: skip
+    steps = max(steps, 1)
+    prefetches = {
         "store_prefetch_hit_rate": round(foreseen / max(needed, 1), 4),
-        "store_prefetch_unused_bytes_per_step": unused // max(steps, 1),
+        "store_prefetch_unused_bytes_per_step": unused // steps,
     }
     return {
-        "store_up_bytes_per_step": up // max(steps, 1),
-        "store_down_bytes_per_step": down // max(steps, 1),
+        "store_up_bytes_per_step": up // steps,
+        "store_down_bytes_per_step": down // steps,
         "store_hit_rate": round(hits / max(hits + misses, 1), 4),
         "store_slow_bytes": sum(store.nbytes["slow"] for store in tables),
-        **(ahead if needed else {}),
+        **(prefetches if needed else {}),
     }
+
+
+def _sums(tables: Sequence[TieredStore], *kinds: str) -> list[int]:
+    return [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds]
 
 
 @contextlib.contextmanager
@@ -74,7 +78,7 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
         tokens += args[0].numel()
 
     def figures() -> dict[str, Any]:
-        now = [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds]
+        now = _sums(tables, "hits", "misses", "up")
         hits, misses, up = (after - before for after, before in zip(now, start, strict=True))
         if not tokens:
             return {}
@@ -87,8 +91,7 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
     if not tables:
         yield lambda: {}
         return
-    kinds = ("hits", "misses", "up")
-    start = [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds]
+    start = _sums(tables, "hits", "misses", "up")
     hook = model.get_input_embeddings().register_forward_pre_hook(count)
     try:
         yield figures

@@ -56,14 +56,6 @@ class RowPatch(ModulePatch):
         finally:
             del self.enabled
 
-    @contextlib.contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Within it the patch may read rows. Afterwards the counters and slots of its tables are as before."""
-        with contextlib.ExitStack() as stack:
-            for store in self.stores:
-                stack.enter_context(store.uncounted())
-            yield
-
 
 def step_with_optimizers(swaps: Swaps) -> None:
     """Until undone, every optimizer step also steps the model's tables.

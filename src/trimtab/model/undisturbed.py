@@ -24,7 +24,8 @@ def undisturbed(model: nn.Module, tables: bool = False) -> Iterator[None]:
         if tables:
             stack.enter_context(torch.no_grad())
         for patch in (module for module in model.modules() if isinstance(module, RowPatch)):
-            stack.enter_context(patch.uncounted() if tables else patch.without_rows())
+            for context in [store.uncounted() for store in patch.stores] if tables else [patch.without_rows()]:
+                stack.enter_context(context)
         try:
             model.eval()
             yield

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .expected import expected_rows
-from .groups import FEW, Chunk, Groups
+from .groups import FEW, Groups
 from .record import GRADS, VALUES
 from .rows import Rows
 from .store import TieredStore
@@ -35,11 +35,10 @@ class PlannedStore(TieredStore):
     needs_transfer = False
     model_device = torch.device("meta")
 
-    def _new_table(self, folder: str | None, more: int) -> Tensor:
+    def _new_table(self, folder: str | None = None, more: int = 0) -> Tensor:
         return torch.empty(0, self.record_bytes, dtype=torch.uint8)
 
-    def _new_slots(self) -> Tensor:
-        return torch.empty(0, self.record_bytes, dtype=torch.uint8)
+    _new_slots = _new_table
 
     def holds(self, tensor: Tensor) -> bool:
         return False
@@ -55,7 +54,8 @@ class PlannedStore(TieredStore):
     def group(self, rows_TP: Tensor, used_TP: Tensor | None = None) -> Groups:
         order = rows_TP.flatten().argsort(stable=True)
         tokens = order.div(rows_TP.shape[1], rounding_mode="floor")
-        return PlannedGroups(self, tuple(rows_TP.shape), order, tokens, [0], [1] * self.rows)
+        times = expected_rows(self, *rows_TP.shape)
+        return PlannedGroups(self, tuple(rows_TP.shape), order, tokens, [0], [1] * self.rows, times=times)
 
     def marked(self, flags_N: Tensor) -> list[int]:
         return [0]
@@ -84,38 +84,30 @@ def plan_step(patches: Sequence[Sequence[PlannedStore]]) -> None:
 
 @dataclass(slots=True)
 class PlannedGroups(Groups):
-    """One row stands for all in use; `order` and `tokens` are those of all pairs."""
+    """The first row stands for all in use. `times`: how often it would be used in place of them."""
 
-    def chunks(self) -> Iterator[Chunk]:
-        tokens, probes = self.shape
-        with self.store.repeated(0.0):
-            yield PlannedChunk(self, 0, [0], [tokens], self.tokens[:tokens], slice(0, tokens))
-        if self.store.clock is None:
+    times: float = 1.0
+
+    def chunks(self) -> Iterator[Groups]:
+        store, (tokens, _), begin = self.store, self.shape, (self.store, self.shape, self.order)
+        with store.repeated(0.0):
+            yield PlannedGroups(*begin, self.tokens[:tokens], [0], [tokens], at=slice(0, tokens))
+        if store.clock is None:
             return
-        many = expected_rows(self.store, tokens, probes)
-        size = max(1, round(len(self.order) / many))
-        few = max(1, min(self.room, max(tokens, FEW) // size, round(many)))
+        size = max(1, round(len(self.order) / self.times))
+        few = max(1, min(self.room, max(tokens, FEW) // size, round(self.times)))
         at = slice(0, few * size)
-        with self.store.repeated(many / few):
-            self.store.clock.moved(few * self.store.parts[VALUES].nbytes / 2)  # their keys or values are read
-            yield PlannedChunk(self, 0, [0] * few, [size] * few, self.tokens[at], at)
-
-    def accumulate(self, grads: Tensor) -> None:
-        self.store.asked = self.shape
-        with self.store.repeated(expected_rows(self.store, *self.shape)):
-            self.store.accumulate([0], grads[:1])
-
-
-@dataclass(slots=True)
-class PlannedChunk(Chunk):
-    """Its first row stands for all of it."""
+        with store.repeated(self.times / few):
+            store.clock.moved(few * store.parts[VALUES].nbytes / 2)  # their keys or values are read
+            yield PlannedGroups(*begin, self.tokens[at], [0] * few, [size] * few, at=at)
 
     def each(self, rows: Iterable[Any], *parts_XY: Tensor, turned_YX: Sequence[Tensor] = ()) -> Iterator[tuple]:
         size = self.sizes[0]
         first = *(part[:size] for part in parts_XY), *(part[:, :size] for part in turned_YX)
-        with self.groups.store.repeated(len(self.sizes)):
+        with self.store.repeated(len(self.rows)):
             yield next(iter(rows)), *first
 
     def accumulate(self, grads: Tensor) -> None:
-        self.groups.store.asked = self.groups.shape
-        Chunk.accumulate(self, grads)
+        self.store.asked = self.shape
+        with self.store.repeated(self.times):
+            self.store.accumulate(self.rows, grads[: len(self.rows)])

@@ -47,18 +47,17 @@ class Request:
         self.done = 0  # how many of the rows are ready
         self.read: list[int] = []  # the rows that had to be read
         self.cancelled = False
-        self.load: Load | None = None  # on an accelerator
+        self.carrier: Carrier | None = None  # copies the rows to an accelerator
+        self.copies: Tensor | None = None  # the rows there, in the order of `rows`
+        self.mark: Any = None  # the event after the last copy
 
-
-class Load:
-    """Rows of a request on an accelerator: its row number `at` is in `buffer[at]` once the event `mark` has passed."""
-
-    def __init__(self, carrier: Carrier, buffer: Tensor):
-        self.carrier, self.buffer, self.mark = carrier, buffer, carrier.mark()
-
-    def arrive(self) -> None:
-        """Make the device's further work wait for the copies made so far."""
-        self.carrier.arrive(self.buffer, self.mark)
+    def arrive(self) -> dict[int, Tensor]:
+        """-> the rows that were copied, by number; the device's further work waits for the copies."""
+        copies, done = self.copies, self.done
+        if copies is None or self.carrier is None:
+            return {}
+        self.carrier.arrive(copies, self.mark)
+        return {row: copies[at] for at, row in enumerate(self.rows[:done])}
 
 
 class Carrier:
@@ -163,10 +162,10 @@ class _Work:
         for at, row in enumerate(rows):
             if request.cancelled or self.ended:
                 return
-            held = table[row]
-            if request.load is None:
-                request.load = Load(carrier, carrier.buffer(len(rows), held))
-            carrier.copy(held, request.load.buffer[at], request.load.mark)
+            if request.copies is None:
+                request.carrier, request.mark = carrier, carrier.mark()
+                request.copies = carrier.buffer(len(rows), table[row])
+            carrier.copy(table[row], request.copies[at], request.mark)
             request.read.append(row)
             request.done = at + 1
 

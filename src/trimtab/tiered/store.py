@@ -217,16 +217,13 @@ class TieredStore(Table):
         if self.reader is None:
             return {}
         request, counted, rows = self._prefetched, self.wants_prefetch, self._without_slot(rows)
-        ready = {} if request is None else {row: at for at, row in enumerate(request.rows[: request.done])}
         self._cancel_prefetch(rows)
+        ready = set() if request is None else set(request.rows[: request.done])
         if counted or request is not None:
             self.traffic.needed += len(rows)
-            self.traffic.foreseen += sum(row in ready for row in rows)
+            self.traffic.foreseen += len(ready.intersection(rows))
         self.demand_read([row for row in rows if row not in ready], kinds)
-        if request is None or request.load is None:
-            return {}
-        request.load.arrive()
-        return {row: request.load.buffer[ready[row]] for row in rows if row in ready}
+        return {} if request is None else request.arrive()
 
     def _cancel_prefetch(self, used: Iterable[int] = ()) -> None:
         """Drop the prefetch. Of the rows that it has read, only `used` were needed."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,19 @@ from torch import Tensor
 from .mapped_file import MappedFile, map_file, require_memory, require_room
 from .record import GRADS, VALUES, adjacent_parts, layout
 from .rows import Rows
-from .traffic import Traffic
+
+
+@dataclass
+class Traffic:
+    """Rows found in a slot or not, bytes transferred in each direction, and how useful prefetching was."""
+
+    hits: int = 0
+    misses: int = 0
+    up: int = 0  # bytes, slow to fast
+    down: int = 0  # bytes, fast to slow
+    needed: int = 0  # misses of fetches that a prefetch could have served
+    foreseen: int = 0  # of these, rows whose prefetch was complete
+    unused: int = 0  # bytes prefetched in vain; no other counter includes them
 
 
 class Table:

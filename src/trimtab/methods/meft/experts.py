@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ...tiered.groups import Chunk, Groups
+from ...tiered.groups import Groups
 from ...tiered.store import GRADS, VALUES, Rows, TieredStore
 
 DEVIATION = 0.02  # of initial keys
@@ -132,7 +132,7 @@ def back(
     keys_BD = cut(rows, lambda row: row[..., :D], h_TD.dtype)
     values_DB = cut(rows, lambda row: row[..., D:].mT, h_TD.dtype)
 
-    def back_through(chunk: Chunk) -> None:  # a function, so that one chunk's tensors are freed before the next one's
+    def back_through(chunk: Groups) -> None:  # a function, so that one chunk's tensors are freed before the next one's
         h_XD, grad_XD = h_TD.index_select(0, chunk.tokens), grad_TD.index_select(0, chunk.tokens)
         fired_XB, grad_XB = sorted_XB[chunk.at], all_XB[chunk.at]
         values = zip(values_DB[chunk.first :], of_values_BD, strict=False)
