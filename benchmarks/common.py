@@ -99,19 +99,19 @@ def say(word: str, content: Any) -> None:
 def told_of_experts(tell: Callable[[Any, Any, Any], object]) -> Iterator[None]:
     """Within it, `tell(probed_TP, store, alive_TP)` is called whenever MEFT groups a pass's tokens by their experts:
     once for all that are probed (`alive_TP` is None), then for those with a pair that fired."""
-    from trimtab.methods.meft import experts
+    from trimtab.tiered.store import TieredStore
 
-    by_expert = experts.by_expert
+    group = TieredStore.group
 
-    def telling(probed_TP: Any, store: Any, alive_TP: Any = None) -> Any:
+    def telling(store: Any, probed_TP: Any, alive_TP: Any = None) -> Any:
         tell(probed_TP, store, alive_TP)
-        return by_expert(probed_TP, store, alive_TP)
+        return group(store, probed_TP, alive_TP)
 
-    experts.by_expert = telling
+    TieredStore.group = telling
     try:
         yield
     finally:
-        experts.by_expert = by_expert
+        TieredStore.group = group
 
 
 class Kept:

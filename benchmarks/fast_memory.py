@@ -35,7 +35,7 @@ class Rows:
         self._told.__exit__(*error)
 
     def _count(self, probed_TP: Tensor, store: Any, alive_TP: Tensor | None) -> None:
-        if not (torch.is_inference_mode_enabled() or store.planned):
+        if not torch.is_inference_mode_enabled():
             part_T1 = (
                 torch.arange(len(probed_TP)).div(self.tokens or len(probed_TP), rounding_mode="floor").unsqueeze(1)
             )
@@ -71,7 +71,7 @@ def fast_bytes(surgery: Surgery, rows: int, activations: int) -> dict[str, int]:
         trained += 16 * tensor.numel() if tensor.requires_grad else 0
         other += 0 if tensor.requires_grad else tensor.nbytes
     for adapter in getattr(surgery, "adapters", {}).values():
-        which = getattr(adapter, "which", None)
-        other += which.router.nbytes if which is not None and which.table is not None else 0
-    notes = sum(table.optimiser.last.nbytes + table.optimiser.moved.nbytes for table in tables)
+        router = getattr(adapter, "router", None)
+        other += router.weight.nbytes if router is not None and router.table is not None else 0
+    notes = sum(table.optimizer.last.nbytes + table.optimizer.moved.nbytes for table in tables)
     return {"trained": trained, "other": other, "bookkeeping": notes, "rows": rows, "activations": max(0, activations)}

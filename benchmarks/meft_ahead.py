@@ -1,9 +1,9 @@
 """What reading MEFT's rows ahead saves where the table is not in memory, and what it costs where it is.
 
-SmolLM2-135M, bf16 base, the table in a file, r 16,384. One side reads nothing ahead, one what is known to be needed,
-one also what the next layer may need (`prefetch: none, known, guess`); each in a fresh process, in turn. Before each
-cold pass all pages of the tables are written to the disk and dropped, and the kernel is asked whether they are gone.
-Decoding is greedy, a token a pass; a training step is one row of 32 tokens, always the same, forward, back and AdamW.
+SmolLM2-135M, bf16 base, the table in a file, r 16,384. One side reads nothing ahead, the other what is known to be
+needed (`prefetch: none, known`); each in a fresh process, in turn. Before each cold pass all pages of the tables are
+written to the disk and dropped, and the kernel is asked whether they are gone. Decoding is greedy, a token a pass; a
+training step is one row of 32 tokens, always the same: forward pass, backward pass and AdamW.
 
     python benchmarks/meft_ahead.py [--quick] [--rounds 2] [--folder FOLDER] [--json FILE]
 """
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import alternate, conclude, itself, options, ratios, say, spread, table_arguments  # noqa: E402
 from sft_speed import city_text  # noqa: E402
 
-SIDES = ("none", "known", "guess")
+SIDES = ("none", "known")
 PROMPT, TOKENS = 32, 32  # tokens of the prompt, of a training step's row
 TARGETS = {
     "cold_speedup_decode": [">=", 1.5], "cold_speedup_step": [">=", 1.5], "warm_cost": ["<=", 1.02],
@@ -39,10 +39,7 @@ CLAIM = (
 )
 NOTES = [
     "cold: before each pass no page of the tables is in memory (the kernel is asked); warm: all that it needs are.",
-    "hit_rate: of the rows that cold decoding needed, those that had been asked for a layer earlier and were there; "
-    "wasted: bytes read ahead for nothing, over those needed.",
-    "cold_speedup: known, the default, against none; guess_speedup: guess against known, both cold; hit_rate, "
-    "wasted: of guess.",
+    "cold_speedup: known, the default, against none.",
     "warm_cost: passes of known with its reader against passes without, in turn within the same process; the worse of "
     "decoding and of steps.",
 ]
@@ -129,13 +126,6 @@ def worker(job: dict[str, Any]) -> None:
             times.append(time.perf_counter() - began)
         return times
 
-    def ahead() -> dict[str, int]:
-        """What was read ahead since the last call, over all tables."""
-        found = {key: sum(getattr(s.traffic, key) for s in stores) for key in ("needed", "foreseen", "unused", "up")}
-        for store in stores:
-            store.traffic = type(store.traffic)()
-        return found
-
     readers, passes = [store.reader for store in stores], itertools.count()
 
     def read_ahead(how: bool) -> None:
@@ -155,11 +145,7 @@ def worker(job: dict[str, Any]) -> None:
         found[f"warm_{name}"], without = (statistics.median(times[at::2]) for at in (0, 1))
         found[f"warm_{name}_cost"] = found[f"warm_{name}"] / without
         read_ahead(True)
-        ahead()
         found[f"cold_{name}"] = statistics.median(work(job[f"cold_{name}"], drop))
-        seen = ahead()
-        found[f"hits_{name}"] = seen["foreseen"] / max(1, seen["needed"])
-        found[f"wasted_{name}"] = seen["unused"] / max(1, seen["up"])
     surgery.revert()
     say("result", found)
 
@@ -179,17 +165,12 @@ def main() -> None:
                "fields": args.fields, **counts}  # fmt: skip
         run = lambda how: itself(__file__, {**job, "prefetch": how})  # noqa: E731
         runs = alternate({how: (lambda how=how: run(how)) for how in SIDES}, 1 if args.quick else args.rounds)
-    off, known, on = (runs[how] for how in SIDES)
+    off, known = (runs[how] for how in SIDES)
     faster = {name: statistics.median(ratios(off, known, f"cold_{name}")) for name in ("decode", "step")}
     slower = {name: statistics.median(run[f"warm_{name}_cost"] for run in known) for name in ("decode", "step")}
-    guessed = {name: statistics.median(ratios(known, on, f"cold_{name}")) for name in ("decode", "step")}
-    middle = lambda key: statistics.median(run[key] for run in on)  # noqa: E731
     summary = {
         "cold_speedup_decode": faster["decode"], "cold_speedup_step": faster["step"],
-        "guess_speedup_decode": guessed["decode"], "guess_speedup_step": guessed["step"],
         "warm_cost": max(slower.values()), "warm_cost_decode": slower["decode"], "warm_cost_step": slower["step"],
-        "hit_rate": middle("hits_decode"), "wasted": middle("wasted_decode"),
-        "hit_rate_step": middle("hits_step"), "wasted_step": middle("wasted_step"),
     }  # fmt: skip
     rows = [
         {"prefetch": side, **{f"{heat} {work}, ms": spread([1000 * run[f"{heat}_{work}"] for run in of])

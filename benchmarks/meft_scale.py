@@ -59,7 +59,7 @@ def worker(job: dict[str, Any]) -> None:
     def count(probed: Any, store: Any, alive: Any) -> None:
         """Once a forward pass for all that is probed; once in each pass for the experts with a pair that fired. A
         router's rows, which are vectors, are those of experts counted before."""
-        if not store.planned and len(store.shape) > 1:
+        if len(store.shape) > 1:
             chosen = probed if alive is None else probed[alive]
             moves["probed" if alive is None else "fired"] += len(chosen.unique())
             moves["all"] += store.rows if alive is None else 0

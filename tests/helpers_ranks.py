@@ -57,7 +57,7 @@ def loop(name: str, folder: Path) -> dict[str, Any]:
     left = {key: tensor.detach().clone() for key, tensor in surgery.own_tensors().items()}
     for number, store in enumerate(surgery.stores):
         left |= {f"{number}.{kind}": store.whole(kind).float().clone() for kind in (M, V)}
-        left |= {f"{number}.{key}": tensor.clone() for key, tensor in store.optimiser.state().items()}
+        left |= {f"{number}.{key}": tensor.clone() for key, tensor in store.optimizer.state().items()}
         left[f"{number}.dirty"] = torch.tensor(store.dirty_rows())
     bytes_of = surgery.stores[0].nbytes
     files = [str(path) for path in folder.iterdir()]

@@ -23,7 +23,7 @@ from trimtab.tiered.adam import RowAdam
 from trimtab.tiered.checkpoint import load_rows, save_rows
 from trimtab.tiered.prefetch import PATIENCE, WAITING, Reader
 from trimtab.tiered.record import PAGE, layout, spans
-from trimtab.tiered.store import GRADS, SENSED, VALUES, TieredStore
+from trimtab.tiered.store import GRADS, SAMPLED, VALUES, TieredStore
 
 SHAPE = (4, 256)  # a page of values
 DISK = Place(fast="cpu", slow="disk")
@@ -35,14 +35,14 @@ class Pages:
     def __init__(self, forgets: bool = False):
         self.ordered, self.brought, self.held, self.forgets = [], [], set(), forgets
 
-    def there(self, start, length):
+    def resident(self, start, length):
         return start in self.held and not self.forgets
 
-    def order(self, start, length):
+    def request(self, start, length):
         self.ordered.append((start, length))
         self.held.add(start)
 
-    def bring(self, start, length):
+    def map_in(self, start, length):
         self.brought.append((start, length))
 
 
@@ -55,16 +55,15 @@ class AtOnce(Reader):
         super().__init__(alone=True, **fields)
         self._work.pages = Pages(forgets=True)
 
-    def ask(self, *args, **fields):
-        asked = super().ask(*args, **fields)
+    def request(self, *args, **fields):
+        asked = super().request(*args, **fields)
         self.serve()
         return asked
 
 
 def store(rows: int = 12, reader: Reader | None = None, kind: type[TieredStore] = TieredStore, **fields) -> TieredStore:
-    made = kind("table", rows, SHAPE, **{"slow": "disk", **fields})
+    made = kind("table", rows, SHAPE, reader=reader, **{"slow": "disk", **fields})
     made.whole().normal_(generator=torch.Generator().manual_seed(0))
-    made.reader = reader
     return made
 
 
@@ -78,31 +77,31 @@ def alone() -> Reader:
 
 
 def test_neighbours_are_read_at_once():
-    parts, extent = layout(SHAPE, torch.float32, torch.float32)
-    assert extent == 4 * PAGE
-    assert list(spans(parts, extent, [0, 1, 5], [VALUES])) == [(0, PAGE, 1), (extent, PAGE, 2), (5 * extent, PAGE, 3)]
-    both = [(0, PAGE, 0), (3 * PAGE, 2 * PAGE, 1), (extent + 3 * PAGE, PAGE, 2)]
-    assert list(spans(parts, extent, [0, 1], [VALUES, GRADS])) == both
-    assert list(spans(parts, extent, [2, 3, 4, 9], list(parts))) == [
-        (2 * extent, 3 * extent, 3), (9 * extent, extent, 4)
+    parts, size = layout(SHAPE, torch.float32, torch.float32)
+    assert size == 4 * PAGE
+    assert list(spans(parts, size, [0, 1, 5], [VALUES])) == [(0, PAGE, 1), (size, PAGE, 2), (5 * size, PAGE, 3)]
+    both = [(0, PAGE, 0), (3 * PAGE, 2 * PAGE, 1), (size + 3 * PAGE, PAGE, 2)]
+    assert list(spans(parts, size, [0, 1], [VALUES, GRADS])) == both
+    assert list(spans(parts, size, [2, 3, 4, 9], list(parts))) == [
+        (2 * size, 3 * size, 3), (9 * size, size, 4)
     ]  # fmt: skip
-    parts, extent = layout((10,), torch.float32, None)  # many rows in a page
+    parts, size = layout((10,), torch.float32, None)  # many rows in a page
     apart = [(0, 3 * 64 + 40, 2), (3 * PAGE, 200 * 64 + 40 - 3 * PAGE, 3)]
-    assert list(spans(parts, extent, [0, 3, 200], [VALUES])) == apart
-    assert list(spans(parts, extent, [], [VALUES])) == []
+    assert list(spans(parts, size, [0, 3, 200], [VALUES])) == apart
+    assert list(spans(parts, size, [], [VALUES])) == []
 
 
 def test_rows_of_a_file_come_into_memory():
-    made = TieredStore("table", 400, (64, 256), slow="disk")
-    made.reader, pages = Reader(alone=True), prefetch._Pages()
-    at = [made._table.data_ptr() + row * made.extent for row in range(400)]
-    if pages.there(at[0], 16 * PAGE):
+    made = TieredStore("table", 400, (64, 256), slow="disk", reader=Reader(alone=True))
+    pages = prefetch._Pages()
+    at = [made._table.data_ptr() + row * made.record_bytes for row in range(400)]
+    if pages.resident(at[0], 16 * PAGE):
         pytest.skip("the file system keeps files in memory")
-    made.expect([300, 20, 310])
-    assert not any(pages.there(at[row], 16 * PAGE) for row in (300, 20, 310)), "asked for, and not waited for"
+    made.prefetch([300, 20, 310])
+    assert not any(pages.resident(at[row], 16 * PAGE) for row in (300, 20, 310)), "asked for, and not waited for"
     made.reader.serve()
-    assert all(pages.there(at[row], 16 * PAGE) for row in (300, 20, 310)) and made.reader.cold
-    assert not pages.there(at[200], 16 * PAGE)
+    assert all(pages.resident(at[row], 16 * PAGE) for row in (300, 20, 310)) and made.reader.cold
+    assert not pages.resident(at[200], 16 * PAGE)
     made.fetch([20, 300, 399])
     found = made.traffic
     assert (found.needed, found.foreseen, found.unused) == (3, 2, made.parts[VALUES].nbytes)
@@ -120,59 +119,59 @@ def test_a_kernel_that_knows_less_is_asked_for_less():
 
     pages.libc, pages.mincore, pages.populate = Old(), lambda *args: -1, True
     for _ in range(2):
-        assert not pages.there(0, PAGE)
-        pages.order(0, PAGE)
-        pages.bring(0, PAGE)
+        assert not pages.resident(0, PAGE)
+        pages.request(0, PAGE)
+        pages.map_in(0, PAGE)
     assert asked == [prefetch.WILLNEED, prefetch.POPULATE_READ, prefetch.WILLNEED]
     pages.libc = pages.mincore = None
-    pages.order(0, PAGE)
-    assert not pages.there(0, PAGE)
+    pages.request(0, PAGE)
+    assert not pages.resident(0, PAGE)
 
 
 # --- what is asked for ----------------------------------------------------------------------------------------------
 
 
-def test_what_is_needed_now_goes_before_guesses():
+def test_demand_reads_go_before_prefetches():
     reader = alone()
-    guessed, needed = store(reader=reader), store(reader=reader)
-    guessed.expect([1, 2])
+    coming, needed = store(reader=reader), store(reader=reader)
+    coming.prefetch([1, 2])
     needed.fetch([7])
     reader.serve()
-    first = needed._table.data_ptr() + 7 * needed.extent
+    first = needed._table.data_ptr() + 7 * needed.record_bytes
     assert reader._work.pages.ordered[0] == (first, PAGE) and len(reader._work.pages.ordered) == 3
     assert reader._work.pages.brought == reader._work.pages.ordered[1:], "what is needed now is touched anyway"
 
 
-def test_a_guess_that_is_late_is_let_go_and_the_rest_asked_for():
+def test_a_prefetch_that_is_late_is_cancelled_and_the_rest_requested():
     reader = alone()
     made = store(reader=reader)
-    made.expect([1, 2, 3])
+    made.prefetch([1, 2, 3])
     made.fetch([2, 3, 4])
     assert made.traffic.needed == 3 and made.traffic.foreseen == 0
     reader.serve()
     base = made._table.data_ptr()
-    assert [at for at, _ in reader._work.pages.ordered] == [base + row * made.extent for row in (2, 3, 4)]
+    assert [at for at, _ in reader._work.pages.ordered] == [base + row * made.record_bytes for row in (2, 3, 4)]
 
 
-def test_where_all_is_in_memory_a_few_rows_are_looked_at_and_nothing_is_guessed():
+def test_where_all_is_in_memory_a_few_rows_are_checked_and_nothing_is_prefetched():
     reader = alone()
     made, calls = store(rows=40, reader=reader), reader._work.calls
     pages = reader._work.pages
-    assert not made.awaits
+    assert not made.wants_prefetch
     made.fetch(range(40))
-    assert made.awaits, "one of the rows that were looked at was not there: all are read"
+    assert made.wants_prefetch, "one of the rows that were looked at was not there: all are read"
     reader.serve()
     assert len(pages.ordered) == 40 and made.traffic.needed == 0
     for _ in range(PATIENCE):
-        assert made.awaits
+        assert made.wants_prefetch
         made.fetch([1])
         reader.serve()
     made.fetch(range(40))
-    assert not made.awaits and not reader._work.urgent and len(pages.ordered) == 40 and calls.empty()
+    assert not made.wants_prefetch and not reader._work.urgent and len(pages.ordered) == 40 and calls.empty()
     assert made.traffic.needed == PATIENCE, "counted while rows had to be read"
-    pages.held.discard(made._table.data_ptr() + 40 // SENSED * made.extent)
+    pages.held.discard(made._table.data_ptr() + 40 // SAMPLED * made.record_bytes)
     made.fetch(range(40))
-    assert made.awaits and len(reader._work.urgent) == 1
+    assert made.wants_prefetch and len(reader._work.urgent) == 1
 
 
 def test_hot_rows_are_not_read_and_what_goes_to_a_slot_is_read_whole():
@@ -181,21 +180,21 @@ def test_hot_rows_are_not_read_and_what_goes_to_a_slot_is_read_whole():
     made.fetch([1, 2])
     reader.serve()
     assert [length for _, length in reader._work.pages.ordered] == [2 * 4 * PAGE]
-    made.expect([1, 2, 3])
+    made.prefetch([1, 2, 3])
     reader.serve()
-    assert reader._work.pages.ordered[1:] == [(made._table.data_ptr() + 3 * made.extent, 4 * PAGE)]
+    assert reader._work.pages.ordered[1:] == [(made._table.data_ptr() + 3 * made.record_bytes, 4 * PAGE)]
     made.fetch([1, 2, 3])
     assert (made.traffic.hits, made.traffic.needed, made.traffic.foreseen) == (2, 1, 1)
 
 
-def test_a_full_queue_lets_the_oldest_guesses_go():
+def test_a_full_queue_drops_the_oldest_prefetches():
     reader = alone()
     made = [store(rows=2, reader=reader) for _ in range(WAITING + 5)]
     for one in made:
-        one.expect([1])
+        one.prefetch([1])
     reader.serve()
     ordered = [at for at, _ in reader._work.pages.ordered]
-    assert ordered == [one._table.data_ptr() + one.extent for one in made[5:]]
+    assert ordered == [one._table.data_ptr() + one.record_bytes for one in made[5:]]
     made[0].fetch([1])
     assert made[0].traffic.foreseen == 0 and made[0].traffic.needed == 1
 
@@ -204,8 +203,8 @@ def test_a_dropped_store_is_not_read_and_not_kept():
     reader = alone()
     dropped, gone, changed = store(reader=reader), store(reader=reader), store(reader=reader)
     for one in (dropped, gone, changed):
-        one.expect([1, 2])
-    dropped.hasten([3], (GRADS,))
+        one.prefetch([1, 2])
+    dropped.demand_read([3], (GRADS,))
     dropped.drop()
     changed.changed([4])
     there = weakref.ref(gone)
@@ -229,15 +228,15 @@ def test_the_thread_starts_when_asked_and_ends_when_closed_or_forgotten():
     assert running() == before
     made.fetch([1, 2, 3])
     assert running() == before, "all is in memory"
-    made.expect([4])
+    made.prefetch([4])
     (thread,) = set(running()) - set(before)
     made.reader.close()
     assert not thread.is_alive()
-    made.expect([5])
+    made.prefetch([5])
     made.reader.close()
     assert running() == before, "what is closed stays closed"
     made.reader = Reader()
-    made.expect([1])
+    made.prefetch([1])
     (thread,) = set(running()) - set(before)
     made.reader = None
     gc.collect()
@@ -249,7 +248,7 @@ def test_dropping_stores_while_the_thread_reads():
     reader = Reader()
     for round_ in range(60):
         made = store(rows=40, reader=reader)
-        made.expect(range(40))
+        made.prefetch(range(40))
         if round_ % 2:
             made.fetch([1, 39])
         made.drop()
@@ -260,15 +259,14 @@ LEFT = """
 import os, sys, torch
 from trimtab.tiered.prefetch import Reader
 from trimtab.tiered.store import TieredStore
-made = TieredStore("table", 500, (64, 256), slow="disk", folder=sys.argv[1])
-made.reader = Reader()
+made = TieredStore("table", 500, (64, 256), slow="disk", folder=sys.argv[1], reader=Reader())
 for _ in range(5):
     made.fetch(range(0, 500, 3))
-    made.expect(range(500))
+    made.prefetch(range(500))
 if sys.argv[2] == "fork":
     child = os.fork()
     made.fetch(range(500))
-    made.expect(range(500))
+    made.prefetch(range(500))
     if not child:
         made.reader.close()
         sys.exit(0)
@@ -287,11 +285,11 @@ def test_a_process_ends_whatever_is_being_read(how, code, tmp_path):
 
 def test_workers_that_are_forked_do_not_hang():
     made = store(reader=Reader())
-    made.expect([1, 2])
+    made.prefetch([1, 2])
     rows = list(DataLoader(list(range(8)), num_workers=1, multiprocessing_context="fork"))
     assert len(rows) == 8
     if not (child := os.fork()):
-        made.expect([3])  # what the parent's thread holds is not waited for
+        made.prefetch([3])  # what the parent's thread holds is not waited for
         os._exit(0 if made.reader._thread is not None and made.reader._pid == os.getpid() else 1)
     assert os.waitpid(child, 0)[1] == 0
     made.reader.close()
@@ -333,8 +331,8 @@ CASES = {
 def test_reading_ahead_changes_nothing(fields, checkpointing, monkeypatch):
     """Bit for bit, over steps of several micro-batches; and the bytes moved are counted alike."""
     ends, moved = [], []
-    monkeypatch.setattr(Reader, "cold", True)  # guess all the time
-    for ahead in ("none", "known", "guess"):
+    monkeypatch.setattr(Reader, "cold", True)  # prefetch all the time
+    for ahead in ("none", "known"):
         model, surgery = patched(prefetch=ahead, **fields)
         if checkpointing is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
@@ -344,14 +342,14 @@ def test_reading_ahead_changes_nothing(fields, checkpointing, monkeypatch):
         ends.append({key: tensor.detach().clone() for key, tensor in surgery.own_tensors().items()})
         assert (surgery.stores[0].traffic.needed > 0) == (ahead != "none")
         surgery.revert()
-    assert moved[0] == moved[1] == moved[2]
+    assert moved[0] == moved[1]
     assert all(torch.equal(ends[0][key], end[key]) for end in ends[1:] for key in ends[0])
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["kept", "again", "again, reentrant"])
 @pytest.mark.parametrize("fields", [{}, {"semantics": "union", "router": "fixed"}], ids=str)
-def test_the_pass_back_is_known(fields, checkpointing):
-    """The lower layer's rows are all asked for before its pass back, and nothing else is."""
+def test_the_backward_pass_is_known(fields, checkpointing):
+    """The lower layer's rows are all requested before its backward pass, and no others."""
     model, surgery = patched(AtOnce(), **fields)
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
@@ -367,22 +365,7 @@ def test_the_pass_back_is_known(fields, checkpointing):
     assert found.needed == found.misses == found.foreseen > 0 and found.unused == 0
 
 
-def test_the_next_layers_experts_are_guessed():
-    """The first layer reads nearly what the second one does: what both probe was asked for in time."""
-    model, surgery = patched(AtOnce(), prefetch="guess")
-    first, second = surgery.adapters.values()
-    h = torch.randn(3, 64)
-    near = h + 0.3 * torch.randn(3, 64)
-    first(near, near)
-    second(h, h)
-    guessed, probed = (set(second.which.probed(read)) for read in (near, h))
-    found, size = second.store.traffic, second.store.parts[VALUES].nbytes
-    assert 0 < len(guessed & probed) < len(probed) and guessed - probed
-    assert (found.foreseen, found.needed) == (len(guessed & probed), len(probed))
-    assert found.unused == len(guessed - probed) * size and found.up == len(probed) * size
-
-
-def test_what_is_only_known_is_not_guessed():
+def test_nothing_is_prefetched_for_a_forward_pass():
     model, surgery = patched(AtOnce())
     second = list(surgery.adapters.values())[1].store
     loss = model(**tiny_batch(model)).loss
@@ -393,25 +376,11 @@ def test_what_is_only_known_is_not_guessed():
     assert low.traffic.foreseen == low.traffic.needed > 0
 
 
-def test_of_a_long_batch_the_guess_is_what_was_needed_last():
-    model, surgery = patched(AtOnce(), prefetch="guess")
-    first, second = surgery.adapters.values()
-    asked = []
-    second.store.expect = lambda rows, *kinds: asked.append(list(rows))
-    long, short = torch.randn(200, 64), torch.randn(30, 64)
-    for h in (long, long, short, long):
-        first(h, h)
-        second(h, h)
-    needed = second.which.route(long)[0].unique().tolist()
-    sampled = second.which.probed(long[::4])
-    assert asked == [sampled, needed, second.which.probed(short), sampled]
-
-
 def test_there_is_no_reader_where_nothing_is_read():
     for fields, place in (({"prefetch": "none"}, DISK), ({}, Place(fast="cpu", slow="ram"))):
         _, surgery = patched(place=place, **fields)
         assert all(one.reader is None for one in surgery.stores)
-        assert all(adapter.line is None for adapter in surgery.adapters.values())
+        assert all(adapter.prefetcher is None for adapter in surgery.adapters.values())
     with torch.device("meta"):
         model = MODELS["llama"]()
     assert all(one.reader is None for one in Meft(**FIELDS).apply(model, DISK).stores)
@@ -420,7 +389,7 @@ def test_there_is_no_reader_where_nothing_is_read():
 def test_a_revert_ends_the_thread():
     before = running()
     model, surgery = patched()
-    surgery.stores[0].expect([1])
+    surgery.stores[0].prefetch([1])
     assert len(running()) == len(before) + 1
     surgery.revert()
     assert running() == before
@@ -473,7 +442,7 @@ def test_rows_on_their_way_to_a_device_are_taken_and_the_others_copied(fields):
     slots = fields.pop("slots", 0)
     made = store(reader=reader, kind=Apart, cache_bytes=slots * 4 * PAGE, **fields)
     plain = made.whole().clone()
-    made.expect([3, 1, 8])
+    made.prefetch([3, 1, 8])
     reader.serve()
     rows = [1, 2, 3]
     held = made.fetch(rows)
@@ -488,12 +457,12 @@ def test_rows_on_their_way_to_a_device_are_taken_and_the_others_copied(fields):
 def test_rows_that_changed_since_they_were_copied_are_copied_again():
     reader = Reader(alone=True, carrier=Copier)
     made = store(reader=reader, kind=Apart)
-    made.expect([1, 2])
+    made.prefetch([1, 2])
     reader.serve()
     made.part(VALUES, 1).fill_(7.0)
     made.changed([1])
     assert torch.equal(made.fetch([1])[0], torch.full(SHAPE, 7.0)) and made.traffic.foreseen == 0
-    made.expect([1, 2])
+    made.prefetch([1, 2])
     reader.serve()
     made.whole().zero_()
     assert not made.fetch([1])[0].any()
@@ -507,7 +476,7 @@ def test_rows_that_were_copied_before_a_checkpoint_is_loaded_are_copied_again(tm
     plain = made.whole()[1].clone()
     made.whole()[1] = 7.0
     made.changed([1])
-    made.expect([1])
+    made.prefetch([1])
     made.reader.serve()
     load_rows(made, tmp_path / "kept")
     assert torch.equal(made.fetch([1])[0], plain) and made.traffic.foreseen == 0
@@ -518,12 +487,12 @@ def test_no_more_is_carried_than_a_device_is_given(monkeypatch):
     reader = Reader(alone=True, carrier=Copier)
     made = store(reader=reader, kind=Apart)
     plain = made.whole().clone()
-    made.expect([5, 6, 7])
+    made.prefetch([5, 6, 7])
     reader.serve()
     assert all(torch.equal(tensor, plain[row]) for tensor, row in zip(made.fetch([5, 6, 7]), (5, 6, 7), strict=True))
     assert made.traffic.foreseen == 2
-    made.catch_up = lambda rows: None
-    made.expect([5])
+    RowAdam(made, "exact")
+    made.prefetch([5])
     reader.serve()
     made.fetch([5])
     assert made.traffic.foreseen == 2, "a row that has steps to make up is not copied before"

@@ -116,7 +116,7 @@ def fill(patch: str, surgery: Any) -> None:
         if tensor.is_floating_point() and tensor.numel():
             tensor.data.normal_(0, 0.1, generator=random)
     for adapter in surgery.adapters.values() if patch == "meft" else ():
-        adapter.which.refresh()
+        adapter.router.refresh()
 
 
 def of_run(
@@ -206,7 +206,7 @@ def gated(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gra
         adapter = surgery.adapters[ffn.name]
         width = adapter.width
         rows_NBX = adapter.store.whole().clone().requires_grad_()
-        router_ND = adapter.which.table.whole().clone().requires_grad_()
+        router_ND = adapter.router.table.whole().clone().requires_grad_()
         own |= {f"{ffn.name}.rows": rows_NBX, f"{ffn.name}.router": router_ND}
 
         def add(h: Tensor, y: Tensor, rows: Tensor = rows_NBX, router: Tensor = router_ND, D: int = width) -> Tensor:

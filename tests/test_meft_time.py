@@ -13,10 +13,10 @@ from trimtab.cost import roofline
 from trimtab.cost.roofline import OPTIMISER, Stopwatch, row_update, written_back
 from trimtab.engine.arguments import training_arguments
 from trimtab.engine.objectives import arguments_class
-from trimtab.methods.meft import experts
 from trimtab.planning.plan import plan
 from trimtab.planning.step import PlannedStep
 from trimtab.tiered import expected
+from trimtab.tiered.store import TieredStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MEFT = {"r": 256, "probes": 4, "k": 16, "scale": 1.0}
@@ -53,15 +53,15 @@ def traced(recipe, real: bool) -> tuple[dict[str, float], float]:
 def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, place, folders, counted_alike, monkeypatch):  # noqa: F811
     folder = folders("llama", torch.float32)
     recipe = recipe_of(folder, {"meft": fields}, engine={"recompute": "none"}, place={"slow": place})
-    at_work, by_expert = [], experts.by_expert
+    at_work, group = [], TieredStore.group
 
-    def counted(probed_TP, store, alive=None):
-        groups = by_expert(probed_TP, store, alive)
-        at_work.append(len(groups.experts))
+    def counted(store, probed_TP, alive=None):
+        groups = group(store, probed_TP, alive)
+        at_work.append(len(groups.rows))
         return groups
 
     with monkeypatch.context() as patched:
-        patched.setattr(experts, "by_expert", counted)
+        patched.setattr(TieredStore, "group", counted)
         phases, real = traced(recipe, real=True)
     mean = statistics.mean(at_work)
     assert mean > 4, "there is something to stand for"

@@ -79,7 +79,7 @@ def test_only_the_optimiser_that_has_their_parameter_steps_rows():
     other.grad = torch.ones(3)
     torch.optim.SGD([other], lr=0.1).step()
     torch.optim.AdamW(stand[1:], lr=0.1).step()
-    found = [(store.optimiser.steps, bool(store.pending())) for store in surgery.stores]
+    found = [(store.optimizer.steps, bool(store.pending())) for store in surgery.stores]
     assert found == [(0, True)] * 2 + [(1, False)] * 2
 
 

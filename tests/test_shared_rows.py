@@ -98,9 +98,9 @@ def test_a_checkpoint_of_two_processes_is_one_of_one(pair):
         key = f"base_model.model.{store.name}"
         parts = [key] if store.name.endswith("router") else [f"{key}.keys", f"{key}.values"]
         table = torch.cat([left[part] for part in parts], -1)
-        assert torch.equal(store.whole(VALUES), table) and store.optimiser.steps == 4
+        assert torch.equal(store.whole(VALUES), table) and store.optimizer.steps == 4
         with_momentum = store.whole(M).flatten(1).any(1)
-        assert with_momentum.any() and not (with_momentum & ~store.optimiser.moved).any()
+        assert with_momentum.any() and not (with_momentum & ~store.optimizer.moved).any()
     surgery.revert()
 
 

@@ -14,6 +14,7 @@ from trimtab.errors import BadInput, DoesNotFit
 from trimtab.memory.meter import process_memory
 from trimtab.tiered import adam_state, mapped_file
 from trimtab.tiered.adam import Rates, RowAdam
+from trimtab.tiered.planned import PlannedStore
 from trimtab.tiered.record import BLOCK, SCALES
 from trimtab.tiered.store import GRADS, VALUES, M, TieredStore, V
 
@@ -22,7 +23,7 @@ SHAPE = (3, 10)
 
 def store(rows: int = 12, slots: int = 0, **fields) -> TieredStore:
     one = TieredStore("one", 1, SHAPE, **{key: value for key, value in fields.items() if key == "moments"})
-    made = TieredStore("table", rows, SHAPE, cache_bytes=slots * one.extent, **fields)
+    made = TieredStore("table", rows, SHAPE, cache_bytes=slots * one.record_bytes, **fields)
     made.whole().normal_(generator=torch.Generator().manual_seed(0))
     return made
 
@@ -99,7 +100,7 @@ def test_slots_go_to_the_newest_rows_and_are_written_back():
     made.part(VALUES, 0).zero_()
     made.changed([0])
     made.fetch([3, 4])
-    assert made.traffic.down == made.extent, "only the row that was written to"
+    assert made.traffic.down == made.record_bytes, "only the row that was written to"
     assert not made._table[0][: 3 * 10 * 4].any()
 
 
@@ -140,9 +141,9 @@ def test_reading_and_stepping_a_file_takes_hardly_any_anonymous_memory(tmp_path)
     made = TieredStore("table", 64, (64, 1024), slow="disk", folder=str(tmp_path))
     before = process_memory()
     work(made)
-    after, optimiser = process_memory(), made.optimiser
+    after, optimizer = process_memory(), made.optimizer
     assert made.nbytes["slow"] == 64 * 4 * 2**18
-    assert after["anon"] - before["anon"] < optimiser.temporaries + 8 * 2**20, "copies of a few rows at a time"
+    assert after["anon"] - before["anon"] < optimizer.temporaries + 8 * 2**20, "copies of a few rows at a time"
     assert after["file"] - before["file"] > 48 * 2**20
     assert not list(tmp_path.iterdir()), "the file has no name: a killed run leaves nothing behind"
 
@@ -213,7 +214,7 @@ def test_whether_a_folder_is_in_ram(tmp_path):
 
 
 def test_tables_in_ram_must_find_room_there(monkeypatch):
-    size = TieredStore("one", 1, SHAPE).extent
+    size = TieredStore("one", 1, SHAPE).record_bytes
     monkeypatch.setattr(mapped_file, "room", lambda: 12 * size)
     TieredStore("table", 4, SHAPE, more=2), TieredStore("table", 99, SHAPE, slow="disk")
     with pytest.raises(DoesNotFit, match="of RAM for 3 tables of 5 rows: .* are free"):
@@ -223,7 +224,7 @@ def test_tables_in_ram_must_find_room_there(monkeypatch):
 
 
 def test_a_planned_store_has_shapes_and_no_memory():
-    made = TieredStore("table", 10**9, (64, 1024), planned=True)
+    made = PlannedStore("table", 10**9, (64, 1024))
     assert made.fetch([5])[0].shape == (64, 1024) and made.whole().shape == (10**9, 64, 1024)
     made.accumulate([5], [torch.ones(64, 1024)])
     assert made.pending() == []
@@ -341,7 +342,7 @@ def test_the_clipping_factor_reaches_the_rows():
         rows = RowAdam(made)
         for scale in (1.0, 8.0):
             made.accumulate([2], [torch.full(SHAPE, scale / factor)])
-            made.grad_scale = factor
+            made.scale_grads(factor)
             rows.step(Rates(0.01))
         ends.append(made.whole().clone())
     assert torch.allclose(*ends) and made.grad_scale == 1.0

@@ -13,7 +13,7 @@ from test_row_steps import plain
 from trimtab import Place
 from trimtab.methods.meft import Meft
 from trimtab.tiered import threads
-from trimtab.tiered.threads import side_by_side
+from trimtab.tiered.threads import parallel_map
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_work_is_done_at_once_and_comes_back_in_order(several):
         found.append(torch.get_num_threads())
         return item, len(found)
 
-    given = side_by_side(do, range(6))
+    given = parallel_map(do, range(6))
     assert [item for item, _ in given] == list(range(6))
     assert sorted(at for _, at in given) == list(range(1, 7))
     assert found == [1] * 6 and torch.get_num_threads() == 3
@@ -40,13 +40,13 @@ def test_work_is_done_at_once_and_comes_back_in_order(several):
 
 def test_where_pytorch_has_one_thread_none_is_started():
     assert torch.get_num_threads() == 1, "conftest.py says so"
-    assert side_by_side(lambda _: threading.current_thread(), [1, 2]) == [threading.current_thread()] * 2
+    assert parallel_map(lambda _: threading.current_thread(), [1, 2]) == [threading.current_thread()] * 2
 
 
 def test_no_more_than_so_many_are_worked_on(several):
     torch.set_num_threads(16)
-    assert threads.at_once() == threads.MOST
-    assert len(set(side_by_side(lambda _: threading.get_ident(), range(64)))) <= threads.MOST
+    assert threads.max_workers() == threads.MOST
+    assert len(set(parallel_map(lambda _: threading.get_ident(), range(64)))) <= threads.MOST
 
 
 def test_what_is_raised_is_raised_and_all_that_was_begun_has_ended(several):
@@ -59,7 +59,7 @@ def test_what_is_raised_is_raised_and_all_that_was_begun_has_ended(several):
         ended.append(item)
 
     with pytest.raises(OSError, match="no room"):
-        side_by_side(do, range(3))
+        parallel_map(do, range(3))
     assert sorted(ended) == [0, 2] and torch.get_num_threads() == 3
 
 
@@ -73,7 +73,7 @@ def test_tables_that_step_at_once_come_to_the_same_bits(slow, fields, several):
         surgery = Meft(r=64, k=16, scale=1.0, **fields).apply(model, Place(fast=PLACE.fast, slow=slow))
         plain(model, surgery)
         rows.append([store.whole(kind).clone() for store in surgery.stores for kind in store.parts if kind != "grads"])
-        assert all(store.optimiser.steps for store in surgery.stores)
+        assert all(store.optimizer.steps for store in surgery.stores)
         surgery.revert()
     assert len(rows[0]) == len(rows[1]) > 6
     assert all(torch.equal(one, three) for one, three in zip(*rows, strict=True))

@@ -26,9 +26,9 @@ class Told(Reader):
         super().__init__(alone=True)
         self.asked = []
 
-    def ask(self, store, rows, kinds=(), now=False):
+    def request(self, store, rows, kinds=(), now=False):
         self.asked.append((store, kinds, now))
-        return super().ask(store, rows, kinds, now)
+        return super().request(store, rows, kinds, now)
 
 
 @pytest.fixture
@@ -65,14 +65,14 @@ def test_blocks_are_asked_for_before_they_are_reached(mapped, checkpointing):
     reader.serve()
     model.train()
     swaps.undo()
-    assert snapshot(model) == before and reader.ask(first, [0]) is None, "the thread has ended"
+    assert snapshot(model) == before and reader.request(first, [0]) is None, "the thread has ended"
 
 
 def test_where_all_is_in_memory_a_few_pages_are_looked_at(mapped):
     reader, swaps, looked = Told(), Swaps(mapped), []
     reader.cold = False
     first, second = read_weights_ahead(mapped, swaps, reader)
-    reader.sees = lambda pages: looked.append(list(pages)) or len(looked) == 1
+    reader.resident = lambda pages: looked.append(list(pages)) or len(looked) == 1
     mapped(**tiny_batch(mapped))
     assert looked == [[at for at, *_ in second.spans]] and reader.asked == []
     mapped(**tiny_batch(mapped))

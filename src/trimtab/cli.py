@@ -141,7 +141,7 @@ def eval_(
 
     loaded = Recipe.load(recipe, overrides or ())
     _allocator(loaded)
-    from .engine.tables import said
+    from .engine.tables import summary
     from .inference.evaluate import evaluate
 
     say = lambda line: print(line, file=sys.stderr)  # noqa: E731
@@ -156,7 +156,7 @@ def eval_(
     for name, value in result["metrics"].items():
         print(f"  {name:<16} {value:.4f}")
     if "reads" in result:
-        print(f"  {said(result['reads'])}")
+        print(f"  {summary(result['reads'])}")
 
 
 @app.command()

@@ -1,7 +1,6 @@
-"""What the engine does for tables in the slow tier (`Surgery.stores`), whichever method keeps them.
+"""What the engine does for tables in the slow tier (`Surgery.stores`), whichever method has them.
 
-Their rows' gradients are no parameters' gradients: they count in the global norm, and clipping reaches them. The rows
-step when the optimiser does, at its own rates of that step, in any loop.
+No parameter has the gradients of their rows; here they are included in the global norm and in clipping.
 """
 
 from __future__ import annotations
@@ -23,50 +22,54 @@ def stores_of(surgeries: Iterable[Surgery]) -> list[TieredStore]:
 
 
 def notes_of(surgeries: Sequence[Surgery], folder: str) -> list[str]:
-    """What a user should know of how the patches were applied. `folder`: where tables in files are made."""
+    """Notes for the user on how the patches were applied. `folder`: where tables in files are made."""
     notes = [note for surgery in surgeries for note in surgery.notes]
     if any(store.slow == "disk" for store in stores_of(surgeries)) and in_ram(folder):
         notes.append(f"{folder} is in RAM (tmpfs): tables there save no memory, though no figure of the fast tier "
-                     "has them")  # fmt: skip
+                     "includes them")  # fmt: skip
     return notes
 
 
 def row_numbers(surgeries: Iterable[Surgery]) -> int:
-    """How many numbers the rows of trained tables hold."""
+    """How many parameters the rows of trained tables have."""
     return sum(store.numel for store in stores_of(surgeries) if store.trained)
 
 
 def traffic(surgeries: Iterable[Surgery], steps: int) -> dict[str, Any]:
-    """Per optimiser step, over all tables: bytes moved each way and the share of rows found in the fast tier.
+    """Per optimizer step, over all tables: bytes transferred each way, and the share of rows found in the fast tier.
 
-    Where rows had to be read from files or copied to a device: how many of them had been asked for and were there when
-    they were needed, and what was read ahead for nothing (which is not among the bytes moved). Of all processes
-    together, where several share the tables (each must call this).
+    If rows had to be read from files or copied to a device: also the share of them whose prefetch was complete when
+    they were needed, and the bytes prefetched in vain, which the bytes transferred do not include. If several processes
+    share the tables, the figures are of all together, and each process must call this.
     """
     tables = stores_of(surgeries)
     if not tables:
         return {}
-    kinds = ("hits", "misses", "up", "down", "needed", "foreseen", "unused")
-    moved = summed(tables, [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds])
-    hits, misses, up, down, needed, foreseen, unused = map(int, moved)
-    ahead = {
+    hits, misses, up, down, needed, foreseen, unused = map(int, summed(tables, _sums(
+        tables, "hits", "misses", "up", "down", "needed", "foreseen", "unused")))  # fmt: skip
+    steps = max(steps, 1)
+    prefetches = {
         "store_prefetch_hit_rate": round(foreseen / max(needed, 1), 4),
-        "store_prefetch_unused_bytes_per_step": unused // max(steps, 1),
+        "store_prefetch_unused_bytes_per_step": unused // steps,
     }
     return {
-        "store_up_bytes_per_step": up // max(steps, 1),
-        "store_down_bytes_per_step": down // max(steps, 1),
+        "store_up_bytes_per_step": up // steps,
+        "store_down_bytes_per_step": down // steps,
         "store_hit_rate": round(hits / max(hits + misses, 1), 4),
         "store_slow_bytes": sum(store.nbytes["slow"] for store in tables),
-        **(ahead if needed else {}),
+        **(prefetches if needed else {}),
     }
+
+
+def _sums(tables: Sequence[TieredStore], *kinds: str) -> list[int]:
+    return [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds]
 
 
 @contextlib.contextmanager
 def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], dict[str, Any]]]:
-    """What the tables bring up while the model is used within: by token that passes through it, padding included.
+    """Counts what the tables transfer while the model is used within it, per token, padding included.
 
-    -> a function that gives the figures so far; none without tables.
+    -> a function that returns the figures so far; empty without tables.
     """
     tables, tokens = stores_of(surgeries), 0
 
@@ -74,8 +77,8 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
         nonlocal tokens
         tokens += args[0].numel()
 
-    def told() -> dict[str, Any]:
-        now = [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds]
+    def figures() -> dict[str, Any]:
+        now = _sums(tables, "hits", "misses", "up")
         hits, misses, up = (after - before for after, before in zip(now, start, strict=True))
         if not tokens:
             return {}
@@ -88,23 +91,22 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
     if not tables:
         yield lambda: {}
         return
-    kinds = ("hits", "misses", "up")
-    start = [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds]
+    start = _sums(tables, "hits", "misses", "up")
     hook = model.get_input_embeddings().register_forward_pre_hook(count)
     try:
-        yield told
+        yield figures
     finally:
         hook.remove()
 
 
-def said(reads: dict[str, Any]) -> str:
-    """What `reading` found, in a line."""
+def summary(reads: dict[str, Any]) -> str:
+    """The figures of `reading`, in a line."""
     line = f"tables: {reads['store_up_bytes_per_token'] / 2**20:.2f} MiB read a token"
     return f"{line}, {reads['store_rows_per_token']:,.1f} rows, {reads['store_hit_rate']:.0%} of them hot"
 
 
 class ClipsRows:
-    """Mixed into the trainers before the library's class: global norm and clipping over parameters and rows."""
+    """A mixin for trainers: the global norm and clipping include rows. It comes before the library's class."""
 
     job: Any
     args: Any
@@ -122,7 +124,7 @@ class ClipsRows:
         return stores_of(self.job.surgeries)
 
     def _norm(self, model: Any, limit: float) -> torch.Tensor:
-        """-> the norm before clipping; gradients beyond `limit` are scaled to it, those of rows when they are used."""
+        """-> the norm before clipping. Gradients are scaled to a norm of `limit` at most; those of rows by the step."""
         self.accelerator.unscale_gradients()
         trained = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).double().cpu()
@@ -132,5 +134,5 @@ class ClipsRows:
             for parameter in trained:
                 parameter.grad.mul_(factor)
             for store in self._tables():
-                store.grad_scale = factor
+                store.scale_grads(factor)
         return norm

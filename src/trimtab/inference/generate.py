@@ -29,7 +29,7 @@ def generate(
     Prompts are put as the rows of the run were: through the chat template or as plain text; `raw`: as they are. `say`
     is told what was read of tables, and how many replies were cut.
     """
-    from ..engine.tables import reading, said
+    from ..engine.tables import reading, summary
     from ..model.sampling import check_generation, sample
     from .load_run import load_run
 
@@ -46,7 +46,7 @@ def generate(
         with reading(model, surgeries) as reads:
             yield from sample(model, tokenizer, asked, form=form, cut=cut, **settings)
         if found := reads():
-            say(said(found))
+            say(summary(found))
         if cut:
             say(f"{len(cut)} of {len(asked)} replies were cut; max_new_tokens (--set) sets how long they may be")
 
@@ -57,7 +57,7 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
     import torch
     from transformers import TextStreamer
 
-    from ..engine.tables import reading, said
+    from ..engine.tables import reading, summary
     from ..model.sampling import check_generation, complete, prompt_ids, reply_text, settings_of, within_positions
     from .load_run import load_run
 
@@ -91,7 +91,7 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
                 print(f"(cut at {len(reply)} tokens; --set max_new_tokens=N)", file=sys.stderr)
             turns.append({"role": "assistant", "content": text})
     if terminal and (found := reads()):
-        print(said(found), file=sys.stderr)
+        print(summary(found), file=sys.stderr)
 
 
 def _form(recipe: Recipe, recorded: ReplyForm, tokenizer: Any) -> ReplyForm:

@@ -1,14 +1,15 @@
-"""Rows of tables step when an optimiser does, in whichever loop: the engine's, a library's or a stranger's.
+"""Rows of tables are stepped by whichever optimizer steps the model: the engine's, a library's, or one of a user's own.
 
-A patch whose numbers are rows of tables has one ordinary parameter beside them, of size 0.
-Whichever optimiser steps that parameter steps the rows with it, at its own rates: PyTorch calls `stepped` after each
-step of any optimiser. Gradients of rows go as the parameter's gradient goes: `zero_grad` takes both away.
+A patch whose weights are rows of tables also has one ordinary parameter, of size 0. Any optimizer that steps that
+parameter steps the rows with it, with the same learning rate and decay: PyTorch calls `stepped` after each step of any
+optimizer. Gradients of rows live as long as the parameter's gradient: `zero_grad` drops both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from threading import Lock
 from typing import Any
 
@@ -19,35 +20,47 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..tiered.adam import Rates
 from ..tiered.distributed import exchange, settle
+from ..tiered.planned import PlannedStore, plan_step
 from ..tiered.store import TieredStore
-from ..tiered.threads import at_once, side_by_side
+from ..tiered.threads import parallel_map
 from .surgery import ModulePatch, Swaps
 
 
 class RowPatch(ModulePatch):
-    """A patch's module whose numbers are rows of `stores`, each of which has its optimiser (RowAdam).
+    """A patch's module whose weights are rows of `stores`, each with an optimizer of its own (RowAdam). It adds to the
+    output y of the module beside it: its `forward` takes that module's input, and y.
 
-    `trained`: the parameter that stands for the rows in an optimiser.
+    `trained`: the parameter that stands for the rows in an optimizer. `enabled`: otherwise `forward` returns y.
     """
 
+    enabled = True
     stores: list[TieredStore]
     trained: nn.Parameter
 
-    def tend(self, step: int, moved: Sequence[list[int]]) -> None:
-        """After step `step`, which moved these rows of each store."""
+    def after_step(self, step: int, changed: Sequence[list[int]]) -> None:
+        """Called after optimizer step `step`, which changed these rows of each store."""
 
     def begin(self) -> None:
-        """Call at the start of a pass forward (of one back, a module that is used twice would begin twice)."""
+        """Call at the start of a forward pass."""
         zeroed = self.trained.requires_grad and self.trained.grad is None  # perhaps without a step
         if zeroed and torch.is_grad_enabled():
             for store in self.stores:
                 store.forget()
 
+    @contextlib.contextmanager
+    def without_rows(self) -> Iterator[None]:
+        """Within it the patch returns y: it reads no row, and a backward pass changes none."""
+        self.enabled = False
+        try:
+            yield
+        finally:
+            del self.enabled
 
-def step_with_optimisers(swaps: Swaps) -> None:
-    """From here to the way back, the rows of the model's tables step with its parameters.
 
-    What PyTorch calls does not hold the model: one that is let go of without a way back costs nothing.
+def step_with_optimizers(swaps: Swaps) -> None:
+    """Until undone, every optimizer step also steps the model's tables.
+
+    The hook does not keep the model alive: if the model is freed without undoing, the hook does nothing.
     """
     there = weakref.ref(swaps.model)
 
@@ -60,33 +73,32 @@ def step_with_optimisers(swaps: Swaps) -> None:
 
 @torch.no_grad()
 def stepped(model: nn.Module, optimizer: Optimizer) -> None:
-    """`optimizer` has made a step: the rows that stand behind its parameters make theirs."""
+    """`optimizer` has made a step: step the rows that its parameters stand for."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     patches = [m for m in model.modules() if isinstance(m, RowPatch) and id(m.trained) in held]
-    if planned := [patch for patch in patches if patch.stores[0].planned]:
-        copies = sorted(max(store.optimiser.temporaries for store in patch.stores) for patch in planned)
-        torch.empty(sum(copies[-at_once() :]), dtype=torch.uint8)  # for the planner, which counts it
-    patches = [patch for patch in patches if not patch.stores[0].planned]
     stores = [store for patch in patches for store in patch.stores]
+    if any(isinstance(store, PlannedStore) for store in stores):
+        plan_step([patch.stores for patch in patches])
+        return
     exchange(stores)
     coming, turn = iter(stores), Lock()
-    _hasten(next(coming, None))
+    _read(next(coming, None))
 
     def step(patch: RowPatch) -> list[list[int]]:
-        moved, rates = [], Rates.of(optimizer, patch.trained)
+        changed, rates = [], Rates.of(optimizer, patch.trained)
         for store in patch.stores:
-            with turn:  # a reader is asked by one thread at a time
-                _hasten(next(coming, None))  # what the next table steps with is read while this one steps
-            moved.append(store.optimiser.step(rates))
-        return moved
+            with turn:  # one thread at a time makes requests to a reader
+                _read(next(coming, None))  # the next table is read while this one steps
+            changed.append(store.optimizer.step(rates))
+        return changed
 
-    moved = side_by_side(step, patches)
+    changed = parallel_map(step, patches)
     settle(stores)
-    for patch, rows in zip(patches, moved, strict=True):
-        patch.tend(patch.stores[0].optimiser.steps - 1, rows)
-    settle(stores)  # tending may have written rows
+    for patch, rows in zip(patches, changed, strict=True):
+        patch.after_step(patch.stores[0].optimizer.steps - 1, rows)
+    settle(stores)  # `after_step` may have written rows
 
 
-def _hasten(store: TieredStore | None) -> None:
+def _read(store: TieredStore | None) -> None:
     if store is not None:
-        store.hasten(store.pending(), tuple(store.parts))
+        store.demand_read(store.pending(), tuple(store.parts))

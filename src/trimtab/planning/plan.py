@@ -186,7 +186,7 @@ def plan(
     from ..doctor import known_overhead, known_rates
     from ..engine.arguments import check_optimizer, training_arguments
     from ..engine.objectives import arguments_class
-    from ..tiered.threads import beside as threads_beside
+    from ..tiered.threads import extra_threads
 
     place, objective = recipe.load_place(), recipe.load_objective()
     if not recipe.patches:
@@ -236,7 +236,7 @@ def plan(
         notes.append("traced without torch.compile")
     if watch.ahead:
         notes.append(f"{gib(watch.ahead)} of the overhead are room for rows that are copied ahead of the pass")
-    threads = threads_beside() if kinds.get(TABLES) and device.type == "cpu" else 0
+    threads = extra_threads() if kinds.get(TABLES) and device.type == "cpu" else 0
     churn = watch.churn if device.type == "cpu" else 0
     shapes = watch.products * (lengths - 1) if device.type == "cpu" else 0
     held = beside.of(_growth(kinds), churn, watch.cast, threads, shapes) + watch.ahead

@@ -189,12 +189,12 @@ class PlannedStep:
         from ..tiered.record import VALUES
 
         tokens, probes = store.asked
-        clock.known = clock.known and bool(tokens) and store.optimiser.plain
+        clock.known = clock.known and bool(tokens) and store.optimizer.plain
         if tokens:
             many = expected_rows(store, tokens, probes, self.args.gradient_accumulation_steps)
             size = store.parts[VALUES].nbytes
-            clock.spend(row_update(clock.rates, size, many, store.optimiser.copies), OPTIMISER)
-            clock.dirty += many * store.extent if store.slow == "disk" else 0.0
+            clock.spend(row_update(clock.rates, size, many, store.optimizer.copies), OPTIMISER)
+            clock.dirty += many * store.record_bytes if store.slow == "disk" else 0.0
 
     def kind_of(self, name: str, tensor: Any) -> str:
         from ..cost.trace import ADAPTER, MAPPED, WEIGHTS

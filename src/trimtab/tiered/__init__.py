@@ -1,1 +1,1 @@
-"""Tables whose rows live in a slow tier (a memory-mapped file or RAM) and are fetched when they are needed."""
+"""Tables whose rows stay in a slow tier (a memory-mapped file or RAM) and are fetched when they are used."""

@@ -1,17 +1,17 @@
-"""Adam and AdamW on the rows of a store that got a gradient; the moments lie in the rows' own extents.
+"""Adam and AdamW on those rows of a store that have a gradient; the moments are parts of the rows' records.
 
-Two rules for a row without a gradient:
+There are two rules for a row without a gradient:
 
-- `lazy` (what torch.optim.SparseAdam does): nothing happens to it, neither momentum nor decay; bias corrections count
-  all steps of the run. Work and traffic are those of the touched rows.
-- `exact`: what dense Adam does to it on a gradient of zero. For step t (Kingma and Ba, arXiv 1412.6980, algorithm 1,
-  with AdamW's decay, 1711.05101)
+- `lazy` (as in torch.optim.SparseAdam): it does not change, neither by momentum nor by decay; bias corrections count
+  all steps of the run. Only rows with a gradient cost time and transfers.
+- `exact`: it changes as dense Adam changes it on a gradient of zero. For step t (Kingma and Ba, arXiv 1412.6980,
+  algorithm 1, with AdamW's decay, 1711.05101)
 
       m <- b1 m    v <- b2 v    w <- (1 - lr_t wd) w - lr_t (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-  The steps that a row missed are made up before the row is read again, each with its own learning rate. Once b1^k is
-  below a float's resolution beside what came before, momentum moves nothing, and decay is a product: the cost of any
-  number of missed steps is bounded (220 passes at b1 = 0.9). A row that never had a gradient only decays.
+  The steps that a row missed are made up for before the row is read again, each with its own learning rate. Once b1^k
+  is below a float's resolution, momentum no longer moves the row, and decay is a product: any number of missed steps
+  has a bounded cost (220 iterations at b1 = 0.9). A row that never had a gradient only decays.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .store import GRADS, VALUES, M, TieredStore, V
 
 MODES = ("lazy", "exact")
 FORGOTTEN = 1e-10  # share of its momentum below which a row is no longer moved by it
-SMALL = 8 * 1024  # bytes of a row's numbers
-PIECE = 2**20  # bytes of rows that are copied at once
+SMALL = 8 * 1024  # bytes of a row's values
+PIECE = 2**20  # bytes of rows that are copied at a time
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one step is made with; the names are those of torch.optim's parameter groups."""
+    """The settings of one step, named as in torch.optim's parameter groups."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -47,13 +47,13 @@ class Rates:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, parameter: Tensor) -> Rates:
-        """The rates with which `optimizer`, PyTorch's Adam or AdamW, steps `parameter`; BadInput for any other kind."""
+        """The rates with which `optimizer`, PyTorch's Adam or AdamW, steps `parameter`; BadInput for other classes."""
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
         odd = [name for name in ("amsgrad", "maximize") if group.get(name)]
         if not isinstance(optimizer, torch.optim.Adam) or odd:  # AdamW is a subclass
             raise BadInput(
                 f"step the rows of a table with {type(optimizer).__name__}{' and ' + odd[0] if odd else ''}",
-                "rows in the slow tier are stepped by Adam and AdamW only", "Take torch.optim.AdamW",
+                "only Adam and AdamW can step rows in the slow tier", "Take torch.optim.AdamW",
             )  # fmt: skip
         decoupled = bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))
         beta1, beta2 = map(float, group["betas"])
@@ -68,17 +68,15 @@ class RowAdam:
             raise BadInput(f'row Adam "{mode}"', "there is no such mode", f"Say one of {', '.join(MODES)}")
         if mode == "exact" and store.ranks is not None:
             raise BadInput(
-                "adam: exact with several processes", "each would make up a row's missed steps when it reads the row",
+                "adam: exact with several processes", "each would make up for missed steps on its own",
                 "Say adam: lazy, or start one process",
             )  # fmt: skip
         self.store, self.mode = store, mode
         self.steps = 0
-        self.last = torch.zeros(store.rows, dtype=torch.int32)  # the step that each row has come to
+        self.last = torch.zeros(store.rows, dtype=torch.int32)  # the last step that each row has made
         self.moved = torch.zeros(store.rows, dtype=torch.bool)  # rows with a momentum
-        self.history: list[Rates] = []  # of each step; kept where steps are made up
-        store.optimiser = self
-        if mode == "exact":
-            store.catch_up = self.catch_up
+        self.history: list[Rates] = []  # of each step, if rows make up for steps
+        store.attach(self)
 
     @property
     def plain(self) -> bool:
@@ -87,15 +85,15 @@ class RowAdam:
 
     @property
     def copies(self) -> bool:
-        """Whether rows step as copies, a piece at a time: small ones, whose views cost more than that, and those of a
-        file, which is written to in pieces."""
+        """Whether rows are copied for a step, a piece at a time: small rows, whose views cost more than copies, and
+        rows of a file, which is written in pieces."""
         store = self.store
         small = store.parts[VALUES].nbytes <= SMALL
         return not adam_state.narrow(store) and (small or store.slow == "disk")
 
     @property
     def temporaries(self) -> int:
-        """Bytes that a step makes and drops, at most: copies of rows."""
+        """Bytes that a step allocates and frees, at most: copies of rows."""
         nbytes = self.store.parts[VALUES].nbytes
         return len((VALUES, GRADS, M, V)) * min(self._piece, self.store.rows) * nbytes if self.copies else 0
 
@@ -105,7 +103,7 @@ class RowAdam:
 
     @torch.no_grad()
     def step(self, rates: Rates) -> list[int]:
-        """One optimiser step with the pending gradients; -> the rows that moved, other processes' too."""
+        """One optimizer step with the pending gradients; -> the rows that changed, also by other processes."""
         store, rows = self.store, self.store.pending()
         if self.mode == "exact":
             self.catch_up(rows)
@@ -119,12 +117,12 @@ class RowAdam:
         return rows
 
     def _by_device(self, rows: list[int]) -> Iterable[list[int]]:
-        """The rows, apart by where they lie: hot ones may be on an accelerator."""
+        """The rows, grouped by device: hot ones may be on an accelerator."""
         if self.store.in_place:
             return [rows] if rows else []
         found: dict[torch.device, list[int]] = {}
-        for row, held in zip(rows, self.store.each(VALUES, rows), strict=True):
-            found.setdefault(held.device, []).append(row)
+        for row, values in zip(rows, self.store.each(VALUES, rows), strict=True):
+            found.setdefault(values.device, []).append(row)
         return found.values()
 
     def _step(self, rows: list[int], rates: Rates) -> None:
@@ -154,7 +152,7 @@ class RowAdam:
 
     @torch.no_grad()
     def catch_up(self, rows: Sequence[int] | None = None) -> None:
-        """Make up the steps that these rows (default: all) missed."""
+        """Make up for the steps that these rows (default: all) missed."""
         if self.mode != "exact":
             return
         behind = range(self.store.rows) if rows is None else rows
@@ -166,17 +164,17 @@ class RowAdam:
             self.store.changed(late)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside the rows."""
-        kept = [[r.lr, *r.betas, r.eps, r.weight_decay, float(r.decoupled)] for r in self.history]
-        history = torch.tensor(kept, dtype=torch.float64).view(-1, 6)
+        """What a checkpoint needs besides the rows."""
+        rates = [[r.lr, *r.betas, r.eps, r.weight_decay, float(r.decoupled)] for r in self.history]
+        history = torch.tensor(rates, dtype=torch.float64).view(-1, 6)
         return {"steps": torch.tensor([self.steps]), "last": self.last, "moved": self.moved, "history": history}
 
     def fits(self, state: dict[str, Tensor]) -> bool:
-        """Whether `load_state` can take it."""
+        """Whether `load_state` can load it."""
         mine = self.state()
         if mine.keys() != state.keys():
             return False
-        pairs = [(state[name], own, name == "history") for name, own in mine.items()]  # as long as there were steps
+        pairs = [(state[name], own, name == "history") for name, own in mine.items()]  # its length is that of the run
         return all(
             a.dtype == b.dtype and a.dim() == b.dim() and a.shape[1:] == b.shape[1:] and (free or len(a) == len(b))
             for a, b, free in pairs

@@ -1,9 +1,9 @@
-"""Adam's moments in a table's extents: in the values' precision, in fewer bits, or in 8 bits by blocks.
+"""Adam's moments in a table's records: in the values' precision, in fewer bits, or in 8 bits by blocks.
 
-8 bits (Dettmers et al., arXiv 2110.02861): each block of 256 numbers is divided by its largest magnitude and coded in
-bitsandbytes' dynamic 8-bit type, whose steps are fine near zero. What differs from their optimiser: of the second
-moment the root is coded, which halves the decades that the codes must span, and a root above zero never becomes zero,
-since a step divides by it.
+8 bits (Dettmers et al., arXiv 2110.02861): each block of 256 elements is divided by its largest magnitude and coded in
+bitsandbytes' dynamic 8-bit type, whose steps are fine near zero. Unlike their optimizer, this one codes the root of the
+second moment, which halves the decades that the codes must span, and a root above zero never becomes zero, since a step
+divides by it.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from .store import TieredStore
 
 
 def narrow(store: TieredStore) -> bool:
-    """Whether moments are kept in fewer bits than values."""
+    """Whether moments have fewer bits than values."""
     return store.parts[M].dtype != store.parts[VALUES].dtype
 
 
 def read(store: TieredStore, kind: str, row: int) -> Tensor:
     """A copy of the row's first (M) or second (V) moment, in its values' precision."""
-    held, wide = store.part(kind, row), store.parts[VALUES].dtype
+    stored, wide = store.part(kind, row), store.parts[VALUES].dtype
     if SCALES[kind] not in store.parts:
-        return held.to(wide, copy=True)
+        return stored.to(wide, copy=True)
     from bitsandbytes.functional import dequantize_blockwise
 
     scales = store.part(SCALES[kind], row)
-    found = dequantize_blockwise(held, absmax=scales, code=_codes(kind).to(held.device), blocksize=BLOCK)
+    found = dequantize_blockwise(stored, absmax=scales, code=_codes(kind).to(stored.device), blocksize=BLOCK)
     return (found.square_() if kind == V else found).to(wide)
 
 
 def write(store: TieredStore, kind: str, row: int, moment: Tensor) -> None:
-    """Put back what `read` gave, changed."""
+    """Write the row's first (M) or second (V) moment, in its values' precision."""
     if SCALES[kind] not in store.parts:
         store.put(kind, [row], [moment.to(store.parts[kind].dtype)])
         return
@@ -51,7 +51,7 @@ def write(store: TieredStore, kind: str, row: int, moment: Tensor) -> None:
 
 @functools.cache
 def _codes(kind: str) -> Tensor:
-    """The 256 numbers from -1 (roots: 0) to 1 that a code stands for, ascending."""
+    """The 256 values from -1 (roots: 0) to 1 of the codes, ascending."""
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map(signed=kind == M)

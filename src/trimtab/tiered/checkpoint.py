@@ -1,10 +1,10 @@
 """Tables on disk: tensors written piece by piece into safetensors files, and the checkpoints of a store.
 
-A checkpoint of a store is a folder of deltas, `0.safetensors`, `1.safetensors`, ...: the rows as they were drawn, and
-then each delta's rows written over them, give the table. Only the newest delta is written, with the rows changed since
-the checkpoint before; the others are links to that checkpoint's files, so that each folder is whole by itself and old
-ones can go in any order. The working table is never part of a checkpoint: a run killed at any instant has only half
-written what nothing refers to yet. Each row's parts have checksums beside them, by which a damaged row is told by name.
+A checkpoint of a store is a folder of deltas, `0.safetensors`, `1.safetensors`, ...: the table is the rows' initial
+values, overwritten by each delta's rows in turn. Only the newest delta is written, with the rows changed since the
+previous checkpoint; the others are links to that checkpoint's files, so that each folder is complete by itself and old
+ones can be deleted in any order. The working table is never part of a checkpoint: if a run is killed, only files that
+nothing refers to yet are incomplete. Checksums of each row's parts lie beside them, so that a damaged row is named.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from .store import GRADS, TieredStore
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 PIECE = 2**24  # bytes that are copied at a time
-STATE, SUMS = "state.", "crc32."  # before the names of the optimiser's tensors, and of checksums of a tensor's parts
+STATE, SUMS = "state.", "crc32."  # prefixes: of the optimizer's tensors, and of a tensor's checksums
 
 
 class Pieces(NamedTuple):
-    """A tensor that is written (or read) one piece after another."""
+    """A tensor that is written one piece after another."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: Iterable[Tensor]
-    sums: Checksums | None = None  # to be taken on the way
+    sums: Checksums | None = None  # computed while it is written
 
 
 def pieces_of(tensor: Tensor, sums: Checksums | None = None) -> Pieces:
@@ -48,7 +48,7 @@ def pieces_of(tensor: Tensor, sums: Checksums | None = None) -> Pieces:
 
 
 def cut(tensor: Tensor) -> Iterator[Tensor]:
-    """Views of at most PIECE bytes, in the order of the tensor's numbers."""
+    """Views of at most PIECE bytes, in the order of the tensor's elements."""
     if tensor.dim() == 0 or tensor.nbytes <= PIECE:
         yield tensor
     elif tensor[0].nbytes > PIECE:
@@ -59,9 +59,9 @@ def cut(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file; no more than a piece of it is in memory at a time.
+    """Write a safetensors file; no more than a piece of it is in memory at a time.
 
-    Numbers of more bytes come first, as the format asks; among equal ones the order is that of `tensors`.
+    Wider types come first, as the format asks; tensors of equal width keep the order of `tensors`.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -85,10 +85,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[s
 
 
 def save_rows(store: TieredStore, folder: Path, before: Path | None = None) -> None:
-    """Write a checkpoint of `store` into `folder` (new). `before`: the folder of the one before, if there is one.
+    """Write a checkpoint of `store` into `folder` (new). `before`: the folder of the previous one, if there is one.
 
-    All rows are written anew where the checkpoint that the dirty rows count from is not `before` (it may never have
-    become whole), and once the deltas hold more rows than the table has.
+    All rows are written if the checkpoint that the dirty rows are counted from is not `before` (it may never have been
+    completed), or if the deltas have more rows than the table.
     """
     folder.mkdir(parents=True)
     rows, older = store.dirty_rows(), []
@@ -99,7 +99,7 @@ def save_rows(store: TieredStore, folder: Path, before: Path | None = None) -> N
             older, rows = [], list(range(store.rows))
     for path in older:
         _link(path, folder / path.name)
-    state = store.optimiser.state() if store.optimiser is not None else {}
+    state = store.optimizer.state() if store.optimizer is not None else {}
     small = {"rows": torch.tensor(rows, dtype=torch.int64), **{f"{STATE}{name}": t for name, t in state.items()}}
     tensors = {name: pieces_of(tensor, of_parts(tensor, 1)) for name, tensor in small.items()}
     for kind, part in _kept(store).items():
@@ -115,7 +115,7 @@ def _rows_of(store: TieredStore, kind: str, rows: Iterable[int]) -> Iterator[Ten
 
 
 def _kept(store: TieredStore) -> dict[str, Part]:
-    """The parts of an extent that a checkpoint holds: pending gradients are none, for it is written between steps."""
+    """The parts of a record that a checkpoint has: no gradients, since it is written between steps."""
     return {kind: part for kind, part in store.parts.items() if kind != GRADS}
 
 
@@ -124,8 +124,8 @@ def _table(store: TieredStore) -> str:
 
 
 def _sums_of(tensors: Mapping[str, Pieces]) -> dict[str, Pieces]:
-    """The checksums of `tensors` as tensors of bytes, (parts, 4): named last and of single bytes, so that they are
-    written when all the others have been."""
+    """The checksums of `tensors` as tensors of bytes, (parts, 4): of the narrowest type and last by name, so that they
+    are written after all the others."""
 
     def read(sums: Checksums) -> Iterator[Tensor]:
         yield torch.tensor(sums.found, dtype=torch.int64).unsqueeze(1).view(torch.uint8)[:, :4]
@@ -138,32 +138,24 @@ def _sums_of(tensors: Mapping[str, Pieces]) -> dict[str, Pieces]:
 
 
 def load_rows(store: TieredStore, folder: Path) -> None:
-    """Bring `store` to what the checkpoint in `folder` holds; rows that it does not name are as they were drawn."""
+    """Load the checkpoint in `folder` into `store`; rows that it does not name get their initial values."""
     if not (deltas := _deltas(folder)):
         raise BadInput(f"rows of {store.name}", f"there are none in {folder}", "Take an intact checkpoint")
     held = [_open(store, path) for path in deltas]
-    store.flush()  # what the slots hold is over
+    store.flush()
     named = {row for tensors in held for row in tensors["rows"].tolist()}
-    if (stale := store.touched - named) and store.writes:
-        assert store.draw is not None, "a table that is trained can be drawn again"
-        for row in stale:
-            for kind in _kept(store):
-                store.put(kind, [row], [torch.zeros_like(store.part(kind, row))])
-        store.draw(stale)
+    store.reset(store.touched - named)
     for path, tensors in zip(deltas, held, strict=True):
         for kind in _kept(store) if store.writes else ():
             _put(store, kind, path, tensors)
-    if store.optimiser is not None:
-        store.optimiser.load_state(_state_in(held[-1]))
-    store.touched = named
-    store.clean(_identity(deltas[-1]))
+    if store.optimizer is not None:
+        store.optimizer.load_state(_state_in(held[-1]))
     settle([store])
-    if store.filled is not None:
-        store.filled()
+    store.loaded(named, _identity(deltas[-1]))
 
 
 def _open(store: TieredStore, path: Path) -> dict[str, Tensor]:
-    """The tensors of a delta, mapped from its file. All is checked but the rows' own numbers."""
+    """The tensors of a delta, mapped from its file. All is checked but the rows' own values."""
     try:
         with safe_open(path, framework="pt") as file:
             table = (file.metadata() or {}).get("table")
@@ -178,8 +170,8 @@ def _open(store: TieredStore, path: Path) -> dict[str, Tensor]:
             raise _damaged(store, path, f"{name} is not what was written")
     if rows.dtype != torch.int64 or rows.dim() != 1 or any(not 0 <= row < store.rows for row in rows.tolist()):
         raise _damaged(store, path, "it names rows that are none of this table's")
-    if store.optimiser is not None and not store.optimiser.fits(_state_in(held)):
-        raise _of_another(store, path, "another optimiser stepped them")
+    if store.optimizer is not None and not store.optimizer.fits(_state_in(held)):
+        raise _of_another(store, path, "another optimizer stepped them")
     for kind, part in _kept(store).items():
         found = held.get(kind)
         if found is None or found.dtype != part.dtype:
@@ -191,7 +183,7 @@ def _open(store: TieredStore, path: Path) -> dict[str, Tensor]:
 
 
 def _put(store: TieredStore, kind: str, path: Path, held: Mapping[str, Tensor]) -> None:
-    """One part of a delta's rows into the table, checked on the way."""
+    """Copy one part of a delta's rows into the table, and check it."""
     rows, sums = held["rows"], Checksums(len(held["rows"]), store.parts[kind].nbytes)
     many = max(1, PIECE // store.parts[kind].nbytes)
     for which, piece in zip(rows.split(many), held[kind].split(many), strict=True):
@@ -206,7 +198,7 @@ def _state_in(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sums(held: Mapping[str, Tensor], name: str) -> list[int]:
-    """The checksums that were written with tensor `name`; none where there are none that could be."""
+    """The checksums that were written with tensor `name`; empty if they are missing or malformed."""
     found = held.get(SUMS + name)
     if found is None or found.dtype != torch.uint8 or found.dim() != 2 or found.shape[1] != 4:
         return []
@@ -226,7 +218,7 @@ def _deltas(folder: Path) -> list[Path]:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Of a file, whatever its name becomes."""
+    """Of a file, independent of its name."""
     found = path.stat()
     return found.st_dev, found.st_ino
 

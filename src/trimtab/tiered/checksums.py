@@ -1,4 +1,4 @@
-"""CRC-32 of a tensor's equal parts (a table's rows), taken while its bytes go to a file or come from one."""
+"""CRC-32 of a tensor's equal parts (a table's rows), computed while its bytes are written or read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class Checksums:
-    """Of `parts` parts of `size` bytes each, added in order and in pieces of any length."""
+    """The checksums of `parts` parts of `size` bytes each, whose bytes are added in order, in pieces of any length."""
 
     def __init__(self, parts: int, size: int):
         self.size, self.at = size, 0
         self.found = [0] * parts
 
     def add(self, data: Any) -> None:
-        """`data`: bytes, or what gives its bytes without a copy."""
+        """`data`: bytes, or any object with a contiguous buffer."""
         view = memoryview(data)
         while len(view):
             part, done = divmod(self.at, self.size)
@@ -29,18 +29,19 @@ class Checksums:
 
 
 def of_parts(tensor: Tensor, parts: int) -> Checksums:
-    """Empty ones for a tensor's `parts` parts."""
+    """For the `parts` equal parts of a tensor, whose bytes are still to be added."""
     return Checksums(parts, tensor.nbytes // max(1, parts))
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """A tensor's bytes, without a copy where it is contiguous and on the CPU."""
+    """A tensor's bytes, without a copy if it is contiguous and on the CPU."""
     plain = tensor.detach().cpu().contiguous().flatten()
     return plain.view(torch.uint8).numpy().data if plain.numel() else b""
 
 
-def differing(found: Sequence[int], kept: Sequence[int]) -> list[int]:
-    return [at for at, (one, two) in enumerate(zip(found, kept, strict=True)) if one != two]
+def differing(found: Sequence[int], written: Sequence[int]) -> list[int]:
+    """The positions at which two lists of checksums differ."""
+    return [at for at, (one, two) in enumerate(zip(found, written, strict=True)) if one != two]
 
 
 def some(rows: Sequence[int]) -> str:

@@ -1,13 +1,14 @@
 """Tables that several processes train together: one per host, and each row is stepped once.
 
-The processes of a host map one file, where values and moments lie as in a table of one process. Each process adds the
-gradients of its own batches up in a region of its own (the first one's is the extents'), so that no pass back waits for
-another. Before a step the processes tell each other which rows they touched (`exchange`), and a row's owner, number
-`row mod processes of the host`, adds the regions up where they are mapped: nothing goes over a network. As with the
-gradients of parameters (DistributedDataParallel), what is stepped with is the mean over the processes.
+The processes of a host map one file, where values and moments lie as in a table of one process. Each process
+accumulates the gradients of its own batches in a region of its own (the first process uses the records' gradients), so
+that no backward pass waits for another process. Before a step the processes tell each other which rows they touched
+(`exchange`), and a row's owner, number `row mod processes of the host`, adds the regions up where they are mapped:
+nothing goes over a network. As with the gradients of parameters (DistributedDataParallel), the step uses the mean over
+the processes.
 
-Each of several hosts has a table. There the owners of a row on all hosts add up what their hosts have, some rows at a
-time, and make the same step. Nobody reads rows before all owners are done (`settle`).
+Each of several hosts has a table. There the owners of a row on all hosts add up the sums of their hosts, some rows at a
+time, and make the same step. No process reads rows before all owners are done (`settle`).
 
 Every function here is a collective: all processes call it, in the same order.
 """
@@ -28,8 +29,9 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .mapped_file import MappedFile, require_room
+from .planned import PlannedStore
 from .store import GRADS, TieredStore
-from .threads import side_by_side
+from .threads import parallel_map
 
 MEMORY = "/dev/shm"  # a file system in RAM
 PIECE = 2**24  # bytes of rows that go between hosts at a time
@@ -41,10 +43,10 @@ class Ranks:
 
     size: int  # processes in all
     here: int  # of them on this host
-    first: int  # the number of this host's first one
-    local: int  # this one's number on its host
-    group: Any  # all of them, over gloo
-    across: Any  # those of the same local number on all hosts; None on one host
+    first: int  # the rank of this host's first process
+    local: int  # this process's number on its host
+    group: Any  # all processes, over gloo
+    across: Any  # the processes of the same local number on all hosts; None on one host
 
     @classmethod
     def found(cls) -> Ranks | None:
@@ -56,18 +58,18 @@ class Ranks:
         local = int(os.environ.get("LOCAL_RANK", rank % here))
         group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         made = cls(size, here, rank - local, local, group, None)
-        said = made.every(torch.tensor([here, rank - local])).tolist()
-        if said != [[here, number // here * here] for number in range(size)]:
+        found = made.every(torch.tensor([here, rank - local])).tolist()
+        if found != [[here, number // here * here] for number in range(size)]:
             raise BadInput(
                 f"train a table with {size} processes", "the hosts start unequal numbers of them, or out of order",
-                "Start as many on each host, with torchrun",
+                "Start the same number on each host, with torchrun",
             )  # fmt: skip
         alike = [list(range(number, size, here)) for number in range(here)] if here < size else []
         groups = [dist.new_group(ranks, backend="gloo") for ranks in alike]
         return cls(size, here, rank - local, local, group, groups[local] if groups else None)
 
     def every(self, tensor: Tensor) -> Tensor:
-        """What each process gives, (processes, *shape), on the CPU."""
+        """The tensors of all processes, (processes, *shape), on the CPU."""
         mine = tensor.cpu().contiguous()
         given = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(given, mine, group=self.group)
@@ -78,7 +80,7 @@ class Ranks:
         return self.every(tensor).sum(0)
 
     def lowest(self, table: Tensor, many: int) -> Tensor:
-        """Of all processes' rows (X, Y), X at most `many`, the `many` whose first number is lowest, in that order."""
+        """Of all processes' rows (X, Y), X at most `many`: the `many` with the lowest first number, in that order."""
         padded = torch.nn.functional.pad(table, (0, 0, 0, many - len(table)), value=float("inf"))
         every = self.every(padded).flatten(0, 1)
         every = every[every[:, 0].argsort(stable=True)[:many]]
@@ -87,7 +89,7 @@ class Ranks:
     def map_file(self, size: int, folder: str, what: str) -> MappedFile:
         """`size` bytes of a new file, mapped by all processes of this host.
 
-        It has lost its name before it is given its size: whoever is killed leaves no more than an empty file.
+        The file is unlinked before it gets its size: a process that is killed leaves an empty file at most.
         """
         name, descriptor = "", -1
 
@@ -123,62 +125,60 @@ class Ranks:
                 Path(name).unlink(missing_ok=True)
 
     def _together(self, action: Callable[[], Any] | None) -> list[Any]:
-        """Each process does its part and hears what the others' gave; where one cannot, no one can."""
-        gave, why = None, ""
+        """Each process calls its `action`; -> the results of all. OSError in all of them if one fails."""
+        result, why = None, ""
         try:
-            gave = action() if action else None
+            result = action() if action else None
         except OSError as error:
             why = error.strerror or str(error)
         every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, (gave, why), group=self.group)
+        dist.all_gather_object(every, (result, why), group=self.group)
         for _, why in every:
             if why:
                 raise OSError(why)
-        return [gave for gave, _ in every]
+        return [result for result, _ in every]
 
 
 class SharedStore(TieredStore):
-    """A table that the processes of a host map, and train together."""
+    """A table that the processes of a host map and train together."""
 
     ranks: Ranks
 
     def __init__(self, ranks: Ranks, *args: Any, **fields: Any):
         if fields.get("cache_bytes"):
             raise BadInput(
-                "hot rows (cache) with several processes", "a copy in one process would miss what another one steps",
+                "hot rows (cache) with several processes", "a copy in one process would miss another one's steps",
                 "Say cache: 0, or start one process",
             )  # fmt: skip
         self.ranks = ranks
-        self._apart = torch.empty(0, dtype=torch.uint8)
+        self._others = torch.empty(0, dtype=torch.uint8)  # gradients of the host's processes after the first
         self._exchanged = False
         self._union: list[int] = []  # rows that some process touched, between exchange and step
         super().__init__(*args, **fields)
         self._regions: list[Tensor] = []  # gradients of each process of the host
         if self.trained:
-            apart = self._apart.view(torch.float32).view(ranks.here - 1, self.rows, *self.shape)
-            self._regions = [self._views[GRADS], *apart]
+            others = self._others.view(torch.float32).view(ranks.here - 1, self.rows, *self.shape)
+            self._regions = [self._views[GRADS], *others]
 
-    def _file_table(self, folder: str | None, more: int) -> Tensor:
+    def _new_table(self, folder: str | None, more: int) -> Tensor:
+        if self.slow == "ram":
+            return self._map(MEMORY if Path(MEMORY).is_dir() else tempfile.gettempdir())[1]
         if more:
-            require_room(
-                (self.rows * self.extent + self._apart_bytes) * (1 + more), folder, f"{1 + more} shared tables"
-            )
+            size = self.rows * self.record_bytes + self._others_bytes
+            require_room(size * (1 + more), folder, f"{1 + more} shared tables")
         self._file, table = self._map(folder or tempfile.gettempdir())
         return table
 
-    def _ram_table(self, more: int) -> Tensor:
-        return self._map(MEMORY if Path(MEMORY).is_dir() else tempfile.gettempdir())[1]
-
     def _map(self, folder: str) -> tuple[MappedFile, Tensor]:
-        """-> the file and the table in it; behind the table lie the gradients of the processes after the first."""
-        table = self.rows * self.extent
-        mapped = self.ranks.map_file(table + self._apart_bytes, folder, self.name)
+        """-> the file and the table in it; the gradients of the processes after the first follow the table."""
+        table = self.rows * self.record_bytes
+        mapped = self.ranks.map_file(table + self._others_bytes, folder, self.name)
         whole = torch.frombuffer(mapped.map, dtype=torch.uint8)
-        self._apart = whole[table:]
-        return mapped, whole[:table].view(self.rows, self.extent)
+        self._others = whole[table:]
+        return mapped, whole[:table].view(self.rows, self.record_bytes)
 
     @property
-    def _apart_bytes(self) -> int:
+    def _others_bytes(self) -> int:
         return (self.ranks.here - 1) * self.rows * self.parts[GRADS].nbytes if self.trained else 0
 
     @property
@@ -186,22 +186,22 @@ class SharedStore(TieredStore):
         """Of the host's one table."""
         held = super().nbytes
         tier = "slow" if held["slow"] else "fast"
-        return {**held, tier: held[tier] + self._apart_bytes}
+        return {**held, tier: held[tier] + self._others_bytes}
 
-    def _at(self, kind: str) -> tuple[int, int]:
+    def _position(self, kind: str) -> tuple[int, int]:
         if kind == GRADS and not self._exchanged and self.ranks.local:
             size = self.parts[GRADS].nbytes
-            return self.rows * (self.extent + (self.ranks.local - 1) * size), size
-        return super()._at(kind)
+            return self.rows * (self.record_bytes + (self.ranks.local - 1) * size), size
+        return super()._position(kind)
 
-    def _lies(self, kind: str) -> Tensor:
-        """A gradient is this process's own until the exchange, and then, in the owner, the mean over all processes."""
+    def _current(self, kind: str) -> Tensor:
+        """Gradients are this process's own until the exchange, and then, in the owner, means over all processes."""
         if kind == GRADS and not self._exchanged:
             return self._regions[self.ranks.local]
-        return super()._lies(kind)
+        return super()._current(kind)
 
     def stepped(self) -> list[int]:
-        """-> the rows that have moved, whoever owns them."""
+        """-> the rows that have changed, whoever owns them."""
         assert self._exchanged, "a row would be stepped with one process's gradient"
         union = self._union
         super().stepped()
@@ -214,7 +214,7 @@ class SharedStore(TieredStore):
 
     def drop(self) -> None:
         super().drop()
-        self._regions, self._apart = [], torch.empty(0, dtype=torch.uint8)
+        self._regions, self._others = [], torch.empty(0, dtype=torch.uint8)
 
     def flags(self) -> Tensor:
         """Which rows this process has a gradient for, (rows,)."""
@@ -223,19 +223,20 @@ class SharedStore(TieredStore):
         return flags
 
     def collect(self, touched_SN: Tensor) -> None:
-        """The mean gradient of each row that is this process's own, in its extent; `touched_SN`: by each process."""
+        """Put the mean gradient of each row that this process owns into its record. `touched_SN`: the rows that each
+        process touched."""
         ranks = self.ranks
         self._union = touched_SN.any(0).nonzero().flatten().tolist()
         own = [row for row in self._union if row % ranks.here == ranks.local]
         here_SN = touched_SN[ranks.first : ranks.first + ranks.here]
         for row in own:
             mean = self._views[GRADS][row]
-            given = [self._regions[process][row] for process in here_SN[:, row].nonzero().flatten().tolist()]
-            if not given:  # touched on other hosts only
+            grads = [self._regions[process][row] for process in here_SN[:, row].nonzero().flatten().tolist()]
+            if not grads:  # touched on other hosts only
                 mean.zero_()
-            elif given[0].data_ptr() != mean.data_ptr():
-                mean.copy_(given[0])
-            for gradient in given[1:]:
+            elif grads[0].data_ptr() != mean.data_ptr():
+                mean.copy_(grads[0])
+            for gradient in grads[1:]:
                 mean.add_(gradient)
             mean.div_(ranks.size)
         if ranks.across is not None:
@@ -253,15 +254,15 @@ class SharedStore(TieredStore):
             grads[chosen] = piece
 
 
-def tables(planned: bool) -> Callable[..., TieredStore]:
-    """The class of a model's tables: shared ones where several processes train it."""
+def store_class(planned: bool) -> Callable[..., TieredStore]:
+    """What makes a model's tables: for the planner, for this process alone, or shared by the processes that train."""
     ranks = None if planned else Ranks.found()
-    return TieredStore if ranks is None else functools.partial(SharedStore, ranks)
+    return PlannedStore if planned else TieredStore if ranks is None else functools.partial(SharedStore, ranks)
 
 
 @torch.no_grad()
 def exchange(stores: Sequence[TieredStore]) -> None:
-    """Make each row's gradient the mean over all processes, in its owner; what was exchanged before is left alone."""
+    """Make each row's gradient the mean over all processes, in its owner; tables exchanged before are skipped."""
     waiting = [store for store in stores if isinstance(store, SharedStore) and not store._exchanged]
     if waiting:
         touched = waiting[0].ranks.every(torch.cat([store.flags() for store in waiting])).bool()
@@ -270,9 +271,9 @@ def exchange(stores: Sequence[TieredStore]) -> None:
 
 
 def grad_norm_squared(stores: Sequence[TieredStore]) -> float:
-    """Of all rows' gradients together, which are exchanged first."""
+    """Of all rows' gradients together. Exchanges them first."""
     exchange(stores)
-    own = sum(side_by_side(lambda store: store.grad_norm_squared(), stores))
+    own = sum(parallel_map(lambda store: store.grad_norm_squared(), stores))
     ranks = _ranks(stores)
     return own if ranks is None else summed(stores, [own])[0] / (ranks.size // ranks.here)
 
@@ -284,7 +285,7 @@ def summed(stores: Sequence[TieredStore], figures: Sequence[float]) -> list[floa
 
 
 def settle(stores: Sequence[TieredStore]) -> None:
-    """Wait until all processes are here: what they wrote into the tables can be read."""
+    """Wait for all processes: afterwards all that they wrote into the tables can be read."""
     if (ranks := _ranks(stores)) is not None:
         dist.barrier(group=ranks.group)
 

@@ -1,7 +1,7 @@
-"""Files of the slow tier: room for them, and one that is mapped and has no name.
+"""Files of the slow tier: whether there is room for them, and mapped files without a name.
 
-What a file will need is asked of the disk before any is made, and its space is reserved when it is made: a disk that is
-too small refuses before the start, and not in the middle of a run, where the kernel could only kill the process.
+Free space is checked before any file is made, and a file's space is reserved when it is made. A disk that is too small
+is therefore an error before the start; in the middle of a run the kernel could only kill the process.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import Any
 from ..errors import BadInput, DoesNotFit
 from ..memory.budget import free_bytes, gib, nearest_folder, room
 
-RAM = ("tmpfs", "ramfs")  # file systems
+RAM = ("tmpfs", "ramfs")  # file systems in memory
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # by the file system, of posix_fallocate
 ZEROS = 2**24  # bytes that are written at a time
 
 
 def slow_kind(slow: str, device: Any) -> str:
-    """What the slow tier under `device` is where `place: slow:` says `slow`: "ram" or "disk"."""
+    """The slow tier of `device`, "ram" or "disk", if the recipe says `place: {slow: ...}`."""
     return slow if slow != "auto" else "ram" if device.type == "cuda" else "disk"
 
 
 def require_room(size: int, folder: str | Path | None, what: str) -> None:
-    """DoesNotFit if the disk of `folder` (None: of temporary files) cannot hold `size` bytes more for `what`."""
+    """DoesNotFit if the disk of `folder` (None: of temporary files) has no room for another `size` bytes of `what`."""
     where = folder or tempfile.gettempdir()
     if (free := free_bytes(where)) < size:
         raise _too_small(size, where, what, f"{gib(free)} are free there")
 
 
 def require_memory(size: int, what: str) -> None:
-    """DoesNotFit if this machine's RAM cannot hold `size` bytes more for `what`: the kernel would kill who fills it."""
+    """DoesNotFit if RAM has no room for another `size` bytes of `what`: the kernel would kill the process."""
     if (left := room()) is not None and size > left:
         raise DoesNotFit(
             f"{gib(size)} of RAM for {what}", f"{gib(left)} are free", "Say place: slow: disk, or take a smaller table"
@@ -66,10 +66,10 @@ def in_ram(folder: str | Path) -> bool:
 
 
 class MappedFile:
-    """`size` bytes of an open file, mapped to be read, and written through a descriptor of its own.
+    """`size` bytes of an open file, read through a mapping and written through a descriptor; both see the same pages.
 
     A write through the mapping would cost a fault for each page that the kernel has written back since (measured:
-    docs/LOG.md); both see the same pages.
+    docs/LOG.md).
     """
 
     def __init__(self, descriptor: int, size: int):
@@ -78,7 +78,7 @@ class MappedFile:
         weakref.finalize(self, os.close, self._descriptor)
 
     def write(self, offset: int, *data: Any) -> None:
-        """Each of `data`, anything with a contiguous buffer, behind the one before."""
+        """Write each of `data` (objects with contiguous buffers) after the one before it."""
         left = [memoryview(piece).cast("B") for piece in data]
         while left:
             done = os.pwritev(self._descriptor, left, offset)
@@ -89,7 +89,7 @@ class MappedFile:
 
 
 def map_file(size: int, folder: str | None, what: str) -> MappedFile:
-    """`size` bytes of zeros in a file without a name: it goes with the process, however that ends."""
+    """`size` bytes of zeros in a file without a name: it is freed when the process ends, however it ends."""
     where = folder or tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=where, buffering=0) as file:

@@ -1,17 +1,18 @@
-"""Rows of the slow tier are read ahead of the pass that needs them, by a thread beside it.
+"""A thread reads rows of the slow tier before they are used.
 
-A mapped file is read when a page of it is touched: one page fault after the other, each as long as the disk takes to
-answer. Asked for all at once, the same rows come many times as fast, and asked for early enough they are there before
-they are touched. So a store that is asked for rows tells the reader of all of them, and a patch tells it which rows it
-expects next. The reader orders the whole of what is not in memory (MADV_WILLNEED) and then brings it into the process's
-page table (MADV_POPULATE_READ, where the kernel has it). It only reads: a row that was not asked for, or not in time,
-is read more slowly, and never otherwise. Nothing anonymous grows: the pages are the file's, and the kernel's to take.
+A mapped file is read when one of its pages is touched: one page fault after the other, each as long as the disk takes
+to answer. If the same rows are requested together, the disk serves them many times as fast, and if they are requested
+early enough they are in memory before they are touched. So a store requests all rows of a fetch at once (a demand
+read), and a patch requests the rows of the next fetch if it knows them (a prefetch). The thread asks the kernel to read
+all pages that are missing (MADV_WILLNEED) and then maps them into the process (MADV_POPULATE_READ, if the kernel has
+it). It only reads: a row that was not requested, or not in time, is read more slowly, but correctly. No anonymous
+memory grows: the pages belong to the file, and the kernel may take them back.
 
-Before an accelerator the rows are copied to it instead, on a stream of its own (`Carrier`); the store takes those that
-are on their way and copies the others itself. Not yet measured on a GPU.
+For an accelerator, rows are copied to the device on a stream of its own (`Carrier`); the store uses the copies that are
+complete or in progress and copies the other rows itself. Not yet measured on a GPU.
 
-Guesses are made only while rows have to be read (`cold`). The reader knows that from what stores need in any case, so
-that where all pages are in memory it costs a look at a few pages.
+Rows are prefetched only while some have to be read (`cold`). Demand reads show that, so that where all pages are in
+memory the whole costs a check of a few pages.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,32 +33,31 @@ from torch import Tensor
 from .record import PAGE, VALUES
 
 WILLNEED, POPULATE_READ = 3, 22  # advice to madvise(2); the second since Linux 5.14
-WAITING = 32  # guesses that wait at most; the oldest are let go
-PIECE = 2**23  # bytes that are ordered at a time: then what is needed at once goes first
-PATIENCE = 64  # asks in a row that found all pages in memory, after which nothing is guessed
-CARRIED = 2**28  # bytes of one ask that are held on an accelerator at most
+WAITING = 32  # prefetches that wait at most; the oldest are dropped
+PIECE = 2**23  # bytes that are requested from the kernel at a time; demand reads go in between
+PATIENCE = 64  # requests in a row that found all pages in memory, after which prefetching stops
+CARRIED = 2**28  # bytes of one request that are copied to an accelerator at most
 
 
-class Ask:
+class Request:
     """Rows of a store, in the order in which they will be read."""
 
     def __init__(self, store: Any, rows: Sequence[int], kinds: Sequence[str], now: bool):
         self.store, self.rows, self.kinds, self.now = weakref.ref(store), rows, kinds, now
-        self.done = 0  # how many of the rows are there
-        self.read: list[int] = []  # those that were not, and are read
-        self.over = False  # nobody waits for it any more
-        self.load: Load | None = None  # on an accelerator
+        self.done = 0  # how many of the rows are ready
+        self.read: list[int] = []  # the rows that had to be read
+        self.cancelled = False
+        self.carrier: Carrier | None = None  # copies the rows to an accelerator
+        self.copies: Tensor | None = None  # the rows there, in the order of `rows`
+        self.mark: Any = None  # the event after the last copy
 
-
-class Load:
-    """Rows of an ask on an accelerator: row number `at` of the ask in `buffer[at]`, once `mark` has passed."""
-
-    def __init__(self, carrier: Carrier, buffer: Tensor):
-        self.carrier, self.buffer, self.mark = carrier, buffer, carrier.mark()
-
-    def arrive(self) -> None:
-        """The device's work from here on finds what has been copied so far."""
-        self.carrier.arrive(self.buffer, self.mark)
+    def arrive(self) -> dict[int, Tensor]:
+        """-> the rows that were copied, by number; the device's further work waits for the copies."""
+        copies, done = self.copies, self.done
+        if copies is None or self.carrier is None:
+            return {}
+        self.carrier.arrive(copies, self.mark)
+        return {row: copies[at] for at, row in enumerate(self.rows[:done])}
 
 
 class Carrier:
@@ -66,7 +66,7 @@ class Carrier:
     def __init__(self, device: torch.device):
         self.device, self.stream = device, torch.Stream(device)
         self.staging = torch.empty(0, dtype=torch.uint8)
-        self.staged: Any = None  # the mark behind the last copy out of `staging`
+        self.staged: Any = None  # the event after the last copy out of `staging`
 
     def buffer(self, count: int, row: Tensor) -> Tensor:
         with self.stream:
@@ -76,7 +76,7 @@ class Carrier:
         return torch.Event(self.device)
 
     def copy(self, row: Tensor, to: Tensor, mark: Any) -> None:
-        """Called by the reader only."""
+        """Called by the reader's thread only."""
         if not row.is_pinned():
             if self.staged is not None:
                 self.staged.synchronize()  # one row is staged at a time
@@ -95,14 +95,14 @@ class Carrier:
 
 
 class _Work:
-    """What the thread and its owner share; the thread holds nothing else, so that the owner can go."""
+    """What the thread and the Reader share; the thread refers to nothing else, so that the Reader can be freed."""
 
     def __init__(self, carrier: type[Carrier]) -> None:
-        self.urgent: deque[Ask] = deque(maxlen=WAITING)
-        self.guesses: deque[Ask] = deque(maxlen=WAITING)
-        self.calls: queue.SimpleQueue[bool] = queue.SimpleQueue()  # one for each ask; False ends the thread
+        self.urgent: deque[Request] = deque(maxlen=WAITING)
+        self.prefetches: deque[Request] = deque(maxlen=WAITING)
+        self.calls: queue.SimpleQueue[bool] = queue.SimpleQueue()  # one for each request; False ends the thread
         self.ended = False
-        self.cold = 0
+        self.cold = 0  # above 0: rows had to be read lately
         self.pages = _Pages()
         self.carrier, self.carriers = carrier, dict[torch.device, Carrier]()
 
@@ -114,67 +114,67 @@ class _Work:
             self.ended = True
 
     def serve(self) -> None:
-        """Everything that waits."""
-        while not self.ended and (waiting := self.urgent or self.guesses):
-            self._fill(waiting.popleft())
+        """Handle all requests that wait."""
+        while not self.ended and (waiting := self.urgent or self.prefetches):
+            self._handle(waiting.popleft())
 
-    def _fill(self, ask: Ask) -> None:
-        store = ask.store()
-        if store is None or ask.over:
+    def _handle(self, request: Request) -> None:
+        store = request.store()
+        if store is None or request.cancelled:
             return
         if not store.in_place:
-            if (table := store.home) is not None:
-                self._carry(ask, table, store.device)
+            if (table := store.slow_values) is not None:
+                self._carry(request, table, store.device)
             return
-        held, parts = store.pages(ask.rows, ask.kinds)
-        self._read(ask, parts)
-        del held  # until here the mapping stays, whatever becomes of the store
+        held, parts = store.pages(request.rows, request.kinds)
+        self._read(request, parts)
+        del held  # until here it keeps the mapping, even if the store is freed
 
-    def _read(self, ask: Ask, parts: list[tuple[int, int, int]]) -> None:
-        """Order a piece at a time and see it in. `parts`: address, bytes, how many of the rows are whole by then."""
+    def _read(self, request: Request, parts: list[tuple[int, int, int]]) -> None:
+        """Read a piece at a time. `parts`: (address, bytes, how many of the rows are complete by then)."""
         found = at = 0
-        while at < len(parts) and not ask.over and not self.ended:
+        while at < len(parts) and not request.cancelled and not self.ended:
             end, size = at, 0
             while end < len(parts) and size < PIECE:
                 size += parts[end][1]
                 end += 1
-            absent = [part for part in parts[at:end] if not self.pages.there(*part[:2])]
+            absent = [part for part in parts[at:end] if not self.pages.resident(*part[:2])]
             done = parts[end - 1][2]
             if absent:
                 self.cold = PATIENCE
-                ask.read += ask.rows[ask.done : done]
+                request.read += request.rows[request.done : done]
             for start, length, _ in absent:
-                self.pages.order(start, length)
-            for start, length, _ in () if ask.now else absent:  # else it is being touched
-                self.pages.bring(start, length)
+                self.pages.request(start, length)
+            for start, length, _ in () if request.now else absent:  # a demand read is touched anyway
+                self.pages.map_in(start, length)
             found += len(absent)
-            ask.done, at = done, end
-            while self.urgent and not ask.now:
-                self._fill(self.urgent.popleft())
+            request.done, at = done, end
+            while self.urgent and not request.now:
+                self._handle(self.urgent.popleft())
         if not found:
             self.cold = max(0, self.cold - 1)
 
-    def _carry(self, ask: Ask, table: Tensor, device: torch.device) -> None:
+    def _carry(self, request: Request, table: Tensor, device: torch.device) -> None:
         carrier = self.carriers.get(device)
         if carrier is None:
             carrier = self.carriers[device] = self.carrier(device)
-        rows = ask.rows[: CARRIED // table[0].nbytes]
+        rows = request.rows[: CARRIED // table[0].nbytes]
         for at, row in enumerate(rows):
-            if ask.over or self.ended:
+            if request.cancelled or self.ended:
                 return
-            held = table[row]
-            if ask.load is None:
-                ask.load = Load(carrier, carrier.buffer(len(rows), held))
-            carrier.copy(held, ask.load.buffer[at], ask.load.mark)
-            ask.read.append(row)
-            ask.done = at + 1
+            if request.copies is None:
+                request.carrier, request.mark = carrier, carrier.mark()
+                request.copies = carrier.buffer(len(rows), table[row])
+            carrier.copy(table[row], request.copies[at], request.mark)
+            request.read.append(row)
+            request.done = at + 1
 
 
 class Reader:
-    """One thread that reads ahead for the stores of a model. It ends with `close`, or with the last who knows it."""
+    """One thread that reads rows for the stores of a model. It ends with `close`, or when the Reader is freed."""
 
     def __init__(self, alone: bool = False, carrier: type[Carrier] = Carrier):
-        """`alone`: without a thread; what is asked for waits until `serve`."""
+        """`alone`: without a thread; requests wait until `serve` is called."""
         self.alone, self.carrier = alone, carrier
         self._begin()
 
@@ -191,37 +191,39 @@ class Reader:
     def serve(self) -> None:
         self._work.serve()
 
-    def sees(self, pages: Iterable[int]) -> bool:
-        """Whether these pages (addresses) are in memory; if one is not, it is time to read ahead. Wakes no thread."""
+    def resident(self, pages: Iterable[int]) -> bool:
+        """Whether these pages (addresses) are in memory; if one is not, prefetching starts. Wakes no thread."""
         work = self._here()
-        if all(work.pages.there(start, PAGE) for start in pages):
+        if all(work.pages.resident(start, PAGE) for start in pages):
             return True
         work.cold = PATIENCE
         return False
 
-    def ask(self, store: Any, rows: Sequence[int], kinds: Sequence[str] = (VALUES,), now: bool = False) -> Ask | None:
-        """Have the rows' parts read; returns at once. `now`: before all guesses."""
+    def request(
+        self, store: Any, rows: Sequence[int], kinds: Sequence[str] = (VALUES,), now: bool = False
+    ) -> Request | None:
+        """Have the rows' parts read; returns at once. `now`: before all prefetches."""
         work = self._here()
         if work.ended or not rows:
             return None
-        ask = Ask(store, rows, kinds, now)
-        (work.urgent if now else work.guesses).append(ask)
+        request = Request(store, rows, kinds, now)
+        (work.urgent if now else work.prefetches).append(request)
         if not self.alone:
             if self._thread is None:
                 self._thread = threading.Thread(target=work.run, name="trimtab-reader", daemon=True)
                 self._thread.start()
             work.calls.put(True)
-        return ask
+        return request
 
     def _here(self) -> _Work:
-        """A forked process has no thread, and what its parent asked for is not its own."""
+        """A forked process has no thread, and its parent's requests are not its own: it starts anew."""
         if self._pid != os.getpid():
             self._end.detach()
             self._begin()
         return self._work
 
     def close(self) -> None:
-        """End the thread, and wait for the row that it is at."""
+        """End the thread, and wait until it has."""
         self._end()
         if self._thread is not None and self._thread is not threading.current_thread() and self._pid == os.getpid():
             self._thread.join()
@@ -233,53 +235,36 @@ def _stop(work: _Work, pid: int) -> None:
         work.calls.put(False)
 
 
-def read_ahead(stores: Iterable[Any], at_end: Callable[[Callable[[], None]], None]) -> bool:
-    """Give those of the stores that need it one reader, which ends when what `at_end` is given is called.
-
-    -> whether there are any. What may be on its way to a device is said to planned stores too.
-    """
-    stores = list(stores)
-    for store in stores:
-        store.carried = 0 if store.in_place else min(CARRIED, store.rows * store.parts[VALUES].nbytes)
-    far = [store for store in stores if store.far]
-    if far:
-        reader = Reader()
-        for store in far:
-            store.reader = reader
-        at_end(reader.close)
-    return bool(far)
-
-
 class _Pages:
-    """What the kernel is asked about pages of a mapping, by address and bytes."""
+    """System calls about pages of a mapping, by address and bytes."""
 
     def __init__(self) -> None:
         self.libc = library()
-        # without giving way to other threads: that would take longer than the call
+        # called without releasing the interpreter's lock: that would take longer than the call
         self.mincore = ctypes.PyDLL(None).mincore if self.libc is not None else None
         if self.mincore is not None:
             self.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
         self.populate = sys.platform == "linux"
 
-    def there(self, start: int, length: int) -> bool:
+    def resident(self, start: int, length: int) -> bool:
         """Whether all pages are in memory, of this process or in the page cache."""
         pages = -(-length // PAGE)
         seen = (ctypes.c_char * pages)()
         if self.mincore is None or self.mincore(start, length, seen):
             return False
-        return seen.raw.count(b"\x01") == pages  # elsewhere than on Linux: never
+        return seen.raw.count(b"\x01") == pages  # on other systems than Linux: never
 
-    def order(self, start: int, length: int) -> None:
+    def request(self, start: int, length: int) -> None:
         if self.libc is not None:
             self.libc.madvise(start, length, WILLNEED)
 
-    def bring(self, start: int, length: int) -> None:
+    def map_in(self, start: int, length: int) -> None:
         if self.populate and self.libc is not None and self.libc.madvise(start, length, POPULATE_READ):
             self.populate = ctypes.get_errno() != 22  # EINVAL: an older kernel
 
 
 def library() -> Any:
-    """The C library, by calls that let other threads run; None where it has no such calls."""
+    """The C library, whose calls let other threads run; None if it lacks the calls that are needed."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -1,4 +1,4 @@
-"""Work on several tables at once: each by a thread of its own, which computes alone."""
+"""Several tables are processed in parallel, each by one thread."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 
 import torch
 
-MOST = 4  # threads: each holds copies of rows, and Python lets one at a time do what is between its calls
+MOST = 4  # workers: each needs its own copies of rows, and Python code between torch calls runs one thread at a time
 
 
-def at_once() -> int:
-    """How many tables are worked on at a time."""
+def max_workers() -> int:
+    """How many tables are processed at a time."""
     return min(torch.get_num_threads(), MOST)
 
 
-def beside() -> int:
-    """How many threads are started for it."""
-    return at_once() if at_once() > 1 else 0
+def extra_threads() -> int:
+    """How many threads `parallel_map` starts at most."""
+    return max_workers() if max_workers() > 1 else 0
 
 
-def side_by_side(do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """What `do` gives for each item, in their order; `do` is called in several threads, where PyTorch has several.
+def parallel_map(do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """`do(item)` of each item, in order; calls run in several threads if PyTorch has several.
 
-    A piece of a table is small: shared among threads, its copies and sums mostly wait for one another, and writing a
-    file is one thread's work in any case. What `do` raises is raised, once all that was begun has ended.
+    Each worker computes single-threaded: one table's tensors are too small to split among threads, and writing a file
+    is one thread's work in any case. An exception from `do` is raised after all calls that were started have ended.
     """
-    many, threads = min(at_once(), len(items)), torch.get_num_threads()
-    if many < 2:
+    workers, threads = min(max_workers(), len(items)), torch.get_num_threads()
+    if workers < 2:
         return [do(item) for item in items]
-    torch.set_num_threads(1)  # of this thread's operations, and of those of threads that are started from here on
+    torch.set_num_threads(1)  # of this thread, and of all threads that are started from here on
     try:
-        with ThreadPoolExecutor(many, "trimtab-tables") as pool:
+        with ThreadPoolExecutor(workers, "trimtab-tables") as pool:
             return list(pool.map(do, items))
     finally:
         torch.set_num_threads(threads)

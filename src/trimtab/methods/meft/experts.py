@@ -1,10 +1,10 @@
-"""Key-value experts: small two-layer ReLU networks whose weights are rows of a store, each at work on its own tokens.
+"""Key-value experts: small two-layer ReLU networks whose weights are rows of a store, each applied to its own tokens.
 
-A row holds `block` records [key | value] of 2 D numbers, drawn at random. Tokens are sorted by expert, and each expert
-in work costs a few small dense products on its own tokens, with its row where it lies; tokens are gathered, and what
-comes of them is added up, for a chunk of experts at a time. The functions go by the steps of a
-pass: which experts (`by_expert`), what their keys say (`fire`), what their values add (`out`), and the way back
-(`back`); the same for all tokens on all pairs that any token chose (`chosen_pairs`, `fire_all`, `back_all`).
+A row has `block` pairs [key | value] of 2 D values; initial keys are random. Tokens are grouped by expert
+(`TieredStore.group`), and each expert in use costs a few small dense products on its own tokens, with its row where it
+lies; tokens are gathered, and outputs added up, for a chunk of experts at a time. The steps of a layer are: scores from
+keys (`fire`), outputs from values (`out`), and the backward pass (`back`). `chosen_pairs`, `fire_all` and `back_all` do
+the same for all tokens on all pairs that any token chose.
 
 T tokens, D hidden size, N experts, B pairs of an expert, P probes, C = P * B candidates, K kept of C, X = T * P pairs
 of a token and a probed expert.
@@ -12,152 +12,69 @@ of a token and a probed expert.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ...tiered.expected import expected_rows
+from ...tiered.groups import Groups
 from ...tiered.store import GRADS, VALUES, Rows, TieredStore
 
-DEVIATION = 0.02  # of the keys that are drawn
-FEW = 16  # experts, or pairs, that are worth a gather
+DEVIATION = 0.02  # of initial keys
 
 
-class Chunk(NamedTuple):
-    """Experts in work at once, the tokens (X,) of all their pairs and the pairs' places in the groups' order."""
-
-    first: int  # of the groups' experts
-    experts: list[int]
-    sizes: list[int]
-    tokens: Tensor
-    at: slice
-    planned: TieredStore | None = None  # of a plan, in which its first expert stands for all
-
-    def each(self, rows: Iterable[Any], *parts_XY: Tensor, turned_YX: Sequence[Tensor] = ()) -> Iterator[tuple]:
-        """For each expert its item of `rows`, which begin with this chunk's, and its tokens' rows of `parts`, or its
-        tokens' columns of those that are turned."""
-        if self.planned is None:
-            parts = *(part.split(self.sizes) for part in parts_XY), *(part.split(self.sizes, 1) for part in turned_YX)
-            yield from zip(islice(rows, len(self.sizes)), *parts, strict=True)
-            return
-        first = *(part[: self.sizes[0]] for part in parts_XY), *(part[:, : self.sizes[0]] for part in turned_YX)
-        with standing_for(self.planned, len(self.sizes)):
-            yield next(iter(rows)), *first
-
-
-class Groups(NamedTuple):
-    """Experts in work, and how many tokens each works on."""
-
-    order: Tensor  # the (token, probe) pairs t * P + p, sorted by expert
-    experts: list[int]
-    sizes: list[int]
-    tokens: Tensor  # of each of the sorted pairs
-
-    def chunks(self, store: TieredStore, tokens: int) -> Iterator[Chunk]:
-        """The experts a few at a time: no more pairs than tokens, and no more experts than `room`, in work at once."""
-        if store.planned:
-            yield from self._planned(store, tokens)
-            return
-        most, pairs, first, start = room(store, tokens), max(tokens, FEW), 0, 0
-        while first < len(self.experts):
-            last, end = first + 1, start + self.sizes[first]
-            while last < len(self.experts) and last - first < most and end + self.sizes[last] - start <= pairs:
-                end += self.sizes[last]
-                last += 1
-            at = slice(start, end)
-            yield Chunk(first, self.experts[first:last], self.sizes[first:last], self.tokens[at], at)
-            first, start = last, end
-
-    def _planned(self, store: TieredStore, tokens: int) -> Iterator[Chunk]:
-        """For the planner. A bound of the memory: of the experts at work in turn, one may have all tokens. The time of
-        those that are expected to be at work: as many of the mean size."""
-        bound = Chunk(0, [0], [tokens], self.tokens[:tokens], slice(0, tokens), store)
-        with standing_for(store, 0.0):
-            yield bound
-        if store.clock is None:
-            return
-        many = expected_rows(store, tokens, len(self.order) // tokens)
-        size = max(1, round(len(self.order) / many))
-        few = max(1, min(room(store, tokens), max(tokens, FEW) // size, round(many)))
-        at = slice(0, few * size)
-        with standing_for(store, many / few):
-            store.clock.moved(few * store.parts[VALUES].nbytes / 2)  # the rows' keys or values, from where they lie
-            yield Chunk(0, [0] * few, [size] * few, self.tokens[at], at, store)
-
-
-def room(store: TieredStore, tokens: int) -> int:
-    """Experts whose gradients together are no larger than the tokens' h, or a few."""
-    return min(store.rows, max(FEW, tokens // (2 * store.shape[0])))
-
-
-def drawn(store: TieredStore, seed: int) -> Iterator[tuple[int, Tensor]]:
-    """Each expert's first keys (B, D), one expert at a time: all may be too large."""
+def initial_keys(experts: int, block: int, width: int, seed: int) -> Iterator[Tensor]:
+    """Each expert's keys before training, (B, D), one expert at a time: all may be too large."""
     random = torch.Generator().manual_seed(seed)
-    for row in range(store.rows):
-        yield row, draw_keys(store, random)
+    for _ in range(experts):
+        yield draw_keys(block, width, random)
 
 
-def draw_keys(store: TieredStore, random: torch.Generator, around_D: Tensor | None = None) -> Tensor:
-    """One expert's keys (B, D), around a direction if one is given."""
-    keys_BD = torch.empty(store.shape[0], store.shape[1] // 2).normal_(0, DEVIATION, generator=random)
+def initial_rows(experts: int, block: int, width: int, seed: int) -> Iterator[Tensor]:
+    """Each expert's row before training, (B, 2 D): random keys, and values of zero."""
+    return map(row_of, initial_keys(experts, block, width, seed))
+
+
+def initial_centroids(experts: int, block: int, width: int, seed: int) -> Iterator[Tensor]:
+    """Each expert's row of a trained router before training, (D,)."""
+    return map(centroid, initial_keys(experts, block, width, seed))
+
+
+def draw_keys(block: int, width: int, random: torch.Generator, around_D: Tensor | None = None) -> Tensor:
+    """One expert's random keys (B, D), around a direction if one is given."""
+    keys_BD = torch.empty(block, width).normal_(0, DEVIATION, generator=random)
     if around_D is not None:
         keys_BD += DEVIATION * around_D.to(keys_BD)
     return keys_BD
 
 
-def write_row(store: TieredStore, row: int, keys_BD: Tensor) -> None:
-    """An expert with these keys and no values. One process of several writes it."""
-    if store.writes:
-        store.put(VALUES, [row], [torch.cat([keys_BD, torch.zeros_like(keys_BD)], 1)])
+def row_of(keys_BD: Tensor) -> Tensor:
+    """An expert with these keys, and values of zero, (B, 2 D)."""
+    return torch.cat([keys_BD, torch.zeros_like(keys_BD)], 1)
 
 
 def centroid(keys_BD: Tensor) -> Tensor:
-    """The mean key, at length 1: a layer-normed h then has scores of about its own root mean square."""
+    """The mean key, normalised to length 1: the scores of a layer-normed h are then about its root mean square."""
     return normalize(keys_BD.mean(0), dim=0)
 
 
-def by_expert(probed_TP: Tensor, store: TieredStore, alive_TP: Tensor | None = None) -> Groups:
-    """`alive_TP`: which of the pairs there is anything to do for (default: all)."""
-    flat = probed_TP.flatten()
-    order = flat.argsort(stable=True)
-    if alive_TP is not None and not store.planned:
-        order = order[alive_TP.flatten()[order]]
-        flat = flat[order]
-    tokens = order.div(probed_TP.shape[1], rounding_mode="floor")
-    if store.planned:
-        return Groups(order, [0], [], tokens)
-    counts = torch.bincount(flat, minlength=store.rows)
-    experts = counts.nonzero().flatten()
-    return Groups(order, experts.tolist(), counts[experts].tolist(), tokens)
-
-
-@contextlib.contextmanager
-def standing_for(store: TieredStore, times: float) -> Iterator[None]:
-    """To the planner's clock, what is done within it is done for so many experts."""
-    with store.clock.repeated(times) if store.clock is not None else contextlib.nullcontext():
-        yield
-
-
 def cut(rows: Rows, part: Callable[[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The keys or the values of each row, or these turned: views of them, or copies where the precision is another."""
+    """The keys or the values of each row, or their transposes: views, or copies if the precision differs."""
     if len(rows) and rows[0].dtype != dtype:
         return [part(row_BD.to(dtype)) for row_BD in rows]
     return rows.views(part)
 
 
 def fire(
-    h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: Groups, rows: Rows, store: TieredStore, kept: int
+    h_TD: Tensor, gate_TP: Tensor | None, groups: Groups, rows: Rows, kept: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """-> a_t of each token's C candidates, zero but for its K largest, and the same in short for the pass back."""
-    (tokens, probes), block, width = probed_TP.shape, store.shape[0], h_TD.shape[1]
+    """-> a_t of each token's C candidates, zero except for its K largest; and its compact form for the backward
+    pass."""
+    (tokens, probes), block, width = groups.shape, groups.store.shape[0], h_TD.shape[1]
     sorted_XB = h_TD.new_empty(tokens * probes, block)
     keys_DB = cut(rows, lambda row: row[..., :width].mT, h_TD.dtype)
-    for chunk in groups.chunks(store, tokens):
+    for chunk in groups.chunks():
         h_XD = h_TD.index_select(0, chunk.tokens)
         for key_DB, h_tD, fired_tB in chunk.each(keys_DB[chunk.first :], h_XD, sorted_XB[chunk.at]):
             torch.mm(h_tD, key_DB, out=fired_tB)
@@ -174,7 +91,7 @@ def fire(
 
 
 def spread(top: Sequence[Tensor], candidates: int) -> Tensor:
-    """What `fire` gave, from its short form."""
+    """a_t (T, C) from the compact form that `fire` returns."""
     if len(top) == 1:
         return top[0]
     values_TK, index_TK = top
@@ -182,16 +99,16 @@ def spread(top: Sequence[Tensor], candidates: int) -> Tensor:
 
 
 def alive(fired_TC: Tensor, probes: int) -> Tensor:
-    """Which of its probed experts have a pair that counts for a token, (T, P)."""
+    """Which of a token's probed experts have a pair that fired, (T, P)."""
     return (fired_TC > 0).unflatten(1, (probes, -1)).any(-1)
 
 
-def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Rows, store: TieredStore) -> Tensor:
-    """-> what the values add to each token, (T, D)."""
-    (tokens, width), out_TD = h_TD.shape, torch.zeros_like(h_TD)
-    sorted_XB = fired_TC.view(-1, store.shape[0]).index_select(0, groups.order)
+def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Rows) -> Tensor:
+    """-> the sum of each token's values, weighted by a_t, (T, D)."""
+    width, out_TD = h_TD.shape[1], torch.zeros_like(h_TD)
+    sorted_XB = fired_TC.view(-1, groups.store.shape[0]).index_select(0, groups.order)
     values_BD = cut(rows, lambda row: row[..., width:], h_TD.dtype)
-    for chunk in groups.chunks(store, tokens):
+    for chunk in groups.chunks():
         out_XD = h_TD.new_empty(len(chunk.tokens), width)
         for value_BD, fired_tB, out_tD in chunk.each(values_BD[chunk.first :], sorted_XB[chunk.at], out_XD):
             torch.mm(fired_tB, value_BD, out=out_tD)
@@ -201,23 +118,21 @@ def out(h_TD: Tensor, fired_TC: Tensor, groups: Groups, rows: Rows, store: Tiere
 
 
 def back(
-    h_TD: Tensor, grad_TD: Tensor, grad_h: Tensor | None, fired_TC: Tensor, gate_TP: Tensor | None, groups: Groups,
-    store: TieredStore,
-) -> Tensor:  # fmt: skip
-    """The rows' gradients into the store, that of h into `grad_h`; -> that of a_t before the ReLU, (T, C)."""
-    (tokens, D), block = h_TD.shape, store.shape[0]
-    sorted_XB = fired_TC.view(-1, block).index_select(0, groups.order)
+    h_TD: Tensor, grad_TD: Tensor, grad_h: Tensor | None, fired_TC: Tensor, gate_TP: Tensor | None, groups: Groups
+) -> Tensor:
+    """Accumulates the rows' gradients in the store, and that of h in `grad_h`; -> the gradient of a_t before the ReLU,
+    (T, C)."""
+    store, D = groups.store, h_TD.shape[1]
+    sorted_XB = fired_TC.view(-1, store.shape[0]).index_select(0, groups.order)
     gates_X = None if gate_TP is None else gate_TP.flatten()[groups.order].unsqueeze(1)
     all_XB = torch.empty_like(sorted_XB)
-    grads_EBD = h_TD.new_empty(room(store, tokens), *store.shape)
-    if store.planned:
-        store.asked = tokens, len(groups.order) // tokens
+    grads_EBD = h_TD.new_empty(groups.room, *store.shape)
     of_keys_BD, of_values_BD = grads_EBD[..., :D].unbind(), grads_EBD[..., D:].unbind()
-    rows = store.fetch(groups.experts, (VALUES, GRADS))
+    rows = store.fetch(groups.rows, (VALUES, GRADS))
     keys_BD = cut(rows, lambda row: row[..., :D], h_TD.dtype)
     values_DB = cut(rows, lambda row: row[..., D:].mT, h_TD.dtype)
 
-    def back_through(chunk: Chunk) -> None:  # a function, so that one chunk's tokens are gone when the next ones come
+    def back_through(chunk: Groups) -> None:  # a function, so that one chunk's tensors are freed before the next one's
         h_XD, grad_XD = h_TD.index_select(0, chunk.tokens), grad_TD.index_select(0, chunk.tokens)
         fired_XB, grad_XB = sorted_XB[chunk.at], all_XB[chunk.at]
         values = zip(values_DB[chunk.first :], of_values_BD, strict=False)
@@ -233,13 +148,13 @@ def back(
             torch.mm(gated_Bt, h_tD, out=of_BD)
             if grad_h is not None:
                 torch.mm(gated_tB, key_BD, out=grad_tD)
-        store.accumulate(chunk.experts, grads_EBD[: len(chunk.sizes)])
+        chunk.accumulate(grads_EBD)
         if grad_h is not None:
             grad_h.index_add_(0, chunk.tokens, grad_XD)
 
-    for chunk in groups.chunks(store, tokens):
+    for chunk in groups.chunks():
         back_through(chunk)
-    return torch.zeros_like(fired_TC).view(-1, block).index_copy_(0, groups.order, all_XB).view_as(fired_TC)
+    return torch.zeros_like(fired_TC).view(-1, store.shape[0]).index_copy_(0, groups.order, all_XB).view_as(fired_TC)
 
 
 # --- all tokens on the pairs that any of them chose -----------------------------------------------------------------
@@ -254,24 +169,18 @@ def chosen_pairs(probed_TP: Tensor, fired_TC: Tensor, store: TieredStore) -> Ten
     return (counts > 0).view(store.rows, block)
 
 
-def chosen(pairs_NB: Tensor) -> list[int]:
-    """The experts that have such a pair."""
-    return pairs_NB.any(1).nonzero().flatten().tolist()
-
-
 def fire_all(h_TD: Tensor, row_BD: Tensor, pairs_B: Tensor) -> Tensor:
     return (h_TD @ row_BD[:, : h_TD.shape[1]].to(h_TD.dtype).T).relu_().mul_(pairs_B)
 
 
 def back_all(h_TD: Tensor, grad_TD: Tensor, grad_h: Tensor | None, pairs_NB: Tensor, store: TieredStore) -> None:
-    D = h_TD.shape[1]
-    experts = [0] if store.planned else chosen(pairs_NB)
+    D, experts = h_TD.shape[1], store.marked(pairs_NB.any(1))
     grad_BD = h_TD.new_empty(store.shape)
-    for row, row_BD in zip(experts, store.fetch(experts, (VALUES, GRADS)), strict=True):
-        record_BD, fired_TB = row_BD.to(h_TD.dtype), fire_all(h_TD, row_BD, pairs_NB[row])
+    for expert, row_BD in zip(experts, store.fetch(experts, (VALUES, GRADS)), strict=True):
+        pairs_BD, fired_TB = row_BD.to(h_TD.dtype), fire_all(h_TD, row_BD, pairs_NB[expert])
         torch.mm(fired_TB.T, grad_TD, out=grad_BD[:, D:])
-        grad_TB = (grad_TD @ record_BD[:, D:].T).mul_(fired_TB > 0)
+        grad_TB = (grad_TD @ pairs_BD[:, D:].T).mul_(fired_TB > 0)
         torch.mm(grad_TB.T, h_TD, out=grad_BD[:, :D])
-        store.accumulate([row], [grad_BD])
+        store.accumulate([expert], [grad_BD])
         if grad_h is not None:
-            grad_h.addmm_(grad_TB, record_BD[:, :D])
+            grad_h.addmm_(grad_TB, pairs_BD[:, :D])

@@ -1,11 +1,8 @@
-"""Which experts the next layer will need, said before it is reached, so that their rows are read meanwhile.
+"""Prefetching for the backward pass: which experts the layer below will need is known from the forward pass.
 
-On the way forward it is a guess. The residual stream changes little from one layer to the next, so the next layer's
-router is asked about what this layer reads. A long batch needs much the same experts as the one before it: there the
-guess is what the layer needed last time, which costs no product. On the way back it is known: what fired in the layer
-below.
-
-T tokens, D hidden size, N experts, P probes.
+A layer's backward pass needs the experts of which a pair fired in its forward pass. Their rows are read while the layer
+above computes. With activation checkpointing, the layer below first repeats its forward pass, which needs all experts
+that its tokens probed.
 """
 
 from __future__ import annotations
@@ -13,71 +10,55 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from ...foreign import recomputing
 from ...tiered.store import GRADS, VALUES
 from .router import Router
 
-TOKENS = 64  # of a batch, that the next layer's router is asked about at most
 
+class LayerTrace(NamedTuple):
+    """The experts that one forward pass of a layer used: those that its tokens probed, and those with a pair that
+    fired."""
 
-class Gone(NamedTuple):
-    """What a pass forward needed of a layer: the experts of its tokens, and of them those with a pair that counted."""
-
-    tokens: int = 0
     probed: Sequence[int] = ()
     fired: Sequence[int] = ()
 
 
-class Line:
-    """The layers of a model, in the order in which a pass goes through them.
+class ExpertPrefetcher:
+    """Prefetches the experts of a model's layers, in the order in which the backward pass needs them.
 
-    Of each layer only the newest pass is remembered here. A pass back finds its own in the graph, where its layers hold
-    what the layer below needed (`passed`), as long as the graph lives.
+    It remembers only the newest forward pass of each layer. An earlier pass that still waits for its backward pass
+    keeps the traces in its graph: each layer keeps what `record` returned, the trace of the layer below it.
     """
 
-    def __init__(self, guesses: bool = True) -> None:
-        self.guesses = guesses
+    def __init__(self) -> None:
         self.layers: list[Router] = []
-        self.newest: list[Gone] = []
+        self.newest: list[LayerTrace] = []
 
     def join(self, layer: Router) -> int:
-        """-> its number."""
+        """-> the layer's number."""
         self.layers.append(layer)
-        self.newest.append(Gone())
+        self.newest.append(LayerTrace())
         return len(self.layers) - 1
 
-    def guess(self, at: int, h_TD: Tensor) -> None:
-        """Layer `at` has read h: what the next one will probe."""
-        if not self.guesses or at + 1 == len(self.layers) or recomputing():
-            return
-        layer, last, tokens = self.layers[at + 1], self.newest[at + 1], len(h_TD)
-        if not layer.store.awaits:
-            return
-        if tokens > TOKENS and 2 * last.tokens >= tokens:
-            layer.store.expect(last.probed)
-        else:
-            layer.store.expect(layer.probed(h_TD[:: -(-tokens // TOKENS) or 1]))
+    def record(self, number: int, trace: LayerTrace) -> LayerTrace:
+        """Layer `number` has made a forward pass; -> the trace of the layer below in the same pass."""
+        self.newest[number] = trace
+        if recomputing():  # its own backward pass follows
+            self._prefetch_backward(number, trace)
+        return self.newest[number - 1] if number else LayerTrace()
 
-    def passed(self, at: int, gone: Gone) -> Gone:
-        """Layer `at` has needed this; -> what the layer below it did in the same pass."""
-        self.newest[at] = gone
-        if recomputing():  # its own pass back follows
-            self._expect_back(at, gone)
-        return self.newest[at - 1] if at else Gone()
+    def backward_begins(self, number: int, below: LayerTrace, recomputed: bool) -> None:
+        """Layer `number` begins its backward pass. `recomputed`: it repeated its forward pass, so the layer below will
+        too."""
+        if number and recomputed:
+            if (store := self.layers[number - 1].store).wants_prefetch:
+                store.prefetch(below.probed)
+        elif number:
+            self._prefetch_backward(number - 1, below)
 
-    def back(self, at: int, below: Gone, again: bool) -> None:
-        """Layer `at` begins its pass back; `again`: layers are computed again on the way, the one below too."""
-        if at and again:
-            if (store := self.layers[at - 1].store).awaits:
-                store.expect(below.probed)
-        elif at:
-            self._expect_back(at - 1, below)
-
-    def _expect_back(self, at: int, gone: Gone) -> None:
-        layer = self.layers[at]
-        if layer.store.awaits:
-            layer.store.expect(gone.fired, (VALUES, GRADS))
+    def _prefetch_backward(self, number: int, trace: LayerTrace) -> None:
+        layer = self.layers[number]
+        if layer.store.wants_prefetch:
+            layer.store.prefetch(trace.fired, (VALUES, GRADS))
             if layer.table is not None:
-                layer.table.hasten(gone.probed, (GRADS,))
+                layer.table.demand_read(trace.probed, (GRADS,))

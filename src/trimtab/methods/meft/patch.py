@@ -1,8 +1,8 @@
 """MEFT: Memory-Efficient Fine-Tuning through Sparse Adapter (Hao et al., ACL 2024, arXiv 2406.04984).
 
-A Parallel Adapter far larger than fast memory stands beside each FFN. Its key-value pairs, with Adam's state, lie in
-slow memory, cut into N experts of neighbouring pairs; a router names a few experts for each token, only those are
-brought up, and of their keys the K that match a token best add their values to its output.
+A Parallel Adapter far larger than fast memory is added to each FFN. Its key-value pairs and their Adam state lie in
+slow memory, divided into N experts of neighbouring pairs. A router names a few experts for each token, only those are
+fetched, and of their keys the K that match the token best add their values to its output.
 
     p_t = W_g h_t                          experts' scores of token t             (eq. 5)
     E_t = the n_p largest of p_t           experts probed                         (eq. 6)
@@ -14,17 +14,17 @@ brought up, and of their keys the K that match a token best add their values to 
     K: `k`   r: pairs per layer   g_t: each probed expert's gate (1 without one)   s: `scale`
 
 What differs from the paper, and why:
-- `per_token` (default): a token sees its own pairs S_t, whatever shares its batch. `union` is the paper's algorithm 1:
-  each token sees the pairs of all. With `cap` a training pass fetches the batch's most wanted experts only.
-- Algorithm 1 gives the router no gradient. `gate` (default) multiplies each probed expert's scores by n_p times its
+- `per_token` (default): a token uses its own pairs S_t, whatever else is in its batch. `union` is the paper's algorithm
+  1: each token uses the pairs of all. With `cap` a training pass fetches only the experts that most tokens want.
+- In algorithm 1 the router has no gradient. `gate` (default) multiplies each probed expert's scores by n_p times its
   share in a softmax over the probed ones: 1 on average, never negative (in the authors' simulation it is p itself, and
   the product of two negative ones fires). `centroid` sets W_g to the mean keys after each step, `fixed` leaves it.
-- A row of the store is an expert, each pair one record [key | value]. Rows are brought up again in the pass back, so
-  that one layer's rows are in work at a time; for the pass back are kept h, the experts' numbers and the K scores.
-- A trained router lies in a table too, fast memory has a copy to score with, and Adam steps touched experts only.
-- s = 64, not 1: under Adam, values learn s times as fast as keys and router, which had better stay where they are.
-- n_p = 8, after the authors' code. Its N = 4 sqrt(r) makes a batch of a thousand tokens touch 70 % of all pairs at r
-  16,384; here N is 12 sqrt(r), but no more than leaves a token K candidates. r is rounded up to whole experts.
+- A row of the store is an expert: `block` pairs [key | value]. The backward pass fetches rows again, so that only one
+  layer's rows are in use at a time; from the forward pass it keeps h, the experts' numbers and the K scores.
+- A trained router also lies in a table; scores use a copy in fast memory. Adam steps touched experts only.
+- s = 64, not 1: under Adam, values learn s times as fast as keys and router, which should change little.
+- n_p = 8, as in the authors' code. With its N = 4 sqrt(r), a batch of a thousand tokens touches 70 % of all pairs at r
+  16,384; here N is 12 sqrt(r), but leaves each token at least K candidates. r is rounded up to whole experts.
 
 Shape letters: T tokens, D hidden size, N experts, B pairs of an expert, P probes, C = P * B candidates, K kept of C.
 """
@@ -48,28 +48,29 @@ from ...errors import BadInput, nearest
 from ...foreign import recomputing
 from ...model import anatomy
 from ...model.freeze import freeze_base
-from ...model.row_steps import RowPatch, step_with_optimisers
+from ...model.row_steps import RowPatch, step_with_optimizers
 from ...model.surgery import Swaps
 from ...tiered.adam import MODES, RowAdam
-from ...tiered.distributed import settle, tables
+from ...tiered.distributed import settle, store_class
+from ...tiered.groups import Groups
 from ...tiered.mapped_file import slow_kind
-from ...tiered.prefetch import read_ahead
+from ...tiered.prefetch import Reader
 from ...tiered.store import Rows, TieredStore
 from . import experts
-from .lookahead import Gone, Line
+from .lookahead import ExpertPrefetcher, LayerTrace
 from .router import Router
 
 NAME = "trimtab_meft"
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
-           "moments": tuple(MOMENTS), "prefetch": ("guess", "known", "none"),
+           "moments": tuple(MOMENTS), "prefetch": ("known", "none"),
            "retrieval": ("fast", "slow")}  # fmt: skip
 LEAST = {"r": 1, "probes": 1, "k": 1, "balance": 0, "revive": 0, "cache": 0}
 
 
 @dataclass(frozen=True)
 class Meft(Patch):
-    """A sparse adapter of `r` key-value pairs beside each FFN, kept in slow memory."""
+    """A sparse adapter of `r` key-value pairs beside each FFN, in slow memory."""
 
     paper: ClassVar[str] = "2406.04984"
     uses_tables: ClassVar[bool] = True
@@ -83,15 +84,15 @@ class Meft(Patch):
     semantics: str = "per_token"  # or "union" (algorithm 1)
     router: str = "gate"  # how W_g is trained: "gate", "centroid" or "fixed"
     scale: float = 64.0  # s: values learn s times as fast as keys; 1 in the paper
-    cap: int = 0  # experts of a layer that a pass in training brings up at most; 0: all that are probed (the paper)
-    balance: float = 0.0  # how far an expert's bias moves a step towards an equal load; 0: not at all (the paper)
+    cap: int = 0  # most experts of a layer that a training pass fetches; 0: all that are probed (the paper)
+    balance: float = 0.0  # how much a step changes an expert's bias towards equal load; 0: not at all (the paper)
     revive: int = 0  # steps after which an expert that no token probed is drawn anew; 0: never (the paper)
-    adam: str = "lazy"  # rows without a gradient: left alone ("lazy"), or moved as dense Adam would ("exact")
-    retrieval: str = "fast"  # before a GPU, where keys are matched: there, or where they lie ("slow", as in the paper)
-    moments: str = "fp32"  # Adam's state: "fp32", "bf16" or "int8" (by blocks of 256, as bitsandbytes keeps it)
-    cache: float = 0.0  # GiB of the fast tier for hot experts, over all layers
-    prefetch: str = "known"  # rows read from a file ahead: "known" to be needed, a layer's "guess" too, or "none"
-    seed: int = 0  # of the keys
+    adam: str = "lazy"  # rows without a gradient: unchanged ("lazy"), or stepped as by dense Adam ("exact")
+    retrieval: str = "fast"  # with a GPU, where keys are matched: on it, or on the host ("slow", as in the paper)
+    moments: str = "fp32"  # Adam's state: "fp32", "bf16" or "int8" (by blocks of 256, as in bitsandbytes)
+    cache: float = 0.0  # GiB of fast memory for the experts used most recently, over all layers
+    prefetch: str = "known"  # rows that are read ahead: those "known" to be needed, or "none"
+    seed: int = 0  # of the initial keys
 
     def apply(self, model: PreTrainedModel, place: Place) -> MeftSurgery:
         rows, block = self.layout()
@@ -102,30 +103,33 @@ class Meft(Patch):
             raise BadInput("apply a second meft", "the model has one", "Give the first one a larger r")
         freeze_base(model, surgery.swaps)
         try:
-            table = tables(planned=any(p.is_meta for p in model.parameters()))
-            for index, ffn in enumerate(ffns):
-                of = next(ffn.host.parameters()).device
-                device = place.device if of.type == "meta" else of
+            devices = [next(ffn.host.parameters()).device for ffn in ffns]
+            make_store = store_class(planned=any(device.type == "meta" for device in devices))
+            reader = Reader() if self.prefetch != "none" else None
+            if reader is not None:
+                surgery.swaps.on_undo(reader.close)
+            prefetcher = ExpertPrefetcher()
+            for index, (ffn, found) in enumerate(zip(ffns, devices, strict=True)):
+                device = place.device if found.type == "meta" else found
                 made = functools.partial(
-                    table, folder=place.folder, device=device, slow=slow_kind(place.slow, device),
-                    planned=of.type == "meta",
+                    make_store, folder=place.folder, device=device, slow=slow_kind(place.slow, device), cap=self.cap,
+                    reader=reader,
                 )  # fmt: skip
-                store = made(
+                form = (rows, block, ffn.width, self.seed * 1_000_003 + index)
+                surgery.stores.append(store := made(
                     ffn.name, rows, (block, 2 * ffn.width), cache_bytes=int(self.cache * 2**30) // len(ffns),
-                    moments=MOMENTS[self.moments], more=len(ffns) - index - 1,
-                )  # fmt: skip
-                surgery.stores.append(store)
-                routers = made(f"{ffn.name}.router", rows, (ffn.width,)) if self.router == "gate" else None
-                surgery.stores += [routers] if routers is not None else []
-                adapter = Adapter(self, store, routers, self.seed * 1_000_003 + index)
+                    moments=MOMENTS[self.moments], initial=functools.partial(experts.initial_rows, *form),
+                    more=len(ffns) - index - 1,
+                ))  # fmt: skip
+                table = None
+                if self.router == "gate":
+                    initial = functools.partial(experts.initial_centroids, *form)
+                    surgery.stores.append(table := made(f"{ffn.name}.router", rows, (ffn.width,), initial=initial))
+                adapter = Adapter(self, store, table, prefetcher)
                 surgery.swaps.set_attribute(ffn.host, NAME, adapter)
                 surgery.swaps.hook(ffn.beside(adapter))
                 surgery.adapters[ffn.name] = adapter
-            step_with_optimisers(surgery.swaps)
-            if self.prefetch != "none" and read_ahead(surgery.stores, surgery.swaps.on_undo):
-                line = Line(guesses=self.prefetch == "guess")
-                for adapter in surgery.adapters.values():
-                    adapter.line, adapter.at = line, line.join(adapter.which)
+            step_with_optimizers(surgery.swaps)
             settle(surgery.stores)
         except BaseException:
             surgery.revert()
@@ -133,7 +137,7 @@ class Meft(Patch):
         return surgery
 
     def notes(self, rows: int, block: int) -> Iterator[str]:
-        """What of its fields is not taken as it is written."""
+        """Warnings about rounded or clipped fields."""
         probed = min(self.probes, rows)
         if rows * block != self.r:
             yield f"meft: r {self.r} is rounded up to {rows * block}: {rows} experts of {block} pairs"
@@ -145,16 +149,16 @@ class Meft(Patch):
     def layout(self) -> tuple[int, int]:
         """-> (N experts, B pairs of each); N * B is r, rounded up to whole experts."""
         for field, words in CHOICES.items():
-            if (said := getattr(self, field)) not in words:
-                raise BadInput(f'meft: {field}: "{said}"', "there is no such choice", nearest(said, words))
+            if (value := getattr(self, field)) not in words:
+                raise BadInput(f'meft: {field}: "{value}"', "there is no such choice", nearest(value, words))
         for field, least in {**LEAST, "cap": self.cap and self.probes}.items():
-            if not least <= (said := getattr(self, field)) < math.inf:  # which no NaN is
-                raise BadInput(f"meft: {field}: {said}", f"a number from {least} on is needed",
+            if not least <= (value := getattr(self, field)) < math.inf:  # which no NaN is
+                raise BadInput(f"meft: {field}: {value}", f"a number of at least {least} is needed",
                                f"Say {field}: {getattr(Meft, field)}")  # fmt: skip
         if not 0 < self.scale < math.inf:
             raise BadInput(f"meft: scale: {self.scale}", "a number above 0 is needed", f"Say scale: {Meft.scale}")
         if self.semantics == "union" and self.router == "gate":
-            raise BadInput("meft: semantics: union with router: gate", "algorithm 1 has no gate: a token sees pairs of "
+            raise BadInput("meft: semantics: union with router: gate", "algorithm 1 has no gate: a token uses pairs of "
                            "experts that it did not probe", "Say router: centroid")  # fmt: skip
         if self.experts is not None and not 1 <= self.experts <= self.r:
             raise BadInput(f"meft: experts: {self.experts}", f"there are {self.r} pairs", "Say fewer, or none at all")
@@ -182,12 +186,12 @@ class MeftSurgery(Surgery):
         own: dict[str, Tensor] = {}
         for name, adapter in self.adapters.items():
             for store in adapter.stores:
-                store.optimiser.catch_up()
+                store.catch_up()
             table, width = adapter.store.whole(), adapter.width
             own |= {f"{name}.keys": table[..., :width], f"{name}.values": table[..., width:]}
-            if adapter.which.table is not None:
-                own[f"{name}.router"] = adapter.which.table.whole()
-            own |= {f"{name}.{key}": t for key, t in adapter.which.state_dict(keep_vars=True).items()}
+            if adapter.router.table is not None:
+                own[f"{name}.router"] = adapter.router.table.whole()
+            own |= {f"{name}.{key}": tensor for key, tensor in adapter.router.own_tensors().items()}
             own[f"{name}.anchor"] = adapter.trained
         return own
 
@@ -198,60 +202,62 @@ class MeftSurgery(Surgery):
                 if not store.holds(tensors[f"{name}.{key}"]):
                     store.changed(range(store.rows))
         settle(self.stores)
-        for adapter in self.adapters.values():
-            adapter.which.refresh()
+        for store in self.stores:
+            store.rewritten()
 
 
 class Adapter(RowPatch):
-    """s * ReLU(g h W_A[S]) W_B[S], added to y; the pairs are rows of `store`, no parameters of the module."""
+    """s * ReLU(g h W_A[S]) W_B[S], added to y; the pairs are rows of `store`, not parameters of the module.
 
-    line: Line | None = None  # the layers around it, where rows are read ahead
-    at = 0  # its place there
+    `table`: the rows of a trained router. `prefetcher`: of the model's layers, if rows are prefetched.
+    """
 
-    def __init__(self, patch: Meft, store: TieredStore, routers: TieredStore | None, seed: int):
+    def __init__(
+        self, patch: Meft, store: TieredStore, table: TieredStore | None, prefetcher: ExpertPrefetcher | None = None
+    ):
         super().__init__()
         self.patch, self.store, self.width = patch, store, store.shape[1] // 2
-        self.which = Router(
-            store, routers, probes=patch.probes, gate=patch.router == "gate", centroids=patch.router == "centroid",
-            cap=patch.cap, balance=patch.balance, revive=patch.revive, seed=patch.seed,
+        self.router = Router(
+            store, table, probes=patch.probes, gate=patch.router == "gate", centroids=patch.router == "centroid",
+            balance=patch.balance, revive=patch.revive, seed=patch.seed,
         )  # fmt: skip
-        self.stores = self.which.stores
-        for table in self.stores:
-            RowAdam(table, patch.adam)
-        self.which.draw(seed)
-        self.probes = self.which.probes
+        self.stores = self.router.stores
+        for each in self.stores:
+            RowAdam(each, patch.adam)
+        self.probes = self.router.probes
         self.kept = min(patch.k, self.probes * store.shape[0])
-        self.trained = nn.Parameter(torch.zeros(0, device=self.which.router.device))  # stands for the rows
+        self.trained = nn.Parameter(torch.zeros(0, device=store.model_device))  # stands for the rows
+        self.prefetcher = prefetcher if store.reader is not None else None
+        self.number = self.prefetcher.join(self.router) if self.prefetcher is not None else 0
 
-    def tend(self, step: int, moved: Sequence[list[int]]) -> None:
-        self.which.tend(step, moved)
+    def after_step(self, step: int, changed: Sequence[list[int]]) -> None:
+        self.router.after_step(step, changed)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        if not self.enabled:
+            return y
         self.begin()
         with _exact(h):
             return _Beside.apply(h, y, self.trained, self)
 
     def match(
-        self, h_TD: Tensor, probed_TP: Tensor, gate_TP: Tensor | None, groups: experts.Groups
+        self, h_TD: Tensor, gate_TP: Tensor | None, groups: Groups
     ) -> tuple[Rows | None, Tensor, tuple[Tensor, ...]]:
-        """-> the rows that were brought up for it, and what `experts.fire` gives."""
-        store, given, device = self.store, (h_TD, probed_TP, gate_TP), h_TD.device
-        far = self.patch.retrieval == "slow" and not store.in_place and not store.planned
-        rows = store.lying(groups.experts) if far else store.fetch(groups.experts)
-        if self.line is not None:
-            self.line.guess(self.at, h_TD)
-        if not far:
-            return rows, *experts.fire(*given, groups, rows, store, self.kept)
-        given = [None if tensor is None else tensor.cpu() for tensor in given]
-        groups = groups._replace(order=groups.order.cpu(), tokens=groups.tokens.cpu())
-        fired_TC, top = experts.fire(*given, groups, rows, store, self.kept)
-        store.traffic.down += given[0].nbytes
+        """-> the rows that were fetched for it, and what `experts.fire` returns. With `retrieval: slow` it computes on
+        the host and fetches no rows."""
+        store, device = self.store, h_TD.device
+        if self.patch.retrieval == "fast" or store.in_place or not store.needs_transfer:
+            rows = store.fetch(groups.rows)
+            return rows, *experts.fire(h_TD, gate_TP, groups, rows, self.kept)
+        gate_TP = None if gate_TP is None else gate_TP.cpu()
+        fired_TC, top = experts.fire(h_TD.cpu(), gate_TP, groups.to("cpu"), store.on_host(groups.rows), self.kept)
+        store.traffic.down += h_TD.nbytes
         store.traffic.up += sum(tensor.nbytes for tensor in top)
         return None, fired_TC.to(device), tuple(tensor.to(device) for tensor in top)
 
-    def rows(self, held: Rows | None, wanted: list[int]) -> Rows:
-        """Of the experts `wanted`, as they were brought up before, or brought up now."""
-        return self.store.fetch(wanted) if held is None else held.of(wanted)
+    def rows(self, fetched: Rows | None, wanted: list[int]) -> Rows:
+        """Of the experts `wanted`, from those that were fetched before, or fetched now."""
+        return self.store.fetch(wanted) if fetched is None else fetched.of(wanted)
 
     def extra_repr(self) -> str:
         rows, block = self.store.rows, self.store.shape[0]
@@ -259,7 +265,7 @@ class Adapter(RowPatch):
 
 
 def _exact(h: Tensor) -> Any:
-    """Products in the rows' precision, also where autocast is on."""
+    """Products are computed in the rows' precision, also under autocast."""
     return torch.autocast(h.device.type, enabled=False) if h.device.type != "meta" else contextlib.nullcontext()
 
 
@@ -270,26 +276,24 @@ class _Beside(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, y: Tensor, trained: Tensor, adapter: Adapter):
         h_in = h.reshape(-1, adapter.width)
         h_TD = h_in.to(torch.promote_types(h.dtype, torch.float32))
-        probed_TP, gate_TP = adapter.which.route(h_TD)
-        groups = experts.by_expert(probed_TP, adapter.store)
-        held, fired_TC, top = adapter.match(h_TD, probed_TP, gate_TP, groups)
-        probed = groups.experts
+        probed_TP, gate_TP = adapter.router.route(h_TD)
+        groups = adapter.store.group(probed_TP)
+        fetched, fired_TC, top = adapter.match(h_TD, gate_TP, groups)
         if adapter.patch.semantics == "union":
             pairs = experts.chosen_pairs(probed_TP, fired_TC, adapter.store)
-            out_TD = torch.zeros_like(h_TD)
-            groups = groups._replace(experts=probed if adapter.store.planned else experts.chosen(pairs))
-            for expert, row_BD in zip(groups.experts, adapter.rows(held, groups.experts), strict=True):
+            out_TD, fired = torch.zeros_like(h_TD), adapter.store.marked(pairs.any(1))
+            for expert, row_BD in zip(fired, adapter.rows(fetched, fired), strict=True):
                 fired_TB = experts.fire_all(h_TD, row_BD, pairs[expert])
                 out_TD.addmm_(fired_TB, row_BD[:, adapter.width :].to(h_TD.dtype))
             ctx.save_for_backward(h_in, None, None, pairs)
         else:
-            groups = experts.by_expert(probed_TP, adapter.store, experts.alive(fired_TC, adapter.probes))
-            out_TD = experts.out(h_TD, fired_TC, groups, adapter.rows(held, groups.experts), adapter.store)
+            alive = adapter.store.group(probed_TP, experts.alive(fired_TC, adapter.probes))
+            out_TD, fired = experts.out(h_TD, fired_TC, alive, adapter.rows(fetched, alive.rows)), alive.rows
             ctx.save_for_backward(h_in, probed_TP.to(torch.int32), gate_TP, *top)
         ctx.adapter, ctx.shape, ctx.below = adapter, h.shape, None
-        if adapter.line is not None:
-            ctx.below = adapter.line.passed(adapter.at, Gone(len(h_TD), probed, groups.experts))
-            ctx.again = recomputing()
+        if adapter.prefetcher is not None:
+            ctx.below = adapter.prefetcher.record(adapter.number, LayerTrace(groups.rows, fired))
+            ctx.recomputed = recomputing()
         return torch.add(y, out_TD.view(y.shape), alpha=adapter.patch.scale).to(y.dtype)
 
     @staticmethod
@@ -307,17 +311,17 @@ class _Beside(torch.autograd.Function):
         if adapter.patch.scale != 1.0:
             grad_TD = grad_TD * adapter.patch.scale
         grad_h = torch.zeros_like(h_TD) if ctx.needs_input_grad[0] else None
-        if adapter.line is not None and ctx.below is not None:
-            adapter.line.back(adapter.at, ctx.below, ctx.again)
+        if adapter.prefetcher is not None:
+            adapter.prefetcher.backward_begins(adapter.number, ctx.below, ctx.recomputed)
         if adapter.patch.semantics == "union":
             experts.back_all(h_TD, grad_TD, grad_h, top[0], adapter.store)
         else:
             fired_TC = experts.spread(top, adapter.probes * adapter.store.shape[0])
             alive_TP = experts.alive(fired_TC, adapter.probes)
-            groups = experts.by_expert(probed_TP.long(), adapter.store, alive_TP)
-            grad_fired_TC = experts.back(h_TD, grad_TD, grad_h, fired_TC, gate_TP, groups, adapter.store)
+            groups = adapter.store.group(probed_TP.long(), alive_TP)
+            grad_fired_TC = experts.back(h_TD, grad_TD, grad_h, fired_TC, gate_TP, groups)
             if gate_TP is not None:
                 grad_TP = grad_fired_TC.mul_(fired_TC).unflatten(1, (adapter.probes, -1)).sum(-1)
-                adapter.which.back(h_TD, grad_h, probed_TP.long(), gate_TP, grad_TP)
+                adapter.router.back(h_TD, grad_h, probed_TP.long(), gate_TP, grad_TP)
         grad_h = None if grad_h is None else grad_h.to(h_in.dtype).view(ctx.shape)
         return grad_h, grad, torch.zeros_like(adapter.trained), None

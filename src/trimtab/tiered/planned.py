@@ -1,0 +1,113 @@
+"""What a table is to the planner: shapes and seconds of a model without values.
+
+The planner traces a training step on tensors without values, so it cannot tell which rows a batch uses. Here one row
+stands for all in use. For memory it is an upper bound: of the rows that are processed in turn, one may have all tokens.
+For time it is an expectation: as many rows as tiered/expected.py predicts, all with the mean number of pairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .expected import expected_rows
+from .groups import FEW, Groups
+from .record import GRADS, VALUES
+from .rows import Rows
+from .store import TieredStore
+from .threads import max_workers
+
+
+class PlannedStore(TieredStore):
+    """A table of a model on the meta device. It takes no memory, and no row of it ever changes.
+
+    `clock`: counts the seconds of work on it (cost/roofline.Clock), if the planner has set one. `asked`: how many
+    tokens of a backward pass used rows, and how many rows each.
+    """
+
+    clock: Any = None
+    asked = (0, 0)
+    needs_transfer = False
+    model_device = torch.device("meta")
+
+    def _new_table(self, folder: str | None = None, more: int = 0) -> Tensor:
+        return torch.empty(0, self.record_bytes, dtype=torch.uint8)
+
+    _new_slots = _new_table
+
+    def holds(self, tensor: Tensor) -> bool:
+        return False
+
+    def fill(self) -> Iterator[Tensor]:
+        return iter(())
+
+    def fetch(self, rows: Sequence[int], kinds: Sequence[str] = (VALUES,)) -> Rows:
+        part = self.parts[VALUES]
+        copied = self._table if self.in_place else torch.empty(self.rows, *part.shape, dtype=part.dtype)
+        return Rows(rows, copied, {row: torch.empty(part.shape, dtype=part.dtype) for row in rows})
+
+    def group(self, rows_TP: Tensor, used_TP: Tensor | None = None) -> Groups:
+        order = rows_TP.flatten().argsort(stable=True)
+        tokens = order.div(rows_TP.shape[1], rounding_mode="floor")
+        times = expected_rows(self, *rows_TP.shape)
+        return PlannedGroups(self, tuple(rows_TP.shape), order, tokens, [0], [1] * self.rows, times=times)
+
+    def marked(self, flags_N: Tensor) -> list[int]:
+        return [0]
+
+    def most_wanted(self, rows_TP: Tensor) -> Tensor | None:
+        return None
+
+    def accumulate(self, rows: Sequence[int], grads: Sequence[Tensor] | Tensor) -> None:
+        if self.clock is not None:
+            self.clock.moved(2 * len(rows) * self.parts[GRADS].nbytes, operations=len(rows))
+
+    def whole(self, kind: str = VALUES) -> Tensor:
+        part = self.parts[kind]
+        return torch.empty(self.rows, *part.shape, dtype=part.dtype, device="meta")
+
+    def repeated(self, times: float) -> Any:
+        """A context: the clock counts what is done within it that many times."""
+        return contextlib.nullcontext() if self.clock is None else self.clock.repeated(times)
+
+
+def plan_step(patches: Sequence[Sequence[PlannedStore]]) -> None:
+    """The memory of an optimizer step of each patch's tables: the largest copies of rows that exist at a time."""
+    copies = sorted(max(store.optimizer.temporaries for store in stores) for stores in patches)
+    torch.empty(sum(copies[-max_workers() :]), dtype=torch.uint8)
+
+
+@dataclass(slots=True)
+class PlannedGroups(Groups):
+    """The first row stands for all in use. `times`: how often it would be used in place of them."""
+
+    times: float = 1.0
+
+    def chunks(self) -> Iterator[Groups]:
+        store, (tokens, _), begin = self.store, self.shape, (self.store, self.shape, self.order)
+        with store.repeated(0.0):
+            yield PlannedGroups(*begin, self.tokens[:tokens], [0], [tokens], at=slice(0, tokens))
+        if store.clock is None:
+            return
+        size = max(1, round(len(self.order) / self.times))
+        few = max(1, min(self.room, max(tokens, FEW) // size, round(self.times)))
+        at = slice(0, few * size)
+        with store.repeated(self.times / few):
+            store.clock.moved(few * store.parts[VALUES].nbytes / 2)  # their keys or values are read
+            yield PlannedGroups(*begin, self.tokens[at], [0] * few, [size] * few, at=at)
+
+    def each(self, rows: Iterable[Any], *parts_XY: Tensor, turned_YX: Sequence[Tensor] = ()) -> Iterator[tuple]:
+        size = self.sizes[0]
+        first = *(part[:size] for part in parts_XY), *(part[:, :size] for part in turned_YX)
+        with self.store.repeated(len(self.rows)):
+            yield next(iter(rows)), *first
+
+    def accumulate(self, grads: Tensor) -> None:
+        self.store.asked = self.shape
+        with self.store.repeated(self.times):
+            self.store.accumulate(self.rows, grads[: len(self.rows)])
