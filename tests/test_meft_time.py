@@ -10,7 +10,8 @@ import torch
 from test_plan import ROWS, TOKENS, folders, recipe_of  # noqa: F401 (a fixture)
 from test_rates import flat
 from trimtab.cost import roofline
-from trimtab.cost.roofline import OPTIMISER, Stopwatch, row_update, written_back
+from trimtab.cost.roofline import row_update, written_back
+from trimtab.cost.trace import OPTIMISER
 from trimtab.engine.arguments import arguments_class, training_arguments
 from trimtab.methods.meft import experts
 from trimtab.planning.plan import plan
@@ -41,10 +42,9 @@ def counted_alike(monkeypatch):
 
 def traced(recipe, real: bool) -> tuple[dict[str, float], float]:
     args = training_arguments(recipe, arguments_class(recipe.load_objective()), "out", True)
-    watch = Stopwatch(flat(overhead=2e-5))  # so that each operation counts
     torch.manual_seed(0)
-    PlannedStep(recipe, args, None, real).trace(ROWS, TOKENS, None, watch.at(None))
-    return watch.phases(), watch.seconds(1, 1)
+    cost = PlannedStep(recipe, args, None, real).trace(ROWS, TOKENS, None, flat(overhead=2e-5))  # each operation counts
+    return cost.seconds, cost.step_seconds(1)
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)

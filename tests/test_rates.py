@@ -10,7 +10,8 @@ import torch
 
 from trimtab.cost import rates as rates_file
 from trimtab.cost.rates import LAYOUTS, TRAFFIC, Rates
-from trimtab.cost.roofline import Clock, Stopwatch, read_again, work
+from trimtab.cost.roofline import Clock, read_again, work
+from trimtab.cost.trace import StepCost, extend
 
 MACHINE = rates_file.key({"cpu": "a processor", "cores": 2, "threads": 2, "allocator": "system"}, "2.13.0", "cpu")
 ATEN = torch.ops.aten
@@ -98,14 +99,14 @@ def test_attention_and_update_by_hand():
 
 
 def test_a_deep_stack_lies_on_the_line_and_micro_batches_share_the_update():
-    watch = Stopwatch(flat())
-    for blocks, back in ((2, 3.0), (4, 5.0)):
-        clock = watch.at(blocks)
-        clock.phases = {"blocks": float(blocks), "backward": back, "optimiser": 0.5 * blocks, "evaluation": 9.0}
-    watch.depth = 10
-    assert watch.seconds(1, 1) == pytest.approx(10 + 11 + 5)
-    assert watch.seconds(8, 2) == pytest.approx(4 * (10 + 11) + 5)
-    assert Stopwatch(None).seconds(1, 1) is None
+    shallow, deep = (
+        StepCost({}, seconds={"blocks": float(n), "backward": back, "optimiser": 0.5 * n, "evaluation": 9.0})
+        for n, back in ((2, 3.0), (4, 5.0))
+    )
+    cost = extend(shallow, deep, (2, 4), 10)
+    assert cost.step_seconds(1) == pytest.approx(10 + 11 + 5)
+    assert cost.step_seconds(8) == pytest.approx(4 * (10 + 11) + 5), "two of them were traced"
+    assert StepCost({}).step_seconds(1) is None and extend(shallow, StepCost({}), (2, 4), 10).seconds is None
 
 
 def test_what_memory_cannot_keep_is_read_on_each_way():

@@ -22,8 +22,6 @@ from torch.utils._pytree import tree_iter
 
 from .rates import Rates
 
-OPTIMISER, EVALUATION = "optimiser", "evaluation"  # phases: the update, which accumulated micro-batches share
-
 KINDS: dict[str, tuple[str, ...]] = {  # kind of traffic -> operations, without their "aten::" and trailing underscore
     "function": ("exp", "log", "silu", "gelu", "tanh", "sigmoid", "erf", "pow", "_softmax", "_log_softmax", "sin",
                  "cos", "silu_backward", "gelu_backward", "tanh_backward", "sigmoid_backward", "softplus", "log1p",
@@ -55,7 +53,6 @@ class Clock:
         self.rates = rates
         self.phases: dict[str, float] = {}
         self.phase, self.operations, self.times, self._overhead = "", 0, 1.0, rates.overhead
-        self.dirty, self.known = 0.0, True  # bytes of tables in files that a step changes; whether all is counted
 
     def add(self, phase: str, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         if func._schema.name.startswith("prim::"):  # a fake tensor is asked where it is, a real one is not
@@ -87,57 +84,6 @@ class Clock:
 
     def forget(self) -> None:
         self.phases, self.operations = {}, 0
-
-
-class Stopwatch:
-    """The seconds of a whole step, from clocks at one depth or two. `rates` None: it measures no time.
-
-    The planner sets `depth`, `trained` (the numbers that are trained in the model at its whole depth), `cast`: under
-    autocast, `ahead`: bytes of rows on their way to a device, `churn`: what a block makes and drops on its way back,
-    `products`: the forms of products in 16 bits (tracer.py), and `notes`: what its patches have to say.
-    """
-
-    def __init__(self, rates: Rates | None):
-        self.rates, self.depth, self.trained, self.cast, self.ahead, self.churn = rates, 0, 0, False, 0, 0
-        self.products = 0
-        self.notes: list[str] = []
-        self.clocks: dict[int | None, Clock] = {}
-
-    def at(self, blocks: int | None) -> Clock | None:
-        """The clock of a model of `blocks` blocks (None: of all)."""
-        if self.rates is None:
-            return None
-        self.clocks[blocks] = Clock(self.rates)
-        return self.clocks[blocks]
-
-    def seconds(self, micro_batches: int, traced: int) -> float | None:
-        """Of an optimiser step over `micro_batches`, of which `traced` were."""
-        phases = self.phases()
-        if phases is None or not all(clock.known for clock in self.clocks.values()):
-            return None
-        phases.pop(EVALUATION, None)  # comes now and then, and is no part of a step
-        update = phases.pop(OPTIMISER, 0.0)
-        return sum(phases.values()) * micro_batches / traced + update
-
-    def phases(self) -> dict[str, float] | None:
-        """Seconds by phase at the whole depth: of what was traced, or on the line through two depths."""
-        if not self.clocks:
-            return None
-        first, *more = self.clocks.values()
-        names = dict.fromkeys(name for clock in (first, *more) for name in clock.phases)
-        return {name: self._whole([clock.phases.get(name, 0.0) for clock in (first, *more)]) for name in names}
-
-    def dirty(self) -> float:
-        """Bytes of tables in files that a step changes, at the whole depth."""
-        return self._whole([clock.dirty for clock in self.clocks.values()] or [0.0])
-
-    def _whole(self, found: list[float]) -> float:
-        """At the whole depth, from what was found at one depth or two."""
-        if len(found) == 1:
-            return found[0]
-        (low, high), (a, b) = self.clocks.keys(), found
-        assert low is not None and high is not None
-        return max(0.0, a + (b - a) * (self.depth - low) / (high - low))
 
 
 def row_update(rates: Rates, size: int, rows: float, copies: bool) -> float:
