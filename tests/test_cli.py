@@ -307,7 +307,7 @@ def test_a_classifier_does_not_talk(call, world, tmp_path):
 
 def test_doctor_and_version(call, monkeypatch, tmp_path):
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
-    monkeypatch.setattr("trimtab.planning.calibrate.apart", lambda _, machine, thorough: asdict(flat(machine=machine)))
+    monkeypatch.setattr("trimtab.planning.calibrate.apart", lambda _, machine: asdict(flat(machine=machine)))
     held = Overhead(process=400 * 2**20, measured=True)
     monkeypatch.setattr("trimtab.planning.calibrate.measure_overhead", lambda *_: held)
     assert call("version")[1].strip() == trimtab.__version__

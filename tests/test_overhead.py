@@ -98,32 +98,32 @@ def test_what_was_measured_thoroughly_stays(monkeypatch):
     from test_rates import flat
     from trimtab.cost import rates
 
-    measured: list[tuple[str, bool]] = []
+    measured: list[str] = []
 
-    def quick_rates(_, machine, thorough):
-        measured.append(("rates", thorough))
-        return asdict(flat(machine=machine, quick=not thorough))
+    def measure_rates(_, machine):
+        measured.append("rates")
+        return asdict(flat(machine=machine))
 
     def quick_overhead(thorough, say):
-        measured.append(("process", thorough))
+        measured.append("thorough" if thorough else "quick")
         return Overhead(7, 8, 0.25, 0.125, 0.5, measured=True, quick=not thorough)
 
     kept = {"rates": None, "process": Overhead()}
-    monkeypatch.setattr(calibrate, "apart", quick_rates)
+    monkeypatch.setattr(calibrate, "apart", measure_rates)
     monkeypatch.setattr(calibrate, "measure_overhead", quick_overhead)
     monkeypatch.setattr(rates, "load", lambda *_: kept["rates"])
     monkeypatch.setattr(rates, "save", lambda found, _: kept.update(rates=found))
     monkeypatch.setattr(overhead, "load", lambda *_: kept["process"])
     monkeypatch.setattr(overhead, "save", lambda found, *_: kept.update(process=found))
     said: list[str] = []
-    for how, wanted in [({}, [False, False]), ({}, []), ({"fresh": True}, [False, False]),
-                        ({"thorough": True}, [True, True]), ({"thorough": True}, []), ({}, []),
-                        ({"fresh": True}, [True, True])]:  # fmt: skip
+    for how, wanted in [({}, ["rates", "quick"]), ({}, []), ({"fresh": True}, ["rates", "quick"]),
+                        ({"thorough": True}, ["thorough"]), ({"thorough": True}, []), ({}, []),
+                        ({"fresh": True}, ["rates", "thorough"])]:  # fmt: skip
         measured.clear(), said.clear()
-        held, beside, _ = calibrate.calibrate(**how, say=said.append)
-        assert [thorough for _, thorough in measured] == wanted, how
+        found, beside, _ = calibrate.calibrate(**how, say=said.append)
+        assert measured == wanted, how
         assert bool(said) == bool(wanted)
-    assert not held.quick and not beside.quick and not kept["rates"].quick
+    assert found == kept["rates"] and not beside.quick
 
 
 def test_a_training_that_fails_measures_nothing(monkeypatch):

@@ -27,7 +27,7 @@ def doctor(
     found: dict[str, Any] = {"machine": machine(), "versions": versions()}
     rates, beside, kept = calibrate(fresh, thorough, say)
     found["rates_were_kept"] = kept
-    found["quick"] = rates.quick or beside.quick
+    found["quick"] = beside.quick
     found["process"] = {
         "process_bytes": beside.process, "fixed_bytes": beside.fixed, "share": round(beside.share, 4),
         "autocast_overhead": round(beside.autocast_overhead, 4), "efficiency": round(beside.efficiency, 4),
@@ -37,7 +37,7 @@ def doctor(
     found["disk_is_ram"] = in_ram(".")
     found["memory_free_bytes"] = ram().get("MemAvailable", 0)
     found["page_bytes"] = rates.page_bytes
-    found["gflops"] = {name: round(rates.peak(name) / 1e9, 1) for name in ("bfloat16", "float32", "float16")}
+    found["gflops"] = {name: round(large / 1e9, 1) for name, (_, large) in rates.products.items()}
     found["attention_gflops"] = {name: round(rate / 1e9, 1) for name, rate in rates.attention.items()}
     found["memory_bytes_per_second"] = round(rates.bandwidth)
     found["disk_bytes_per_second"] = {way: round(rate) for way, rate in rates.disk.items()}

@@ -50,25 +50,23 @@ def calibrate(
 ) -> tuple[Rates, Overhead, bool]:
     """The rates of this machine, the overhead of a process on it, and whether the rates were kept from before.
 
-    Measures what is not kept yet: quickly (in about 20 seconds), or `thorough` (in about five minutes), which replaces
-    a quick measurement and is never replaced by one. `fresh`: measures again, as thoroughly as before. `say` receives a
-    line for each part.
+    Measures what is not kept yet: in about 20 seconds, or `thorough`: in about five minutes, with more trainings, which
+    replaces a quick measurement and is never replaced by one. `fresh`: measures again, as thoroughly as before. `say`
+    receives a line for each part.
     """
     kept, beside = known_rates(), known_overhead()
-    thorough = thorough or (kept is not None and not kept.quick) and fresh
-    thorough = thorough or (beside.measured and not beside.quick) and fresh
-    new_rates = fresh or kept is None or (thorough and kept.quick)
-    new_overhead = fresh or not beside.measured or (thorough and beside.quick)
-    if new_rates or new_overhead:
+    thorough = thorough or (fresh and beside.measured and not beside.quick)
+    train = fresh or not beside.measured or (thorough and beside.quick)
+    if fresh or kept is None or train:
         say(f"Measuring this machine, once: about {'five minutes' if thorough else '20 seconds'} if nothing else runs")
-    if new_rates:
+    if fresh or kept is None:
         say("  products, memory, disk ...")
-    found = measured_rates(fresh=True, thorough=thorough) if new_rates or kept is None else kept
-    if new_overhead:
+    found = measured_rates(fresh=fresh)
+    if train:
         beside = measure_overhead(thorough, lambda line: say(f"  {line}"))
         if beside.measured:
             overhead.save(beside, _key("cpu"), cache_root())
-    return found, beside, not new_rates
+    return found, beside, kept is not None and not fresh
 
 
 def known_rates(device: str = "auto") -> Rates | None:
@@ -81,16 +79,16 @@ def known_overhead() -> Overhead:
     return overhead.load(_key("cpu"), cache_root())
 
 
-def measured_rates(device: str = "auto", fresh: bool = False, thorough: bool = False) -> Rates:
+def measured_rates(device: str = "auto", fresh: bool = False) -> Rates:
     """The rates that are kept, or those measured now and kept. The disk is that of the cache folder."""
     if not fresh and (known := known_rates(device)) is not None:
         return known
-    found = Rates(**apart(_measure_rates, _key(device), thorough))
+    found = Rates(**apart(_measure_rates, _key(device)))
     rates.save(found, cache_root())
     return found
 
 
-def _measure_rates(machine: dict[str, Any], thorough: bool) -> dict[str, Any]:
+def _measure_rates(machine: dict[str, Any]) -> dict[str, Any]:
     """In its own process: what products leave in an allocator would count against the budget of the caller's run."""
     import torch
 
@@ -98,7 +96,7 @@ def _measure_rates(machine: dict[str, Any], thorough: bool) -> dict[str, Any]:
 
     torch.set_num_threads(machine["threads"])
     with hushed():
-        return asdict(measure(machine, cache_root(), quick=not thorough))
+        return asdict(measure(machine, cache_root()))
 
 
 def _key(device: str) -> dict[str, Any]:

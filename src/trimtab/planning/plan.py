@@ -222,7 +222,7 @@ def plan(
     if process is None:
         process = process_bytes(beside)
     rates = rates or known_rates(device.type)
-    if beside.quick or (rates and rates.quick):
+    if beside.quick:
         notes.append("this machine was measured quickly: `trimtab doctor --thorough` makes plans more accurate")
     with torch.random.fork_rng(devices=[]):
         try:
