@@ -100,9 +100,9 @@ def main() -> None:
 
 def know_machine() -> None:
     """How fast the machine is, and what a process holds on it: measured once, in a hurry, and kept."""
-    from trimtab.doctor import know
+    from trimtab.planning.calibrate import calibrate
 
-    know(say=progress)
+    calibrate(say=progress)
 
 
 def show(rows: list[tuple[str, str, str, str]]) -> None:

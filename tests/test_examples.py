@@ -154,7 +154,7 @@ def test_only_noise_is_silenced(caplog):
 def test_demo(measured, folders, tmp_path, monkeypatch, capsys):
     demo = script(EXAMPLES / "demo.py")
     if measured:
-        monkeypatch.setattr("trimtab.doctor.known_rates", lambda device="auto": flat())
+        monkeypatch.setattr("trimtab.planning.plan.known_rates", lambda device="auto": flat())
     for name, value in {"MODEL": folders["causal-lm"], "FACTS": 20, "STEPS": 3, "BATCH": 2,
                         "FOLDER": tmp_path / "demo"}.items():  # fmt: skip
         monkeypatch.setattr(demo, name, value)

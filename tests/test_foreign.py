@@ -190,6 +190,8 @@ LISTED = {*ATTRIBUTES, *IN_SOURCE, *PUBLIC, *(name for names in METHODS.values()
 def test_no_other_private_name_is_used(file):
     for node in ast.walk(TREES[file]):
         if isinstance(node, ast.Attribute) and private(node.attr):
+            if ast.unparse(node.value) == "aten":
+                continue  # an operation: one that is gone fails when the module is imported
             assert node.attr in LISTED | OURS, f"line {node.lineno}: list {ast.unparse(node)} in tests/test_foreign.py"
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]

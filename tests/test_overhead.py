@@ -19,16 +19,16 @@ def test_the_line_through_trainings():
     line = [(growth * MIB, round((30 + 1.1 * growth) * MIB)) for growth in (500, 100, 60)]
     found = Overhead.through(400 * MIB, line, [(200 * MIB, 280 * MIB), (200 * MIB, 290 * MIB)], 0.9)
     assert found.share == pytest.approx(0.1) and found.fixed == pytest.approx(30 * MIB, rel=1e-4) and found.measured
-    assert found.cast == pytest.approx(0.175, rel=1e-3)
+    assert found.autocast_overhead == pytest.approx(0.175, rel=1e-3)
     assert found.of(200 * MIB) == pytest.approx(50 * MIB, rel=1e-4) and found.of(-1) == found.fixed
-    assert found.of(200 * MIB, cast=True) == pytest.approx(85 * MIB, rel=1e-3)
-    assert found.of(200 * MIB, churn=20 * MIB) - found.of(200 * MIB) == 3 * MIB
+    assert found.of(200 * MIB, autocast=True) == pytest.approx(85 * MIB, rel=1e-3)
+    assert found.of(200 * MIB, backward_transient=20 * MIB) - found.of(200 * MIB) == 3 * MIB
     assert found.of(200 * MIB, threads=3) - found.of(200 * MIB) == 3 * overhead.THREAD
     odd = Overhead.through(0, [(100, 300), (200, 350)], [(100, 200)], 1.0)  # a small training that was disturbed
-    assert odd.share == 0 and 150 < odd.fixed < 200 and odd.cast == 0
+    assert odd.share == 0 and 150 < odd.fixed < 200 and odd.autocast_overhead == 0
     dense = Overhead.through(0, line, [(200 * MIB, 240 * MIB)], 1.0)  # of which the state makes no gaps
-    assert dense.cast == pytest.approx(-0.05, rel=1e-3)
-    assert dense.of(200 * MIB, cast=True) == pytest.approx(40 * MIB, rel=1e-3)
+    assert dense.autocast_overhead == pytest.approx(-0.05, rel=1e-3)
+    assert dense.of(200 * MIB, autocast=True) == pytest.approx(40 * MIB, rel=1e-3)
 
 
 def test_no_line_fits_better():
@@ -50,8 +50,8 @@ def test_what_was_measured_is_kept(tmp_path):
     (file,) = (tmp_path / "rates").iterdir()
     kept = json.loads(file.read_text())
     broken = ["{", "[]", json.dumps({**kept, "form": 0}), *(json.dumps(kept | bad) for bad in (
-        {"share": -1}, {"share": "a"}, {"cast": 2}, {"cast": -0.3}, {"pace": 0}, {"fixed": float("inf")},
-        {"odd": 1}))]  # fmt: skip
+        {"share": -1}, {"share": "a"}, {"fixed": float("inf")}, {"odd": 1},
+        {"autocast_overhead": 2}, {"autocast_overhead": -0.3}, {"efficiency": 0}))]  # fmt: skip
     for text in broken:
         file.write_text(text)
         assert overhead.load(MACHINE, tmp_path) == Overhead(), text
@@ -63,7 +63,7 @@ def test_a_training_to_measure_by(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "STEPS", 4)
     monkeypatch.setattr(calibrate, "TOKENS", 16)
     found = calibrate.run(calibrate.Training("full", 1), tmp_path / "new")
-    assert found["process"] > found["tensors"] > 0 and found["held"] > 0 and found["speed"] > 0
+    assert found["process"] > found["tensors"] > 0 and found["growth"] > 0 and found["speed"] > 0
 
 
 def test_of_the_same_training_the_least_counts(monkeypatch):
@@ -72,12 +72,12 @@ def test_of_the_same_training_the_least_counts(monkeypatch):
 
     def apart(_, training, folder, **environment):
         tensors = grown[calibrate.Training(**training)]
-        return {"process": 400 * MIB, "tensors": tensors, "held": next(odd) * (30 * MIB + 1.1 * tensors),
+        return {"process": 400 * MIB, "tensors": tensors, "growth": next(odd) * (30 * MIB + 1.1 * tensors),
                 "speed": 8.0, "expected": 10.0}  # fmt: skip
 
     monkeypatch.setattr(calibrate, "apart", apart)
-    found = calibrate.measure()
-    assert found.measured and found.pace == 0.8 and found.cast == pytest.approx(0, abs=1e-3)
+    found = calibrate.measure_overhead()
+    assert found.measured and found.efficiency == 0.8 and found.autocast_overhead == pytest.approx(0, abs=1e-3)
     assert found.share == pytest.approx(0.1) and found.fixed == pytest.approx(30 * MIB, rel=1e-4)
 
 
@@ -85,51 +85,50 @@ def test_in_a_hurry_one_training_counts(monkeypatch):
     said: list[str] = []
 
     def apart(_, training, folder, **environment):
-        return {"process": 400 * MIB, "tensors": 100 * MIB, "held": 130 * MIB, "speed": 8.0, "expected": 10.0}
+        return {"process": 400 * MIB, "tensors": 100 * MIB, "growth": 130 * MIB, "speed": 8.0, "expected": 10.0}
 
     monkeypatch.setattr(calibrate, "apart", apart)
-    found = calibrate.measure(thorough=False, say=said.append)
-    assert found.quick and found.measured and found.pace == 0.8 and len(said) == 1
+    found = calibrate.measure_overhead(thorough=False, say=said.append)
+    assert found.quick and found.measured and found.efficiency == 0.8 and len(said) == 1
     assert found.share == Overhead.share and found.of(100 * MIB) == pytest.approx(30 * MIB, abs=1)
 
 
 def test_what_was_measured_thoroughly_stays(monkeypatch):
     """Quick measures only what is missing; thorough replaces quick; fresh is as thorough as what it replaces."""
     from test_rates import flat
-    from trimtab import doctor
     from trimtab.cost import rates
 
-    measured: list[tuple[str, bool]] = []
+    measured: list[str] = []
 
-    def quick_rates(_, machine, thorough):
-        measured.append(("rates", thorough))
-        return asdict(flat(machine=machine, quick=not thorough))
+    def measure_rates(_, machine):
+        measured.append("rates")
+        return asdict(flat(machine=machine))
 
     def quick_overhead(thorough, say):
-        measured.append(("process", thorough))
+        measured.append("thorough" if thorough else "quick")
         return Overhead(7, 8, 0.25, 0.125, 0.5, measured=True, quick=not thorough)
 
     kept = {"rates": None, "process": Overhead()}
-    monkeypatch.setattr(doctor, "apart", quick_rates)
-    monkeypatch.setattr(calibrate, "measure", quick_overhead)
+    monkeypatch.setattr(calibrate, "apart", measure_rates)
+    monkeypatch.setattr(calibrate, "measure_overhead", quick_overhead)
     monkeypatch.setattr(rates, "load", lambda *_: kept["rates"])
     monkeypatch.setattr(rates, "save", lambda found, _: kept.update(rates=found))
     monkeypatch.setattr(overhead, "load", lambda *_: kept["process"])
     monkeypatch.setattr(overhead, "save", lambda found, *_: kept.update(process=found))
     said: list[str] = []
-    for how, wanted in [({}, [False, False]), ({}, []), ({"fresh": True}, [False, False]),
-                        ({"thorough": True}, [True, True]), ({"thorough": True}, []), ({}, []),
-                        ({"fresh": True}, [True, True])]:  # fmt: skip
+    for how, wanted in [({}, ["rates", "quick"]), ({}, []), ({"fresh": True}, ["rates", "quick"]),
+                        ({"thorough": True}, ["thorough"]), ({"thorough": True}, []), ({}, []),
+                        ({"fresh": True}, ["rates", "thorough"])]:  # fmt: skip
         measured.clear(), said.clear()
-        held, beside, _ = doctor.know(**how, say=said.append)
-        assert [thorough for _, thorough in measured] == wanted, how
+        found, beside, _ = calibrate.calibrate(**how, say=said.append)
+        assert measured == wanted, how
         assert bool(said) == bool(wanted)
-    assert not held.quick and not beside.quick and not kept["rates"].quick
+    assert found == kept["rates"] and not beside.quick
 
 
 def test_a_training_that_fails_measures_nothing(monkeypatch):
     monkeypatch.setattr(calibrate, "ALL", (calibrate.Training("nothing", 1),))
-    assert calibrate.measure() == Overhead()
+    assert calibrate.measure_overhead() == Overhead()
 
 
 def test_each_new_shape_of_a_product_costs_code():

@@ -14,14 +14,14 @@ from helpers_run import make_world, tree
 from test_laws import CASES
 from tiny import tiny_folder
 from trimtab.cost import trace
-from trimtab.cost.overhead import CHURN, THREAD
-from trimtab.doctor import known_overhead
+from trimtab.cost.overhead import THREAD, TRANSIENT_SHARE
 from trimtab.engine.arguments import training_arguments
 from trimtab.engine.objectives import arguments_class
 from trimtab.engine.prepare import prepared
 from trimtab.errors import BadInput, DoesNotFit, Untraceable
 from trimtab.memory.meter import LiveTensors
 from trimtab.model.quant import quantised_state
+from trimtab.planning.calibrate import known_overhead
 from trimtab.planning.fit import require_fit
 from trimtab.planning.plan import plan
 from trimtab.planning.step import PlannedStep
@@ -164,9 +164,10 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_pa
     recipe = recipe_of(folder, {name: CASES[name]}, training={"activation_checkpointing": checkpointing})
     args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
     step = PlannedStep(recipe, args, None)
-    whole = trace.highest(step.trace(ROWS, TOKENS))
+    cost = step.trace(ROWS, TOKENS)
+    whole = trace.highest(cost.peaks)
     extended = plan(recipe)
-    assert extended.churn == step.churn > 0
+    assert extended.backward_transient == cost.backward_transient > 0
     assert extended.live_peak_bytes == trace.live(whole[1])
     assert extended.slow_bytes == whole[1].get(trace.MAPPED, 0) + whole[1].get(trace.ROWS, 0)
 
@@ -194,7 +195,7 @@ def test_tables_that_step_at_once_are_planned_so(folders, tmp_path, monkeypatch)
     held, beside = {}, {}
     for threads in (1, 2, 8):
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
-        held[threads] = trace.live(PlannedStep(recipe, args, None).trace(ROWS, TOKENS)["optimiser"])
+        held[threads] = trace.live(PlannedStep(recipe, args, None).trace(ROWS, TOKENS).peaks["optimiser"])
         beside[threads] = plan(recipe).overhead
     rows, parts = 1024 * 2 * 64 * 4, len(("values", "grads", "m", "v"))
     assert held[2] - held[1] == parts * min(rows, 2**20), "a piece of the second of two tables"
@@ -214,16 +215,16 @@ def test_what_a_block_makes_and_drops_on_its_way_back(folders):
         del more
         torch.empty(5000)
         traced.enter("end")
-        assert traced.churn == 4 * 150
+        assert traced.backward_transient == 4 * 150
         del kept
     plain, again = (
         plan(recipe_of(folders("llama", torch.bfloat16), {"lora": {"r": 4}}, training={"activation_checkpointing": on}))
         for on in (False, True)
     )
     beside = known_overhead()
-    assert again.churn > 1.5 * plain.churn, "what was kept without is made again"
+    assert again.backward_transient > 1.5 * plain.backward_transient, "what was kept without is made again"
     growth = again.predicted()["live_growth_bytes"]
-    assert again.overhead == beside.of(growth) + round(CHURN * again.churn)
+    assert again.overhead == beside.of(growth) + round(TRANSIENT_SHARE * again.backward_transient)
 
 
 def test_a_cache_of_all_layers_is_counted_once(folders, tmp_path):
@@ -253,7 +254,7 @@ def test_kinds_of_blocks_that_take_turns(folders, depth, tmp_path):
     args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
     step = PlannedStep(recipe, args, None)
     assert step.period() == 2
-    assert plan(recipe).live_peak_bytes == trace.live(trace.highest(step.trace(ROWS, TOKENS))[1])
+    assert plan(recipe).live_peak_bytes == trace.live(trace.highest(step.trace(ROWS, TOKENS).peaks)[1])
 
 
 def test_evaluation_on_the_way_is_part_of_the_run(folders):
@@ -296,10 +297,10 @@ def test_what_cannot_be_traced_is_stepped_for_real(folders, monkeypatch):
     recipe = recipe_of(folders("llama", torch.bfloat16), {"paca": {"r": 4}})
     traced = plan(recipe)
 
-    def peaks(*_):
-        raise Untraceable("plan a step", "the planner cannot follow it (SomeError: aten.odd)", "Take budget: out")
+    def step_cost(*_):
+        raise Untraceable("plan a step", "the planner cannot follow it (SomeError: aten.odd)", "Remove budget:")
 
-    monkeypatch.setattr("trimtab.planning.plan.peaks", peaks)
+    monkeypatch.setattr("trimtab.planning.plan.step_cost", step_cost)
     stepped = plan(recipe)
     assert abs(stepped.live_peak_bytes / traced.live_peak_bytes - 1) <= 0.02
     assert any("a real step was run" in note and "aten.odd" in note for note in stepped.notes)
@@ -399,7 +400,7 @@ def test_tables_need_room_on_their_disk(folders, tmp_path, monkeypatch, call):
 def test_a_run_is_told_the_speed_of_tokens_that_are_no_padding(tmp_path, monkeypatch):
     from test_rates import flat
 
-    monkeypatch.setattr("trimtab.doctor.known_rates", lambda device: flat())
+    monkeypatch.setattr("trimtab.planning.plan.known_rates", lambda device: flat())
     keys = tree(make_world(tmp_path, torch.bfloat16), tmp_path / "out", {"paca": {"r": 4}}, max_steps=2)
     for more in ({"pad_to_multiple_of": 48}, {"packing": True}):
         training = {**keys["training"], "max_length": 48, **more}

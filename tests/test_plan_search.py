@@ -11,10 +11,10 @@ import yaml
 
 from test_rates import flat
 from tiny import tiny_folder
-from trimtab import doctor, methods
+from trimtab import methods
 from trimtab.errors import BadInput, DoesNotFit
 from trimtab.memory.budget import Budget
-from trimtab.planning import search
+from trimtab.planning import calibrate, search
 from trimtab.planning.plan import Plan, plan
 from trimtab.recipe import Recipe
 
@@ -107,7 +107,7 @@ def test_without_a_fit_the_smallest_is_told(found, tmp_path):
     nothing = search.Found(sorted(none, key=search._rank), [])
     least = min(c.plan.fast_peak_bytes for c in found.candidates)
     assert nothing.best is None and nothing.candidates[0].plan.fast_peak_bytes == least
-    with pytest.raises(DoesNotFit, match="the smallest would hold"):
+    with pytest.raises(DoesNotFit, match="the smallest would use"):
         search.write(nothing, tmp_path / "none.yaml")
     assert not (tmp_path / "none.yaml").exists()
 
@@ -125,7 +125,7 @@ def test_a_mapped_base_beyond_free_memory_is_read_again(folder, monkeypatch):
 
 
 def test_the_verb_searches_where_no_patch_is_named(folder, tmp_path, call, monkeypatch):
-    monkeypatch.setattr(doctor, "measured_rates", lambda *_: flat())
+    monkeypatch.setattr(calibrate, "measured_rates", lambda *_: flat())
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     path, best = tmp_path / "recipe.yaml", tmp_path / "best.yaml"
     keys = {
@@ -139,4 +139,4 @@ def test_the_verb_searches_where_no_patch_is_named(folder, tmp_path, call, monke
     assert Recipe.load(best) == Recipe.from_dict(tree["recipe"])
     assert call("plan", path, "--write", best)[0] == 2
     code, out, err = call("plan", path, "budget.fast=1MiB")
-    assert code == 3 and "the smallest would hold" in err and out.splitlines()[0].startswith("method")
+    assert code == 3 and "the smallest would use" in err and out.splitlines()[0].startswith("method")

@@ -1,32 +1,28 @@
-"""Seconds by hand: rates that are given, not measured, and what the roofline makes of them; the cache of rates."""
+"""Seconds by hand, from given rates; the cache of rates."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
 import torch
 
 from trimtab.cost import rates as rates_file
-from trimtab.cost.rates import LAYOUTS, TRAFFIC, Rates
-from trimtab.cost.roofline import Clock, Stopwatch, read_again, work
+from trimtab.cost.rates import SMALL, Rates
+from trimtab.cost.roofline import Clock, read_again, work
+from trimtab.cost.trace import StepCost, extend
 
 MACHINE = rates_file.key({"cpu": "a processor", "cores": 2, "threads": 2, "allocator": "system"}, "2.13.0", "cpu")
 ATEN = torch.ops.aten
 
 
 def flat(**more) -> Rates:
-    """1 GFLOP/s in fp32 and 2 in bf16, 1 GB/s of plain traffic, 100 MB/s of other; a microsecond for each operation."""
-    products = {f"{n} {layout}": [[8, 8, 8, r]] for n, r in (("float32", 1e9), ("bfloat16", 2e9)) for layout in LAYOUTS}
-    traffic = {f"float32 {kind}": [[2**20, 1e9 if kind == "plain" else 1e8]] for kind in TRAFFIC}
-    attention = {f"float32 {c}{w}": 1e9 for c in ("", "causal ") for w in ("forward", "backward")}
+    """1 GFLOP/s in fp32 and 2 in bf16, 1 GB/s, 10 million random numbers/s; a microsecond for each operation."""
+    products = {"float32": [1e9, 1e9], "bfloat16": [2e9, 2e9]}
     return Rates(
-        **{"machine": MACHINE, "update": 7e8, "overhead": 1e-6, **more},
-        products=products,
-        traffic=traffic,
-        attention=attention,
-    )
+        **{"machine": MACHINE, "products": products, "attention": {"float32": 1e9}, "bandwidth": 1e9, "random": 1e7,
+           "update": 7e8, "overhead": 1e-6, **more}
+    )  # fmt: skip
 
 
 def seconds(func, *args, **kwargs) -> float:
@@ -34,42 +30,38 @@ def seconds(func, *args, **kwargs) -> float:
 
 
 def test_products_by_hand():
-    a, b = torch.ones(16, 32), torch.ones(32, 64)
-    flops = 2 * 16 * 32 * 64
+    a, b = torch.ones(256, 256), torch.ones(256, 512)
+    flops = 2 * 256 * 256 * 512
+    assert flops > SMALL
     assert seconds(ATEN.mm.default, a, b) == pytest.approx(flops / 1e9)
-    assert seconds(ATEN.addmm.default, torch.ones(64), a, b) == pytest.approx(flops / 1e9)
+    assert seconds(ATEN.addmm.default, torch.ones(512), a, b) == pytest.approx(flops / 1e9)
+    assert seconds(ATEN.addmm_.default, torch.ones(256, 512), a, b) == pytest.approx(flops / 1e9)
     assert seconds(ATEN.mm.default, a.bfloat16(), b.bfloat16()) == pytest.approx(flops / 2e9)
-    assert seconds(ATEN.bmm.default, a.expand(3, 16, 32), b.expand(3, 32, 64)) == pytest.approx(3 * flops / 1e9)
+    batches = a.expand(3, 256, 256), b.expand(3, 256, 512)
+    assert seconds(ATEN.bmm.default, *batches) == pytest.approx(3 * flops / 1e9)
 
 
-def test_a_product_thinner_than_any_measured_takes_as_long():
-    assert flat().product("float32", "NN", 64, 2, 64) == flat().product("float32", "NN", 64, 8, 64)
-
-
-def test_between_measured_shapes_the_rate_is_between():
-    rows = [[8, 8, 8, 1e9], [8, 8, 512, 4e9], [8, 512, 8, 1e9], [8, 512, 512, 4e9]]
-    rates = dataclasses.replace(flat(), products={f"float32 {layout}": rows for layout in LAYOUTS})
-    assert 2 * 8 * 64 * 64 / rates.product("float32", "NN", 8, 64, 64) == pytest.approx(2e9)  # 64 is midway in logs
-
-
-def test_what_no_cache_holds_moves_at_the_rate_of_the_most():
-    traffic = {"float32 index": [[2**10, 4e9], [2**30, 1e9]]}
-    rates = dataclasses.replace(flat(), traffic={**flat().traffic, **traffic})
-    assert rates.far("index", 2**10) == pytest.approx(2**10 / 1e9)
-    assert rates.moved("float32", "index", 2**10) == pytest.approx(2**10 / 4e9)
+def test_small_products_are_slower_and_none_is_faster_than_its_operands():
+    a, b = torch.ones(32, 32), torch.ones(32, 32)
+    rates = flat(products={"float32": [1e8, 1e15]})
+    assert work(rates, ATEN.mm.default, (a, b), {}, a @ b) == pytest.approx(2 * 32**3 / 1e8)
+    thin, wide = torch.ones(4096, 1), torch.ones(1, 4096)
+    moved = 4 * (4096 + 4096 + 4096**2)
+    assert work(rates, ATEN.mm.default, (thin, wide), {}, thin @ wide) == pytest.approx(moved / 1e9)
 
 
 def test_traffic_by_hand():
     x, wide = torch.ones(1024), torch.ones(32, 32)
     assert seconds(ATEN.add.Tensor, x, x) == pytest.approx(3 * 4096 / 1e9)
-    assert seconds(ATEN.exp.default, x) == pytest.approx(2 * 4096 / 1e8)
+    assert seconds(ATEN.exp.default, x) == pytest.approx(2 * 4096 / 1e9)
+    assert seconds(ATEN.bernoulli_.float, x.clone(), 0.9) == pytest.approx(1024 / 1e7), "drawn one by one"
     assert seconds(ATEN.copy_.default, x.clone(), x) == pytest.approx(2 * 4096 / 1e9), "what is overwritten is not read"
-    assert seconds(ATEN.clone.default, wide.t(), memory_format=torch.contiguous_format) == pytest.approx(8192 / 1e8)
+    assert seconds(ATEN.clone.default, wide.t(), memory_format=torch.contiguous_format) == pytest.approx(8192 / 1e9)
     picked = seconds(ATEN.embedding.default, torch.ones(9999, 4), torch.tensor([1, 2]))
-    assert picked == pytest.approx((2 * 32 + 16) / 1e8), "two rows are read, not the table"
+    assert picked == pytest.approx((2 * 32 + 16) / 1e9), "two rows are read, not the table"
     bags = torch.ones(9999, 4), torch.tensor([1, 2, 3]), torch.tensor([0, 2])
     for bag in (ATEN._embedding_bag, ATEN._embedding_bag_forward_only):
-        assert seconds(bag.default, *bags) == pytest.approx((3 * 16 + 2 * 16) / 1e8), "three rows for two sums"
+        assert seconds(bag.default, *bags) == pytest.approx((3 * 16 + 2 * 16) / 1e9), "three rows for two sums"
     assert seconds(ATEN.t.default, wide) == 0.0, "a view costs its overhead only"
     assert seconds(ATEN.expand.default, x[:1], [1024]) == 0.0
 
@@ -98,14 +90,14 @@ def test_attention_and_update_by_hand():
 
 
 def test_a_deep_stack_lies_on_the_line_and_micro_batches_share_the_update():
-    watch = Stopwatch(flat())
-    for blocks, back in ((2, 3.0), (4, 5.0)):
-        clock = watch.at(blocks)
-        clock.phases = {"blocks": float(blocks), "backward": back, "optimiser": 0.5 * blocks, "evaluation": 9.0}
-    watch.depth = 10
-    assert watch.seconds(1, 1) == pytest.approx(10 + 11 + 5)
-    assert watch.seconds(8, 2) == pytest.approx(4 * (10 + 11) + 5)
-    assert Stopwatch(None).seconds(1, 1) is None
+    shallow, deep = (
+        StepCost({}, seconds={"blocks": float(n), "backward": back, "optimiser": 0.5 * n, "evaluation": 9.0})
+        for n, back in ((2, 3.0), (4, 5.0))
+    )
+    cost = extend(shallow, deep, (2, 4), 10)
+    assert cost.step_seconds(1) == pytest.approx(10 + 11 + 5)
+    assert cost.step_seconds(8) == pytest.approx(4 * (10 + 11) + 5), "two of them were traced"
+    assert StepCost({}).step_seconds(1) is None and extend(shallow, StepCost({}), (2, 4), 10).seconds is None
 
 
 def test_what_memory_cannot_keep_is_read_on_each_way():
@@ -132,9 +124,10 @@ def _without(tree, key):
         lambda tree: "", lambda tree: "[1, 2]", lambda tree: json.dumps(tree)[:200], lambda tree: "[" * 100_000,
         lambda tree: json.dumps({**tree, "form": 0}), lambda tree: json.dumps(_without(tree, "update")),
         lambda tree: json.dumps({**tree, "overhead": -1}), lambda tree: json.dumps({**tree, "products": {}}),
-        lambda tree: json.dumps({**tree, "traffic": {"float32 plain": []}}),
+        lambda tree: json.dumps({**tree, "attention": {"bfloat16": 1.0}}),
         lambda tree: json.dumps({**tree, "new": 1}),
-        lambda tree: json.dumps({**tree, "products": {"float32 NN": [["a", 1, 2]]}}),
+        lambda tree: json.dumps({**tree, "products": {"float32": ["a", 1]}}),
+        lambda tree: json.dumps({**tree, "products": {"float32": [1.0]}}),
         lambda tree: json.dumps({**tree, "overhead": float("nan")}),
     ],
 )  # fmt: skip

@@ -1,20 +1,17 @@
 """Measures the rates of this machine (cost/rates.py) under the allocator that training uses.
 
-Each figure is the median of a few repeats, taken in two rounds some seconds apart of which the faster counts: another
-program's burst then spoils neither. In a hurry the largest products are left out. Results are written into
-memory that was used before, as in a step of training that is not the first.
+Each figure is the best of many repeats in two rounds some seconds apart, so that other programs' bursts do not count.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import dataclasses
 import mmap
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,53 +19,44 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import TorchDispatchMode
-from .rates import LAYOUTS, SMALLEST, Rates
+from .rates import Rates
 from .roofline import Clock
 
-AXIS = (
-    SMALLEST,
-    64,
-    512,
-    2048,
-    32768,
-)  # dimensions of the products that are measured, below the next line
-MOST, MOST_QUICK = 1.1e9, 1.4e8  # multiplications in one of them
-SIZES = (2**18, 2**22, 2**26)  # bytes of the operand in the traffic: in a core's cache, in all caches, in memory
+SIDES = (64, 512)  # of the square matrices in a small and a large product
+LARGE = 2**26  # bytes of an operand that no cache can keep
 FILE_BYTES = 128 * 2**20
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def measure(machine: dict[str, Any], folder: Path | None = None, quick: bool = False) -> Rates:
+def measure(machine: dict[str, Any], folder: Path | None = None) -> Rates:
     """The rates of this machine now; `machine`: `rates.key(...)`. `folder`: where the disk is measured (None: not)."""
     began = time.perf_counter()
     device = torch.device(machine["device"])
-    rounds = [_one_round(device, MOST_QUICK if quick else MOST) for _ in range(2)]
-    products, traffic = (
-        {name: [max(pair) for pair in zip(rows, second[name], strict=True)] for name, rows in first.items()}
-        for first, second in ((rounds[0][part], rounds[1][part]) for part in range(2))
-    )
-    attention = {name: max(rounds[0][2][name], rounds[1][2][name]) for name in rounds[0][2]}
-    update = max(_update(device) for _ in range(2))
-    partly = Rates(machine, products, traffic, attention, update, overhead=1e-9)
-    return Rates(
-        machine, products, traffic, attention, update,
-        overhead=_overhead(partly, device), disk=disk(folder) if folder else {}, link=_link(device),
-        quantised=_quantised(device), page_bytes=mmap.PAGESIZE, seconds=round(time.perf_counter() - began, 2),
-        quick=quick,
+    one, two = (_one_round(device) for _ in range(2))
+    best = {name: max(one[name], two[name]) for name in one}
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    found = Rates(
+        machine, {name: [best[f"{name} {side}"] for side in SIDES] for name in names},
+        {name: best[f"{name} attention"] for name in names}, best["bandwidth"], best["random"], best["update"],
+        overhead=1e-9,
+    )  # fmt: skip
+    return dataclasses.replace(
+        found, overhead=_overhead(found, device), disk=disk(folder) if folder else {}, link=_link(device),
+        unpacking=_unpacking(device), page_bytes=mmap.PAGESIZE, seconds=round(time.perf_counter() - began, 2),
     )  # fmt: skip
 
 
-def median(work: Callable[[], Any], device: torch.device, least: int = 3, seconds: float = 2e-3) -> float:
-    """Seconds of `work()`, repeated at least so often and for so long after one time that does not count."""
+def least_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 5, seconds: float = 0.1) -> float:
+    """Of `work()`, repeated at least so often and for so long after a first time that does not count."""
     times: list[float] = []
     work()
     _wait(device)
-    while len(times) < least or (sum(times) < seconds and len(times) < 64):
+    while len(times) < repeats or (sum(times) < seconds and len(times) < 1000):
         began = time.perf_counter()
         work()
         _wait(device)
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return min(times)
 
 
 def _wait(device: torch.device) -> None:
@@ -76,90 +64,40 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- products, traffic, attention ------------------------------------------------------------------------------------
+# --- products, attention, traffic ------------------------------------------------------------------------------------
 
 
-def _one_round(device: torch.device, most: float) -> tuple[dict, dict, dict]:
-    products: dict[str, list[list[float]]] = {}
-    traffic: dict[str, list[list[float]]] = {}
-    attention: dict[str, float] = {}
+def _one_round(device: torch.device) -> dict[str, float]:
+    found: dict[str, float] = {}
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        for shape in _shapes(most):
-            for layout in LAYOUTS:
-                products.setdefault(f"{name} {layout}", []).append([*shape, _product(shape, layout, dtype, device)])
-        for size in SIZES:
-            for kind, (moved, seconds) in _traffic(size, dtype, device):
-                traffic.setdefault(f"{name} {kind}", []).append([moved, moved / seconds])
-        attention |= {f"{name} {way}": rate for way, rate in _attention(dtype, device)}
-    for layout in LAYOUTS:  # without instructions of its own for fp16 a CPU takes up to a hundred times as long
-        shape = (64, 512, 512)
-        products[f"float16 {layout}"] = [[*shape, _product(shape, layout, torch.float16, device)]]
-    return products, traffic, attention
-
-
-def _shapes(most: float = MOST) -> Iterator[tuple[int, int, int]]:
-    return ((m, k, n) for m, k, n in itertools.product(AXIS, AXIS, AXIS) if m * k * n <= most)
-
-
-def _product(shape: tuple[int, int, int], layout: str, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of (m, k) times (k, n), an operand turned as `layout` says."""
-    m, k, n = shape
-    a = _halves((k, m) if layout == "TN" else (m, k), dtype, device)
-    b = _halves((n, k) if layout == "NT" else (k, n), dtype, device)
-    a, b = a.t() if layout == "TN" else a, b.t() if layout == "NT" else b
-    least = 3 if m * k * n < 100e6 else 1  # the large ones take long, and hardly vary
-    return 2 * m * k * n / median(lambda: torch.mm(a, b), device, least, seconds=4e-4)
+        for side in SIDES:
+            a, b = _halves((side, side), dtype, device), _halves((side, side), dtype, device)
+            found[f"{name} {side}"] = 2 * side**3 / least_seconds(lambda a=a, b=b: a @ b.t(), device)
+        query = _halves((4, 8, 256, 64), dtype, device)  # rows, heads, tokens, width of a head
+        attend = lambda query=query: nn.functional.scaled_dot_product_attention(query, query, query)  # noqa: E731
+        found[f"{name} attention"] = 4 * query.numel() * query.shape[2] / least_seconds(attend, device)
+    x = _halves((LARGE // 4,), torch.float32, device)
+    y = torch.ones_like(x)
+    works = [(lambda: x + y, 3), (lambda: x * 0.5, 2), (lambda: y.mul_(x), 3), (lambda: x.clone(), 2)]
+    found["bandwidth"] = sum(many for _, many in works) * LARGE / sum(least_seconds(work, device) for work, _ in works)
+    few = x[: x.numel() // 16]
+    found["random"] = few.numel() / least_seconds(lambda: few.bernoulli_(0.9), device)  # what dropout draws
+    found["update"] = _update(device)
+    return found
 
 
 def _halves(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full(shape, 0.5, dtype=dtype, device=device)
 
 
-def _traffic(size: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[float, float]]]:
-    """kind -> (bytes read and written, seconds), over the operations that a kind stands for."""
-    wide = 512
-    x = _halves((size // dtype.itemsize // wide, wide), dtype, device)
-    y, row = torch.ones_like(x), torch.arange(len(x), device=device)
-    flag = x > 0.5
-    few = x.flatten()[: x.numel() // 8].view(-1, wide)  # these kinds are slow, and alike at all sizes
-    kinds: dict[str, list[tuple[Callable[[], Any], float]]] = {
-        "plain": [(lambda: x + y, 3), (lambda: x * 0.5, 2), (lambda: y.mul_(x), 3), (lambda: x.clone(), 2)],
-        "turned": [(lambda: few.t().contiguous(), 2 / 8)],
-        "function": [(lambda: nn.functional.silu(few), 2 / 8), (lambda: few.softmax(-1), 2 / 8)],
-        "reduction": [(lambda: x.sum(-1), 1), (lambda: torch.linalg.vector_norm(x, dim=-1), 1)],
-        "select": [(lambda: few.masked_fill(flag[: len(few)], 0.0), 2 / 8 + 1 / 8 / dtype.itemsize)],
-        "index": [(lambda: x.index_select(0, row), 2)],
-        "random": [(lambda: few.bernoulli_(0.9), 1 / 8)],  # what dropout draws
-    }
-    for kind, works in kinds.items():
-        seconds = sum(median(work, device, seconds=1e-3) for work, _ in works)
-        yield kind, (sum(share for _, share in works) * size, seconds)
-
-
-def _attention(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float]]:
-    """FLOP/s of the fused kernels, of a full square of scores: 4 rows of 256 tokens, 8 heads of 64."""
-    query = _halves((4, 8, 256, 64), dtype, device).requires_grad_()
-    flops = 4 * query.numel() * 256
-    for name, causal in (("", False), ("causal ", True)):
-        attend = lambda causal=causal: nn.functional.scaled_dot_product_attention(  # noqa: E731
-            query, query, query, is_causal=causal
-        )
-        out = attend()
-        slope = torch.ones_like(out)
-        with torch.no_grad():
-            yield f"{name}forward", flops / median(attend, device)
-        back = lambda out=out, slope=slope: torch.autograd.grad(out, query, slope, retain_graph=True)  # noqa: E731
-        yield f"{name}backward", 2.5 * flops / median(back, device)
-
-
 def _update(device: torch.device) -> float:
-    """Bytes/s of fused AdamW: 7 numbers of 4 bytes are read or written for each that is trained."""
+    """Bytes/s of fused AdamW: 7 numbers of 4 bytes are read or written for each parameter."""
     weights = [nn.Parameter(torch.ones(2**19, device=device)) for _ in range(8)]
     optimizer = torch.optim.AdamW(weights, fused=True)
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    return 28 * sum(w.numel() for w in weights) / median(optimizer.step, device)
+    return 28 * sum(w.numel() for w in weights) / least_seconds(optimizer.step, device)
 
 
 # --- the overhead of an operation ------------------------------------------------------------------------------------
@@ -177,10 +115,10 @@ class _Watch(TorchDispatchMode):
 
 
 def _overhead(rates: Rates, device: torch.device) -> float:
-    """Seconds that each operation of a training step costs beside its work.
+    """Seconds that each operation of a training step takes beside its work.
 
-    A transformer so small that it hardly computes is trained with and without a watch: what a step takes beyond what
-    the watch predicts from the other rates, shared out over its operations.
+    A transformer so small that it hardly computes is trained: what a step takes beyond what the other rates predict,
+    divided by the number of its operations.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -198,7 +136,7 @@ def _overhead(rates: Rates, device: torch.device) -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = min(median(step, device, least=9) for _ in range(2))
+    seconds = least_seconds(step, device, repeats=18)
     clock = Clock(rates)
     with _Watch(clock):
         step()
@@ -223,7 +161,7 @@ def disk(folder: Path) -> dict[str, float]:
                 file.write(block)
             os.fsync(file.fileno())
             found = {"write": FILE_BYTES / (time.perf_counter() - began)}
-            if hasattr(os, "posix_fadvise"):  # elsewhere the page cache would answer: then nothing is said
+            if hasattr(os, "posix_fadvise"):  # elsewhere the page cache would answer
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 file.seek(0)
                 into = bytearray(len(block))
@@ -243,17 +181,17 @@ def _link(device: torch.device) -> dict[str, float]:
     here = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(2**26, dtype=torch.uint8, device=device)
     return {
-        "up": 2**26 / median(lambda: there.copy_(here, non_blocking=True), device),
-        "down": 2**26 / median(lambda: here.copy_(there, non_blocking=True), device),
+        "up": 2**26 / least_seconds(lambda: there.copy_(here, non_blocking=True), device),
+        "down": 2**26 / least_seconds(lambda: here.copy_(there, non_blocking=True), device),
     }
 
 
-def _quantised(device: torch.device) -> dict[str, float]:
-    """Weights a second that bitsandbytes unpacks to bf16; empty where it is not installed or cannot."""
+def _unpacking(device: torch.device) -> float:
+    """4-bit weights a second that bitsandbytes unpacks to bf16; 0 where it is not installed or cannot."""
     with contextlib.suppress(ImportError, RuntimeError, NotImplementedError, AttributeError):
         from bitsandbytes import functional as bnb
 
         weight = _halves((1024, 1024), torch.bfloat16, device)
         packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        return {"nf4": weight.numel() / median(lambda: bnb.dequantize_4bit(packed, state), device)}
-    return {}
+        return weight.numel() / least_seconds(lambda: bnb.dequantize_4bit(packed, state), device)
+    return 0.0

@@ -1,15 +1,16 @@
-"""What a training process holds and takes beside its tensors' work, as `trimtab doctor` measured it on this machine.
+"""What a training process uses beside its tensors, as `trimtab doctor` measured it on this machine.
 
-    process   the interpreter, the libraries and the data, when training begins
-    fixed     threads, generated code and the like, which come with the first steps
-    share     of the tensors' growth: gaps between them, and freed memory that the malloc has not given back
-    cast      the same, which comes on top under autocast: its copies of weights live between the activations, which
-              makes gaps, beside state that is never freed, which has none
-    pace      what whole steps reach of the speed that their operations, measured one by one, would give
+    process             bytes of the interpreter, the libraries and the data, when training begins
+    fixed               bytes of threads, generated code and the like, which come with the first steps
+    share               of the tensors' growth: gaps between them, and freed memory that malloc has not returned
+    autocast_overhead   added to `share` under autocast: its copies of weights live between the activations, which
+                        makes gaps, beside optimizer state that is never freed, which has none
+    efficiency          speed of whole steps over the speed that their operations, measured one by one, predict
 
-Where tables are stepped, THREAD comes on top for each thread that does it; and CHURN of what a block makes and drops
-on its way back, which the malloc has not given back yet, and which does not fit what is made next. `fixed` and `share`
-are the line through small trainings of unlike size and kind (planning/calibrate.py). Imports no torch.
+Where tables are stepped, THREAD comes on top for each thread that does it; and TRANSIENT_SHARE of what the backward
+pass of a block allocates and frees: malloc has not returned it yet, and it does not fit what is allocated next. `fixed`
+and `share` are a line fitted through small trainings of different sizes and kinds (planning/calibrate.py). Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any
 from . import cache_file
 from .rates import path_of
 
-FORM = 4  # of the file
+FORM = 5  # of the file
 MOST_SHARE = 0.5
 THREAD = 4 * 2**20  # bytes; two under mimalloc kept 5 to 10 MiB of what was freed (docs/LOG.md)
 PRODUCT = 512 * 2**10  # bytes of code that oneDNN keeps for each new shape of a 16-bit product (docs/LOG.md)
-CHURN = 0.15  # of a checkpointed encoder 0.1 of it stayed, or 0.35, by how its heap came to lie (docs/LOG.md)
+TRANSIENT_SHARE = 0.15  # of a checkpointed encoder 0.1 of it stayed, or 0.35, depending on its heap (docs/LOG.md)
 
 
 @dataclass(frozen=True)
@@ -36,41 +37,45 @@ class Overhead:
     process: int = 0  # 0: not known
     fixed: int = 30 * 2**20
     share: float = 0.08
-    cast: float = 0.07
-    pace: float = 0.85
+    autocast_overhead: float = 0.07
+    efficiency: float = 0.85
     measured: bool = False
-    quick: bool = False  # by one training: `share` and `cast` are another machine's
+    quick: bool = False  # by one training: `share` and `autocast_overhead` are the defaults
 
-    def of(self, growth: int, churn: int = 0, cast: bool = False, threads: int = 0, shapes: int = 0) -> int:
-        """What comes on top of tensors that grow by `growth` bytes; `churn`: what a block makes and drops on its way
-        back; `cast`: under autocast; `threads`: that step tables beside the one that trains; `shapes`: of 16-bit
-        products, beyond those of batches of one length."""
-        gaps = round((self.share + cast * self.cast) * max(0, growth))
-        return self.fixed + gaps + round(CHURN * churn) + threads * THREAD + shapes * PRODUCT
+    def of(
+        self, growth: int, backward_transient: int = 0, autocast: bool = False, threads: int = 0, shapes: int = 0
+    ) -> int:
+        """Bytes on top of tensors that grow by `growth` bytes. `backward_transient`: bytes that the backward pass of a
+        block allocates and frees; `threads`: that step tables beside the one that trains; `shapes`: of 16-bit products,
+        beyond those of batches of one length."""
+        gaps = round((self.share + autocast * self.autocast_overhead) * max(0, growth))
+        return self.fixed + gaps + round(TRANSIENT_SHARE * backward_transient) + threads * THREAD + shapes * PRODUCT
 
     @classmethod
-    def by_one(cls, process: int, grown: int, held: int, pace: float) -> Overhead:
-        """From a single training whose tensors grew by `grown` bytes, and its process (without CHURN) by `held`: one
-        point gives no line, so that the share stays the default."""
-        fixed = max(0, round(held - (1 + cls.share) * grown))
-        return cls(process, fixed, pace=pace, measured=True, quick=True)
+    def by_one(cls, process: int, tensors: int, total: int, efficiency: float) -> Overhead:
+        """From a single training whose tensors grew by `tensors` bytes, and its process (without the backward
+        transient) by `total`: one point gives no line, so the share stays the default."""
+        fixed = max(0, round(total - (1 + cls.share) * tensors))
+        return cls(process, fixed, efficiency=efficiency, measured=True, quick=True)
 
     @classmethod
     def through(
-        cls, process: int, points: list[tuple[int, int]], under_cast: list[tuple[int, int]], pace: float
+        cls, process: int, points: list[tuple[int, int]], under_autocast: list[tuple[int, int]], efficiency: float
     ) -> Overhead:
-        """`points`: (tensors' growth, the process's without CHURN) of trainings; `under_cast`: of some under autocast.
+        """`points`: (growth of the tensors, of the process without the backward transient) of trainings;
+        `under_autocast`: the same of trainings under autocast.
 
-        The line has the least sum of squared errors, each over what was held: between absolute errors, by which the
-        largest training would decide alone, and relative ones, by which the smallest would, and they scatter most.
+        The line has the least sum of squared errors, each divided by the process's growth: between absolute errors, by
+        which the largest training would decide alone, and relative ones, by which the smallest would, and they scatter
+        most.
         """
         import numpy
 
-        grown, held = numpy.array(points, dtype=float).T
-        share = _share(float(numpy.polyfit(grown, held, 1, w=held**-0.5)[0]) - 1)
-        fixed = max(0, round(float(numpy.average(held - (1 + share) * grown, weights=1 / held))))
-        more = [(whole - fixed) / growth - 1 - share for growth, whole in under_cast]
-        return cls(process, fixed, share, _share(sum(more) / len(more), -share), pace, measured=True)
+        tensors, total = numpy.array(points, dtype=float).T
+        share = _share(float(numpy.polyfit(tensors, total, 1, w=total**-0.5)[0]) - 1)
+        fixed = max(0, round(float(numpy.average(total - (1 + share) * tensors, weights=1 / total))))
+        more = [(whole - fixed) / growth - 1 - share for growth, whole in under_autocast]
+        return cls(process, fixed, share, _share(sum(more) / len(more), -share), efficiency, measured=True)
 
 
 def _share(found: float, least: float = 0.0) -> float:
@@ -78,17 +83,17 @@ def _share(found: float, least: float = 0.0) -> float:
 
 
 def load(machine: dict[str, Any], folder: Path) -> Overhead:
-    """What was measured on `machine` (rates.key) before, else the default."""
+    """What was measured before on `machine` (rates.key), else the default."""
     found = cache_file.read(_path(machine, folder), FORM, machine) or {}
     found.pop("machine", None)
     try:
-        held = Overhead(**found)
-        numbers = (held.process, held.fixed, held.share, held.share + held.cast, held.pace)
-        sound = all(math.isfinite(n) and n >= 0 for n in numbers) and held.pace
-        sound = sound and max(held.share, held.cast) <= MOST_SHARE
+        kept = Overhead(**found)
+        numbers = (kept.process, kept.fixed, kept.share, kept.share + kept.autocast_overhead, kept.efficiency)
+        sound = all(math.isfinite(n) and n >= 0 for n in numbers) and kept.efficiency
+        sound = sound and max(kept.share, kept.autocast_overhead) <= MOST_SHARE
     except TypeError:
         return Overhead()
-    return held if sound else Overhead()
+    return kept if sound else Overhead()
 
 
 def save(overhead: Overhead, machine: dict[str, Any], folder: Path) -> bool:

@@ -1,82 +1,74 @@
 """Seconds of a training step, from its operations and this machine's rates.
 
-As the planner's trace runs a step on fake tensors (cost/trace.py), each operation is turned into seconds: products
-and fused attention by their floating-point operations over the rate measured for their type and shape, all others by
-the bytes they read and write over the rate measured for their kind. Each costs the overhead of starting it besides;
-views cost nothing else. Recomputed blocks, autocast's casts and the optimiser's update are in it because the trace runs
-them. Seconds add up phase by phase and are, like bytes, linear in the depth of a stack of equal blocks.
+As the planner's trace runs a step on fake tensors (cost/trace.py), each operation is turned into seconds: a product or
+a fused attention takes its floating-point operations (by PyTorch's own formulas) over the rate of its type, but no less
+than moving its operands; any other takes the bytes that it reads and writes over the memory's rate. Each also takes the
+overhead of starting it; views take nothing else. Recomputed blocks, autocast's casts and the optimizer's update count
+because the trace runs them.
 
-What is left out: work that the trace does not see (data loading, logging, kernels' own choices by value), and any
-change of speed while a machine runs.
+Not included: work that the trace does not see (data loading, logging), the caches, and changes of the machine's speed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry
 
 from ..foreign import tree_iter
 from .rates import Rates
 
-OPTIMISER, EVALUATION = "optimiser", "evaluation"  # phases: the update, which accumulated micro-batches share
-
-KINDS: dict[str, tuple[str, ...]] = {  # kind of traffic -> operations, without their "aten::" and trailing underscore
-    "function": ("exp", "log", "silu", "gelu", "tanh", "sigmoid", "erf", "pow", "_softmax", "_log_softmax", "sin",
-                 "cos", "silu_backward", "gelu_backward", "tanh_backward", "sigmoid_backward", "softplus", "log1p",
-                 "native_layer_norm", "native_layer_norm_backward", "softmax"),
-    "random": ("native_dropout", "bernoulli", "rand", "rand_like", "randn", "randn_like", "uniform", "normal"),
-    "reduction": ("sum", "mean", "linalg_vector_norm", "norm", "amax", "amin", "max", "min", "argmax", "argmin",
-                  "all", "any", "var_mean", "logsumexp", "cumsum"),
-    "select": ("where", "masked_fill", "gt", "lt", "ge", "le", "eq", "ne", "clamp", "clamp_min", "relu",
-               "threshold_backward", "bitwise_and", "bitwise_or", "bitwise_not", "logical_and", "logical_not",
-               "triu", "tril", "nonzero", "masked_select", "isin"),
-    "index": ("index_select", "gather", "index", "embedding", "scatter_add", "scatter", "index_put", "_index_put_impl",
-              "index_add", "index_copy", "embedding_dense_backward", "index_fill", "sort", "topk"),
+aten = torch.ops.aten
+FLOPS = {
+    **flop_registry, aten.addmm_: flop_registry[aten.addmm], aten.baddbmm_: flop_registry[aten.baddbmm],
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        flop_registry[aten._scaled_dot_product_flash_attention_backward],
 }  # fmt: skip
-KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
-WRITES_ONLY = ("copy", "fill", "zero", "zeros", "ones", "full", "scatter_add", "scatter", "index_put", "index_add",
-               "index_copy", "_index_put_impl")  # fmt: skip
-PICKS = ("index_select", "gather", "index", "embedding")  # read as much as they give, not the whole table
-PLAIN = 0.35  # of an operation's overhead: its Python and its dispatch (a view: 1.5 us where the overhead was 4.1 us)
-PER_ROW = 4  # operations' overhead that a row costs in an update: views of its parts, its norm, the account of it
-DIRTY = 0.2  # Linux's default for dirty_ratio
+# names of operations, without "aten::" and a trailing underscore
+RANDOM = ("native_dropout", "bernoulli", "rand", "rand_like", "randn", "randn_like", "uniform", "normal")
+OVERWRITES = ("copy", "fill", "zero", "zeros", "ones", "full")  # do not read the first tensor
+SCATTERS = ("scatter_add", "scatter", "index_put", "index_add", "index_copy", "_index_put_impl")  # write as they read
+PICKS = ("index_select", "gather", "index", "embedding")  # read as much as they return, not the whole table
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense", "lift_fresh",
         "_unsafe_view", "detach", "resize", "set")  # fmt: skip
+PLAIN = 0.35  # of the overhead: without autograd and modules (a view: 1.5 us where the overhead was 4.1 us)
+PER_ROW = 4  # operations that a row costs in an update: views of its parts, its norm, accounting
+DIRTY = 0.2  # Linux's default for dirty_ratio
 
 
 class Clock:
-    """Seconds of the operations it is shown, by phase. One traced step of one model."""
+    """Seconds of the operations that it is shown, by phase. One traced step of one model."""
 
     def __init__(self, rates: Rates):
         self.rates = rates
         self.phases: dict[str, float] = {}
         self.phase, self.operations, self.times, self._overhead = "", 0, 1.0, rates.overhead
-        self.dirty, self.known = 0.0, True  # bytes of tables in files that a step changes; whether all is counted
 
     def add(self, phase: str, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        if func._schema.name.startswith("prim::"):  # a fake tensor is asked where it is, a real one is not
+        if func._schema.name.startswith("prim::"):  # asks a fake tensor for its device; real ones are not asked
             return
         self.operations += 1
         self.spend(self._overhead + work(self.rates, func, args, kwargs, out), phase)
 
     def spend(self, seconds: float, phase: str | None = None) -> None:
-        """Of what is in hand in `phase` (default: the one that was seen last), as often as it comes."""
+        """Add to `phase` (default: the last one), as often as the current operations count."""
         self.phase = self.phase if phase is None else phase
         self.phases[self.phase] = self.phases.get(self.phase, 0.0) + seconds * self.times
 
     def moved(self, size: float, operations: int = 0) -> None:
-        """Bytes of a table that are read or written in so many operations beside those that are shown."""
-        self.spend(self.rates.far("plain", size) + operations * self._overhead)
+        """Bytes of a table that are read or written in so many operations that are not shown."""
+        self.spend(self.rates.transfer_seconds(size) + operations * self._overhead)
 
     @contextlib.contextmanager
     def repeated(self, times: float) -> Iterator[None]:
-        """What is shown within it comes so often in a step: one of many that are alike stands for them.
+        """Operations within it count so many times: one of many that are alike stands for all.
 
-        Such loops stand in functions of our own, where neither autograd nor a module adds to an operation.
+        Such loops are in functions of our own, where neither autograd nor a module adds to an operation.
         """
         before, self.times = (self.times, self._overhead), self.times * times
         self._overhead = PLAIN * self.rates.overhead
@@ -89,81 +81,31 @@ class Clock:
         self.phases, self.operations = {}, 0
 
 
-class Stopwatch:
-    """The seconds of a whole step, from clocks at one depth or two. `rates` None: it measures no time.
-
-    The planner sets `depth`, `trained` (the numbers that are trained in the model at its whole depth), `cast`: under
-    autocast, `ahead`: bytes of rows on their way to a device, `churn`: what a block makes and drops on its way back,
-    `products`: the forms of products in 16 bits (tracer.py), and `notes`: what its patches have to say.
-    """
-
-    def __init__(self, rates: Rates | None):
-        self.rates, self.depth, self.trained, self.cast, self.ahead, self.churn = rates, 0, 0, False, 0, 0
-        self.products = 0
-        self.notes: list[str] = []
-        self.clocks: dict[int | None, Clock] = {}
-
-    def at(self, blocks: int | None) -> Clock | None:
-        """The clock of a model of `blocks` blocks (None: of all)."""
-        if self.rates is None:
-            return None
-        self.clocks[blocks] = Clock(self.rates)
-        return self.clocks[blocks]
-
-    def seconds(self, micro_batches: int, traced: int) -> float | None:
-        """Of an optimiser step over `micro_batches`, of which `traced` were."""
-        phases = self.phases()
-        if phases is None or not all(clock.known for clock in self.clocks.values()):
-            return None
-        phases.pop(EVALUATION, None)  # comes now and then, and is no part of a step
-        update = phases.pop(OPTIMISER, 0.0)
-        return sum(phases.values()) * micro_batches / traced + update
-
-    def phases(self) -> dict[str, float] | None:
-        """Seconds by phase at the whole depth: of what was traced, or on the line through two depths."""
-        if not self.clocks:
-            return None
-        first, *more = self.clocks.values()
-        names = dict.fromkeys(name for clock in (first, *more) for name in clock.phases)
-        return {name: self._whole([clock.phases.get(name, 0.0) for clock in (first, *more)]) for name in names}
-
-    def dirty(self) -> float:
-        """Bytes of tables in files that a step changes, at the whole depth."""
-        return self._whole([clock.dirty for clock in self.clocks.values()] or [0.0])
-
-    def _whole(self, found: list[float]) -> float:
-        """At the whole depth, from what was found at one depth or two."""
-        if len(found) == 1:
-            return found[0]
-        (low, high), (a, b) = self.clocks.keys(), found
-        assert low is not None and high is not None
-        return max(0.0, a + (b - a) * (self.depth - low) / (high - low))
-
-
 def row_update(rates: Rates, size: int, rows: float, copies: bool) -> float:
-    """Seconds in which Adam steps `rows` rows of a table with `size` bytes of values each, as copies or where they lie
-    (row_adam.py), and their gradients' norm is taken before."""
-    moved = 7 * size / rates.update + rates.far("reduction", size)
+    """Seconds in which Adam steps `rows` rows of a table with `size` bytes of values each, as copies or in place
+    (tiered/adam.py), after the norm of their gradients was taken."""
+    seconds = 8 * size / rates.update
     if not copies:
-        return rows * (moved + PER_ROW * rates.overhead)
-    return rows * (moved + rates.overhead + 7 * rates.far("index", 2 * size))
+        return rows * (seconds + PER_ROW * rates.overhead)
+    return rows * (seconds + rates.overhead + 7 * rates.transfer_seconds(2 * size))
 
 
-def written_back(dirty: float, room: int, rates: Rates) -> float | None:
-    """Seconds that writing a table's changed pages to its file takes at least, of which a step changes `dirty` bytes.
+def written_back(changed: float, room: int, rates: Rates) -> float | None:
+    """Least seconds of writing a table's changed pages to its file, of which a step changes `changed` bytes; None where
+    the disk's rate is not known.
 
-    The kernel writes them beside the step. It makes the process wait where more than its `dirty_ratio` of the memory
-    that is there would be unwritten; None: how fast the disk is is not known.
+    The kernel writes them beside the step. It makes the process wait where more than its `dirty_ratio` of the free
+    memory `room` would be unwritten.
     """
-    if dirty <= DIRTY * max(0, room):
+    if changed <= DIRTY * max(0, room):
         return 0.0
-    return (dirty - DIRTY * max(0, room)) / rates.disk["write"] if rates.disk.get("write") else None
+    return (changed - DIRTY * max(0, room)) / rates.disk["write"] if rates.disk.get("write") else None
 
 
 def read_again(mapped: int, room: int, micro_batches: int) -> int:
-    """Bytes of a mapped base that a step reads from the disk: what `room` cannot keep is read on each way through it.
+    """Bytes of a mapped base that a step reads from the disk: what `room` cannot keep is read in each pass.
 
-    The pass forward and the pass back of each micro-batch go through the whole base.
+    The forward and the backward pass of each micro-batch go through the whole base.
     """
     return max(0, mapped - max(0, room)) * 2 * micro_batches
 
@@ -171,124 +113,67 @@ def read_again(mapped: int, room: int, micro_batches: int) -> int:
 def work(rates: Rates, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> float:
     """Seconds of one operation beyond the overhead of starting it."""
     space, _, name = func._schema.name.partition("::")
+    inputs = {key: value for key, value in kwargs.items() if key != "out"}
+    first, rest = list(_tensors(args[:1])), list(_tensors((args[1:], inputs)))
+    read, made = first + rest, list(_tensors(out))
+    if name.startswith("_foreach_") and not made:  # in place
+        made = first
+    if name.startswith("_fused_"):  # adam, adamw, sgd: reads 4 tensors of each parameter and writes 3 of them
+        return _size(read) * 7 / 4 / rates.update
+    if name in FREE or func.is_view or not made:
+        return 0.0
+    dtype = _name(made[0].dtype)
     if space != "aten":
-        return _foreign(rates, name, args, out)
-    if name in PRODUCTS:
-        return PRODUCTS[name](rates, args, out)
-    if "attention" in name:
-        return _attention(rates, func._schema, args, kwargs)
-    if name in FREE or func.is_view:
-        return 0.0
-    if name.startswith("_embedding_bag"):  # sums of as many rows as there are indices
-        (weight, indices), made = args[:2], out[0]
-        return rates.moved(_name(made.dtype), "index", indices.numel() * _bytes(weight[:1]) + _bytes(made))
-    if name.startswith("_fused_"):  # adam, adamw, sgd: the update of all parameters at once
-        return _size(_tensors((args, kwargs))) * 7 / 4 / rates.update  # reads 4 tensors, writes 3 of them
-    return _traffic(rates, name.removeprefix("_foreach_").rstrip("_"), args, kwargs, out)
-
-
-def _product(rates: Rates, a: Tensor, b: Tensor, batch: int = 1) -> float:
-    """(m, k) times (k, n); of a batch the rows are counted together, since the kernel deals them out alike."""
-    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    turned_a, turned_b = a.stride(-1) != 1 and m > 1 and k > 1, b.stride(-1) != 1 and k > 1 and n > 1
-    layout = "TN" if turned_a else "NT" if turned_b else "NN"
-    return rates.product(_name(a.dtype), layout, m * batch, k, n)
-
-
-def _linear(rates: Rates, args: tuple, out: Tensor) -> float:
-    x, weight = args[0], args[1]
-    return rates.product(_name(x.dtype), "NT", x.numel() // x.shape[-1], x.shape[-1], weight.shape[0])
-
-
-def _convolution(rates: Rates, args: tuple, out: Tensor) -> float:
-    weight = args[1]
-    return rates.product(
-        _name(out.dtype), "NT", out.numel() // out.shape[1], weight.numel() // weight.shape[0], out.shape[1]
-    )
-
-
-PRODUCTS: dict[str, Callable[..., float]] = {
-    "mm": lambda rates, args, out: _product(rates, args[0], args[1]),
-    "addmm": lambda rates, args, out: _product(rates, args[1], args[2]),
-    "addmm_": lambda rates, args, out: _product(rates, args[1], args[2]),
-    "bmm": lambda rates, args, out: _product(rates, args[0], args[1], args[0].shape[0]),
-    "baddbmm": lambda rates, args, out: _product(rates, args[1], args[2], args[1].shape[0]),
-    "baddbmm_": lambda rates, args, out: _product(rates, args[1], args[2], args[1].shape[0]),
-    "mv": lambda rates, args, out: _product(rates, args[0], args[1][:, None]),
-    "linear": _linear,
-    "convolution": _convolution,
-}
-
-
-def _attention(rates: Rates, schema: Any, args: tuple, kwargs: dict[str, Any]) -> float:
-    """Queries (B, H, T, D) and keys (B, H, S, D): two products of the square forward, five back."""
-    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
-    query, key, backward = given["query"], given["key"], "backward" in schema.name
-    flops = 4 * query.numel() * key.shape[-2] * (2.5 if backward else 1)
-    return rates.attend(_name(query.dtype), bool(given.get("is_causal")), backward, flops)
-
-
-def _traffic(rates: Rates, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> float:
-    read, written = list(_tensors((args, {k: v for k, v in kwargs.items() if k != "out"}))), list(_tensors(out))
-    if not written:
-        return 0.0
+        return _foreign(rates, name, read, made)
+    if formula := FLOPS.get(func._overloadpacket):
+        flops = formula(*args, **inputs, out_val=out)
+        if "attention" in name:
+            return rates.attention_seconds(dtype, flops)
+        return max(rates.product_seconds(dtype, flops), rates.transfer_seconds(_size(read) + _size(made)))
+    name = name.removeprefix("_foreach_").rstrip("_")
+    if name in RANDOM:
+        return sum(t.numel() for t in made) / rates.random
     if name in PICKS:
-        read = [*written, *read[1:]]
-    elif name in WRITES_ONLY:
-        read = read[1:] if len(read) > 1 else []
-        if name not in ("copy", "fill", "zero", "zeros", "ones", "full"):  # they touch as much as they are given
-            written = read
-    kind = KIND_OF.get(name, "plain")
-    widest = max((*read, *written), key=_bytes, default=None)
-    if widest is None:
-        return 0.0
-    if kind == "plain" and any(_turned(t) for t in read if t.numel() * 2 > widest.numel()):
-        kind = "turned"
-    return rates.moved(_name(widest.dtype), kind, _size(read) + _size(written))
+        read = made + rest
+    elif name in OVERWRITES:
+        read = rest
+    elif name in SCATTERS:
+        read = made = rest
+    elif name.startswith("_embedding_bag"):  # sums of as many rows as there are indices
+        (weight, indices), made = args[:2], made[:1]
+        return rates.transfer_seconds(indices.numel() * _size([weight[:1]]) + _size(made))
+    return rates.transfer_seconds(_size(read) + _size(made))
 
 
-def _foreign(rates: Rates, name: str, args: tuple, out: Any) -> float:
-    """Operations of other libraries: bitsandbytes' products on packed weights, and the unpacking of these."""
-    tensors, made = list(_tensors(args)), list(_tensors(out))
-    if not made:
-        return 0.0
-    result = made[0]
-    packed = next((t for t in tensors if not t.is_floating_point() and t.numel() > 1), None)
-    kind = "int8" if "int8" in name else "nf4"
-    unpacking = 0.0
-    if packed is not None and kind in rates.quantised:
-        unpacking = packed.numel() * (2 if kind == "nf4" else 1) / rates.quantised[kind]
-    if any(word in name for word in ("gemm", "gemv", "matmul", "linear", "mm")) and result.dim() > 1:
-        x = tensors[0]
-        rows, wide = x.numel() // x.shape[-1], x.shape[-1]
-        dtype = _name(result.dtype if result.is_floating_point() else torch.bfloat16)
-        return unpacking + rates.product(dtype, "NT", rows, wide, result.shape[-1])
-    return unpacking or rates.moved(_name(result.dtype), "plain", _size(tensors) + _size(made))
+def _foreign(rates: Rates, name: str, read: list[Tensor], made: list[Tensor]) -> float:
+    """Another library's operation: bitsandbytes' products on packed weights, and the unpacking of these."""
+    result, seconds = made[0], 0.0
+    packed = next((t for t in read if t.dtype == torch.uint8 and t.numel() > 1), None)
+    if packed is not None and rates.unpacking:
+        seconds = 2 * packed.numel() / rates.unpacking  # two weights a byte
+    if any(word in name for word in ("mm", "gemv", "matmul", "linear")) and result.dim() > 1:
+        flops = 2 * read[0].numel() * result.shape[-1]
+        return seconds + rates.product_seconds(_name(result.dtype), flops)
+    return seconds or rates.transfer_seconds(_size(read) + _size(made))
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:
     return (item for item in tree_iter(tree) if isinstance(item, Tensor))
 
 
-def _bytes(tensor: Tensor) -> int:
-    """Of memory that it covers: an expanded dimension is there once."""
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride else min(size, 1)
-    return count * tensor.element_size()
-
-
 def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(map(_bytes, tensors))
-
-
-def _turned(tensor: Tensor) -> bool:
-    """Whether its rows do not lie in memory one number after the other."""
-    return tensor.dim() > 1 and tensor.shape[-1] > 1 and tensor.stride(-1) > 1
+    """Bytes of memory that they cover: an expanded dimension is there once."""
+    total = 0
+    for tensor in tensors:
+        count = tensor.element_size()
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            count *= size if stride else min(size, 1)
+        total += count
+    return total
 
 
 def _name(dtype: torch.dtype) -> str:
-    """The type whose rates count: narrow whole numbers move like 16-bit ones, wide ones like fp32."""
+    """The type whose rates count: narrow integers as bf16, wide ones as fp32."""
     if dtype.is_floating_point:
         return str(dtype).removeprefix("torch.")
     return "bfloat16" if dtype.itemsize < 4 else "float32"

@@ -1,12 +1,13 @@
-"""What a training step will hold, found by running it on tensors that have a shape and no content.
+"""What a training step costs in memory and time, found by running it on tensors that have a shape and no content.
 
-PyTorch's fake tensors go through the very code that trains: autograd, our own functions, the optimiser. Each operation
+PyTorch's fake tensors go through the very code that trains: autograd, our own functions, the optimizer. Each operation
 makes storages with a size and a lifetime but no memory, and these are counted, by kind, phase by phase. What a kernel
 allocates inside itself is not seen; that is so for the meter's count of live tensors (`meter.LiveTensors`) too.
 
-Where an operation's result depends on data, the largest it can be is taken (BOUNDS): all positions of a batch count in
-the loss. A peak is kept for each phase and not only for the step: in a stack of equal blocks each phase's peak is
-linear in the depth, so that a deep model follows from two shallow ones, while the phase that holds the most may change.
+Where an operation's result depends on data, the largest possible result is taken (BOUNDS): all positions of a batch
+count in the loss. A peak is recorded for each phase and not only for the step: in a stack of equal blocks each phase's
+peak is linear in the depth, so a deep model follows from two shallow ones, while the phase with the highest peak may
+change.
 """
 
 from __future__ import annotations
@@ -25,55 +26,87 @@ from ..foreign import DataDependentOutputException, FakeTensorMode
 from ..memory.meter import LiveTensors, file_ranges, is_mapped
 from ..model import anatomy
 from ..model.efficient import biases_apart
-from ..model.quant import is_quantised, quantised_state, rebuild
+from ..model.quant import quantised_state
+from .fake import BOUNDS, empty_like_meta
 from .roofline import Clock
 
 aten = torch.ops.aten
 PRODUCTS = {op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)}
 PRODUCTS |= {op.out for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)}
 Bytes = dict[str, int]  # kind -> bytes
-Peaks = dict[str, Bytes]  # phase -> what was held when that phase held the most
+Peaks = dict[str, Bytes]  # phase -> bytes in use when that phase used the most
 
 WEIGHTS, MAPPED, ADAPTER, GRADIENTS = "weights", "mapped weights", "adapter", "gradients"
 ROWS = "rows in the slow tier"
-WAYS_BACK = ("backward of the last block", "backward of the blocks between")
-SLOW = (MAPPED, ROWS)  # what is not the fast tier's
+BLOCK_BACKWARD = ("backward of the last block", "backward of the blocks between")
+SLOW = (MAPPED, ROWS)  # kinds of the slow tier
 OPTIMISER, ACTIVATIONS, LOGITS, TEMPORARIES = "optimiser", "activations", "logits", "temporaries"
+EVALUATION = "evaluation"  # a phase; OPTIMISER is one too
+MICRO_BATCHES = 2  # of an optimizer step that are traced
 
 
-def _nonzero(counted: int | None, x: Tensor) -> Tensor:
-    return x.new_empty((x.numel() if counted is None else min(counted, x.numel()), x.dim()), dtype=torch.int64)
+@dataclass(frozen=True)
+class StepCost:
+    """What one optimizer step of a model costs. The fields from `trained` on are known of a whole model only."""
+
+    peaks: Peaks
+    backward_transient: int = 0  # most bytes that the backward pass of a block allocates and frees again
+    product_shapes: int = 0  # of the matrix products in 16 bits
+    seconds: dict[str, float] | None = None  # by phase; None where not known
+    written: float = 0.0  # bytes of tables in files that it changes
+    trained: int = 0  # parameters, those of rows in the slow tier among them
+    autocast: bool = False
+    copied_ahead: int = 0  # bytes of rows that are copied to a device ahead of the pass, at most
+    notes: tuple[str, ...] = ()  # how the patches are applied
+
+    def step_seconds(self, micro_batches: int) -> float | None:
+        """Of a step over so many micro-batches, of which MICRO_BATCHES at most were traced; None if not known."""
+        if self.seconds is None:
+            return None
+        update = self.seconds.get(OPTIMISER, 0.0)
+        passes = sum(taken for phase, taken in self.seconds.items() if phase not in (OPTIMISER, EVALUATION))
+        return passes * micro_batches / min(MICRO_BATCHES, micro_batches) + update
 
 
-def _unique(
-    _: int | None, x: Tensor, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False
-) -> tuple:
-    index = functools.partial(x.new_empty, dtype=torch.int64)
-    return x.new_empty(x.numel()), index(x.shape if return_inverse else 0), index(x.numel() if return_counts else 0)
+def extend(shallow: StepCost, deep: StepCost, depths: tuple[int, int], depth: int) -> StepCost:
+    """The cost of a stack of `depth` equal blocks, from traces of two shallower ones; linear, phase by phase."""
+    low, high = depths
+    peaks: Peaks = {}
+    for phase in shallow.peaks.keys() & deep.peaks.keys():
+        one, two = shallow.peaks[phase], deep.peaks[phase]
+        at = {kind: (one.get(kind, 0), two.get(kind, 0)) for kind in one.keys() | two.keys()}
+        peaks[phase] = {k: max(0, a + (b - a) * (depth - low) // (high - low)) for k, (a, b) in at.items()}
+
+    def linear(a: float, b: float) -> float:
+        return max(0.0, a + (b - a) * (depth - low) / (high - low))
+
+    seconds = None
+    if shallow.seconds is not None and deep.seconds is not None:
+        phases = dict.fromkeys((*shallow.seconds, *deep.seconds))
+        seconds = {p: linear(shallow.seconds.get(p, 0.0), deep.seconds.get(p, 0.0)) for p in phases}
+    return StepCost(
+        peaks, max(shallow.backward_transient, deep.backward_transient),
+        max(shallow.product_shapes, deep.product_shapes), seconds, linear(shallow.written, deep.written),
+    )  # fmt: skip
 
 
-def _int8(_: int | None, x: Tensor, threshold: float = 0.0) -> tuple:
-    """bitsandbytes' quantising of activations; no column of theirs is taken for an outlier (a few of them are)."""
-    return (
-        x.new_empty(x.shape, dtype=torch.int8),
-        x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32),
-        (x.new_empty(0, dtype=torch.int64) if threshold > 0 else None),
-    )
+def live(bytes_by_kind: Bytes) -> int:
+    """Bytes of the fast tier among them."""
+    return sum(size for kind, size in bytes_by_kind.items() if kind not in SLOW)
 
 
-BOUNDS: dict[str, Callable[..., Any]] = {  # by name: bitsandbytes may not be there
-    "aten::nonzero": _nonzero, "aten::_unique2": _unique, "bitsandbytes::int8_vectorwise_quant": _int8,
-}  # fmt: skip
+def highest(peaks: Peaks) -> tuple[str, Bytes]:
+    """The phase that uses the most of the fast tier, and its bytes by kind."""
+    return max(peaks.items(), key=lambda item: live(item[1]))
 
 
 class Trace(LiveTensors):
-    """Counts live storages by kind while active, and keeps `peaks[phase]`. The caller names `phase` and `kind`.
-    `churn`: the most bytes that a block's backward pass used beside what was there when it began. `products`: the
-    matrix products in 16 bits, each form once.
+    """Counts live storages by kind while active, and records `peaks[phase]`. The caller sets `phase` and `kind`.
 
-    `kind` is what storages made from now on are. `vocabulary`: tensors of so many columns are logits. `counted`: how
+    `kind` is the kind of storages made from now on. `vocabulary`: tensors of so many columns are logits. `counted`: how
     many positions of a batch count in the loss, where that is known. Mapped storages cost nothing here until something
-    writes into them: then their pages are the process's own.
+    writes into them: then their pages are the process's own. `backward_transient` and `products` (the shapes) are what
+    `StepCost` has of them.
     """
 
     def __init__(self, vocabulary: int = 0, counted: int | None = None, clock: Clock | None = None, fake: bool = True):
@@ -83,12 +116,12 @@ class Trace(LiveTensors):
         self.held: Bytes = {}
         self.peaks: Peaks = {}
         self.heights: dict[str, int] = {}
-        self.churn = self._entered = self._top = 0
+        self.backward_transient = self._entered = self._top = 0
         self.products: set[tuple] = set()
         self._kinds: dict[int, str] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, asked = kwargs or {}, func
+        kwargs, requested = kwargs or {}, func
         if func in PRODUCTS:
             self._product(func, args)
         elif func.name() == "trimtab::rows_by_expert":  # of any number of rows: in powers of two
@@ -101,7 +134,7 @@ class Trace(LiveTensors):
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs)
             if self.clock is not None:
-                self.clock.add(self.phase, asked, args, kwargs, out)
+                self.clock.add(self.phase, requested, args, kwargs, out)
             return out
         except DataDependentOutputException:
             if func is not aten._local_scalar_dense.default:
@@ -109,7 +142,7 @@ class Trace(LiveTensors):
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
 
     def watch(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count what was there before the trace began."""
+        """Count tensors that were there before the trace began."""
         before, self.kind = self.kind, kind
         for tensor in tensors:
             self._add(tensor)
@@ -120,8 +153,8 @@ class Trace(LiveTensors):
             self._move(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes(), kind)
 
     def enter(self, phase: str, kind: str | None = None) -> None:
-        if self.phase in WAYS_BACK:
-            self.churn = max(self.churn, self._top - self._entered)
+        if self.phase in BLOCK_BACKWARD:
+            self.backward_transient = max(self.backward_transient, self._top - self._entered)
         self.phase, self.kind = phase, kind or self.kind
         self._entered = self._top = self.live
         self._peak()
@@ -189,8 +222,8 @@ def metered(
 ) -> Iterator[Trace]:
     """Within it, a real step of `trainer` is counted as the planner counts a fake one: by kind, phase by phase.
 
-    `own`: the tensors of the patches; `tables`: those of them that lie in the slow tier. What a mapped file holds is in
-    `MAPPED`. `aside`: storages of the model as it was loaded, of which a patch may keep some for the way back.
+    `own`: the tensors of the patches; `tables`: those of them in the slow tier. Tensors in mapped files are `MAPPED`.
+    `aside`: storages of the model as it was loaded, some of which a patch may keep in order to revert.
     """
     maps = file_ranges()
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
@@ -219,32 +252,10 @@ def metered(
 
     trainer.compute_loss = marked
     try:
-        with _told(trace, model), trace:
+        with _phases(trace, model), trace:
             yield trace
     finally:
         del trainer.compute_loss
-
-
-def empty_like_meta(model: nn.Module, device: torch.device) -> None:
-    """Inside a FakeTensorMode: every parameter and buffer of `model` becomes a fake one on `device`; ties stay ties."""
-    made: dict[int, Any] = {}
-
-    def empty(old: Tensor) -> Tensor:
-        return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
-
-    for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        if anatomy.is_linear(module) and is_quantised(module):
-            rebuild(module, empty)
-            made[id(module._parameters["weight"])] = module._parameters["weight"]
-        for table in tables:
-            for name, old in table.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    new = empty(old)
-                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                table[name] = made[id(old)]
 
 
 @dataclass
@@ -257,18 +268,17 @@ class Step:
     loss: Callable[[dict[str, Tensor]], Tensor]
     backward: Callable[[Callable[[], Tensor], Callable[[Tensor], None]], Any]  # the stepper's
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    kind_of: Callable[[str, Tensor], str]  # (path, tensor) -> what a parameter or buffer counts as
-    evaluation: Callable[[], dict[str, Tensor]] | None = None  # a batch of it, where the run evaluates on the way
-    micro_batches: int = 1
+    kind_of: Callable[[str, Tensor], str]  # (path, tensor) -> the kind that a parameter or buffer counts as
+    evaluation: Callable[[], dict[str, Tensor]] | None = None  # an evaluation batch, where the run evaluates
+    micro_batches: int = 1  # MICRO_BATCHES of them are traced, at most
     clip: float = 0.0
     counted: int | None = None  # positions of a batch that count in the loss
     full_rows: bool = False  # no row of a batch is padded
-    clock: Clock | None = None  # is shown the operations of that step
+    clock: Clock | None = None  # counts the seconds of the operations
 
 
-def trace_steps(step: Step, fake: bool = True) -> tuple[Peaks, int, int]:
-    """-> bytes by phase and kind at each phase's peak, in the second optimiser step of `step.model`; `Trace.churn`;
-    how many `Trace.products` there were.
+def trace_steps(step: Step, fake: bool = True) -> StepCost:
+    """The cost of the second optimizer step of `step.model`, without tables in the slow tier.
 
     The model is left with fake tensors in it; with `fake=False` real ones are stepped, which costs what is counted.
     """
@@ -286,24 +296,25 @@ def trace_steps(step: Step, fake: bool = True) -> tuple[Peaks, int, int]:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = step.optimizer(trained)
         try:
-            with _told(trace, model), trace:
+            with _phases(trace, model), trace:
                 for _ in range(2):
                     trace.forget_peaks()
                     _train(step, trace, optimizer, trained)
                 if step.evaluation is not None:
                     model.eval()
                     with torch.no_grad():
-                        trace.enter("evaluation", TEMPORARIES)
+                        trace.enter(EVALUATION, TEMPORARIES)
                         step.loss(step.evaluation())
         except TrimtabError:
             raise
-        except Exception as error:  # a stranger's model may do what has no meaning without values
+        except Exception as error:  # a model's own code may do what has no meaning without values
             raise Untraceable(
                 f"plan a step of {type(model).__name__}",
                 f"the planner cannot follow it ({type(error).__name__}: {_operation(error)})",
-                "Take budget: out; run.json will say what was held",
+                "Remove budget:; run.json will say what the run used",
             ) from error
-    return trace.peaks, trace.churn, len(trace.products)
+    seconds = None if step.clock is None else step.clock.phases
+    return StepCost(trace.peaks, trace.backward_transient, len(trace.products), seconds)
 
 
 def _operation(error: Exception) -> str:
@@ -319,7 +330,7 @@ def _train(step: Step, trace: Trace, optimizer: torch.optim.Optimizer, trained: 
         trace.enter("backward of the head", TEMPORARIES)
         value.backward()
 
-    for _ in range(step.micro_batches):
+    for _ in range(min(MICRO_BATCHES, step.micro_batches)):
         step.backward(loss, back)
     trace.enter("optimiser", OPTIMISER)
     if step.clip:
@@ -329,11 +340,8 @@ def _train(step: Step, trace: Trace, optimizer: torch.optim.Optimizer, trained: 
 
 
 @contextlib.contextmanager
-def _told(trace: Trace, model: Any) -> Iterator[None]:
-    """Within it, hooks tell the trace what is a gradient, and which part of the stack is at work.
-
-    They keep no tensor and change no graph.
-    """
+def _phases(trace: Trace, model: Any) -> Iterator[None]:
+    """Within it, hooks set the trace's phase as the model runs, and label gradients. They change no graph."""
     stack = anatomy.blocks(model)[1]
     last = len(stack) - 1
 
@@ -361,24 +369,3 @@ def _told(trace: Trace, model: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def extend(shallow: Peaks, deep: Peaks, depths: tuple[int, int], depth: int) -> Peaks:
-    """The peaks of a stack of `depth` equal blocks, from traces of two shallower ones; linear kind by kind."""
-    low, high = depths
-    found: Peaks = {}
-    for phase in shallow.keys() & deep.keys():
-        kinds = shallow[phase].keys() | deep[phase].keys()
-        at = {kind: (shallow[phase].get(kind, 0), deep[phase].get(kind, 0)) for kind in kinds}
-        found[phase] = {k: max(0, a + (b - a) * (depth - low) // (high - low)) for k, (a, b) in at.items()}
-    return found
-
-
-def live(bytes_by_kind: Bytes) -> int:
-    """Bytes of the fast tier among them."""
-    return sum(size for kind, size in bytes_by_kind.items() if kind not in SLOW)
-
-
-def highest(peaks: Peaks) -> tuple[str, Bytes]:
-    """The phase that holds the most of the fast tier, and what it holds."""
-    return max(peaks.items(), key=lambda item: live(item[1]))

@@ -1,1 +1,1 @@
-"""What a run will use, said before it starts: the plan, the search for one that fits, and its calibration."""
+"""Predicts what a run will use before it starts: the plan, the search for one that fits, and its calibration."""

@@ -1,7 +1,7 @@
-"""Train a small model of random weights, each time in a fresh process: what does it hold beside its tensors?
+"""What plans know of this machine: its rates and a process's overhead, read from the cache or measured and kept.
 
-`trimtab doctor` calls it once for a machine (cost/overhead.py says what is kept). The runs are whole ones, through
-the same verb as a user's, under the malloc that this process runs under.
+The overhead is measured with small models of random weights, each trained in a fresh process through the same verb as a
+user's, under the malloc that this process runs under.
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..cost.overhead import CHURN, Overhead
+from ..cost.machine import machine
+from ..cost import overhead, rates
+from ..cost.overhead import TRANSIENT_SHARE, Overhead
+from ..cost.rates import Rates
+from ..model.hub import cache_root
+from ..quiet import hushed
 from ..subprocess_call import apart
 
 TOKENS, STEPS = 256, 5
@@ -29,44 +35,106 @@ class Training:
     checkpointing: bool = False
 
     @property
-    def cast(self) -> bool:
-        return self.patch == "full"  # fp32 copies of a bf16 base: under autocast
+    def autocast(self) -> bool:
+        return self.patch == "full"  # fp32 copies of a bf16 base
 
 
 SOME = (Training("lora", 1), Training("lora", 4, True), Training("paca", 4), Training("lora", 10))
-ALL = (*SOME, *SOME, Training("full", 4), *SOME, *SOME)  # what the same one holds scatters by up to a third
+ALL = (*SOME, *SOME, Training("full", 4), *SOME, *SOME)  # repeated, for the same training scatters by up to a third
 QUICK = SOME[2]
-PACED = 4  # rows from which a training says how fast steps are
+TIMED = 4  # rows from which on the speed of a training counts
 
 
-def measure(thorough: bool = True, say: Callable[[str], None] = lambda line: None) -> Overhead:
-    """Less than five minutes, in processes one after the other; where one fails, what is not measured.
+def calibrate(
+    fresh: bool = False, thorough: bool = False, say: Callable[[str], None] = lambda line: None
+) -> tuple[Rates, Overhead, bool]:
+    """The rates of this machine, the overhead of a process on it, and whether the rates were kept from before.
 
-    Not `thorough`: from one training, in some ten seconds. `say` gets a line before each.
+    Measures what is not kept yet: in about 20 seconds, or `thorough`: in about five minutes, with more trainings, which
+    replaces a quick measurement and is never replaced by one. `fresh`: measures again, as thoroughly as before. `say`
+    receives a line for each part.
+    """
+    kept, beside = known_rates(), known_overhead()
+    thorough = thorough or (fresh and beside.measured and not beside.quick)
+    train = fresh or not beside.measured or (thorough and beside.quick)
+    if fresh or kept is None or train:
+        say(f"Measuring this machine, once: about {'five minutes' if thorough else '20 seconds'} if nothing else runs")
+    if fresh or kept is None:
+        say("  products, memory, disk ...")
+    found = measured_rates(fresh=fresh)
+    if train:
+        beside = measure_overhead(thorough, lambda line: say(f"  {line}"))
+        if beside.measured:
+            overhead.save(beside, _key("cpu"), cache_root())
+    return found, beside, kept is not None and not fresh
+
+
+def known_rates(device: str = "auto") -> Rates | None:
+    """The rates of "cpu" or "cuda" under the allocator and threads of this process, if they were measured before."""
+    return rates.load(_key(device), cache_root())
+
+
+def known_overhead() -> Overhead:
+    """What a training process uses beside its tensors on this machine's CPU, or the default where it is not known."""
+    return overhead.load(_key("cpu"), cache_root())
+
+
+def measured_rates(device: str = "auto", fresh: bool = False) -> Rates:
+    """The rates that are kept, or those measured now and kept. The disk is that of the cache folder."""
+    if not fresh and (known := known_rates(device)) is not None:
+        return known
+    found = Rates(**apart(_measure_rates, _key(device)))
+    rates.save(found, cache_root())
+    return found
+
+
+def _measure_rates(machine: dict[str, Any]) -> dict[str, Any]:
+    """In its own process: what products leave in an allocator would count against the budget of the caller's run."""
+    import torch
+
+    from ..cost.microbench import measure
+
+    torch.set_num_threads(machine["threads"])
+    with hushed():
+        return asdict(measure(machine, cache_root()))
+
+
+def _key(device: str) -> dict[str, Any]:
+    import torch
+
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return rates.key(machine(), version("torch"), auto if device == "auto" else device)
+
+
+def measure_overhead(thorough: bool = True, say: Callable[[str], None] = lambda line: None) -> Overhead:
+    """Takes less than five minutes, in one process after the other; returns the default where a training fails.
+
+    Not `thorough`: from one training, in some ten seconds. `say` receives a line before each.
     """
     points: dict[Training, list[tuple[int, int]]] = {}
-    processes, paces = [], []
+    processes, efficiencies = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, training in enumerate(every := ALL if thorough else (QUICK,)):
             say(f"a small training, {number + 1} of {len(every)} ...")
-            told = asdict(training), f"{folder}/{number}"
             try:
-                found = apart(_run_here, *told, TRIMTAB_ALLOCATOR="none", HF_HUB_OFFLINE="1")
+                found = apart(
+                    _run_here, asdict(training), f"{folder}/{number}", TRIMTAB_ALLOCATOR="none", HF_HUB_OFFLINE="1"
+                )
             except RuntimeError:
                 return Overhead()
-            points.setdefault(training, []).append((round(found["tensors"]), round(found["held"])))
+            points.setdefault(training, []).append((round(found["tensors"]), round(found["growth"])))
             processes.append(round(found["process"]))
-            if training.rows >= PACED and found["expected"]:
-                paces.append(found["speed"] / found["expected"])
-    pace = statistics.median(paces) if paces else Overhead.pace
+            if training.rows >= TIMED and found["expected"]:
+                efficiencies.append(found["speed"] / found["expected"])
+    efficiency = statistics.median(efficiencies) if efficiencies else Overhead.efficiency
     if not thorough:
-        return Overhead.by_one(processes[0], *points[QUICK][0], pace)
-    plain, under_cast = ([_least(of) for t, of in points.items() if t.cast is cast] for cast in (False, True))
-    return Overhead.through(max(processes), plain, under_cast, pace)
+        return Overhead.by_one(processes[0], *points[QUICK][0], efficiency)
+    plain, autocast = ([_least(of) for t, of in points.items() if t.autocast is on] for on in (False, True))
+    return Overhead.through(max(processes), plain, autocast, efficiency)
 
 
 def _least(points: list[tuple[int, int]]) -> tuple[int, int]:
-    """Of the same training, that which held least: one in four held a third more, by when its malloc gave back what."""
+    """The smallest of repeated runs: one in four used a third more, depending on when malloc returned memory."""
     return min(points, key=lambda point: point[1])
 
 
@@ -75,8 +143,8 @@ def _run_here(training: dict[str, Any], folder: str) -> dict[str, float]:
 
 
 def run(training: Training, folder: Path) -> dict[str, float]:
-    """One training; -> bytes: `process` when it begins, growth of its `tensors`, growth that was `held` without the
-    CHURN in it; and its tokens/s (`speed`) beside what the rates of single operations let expect."""
+    """One training. Returns bytes: `process` when it begins, growth of its `tensors`, `growth` of the process without
+    the share of the backward transient; and tokens/s: `speed`, and `expected` from the rates of single operations."""
     from ..recipe import Recipe
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +152,7 @@ def run(training: Training, folder: Path) -> dict[str, float]:
     made = Recipe(
         model=str(folder / "model"),
         data={"train": str(folder / "text.jsonl")},
-        patches=[{training.patch: {} if training.cast else {"r": 8}}],
+        patches=[{training.patch: {} if training.autocast else {"r": 8}}],
         training={
             "max_steps": STEPS, "per_device_train_batch_size": training.rows, "max_length": TOKENS, "packing": True,
             "packing_strategy": "wrapped", "save_strategy": "no", "activation_checkpointing": training.checkpointing,
@@ -93,9 +161,9 @@ def run(training: Training, folder: Path) -> dict[str, float]:
     ).train()  # fmt: skip
     predicted, measured = made["predicted"], made["measured"]
     return {"process": predicted["process_bytes"], "tensors": predicted["live_growth_bytes"],
-            "held": measured["fast_growth_bytes"] - CHURN * predicted["churn_bytes"],
+            "growth": measured["fast_growth_bytes"] - TRANSIENT_SHARE * predicted["backward_transient_bytes"],
             "speed": measured["tokens_per_second"],
-            "expected": (predicted["tokens_per_second"] or 0) / predicted["pace"]}  # fmt: skip
+            "expected": (predicted["tokens_per_second"] or 0) / predicted["efficiency"]}  # fmt: skip
 
 
 def _make(folder: Path) -> None:

@@ -20,45 +20,45 @@ def require_fit(made: Plan, recipe: Recipe) -> None:
     """DoesNotFit with the first change that would fit, if `made` does not."""
     if made.fits:
         return
-    full, asked = made.disk is not None and made.table_bytes > made.disk, f"{gib(made.fast)} of the fast tier"
-    have, do = f"it would hold {gib(made.fast_peak_bytes)} at its peak ({made.phase})", "a smaller model or max_length"
+    full, requested = made.disk is not None and made.table_bytes > made.disk, f"{gib(made.fast)} of the fast tier"
+    have, do = f"it would use {gib(made.fast_peak_bytes)} at its peak ({made.phase})", "a smaller model or max_length"
     change, least = _first_that_fits(recipe, made, made.fast, tables=made.fast_peak_bytes <= made.fast)
     if full:
-        asked = f"{gib(made.table_bytes)} of tables in {recipe.place.folder or recipe.output}"
+        requested = f"{gib(made.table_bytes)} of tables in {recipe.place.folder or recipe.output}"
         have, do = f"{gib(made.disk or 0)} are free on that disk", "a smaller table"
-        do = f"Name a folder with room (place: folder), make room, or take {change or do}"
+        do = f"Name a folder with room (place: folder), free some, or use {change or do}"
     elif made.fast_peak_bytes <= made.fast:
-        asked, have = f"{gib(made.budget.slow or 0)} of the slow tier", f"it would hold {gib(made.slow_bytes)}"
-        do = f"Allow more in the slow tier, or take {change or do}"
+        requested, have = f"{gib(made.budget.slow or 0)} of the slow tier", f"it would use {gib(made.slow_bytes)}"
+        do = f"Allow more in the slow tier, or use {change or do}"
     elif change:
         do = f"It would fit with {change} ({gib(least)})"
     else:
-        do = f"The least found is {gib(least)}: allow more, or take {do}"
-    raise DoesNotFit(asked if full else f"{asked} for this run", have, do)
+        do = f"The least found is {gib(least)}: allow more, or use {do}"
+    raise DoesNotFit(requested if full else f"{requested} for this run", have, do)
 
 
-def advice(recipe: Recipe, made: Plan | None, held: int, limit: int | None) -> str:
-    """How to go on with a run that held `held` bytes where `limit` were allowed, as written on the command line.
+def advice(recipe: Recipe, made: Plan | None, used: int, limit: int | None) -> str:
+    """How to continue a run that used `used` bytes where `limit` were allowed, as written on the command line.
 
-    What the run held beyond its plan is added to each alternative's. Without a plan or a limit, the first that holds
+    What the run used beyond its plan is added to each alternative's. Without a plan or a limit, the first that uses
     less is named.
     """
-    change: str | None = next((said for said, _ in _computed(recipe)), None)
+    change: str | None = next((written for written, _ in _computed(recipe)), None)
     if made is None or limit is None:
-        return f"{change}, which holds less" if change else "a smaller model or max_length in a new run"
-    over = max(0, held - made.fast_peak_bytes)
+        return f"{change}, which uses less" if change else "a smaller model or max_length in a new run"
+    over = max(0, used - made.fast_peak_bytes)
     process = made.process + over
     change, least = _first_that_fits(recipe, dataclasses.replace(made, process=process), limit, begun=True)
     if change:
         return f"{change} ({gib(least)})"
-    return f"a higher budget.fast: {gib(held)} was not enough, and the least found is {gib(least)}"
+    return f"a higher budget.fast: {gib(used)} was not enough, and the least found is {gib(least)}"
 
 
 def _first_that_fits(
     recipe: Recipe, made: Plan, limit: int, *, tables: bool = False, begun: bool = False
 ) -> tuple[str | None, int]:
-    """-> the first change with which both tiers fit, the fast one within `limit`, and what the fast one then holds;
-    None: the least of all. `tables`: only tables are too large. `begun`: of a run that may go on with the change."""
+    """-> the first change with which both tiers fit, the fast one within `limit`, and what that one then uses;
+    None: the least of all. `tables`: only tables are too large. `begun`: of a run that can continue with the change."""
     least = made.fast_peak_bytes
     found = (() if tables else _computed(recipe), () if begun else _smaller(recipe))
     for change, other in itertools.chain(*found):
@@ -75,13 +75,13 @@ def _first_that_fits(
 
 
 def _computed(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """(how a user writes it, the changed recipe): the same steps in less, the least slowing first."""
+    """(how a user writes it, the changed recipe): the same steps in less memory, the fastest first."""
     values = recipe.training_values()
     whole, times = values[MICRO], values.get(TIMES, 1)
 
     def training(**changes: Any) -> tuple[str, Recipe]:
-        said = " ".join(f"training.{key}={str(value).lower()}" for key, value in changes.items())
-        return said, dataclasses.replace(recipe, training={**values, **changes})
+        written = " ".join(f"training.{key}={str(value).lower()}" for key, value in changes.items())
+        return written, dataclasses.replace(recipe, training={**values, **changes})
 
     if recipe.engine.lean and recipe.engine.recompute != "ffn":
         engine = dataclasses.replace(recipe.engine, recompute="ffn")
@@ -95,7 +95,7 @@ def _computed(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """(how a user writes it, the changed recipe): tables in a file, and patches with less of what they are made of."""
+    """(how a user writes it, the changed recipe): tables in a file, and smaller patches."""
     patches = recipe.load_patches()
     if any(patch.uses_tables for patch in patches) and recipe.place.slow == "ram":
         yield "place.slow=disk", dataclasses.replace(recipe, place=dataclasses.replace(recipe.place, slow="disk"))
@@ -109,12 +109,12 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 def _lower(value: int | float) -> list[int | float]:
-    """Of a share of memory (a fraction) none; of a number the halves, as far down as TIMES_HALVED."""
+    """Of a share of memory (a fraction) none; of a count its halves, down to TIMES_HALVED of them."""
     if isinstance(value, float):
         return [0.0] if value else []
     return [size for k in range(1, TIMES_HALVED + 1) if (size := value >> k)]
 
 
 def halves(size: int) -> list[int]:
-    """The half, the quarter and so on of `size`, as far as they are whole."""
+    """The half, the quarter and so on of `size`, while they are whole."""
     return [size // 2**k for k in range(1, size.bit_length()) if size % 2**k == 0]

@@ -1,7 +1,7 @@
-"""`trimtab plan RECIPE.yaml`: what a run will hold, before it starts, and whether that fits the budget.
+"""`trimtab plan RECIPE.yaml`: what a run will use, before it starts, and whether that fits the budget.
 
 The model is built from its config on the `meta` device, patched as the recipe says, and stepped twice on fake tensors
-(cost/trace.py) through the engine's own forms of the blocks, the objective's loss and the optimiser that the recipe
+(cost/trace.py) through the engine's own forms of the blocks, the objective's loss and the optimizer that the recipe
 names. No weights are read and no method has a formula of its own here.
 """
 
@@ -20,28 +20,33 @@ from ..memory.budget import Budget, fast_bytes, free_bytes, gib, ram, slow_bytes
 from ..quiet import hushed, no_dataset_bars
 from ..recipe import Recipe
 from ..tiered.mapped_file import require_folder, slow_kind
-from .step import PlannedStep, peaks
+from .calibrate import known_overhead, known_rates
+from .step import PlannedStep, step_cost
 
 if TYPE_CHECKING:
+    from ..cost.trace import StepCost
     from ..engine.inputs import Foreseen
 
 WHY = {
-    "weights": "the base where it is a copy of our own: buffers, and weights that are converted or written into",
-    "adapter": "what is trained, and what the patches keep beside it",
-    "gradients": "of what is trained",
-    "optimiser": "the optimiser's state and what its step makes",
-    "activations": "what the forward pass keeps for the pass back",
+    "weights": "base weights that are copied: buffers, and weights that are converted or changed",
+    "adapter": "trained parameters, and what the patches store with them",
+    "gradients": "of the trained parameters",
+    "optimiser": "the optimizer's state, and temporary tensors of its step",
+    "activations": "what the forward pass saves for the backward pass",
     "logits": "one chunk of the head's output, and its gradient",
-    "temporaries": "what the pass back makes and drops",
+    "temporaries": "what the backward pass allocates and frees",
 }
 TABLES = "rows in the slow tier"
 SLOW = {
-    "mapped weights": "the base at its file's precision, mapped from the file",
+    "mapped weights": "base weights in their file's precision, mapped from the file",
     TABLES: "an adapter's table, with its gradients and Adam's state",
 }
-
+TIERS = (
+    "tiers: fast is the memory that budget.fast limits, of the process or of the GPU; slow is the larger memory "
+    "below it, mapped files or RAM"
+)
 CUDA = [
-    "traced with the CPU's kernels: a CUDA kernel's own workspace is not in it, nor what the allocator rounds up to",
+    "traced with the CPU's kernels: the workspaces of CUDA kernels and the allocator's rounding are not included",
     "the fast tier is what PyTorch's allocator reserves; the driver's context (0.3 to 1 GiB) comes on top",
     "not yet measured on a GPU",
 ]
@@ -49,24 +54,24 @@ CUDA = [
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will hold at its peak. All sizes in bytes."""
+    """What a run will use at its peak. All sizes in bytes."""
 
     kinds: dict[str, int]  # kind -> bytes of tensors at the peak (cost/trace.py)
     phase: str  # where in the step the peak is
     process: int  # interpreter, libraries, data
     overhead: int  # beside the tensors, from the first step on (cost/overhead.py)
-    churn: int  # what a block makes and drops on its way back; a part of it counts in the overhead
+    backward_transient: int  # what the backward pass of a block allocates and frees; part of it is in the overhead
     budget: Budget
     machine: int | None  # what the fast tier has; None where this machine has no such device
     rows: int
     tokens: int
     counted: int | None = None  # tokens of a row that count in the loss, where that is known
     tokens_per_second: float | None = None  # where the machine's rates are known (cost/rates.py)
-    trained: int = 0  # numbers that are trained
-    pace: float = 1.0  # what of its operations' speed a step reaches (cost/overhead.py)
+    trained: int = 0  # parameters
+    efficiency: float = 1.0  # speed of a step over that of its operations one by one (cost/overhead.py)
     disk_bytes_per_step: int = 0  # of the mapped base, read again since memory cannot keep them
     notes: list[str] = field(default_factory=list)
-    disk: int | None = None  # free on the disk that tables go to; None where they are in RAM, or made already
+    disk: int | None = None  # free on the disk of the tables; None where they are in RAM, or made already
 
     @property
     def slow_bytes(self) -> int:
@@ -78,7 +83,7 @@ class Plan:
 
     @property
     def start_bytes(self) -> int:
-        """What the process holds when training begins: the weights and the adapter are there by then."""
+        """What the process uses when training begins: the weights and the adapter are there by then."""
         return self.process + self.kinds.get("weights", 0) + self.kinds.get("adapter", 0)
 
     @property
@@ -96,7 +101,7 @@ class Plan:
 
     @property
     def fast(self) -> int:
-        """What the run may hold of the fast tier: the budget, else all that the machine has."""
+        """What the run may use of the fast tier: the budget, else all that the machine has."""
         found = self.machine if self.budget.fast is None else self.budget.fast
         assert found is not None, "without a device there is a budget"
         return found
@@ -109,7 +114,7 @@ class Plan:
         rows.insert(0, {"what": "process", "tier": "fast", "bytes": self.process,
                         "why": "interpreter and libraries"})  # fmt: skip
         rows.append({"what": "overhead", "tier": "fast", "bytes": self.overhead,
-                     "why": "threads, generated code, and gaps that the malloc leaves between tensors"})  # fmt: skip
+                     "why": "threads, generated code, and gaps that malloc leaves between tensors"})  # fmt: skip
         rows += [{"what": kind, "tier": "slow", "bytes": self.kinds[kind], "why": SLOW[kind]}
                  for kind in SLOW if self.kinds.get(kind)]  # fmt: skip
         return rows
@@ -118,12 +123,12 @@ class Plan:
         """The `predicted` part of run.json."""
         return {
             "fast_peak_bytes": self.fast_peak_bytes, "fast_growth_bytes": self.fast_peak_bytes - self.start_bytes,
-            "process_bytes": self.process, "overhead_bytes": self.overhead, "churn_bytes": self.churn,
-            "live_peak_bytes": self.live_peak_bytes, "live_growth_bytes": _growth(self.kinds),
-            "slow_bytes": self.slow_bytes, "phase": self.phase,
+            "process_bytes": self.process, "overhead_bytes": self.overhead,
+            "backward_transient_bytes": self.backward_transient, "live_peak_bytes": self.live_peak_bytes,
+            "live_growth_bytes": _growth(self.kinds), "slow_bytes": self.slow_bytes, "phase": self.phase,
             "batch": {"rows": self.rows, "tokens": self.tokens}, "bytes": self.kinds,
             "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second, 2),
-            "pace": self.pace, "disk_bytes_per_step": self.disk_bytes_per_step,
+            "efficiency": self.efficiency, "disk_bytes_per_step": self.disk_bytes_per_step,
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,22 +142,23 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """The table for people."""
         width = max(len("mapped weights"), *(len(row["what"]) for row in self.items))
-        yield f"{'what':<{width}}  {'tier':<5} {'held':>12}  why"
+        yield f"{'what':<{width}}  {'tier':<5} {'size':>12}  why"
         for row in self.items:
             yield f"{row['what']:<{width}}  {row['tier']:<5} {gib(row['bytes']):>12}  {row['why']}"
         yield f"{'peak':<{width}}  {'fast':<5} {gib(self.fast_peak_bytes):>12}  {self.phase}"
         if self.tokens_per_second:
             speed = f"{self.tokens_per_second:,.0f} t/s"
-            yield f"{'speed':<{width}}  {'':<5} {speed:>12}  predicted, of rows as long as these"
-        yield f"{'trained':<{width}}  {'':<5} {self.trained:>12,}  numbers"
+            yield f"{'speed':<{width}}  {'':<5} {speed:>12}  predicted, for rows of this length"
+        yield f"{'trained':<{width}}  {'':<5} {self.trained:>12,}  parameters"
+        yield TIERS
         yield from self.notes
         fast = "this machine's memory" if self.budget.fast is None else "the budget"
-        said = f"{gib(self.fast_peak_bytes)} of {gib(self.fast)}, {fast}"
+        summary = f"{gib(self.fast_peak_bytes)} of {gib(self.fast)}, {fast}"
         if self.budget.slow is not None:
-            said += f"; {gib(self.slow_bytes)} of {gib(self.budget.slow)}, the slow tier's"
+            summary += f"; {gib(self.slow_bytes)} of {gib(self.budget.slow)}, the slow tier's"
         if self.disk is not None and self.table_bytes:
-            said += f"; {gib(self.table_bytes)} of tables, {gib(self.disk)} free on their disk"
-        yield f"{'fits' if self.fits else 'does not fit'}: {said}"
+            summary += f"; {gib(self.table_bytes)} of tables, {gib(self.disk)} free on their disk"
+        yield f"{'fits' if self.fits else 'does not fit'}: {summary}"
 
 
 @hushed()
@@ -174,16 +180,14 @@ def plan(
     `counted`: how many tokens of a row count in the loss, at most (default: all). `filled`: what share of a batch's
     tokens is no padding; the speed is that of these. `lengths`: how many lengths the batches of a run have.
 
-    `process`: anonymous bytes that the process holds beside the tensors (default: `process_bytes`). `args`: the
-    training arguments where a trainer has them already (making them anew would take its accelerator from it). `rates`:
+    `process`: anonymous bytes that the process uses beside the tensors (default: `process_bytes`). `args`: the
+    training arguments, where a trainer has them already (making new ones would take its accelerator from it). `rates`:
     of a machine (cost/rates.py; default: of this one, where `trimtab doctor` has measured them).
     BadInput for a recipe that cannot be run, and for what the planner does not cover.
     """
     import torch
 
-    from ..cost.roofline import Stopwatch
     from ..cost.trace import highest
-    from ..doctor import known_overhead, known_rates
     from ..engine.arguments import check_optimizer, training_arguments
     from ..engine.objectives import arguments_class
     from ..tiered.threads import extra_threads
@@ -215,44 +219,44 @@ def plan(
         notes += CUDA
         process = 0
     elif not beside.measured:
-        notes.append("what a process holds beside tensors is another machine's: `trimtab doctor` measures this one")
+        notes.append("the overhead was measured on another machine: `trimtab doctor` measures this one")
     if process is None:
         process = process_bytes(beside)
     rates = rates or known_rates(device.type)
-    if beside.quick or (rates and rates.quick):
-        notes.append("this machine was measured in a hurry: `trimtab doctor --thorough` makes plans more accurate")
-    watch = Stopwatch(rates)
+    if beside.quick:
+        notes.append("this machine was measured quickly: `trimtab doctor --thorough` makes plans more accurate")
     with torch.random.fork_rng(devices=[]):
         try:
-            found = peaks(recipe, args, rows, tokens, counted, watch)
+            cost = step_cost(recipe, args, rows, tokens, counted, rates)
         except Untraceable as error:
-            watch.clocks.clear()
-            found = _real_step(recipe, args, rows, tokens, counted, error, watch)
-            notes.append(f"a real step was run, since {error.have}; where the data decide, other data may hold more")
-    phase, kinds = highest(found)
-    notes += watch.notes
-    speed, read = _speed(watch, beside.pace, kinds, args.gradient_accumulation_steps, rows * tokens * filled, notes)
+            cost = _real_step(recipe, args, rows, tokens, counted, rates, error)
+            notes.append(f"a real step was run, since {error.have}; where the data decide, other data may use more")
+    phase, kinds = highest(cost.peaks)
+    notes += cost.notes
+    micro_batches = args.gradient_accumulation_steps
+    speed, read = _speed(cost, rates, beside.efficiency, kinds, micro_batches, rows * tokens * filled, notes)
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
-    if watch.ahead:
-        notes.append(f"{gib(watch.ahead)} of the overhead are room for rows that are copied ahead of the pass")
-    threads = extra_threads() if kinds.get(TABLES) and device.type == "cpu" else 0
-    churn = watch.churn if device.type == "cpu" else 0
-    shapes = watch.products * (lengths - 1) if device.type == "cpu" else 0
-    held = beside.of(_growth(kinds), churn, watch.cast, threads, shapes) + watch.ahead
+    if cost.copied_ahead:
+        notes.append(f"{gib(cost.copied_ahead)} of the overhead are room for rows that are copied ahead of the pass")
+    on_cpu = device.type == "cpu"
+    threads = extra_threads() if kinds.get(TABLES) and on_cpu else 0
+    transient = cost.backward_transient if on_cpu else 0
+    shapes = cost.product_shapes * (lengths - 1) if on_cpu else 0
+    overhead = beside.of(_growth(kinds), transient, cost.autocast, threads, shapes) + cost.copied_ahead
     disk = None
     if slow_kind(place.slow, device) == "disk":
         if kinds.get(TABLES) and recipe.place.folder:
             require_folder(recipe.place.folder)
         disk = free_bytes(recipe.place.folder or recipe.output)
     return Plan(
-        kinds, phase, process, held, churn, budget, machine, rows, tokens, counted, speed, watch.trained, beside.pace,
-        read, notes, disk,
+        kinds, phase, process, overhead, transient, budget, machine, rows, tokens, counted, speed, cost.trained,
+        beside.efficiency, read, notes, disk,
     )  # fmt: skip
 
 
 def foreseen(recipe: Recipe, notes: list[str]) -> Foreseen | None:
-    """What the run will read (engine/inputs.py); None, with a note, where that cannot be read now."""
+    """The rows that the run will read (engine/inputs.py); None, with a note, where they cannot be read now."""
     from ..engine.inputs import foresee, unread
 
     length = recipe.training_values()["max_length"]
@@ -265,67 +269,68 @@ def foreseen(recipe: Recipe, notes: list[str]) -> Foreseen | None:
 
 
 def longest_allowed(recipe: Recipe) -> int:
-    """`max_length`, where rows are not at hand."""
+    """`max_length`, where the rows are not known."""
     if (length := recipe.training_values()["max_length"]) is None:
         raise BadInput("plan: max_length: none", "rows may then have any length", "Give training: max_length")
     return length
 
 
 def process_bytes(beside: Overhead) -> int:
-    """What a run's process holds when it begins: as measured, else what this one holds now."""
+    """Bytes that a run's process uses when it begins: as measured, else what this one uses now."""
     from ..memory.meter import process_memory
 
     return beside.process or process_memory()["anon"]
 
 
 def _growth(kinds: dict[str, int]) -> int:
-    """Bytes of the tensors that come with training: all of the fast tier but the weights and the adapter."""
+    """Bytes of the tensors that training allocates: all of the fast tier but the weights and the adapter."""
     return sum(size for kind, size in kinds.items() if kind not in (*SLOW, "weights", "adapter"))
 
 
 def _real_step(
-    recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, why: Untraceable, watch: Any
-) -> Any:
-    """The peaks of two steps with real weights and random ids, for a model that cannot be traced without values."""
+    recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, rates: Any, why: Untraceable
+) -> StepCost:
+    """The cost of a step with real weights and random ids, for a model that cannot be traced without values."""
     from ..model.load import weights_at_hand
 
     if not weights_at_hand(recipe.model):
         raise why
-    step = PlannedStep(recipe, args, None, real=True)
-    step.tell(watch)
-    return step.watched(watch, rows, tokens, counted)
+    return PlannedStep(recipe, args, None, real=True).trace(rows, tokens, counted, rates)
 
 
 def _speed(
-    watch: Any, pace: float, kinds: dict[str, int], micro_batches: int, tokens: float, notes: list[str]
-) -> tuple[float | None, int]:
-    """-> tokens per second (None: rates are not known), bytes read from the disk in a step; what to know in `notes`."""
+    cost: StepCost, rates: Any, efficiency: float, kinds: dict[str, int], micro_batches: int, tokens: float,
+    notes: list[str],
+) -> tuple[float | None, int]:  # fmt: skip
+    """-> tokens per second (None: not known), bytes read from the disk in a step; adds to `notes`."""
     from ..cost.roofline import read_again, written_back
     from ..cost.trace import MAPPED, live
 
     mapped, tables = kinds.get(MAPPED, 0), kinds.get(TABLES, 0)
     room = ram().get("MemAvailable", mapped + tables + live(kinds)) - live(kinds)
     read = read_again(mapped, room, micro_batches)
-    seconds, dirty = watch.seconds(micro_batches, min(2, micro_batches)), watch.dirty()
+    seconds = cost.step_seconds(micro_batches)
     if read:
         notes.append(f"the mapped base exceeds free memory: {gib(read)} are read from the disk in each step")
-    if not watch.clocks:
+    if rates is None:
         notes.append("the speed is predicted once `trimtab doctor` has measured this machine")
     elif seconds is None:
         notes.append("the speed is predicted of MEFT by tokens, with adam: lazy and moments: fp32 only")
     elif tables > room:
         notes.append("the speed is not predicted: the tables exceed free memory, and rows are read from the disk")
         return None, read
-    if seconds is None or (read and not watch.rates.disk.get("read")):
+    if seconds is None or (read and not rates.disk.get("read")):
         return None, read
-    if (written := written_back(dirty, room, watch.rates)) is None:
+    if (written := written_back(cost.written, room, rates)) is None:
         return None, read
-    seconds = seconds / pace + (read / watch.rates.disk["read"] if read else 0.0)
+    seconds = seconds / efficiency + (read / rates.disk["read"] if read else 0.0)
     if written > seconds:
-        notes.append(f"each step changes {gib(dirty)} of tables: the speed is that of the disk they are written to")
+        notes.append(
+            f"each step changes {gib(cost.written)} of tables: the speed is that of the disk they are written to"
+        )
     return micro_batches * tokens / max(seconds, written), read
 
 
 def _covered(recipe: Recipe) -> None:
-    """What the planner cannot trace yet is said, not guessed."""
-    template_of(recipe.data)  # a file that is not there is refused here as it is by `train`
+    """BadInput for what the planner cannot trace yet."""
+    template_of(recipe.data)  # refuses a missing file, as `train` does

@@ -1,4 +1,4 @@
-"""The plan that a user was shown before a run, kept until the run: its report puts it beside the run's own figures."""
+"""Keeps the plan that a user was shown before a run, for the run's report to compare with what the run used."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Methods of the table, micro-batches (at an equal effective batch), activation checkpointing, precisions of the base and
 the loss's chunk are combined; each combination is traced as any plan is, two processes at a time. What the recipe
 states by itself (a precision, checkpointing, a chunk) is kept. What fits is ranked by predicted speed and by how many
-numbers are trained; nothing is known here of how well a method learns.
+parameters are trained; how well a method learns is not known here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..errors import BadInput, DoesNotFit, TrimtabError
 from ..memory.budget import gib
 from ..quiet import hushed
 from ..recipe import Recipe
+from . import calibrate
 from .fit import CHECKPOINTING, MICRO, TIMES, halves
 from .plan import Plan, foreseen, plan, process_bytes
 
@@ -51,7 +52,7 @@ class Candidate:
         return self.plan is not None and self.plan.fits
 
     def to_dict(self) -> dict[str, Any]:
-        """Of one that was planned."""
+        """For a candidate that was planned."""
         assert self.plan is not None
         speed = self.plan.tokens_per_second
         return {
@@ -64,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found, the best first; what does not fit stands behind, the smallest first."""
+    """What a search found, the best first; then what does not fit, the smallest first."""
 
     candidates: list[Candidate]
     refused: list[Candidate]
@@ -104,16 +105,16 @@ class Found:
         if not self.candidates:
             first = self.refused[0]
             raise BadInput(
-                f"search for {first.recipe.model.name}", f"{first.method}: {first.refused}", "Mend that first"
+                f"search for {first.recipe.model.name}", f"{first.method}: {first.refused}", "Fix that first"
             )
         least = self.candidates[0]
         assert least.plan is not None
         made = least.plan
         raise DoesNotFit(
             f"{gib(made.fast)} of the fast tier for a run of {least.recipe.model.name}",
-            f"of {len(self.candidates)} combinations the smallest would hold {gib(made.fast_peak_bytes)} fast and "
-            f"{gib(made.slow_bytes)} slow ({_said(least)})",
-            "Allow more, or take a smaller model or max_length",
+            f"of {len(self.candidates)} combinations the smallest would use {gib(made.fast_peak_bytes)} fast and "
+            f"{gib(made.slow_bytes)} slow ({_described(least)})",
+            "Allow more, or use a smaller model or max_length",
         )
 
 
@@ -127,36 +128,33 @@ def search(
     workers: int = 1,
 ) -> Found:
     """Plan many recipes like `recipe` and rank them. `workers`: processes; more than one only from a program that may
-    be imported (`if __name__ == "__main__"`), since each begins anew.
+    be imported (`if __name__ == "__main__"`), since each imports it again.
 
     `rates`: of the machine (default: this one's, measured now if they were not before). `tokens`, `process`: as `plan`
     takes them.
     """
     import torch
 
-    from ..doctor import known_overhead, measured_rates
-
     device = recipe.load_place().device.type
     if rates is None and (device == "cpu" or torch.cuda.is_available()):  # a plan for another machine has no speed
-        rates = measured_rates(device)
+        rates = calibrate.measured_rates(device)
     notes: list[str] = []
-    begins = process_bytes(known_overhead())  # once for all: a process that plans many grows
+    begins = process_bytes(calibrate.known_overhead())  # once for all: a process that plans many grows
     if tokens is None and (seen := foreseen(recipe, notes)) is not None:
         tokens, begins = seen.batch["tokens"], begins + seen.nbytes
     process = begins if process is None else process
     wanted = list(_combinations(recipe))
-    asked, left_out = wanted[:MOST], len(wanted) - MOST
+    requested, left_out = wanted[:MOST], len(wanted) - MOST
     work = _Work(rates, tokens, process)
-    tried = work.all(asked, workers)
+    tried = work.all(requested, workers)
     chunked: list[Candidate] = []
-    if _chunk_is_free(recipe):  # a smaller one helps only where logits are held at the peak
-        held = [c for c in tried if c.plan is not None and c.plan.kinds.get("logits")]
-        held.sort(key=lambda c: (c.fits, c.plan.fast_peak_bytes if c.plan else 0))
-        chunked = work.all([_with_chunk(c, SMALL_CHUNK) for c in held[:MOST_CHUNKS]], workers)
+    if _chunk_is_free(recipe):  # a smaller one helps only where logits are live at the peak
+        logits = [c for c in tried if c.plan is not None and c.plan.kinds.get("logits")]
+        logits.sort(key=lambda c: (c.fits, c.plan.fast_peak_bytes if c.plan else 0))
+        chunked = work.all([_with_chunk(c, SMALL_CHUNK) for c in logits[:MOST_CHUNKS]], workers)
     planned = [c for c in (*tried, *chunked) if c.plan is not None]
     refused = [c for c in tried if c.plan is None]
-    for said in dict.fromkeys(f"not possible: {c.method} on {c.precision}: {c.refused}" for c in refused):
-        notes.append(said)
+    notes += dict.fromkeys(f"not possible: {c.method} on {c.precision}: {c.refused}" for c in refused)
     if left_out > 0:
         notes.append(
             f"{left_out} more combinations were not tried: state a precision or one patch to narrow the search"
@@ -165,7 +163,7 @@ def search(
 
 
 def write(found: Found, path: Path, overwrite: bool = False) -> Recipe:
-    """Keep the best as a recipe; BadInput where the file is there and may not be replaced."""
+    """Write the best as a recipe; BadInput where the file exists and may not be replaced."""
     check_free(path, overwrite)
     best = found.require_fit()
     try:
@@ -176,9 +174,9 @@ def write(found: Found, path: Path, overwrite: bool = False) -> Recipe:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """BadInput where `path` is there and may not be replaced."""
+    """BadInput where `path` exists and may not be replaced."""
     if path.exists() and not overwrite:
-        raise BadInput(f"write {path}", "the file is there already", "Name another, or say --overwrite")
+        raise BadInput(f"write {path}", "the file is there already", "Name another, or add --overwrite")
 
 
 # --- what is combined ------------------------------------------------------------------------------------------------
@@ -207,7 +205,7 @@ def _combinations(recipe: Recipe) -> Iterator[Candidate]:
 
 
 def _methods(recipe: Recipe) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(name, patches): what the recipe has, and each patch of the table that works while training, by its defaults."""
+    """(name, patches): those of the recipe, and each training patch of the table with its defaults."""
     own = [(" + ".join(next(iter(entry)) for entry in recipe.patches), recipe.patches)] if recipe.patches else []
     others = [name for name in methods.names("patch") if methods.find(name).when.value in ("train", "both")]
     return own + [(name, [{name: {}}]) for name in others if [{name: {}}] != recipe.patches]
@@ -230,7 +228,7 @@ def _with_chunk(candidate: Candidate, chunk: int) -> Candidate:
 
 
 def _rank(candidate: Candidate) -> tuple:
-    """What fits before what does not; then the faster, and among equals what trains more and holds less."""
+    """What fits before what does not; then the faster, and among equals what trains more and uses less."""
     made = candidate.plan
     assert made is not None
     if not made.fits:
@@ -247,7 +245,7 @@ def _word(yes: bool) -> str:
     return "yes" if yes else "no"
 
 
-def _said(candidate: Candidate) -> str:
+def _described(candidate: Candidate) -> str:
     parts = [candidate.method, f"micro-batch {candidate.micro_batch}", candidate.precision]
     parts += ["checkpointing"] if candidate.checkpointing else []
     return ", ".join(parts)
@@ -258,7 +256,7 @@ def _said(candidate: Candidate) -> str:
 
 @dataclass(frozen=True)
 class _Work:
-    """Plans candidates with these options, in two processes where that can be done."""
+    """Plans candidates with these options, in several processes where possible."""
 
     rates: Rates | None
     tokens: int | None

@@ -16,37 +16,35 @@ from ..errors import BadInput, Untraceable
 from ..recipe import Recipe
 
 if TYPE_CHECKING:
-    from ..cost.roofline import Stopwatch
+    from ..cost.rates import Rates
+    from ..cost.trace import StepCost
 
 SHALLOW = 2  # the shallow model's blocks; a second, deeper by as many, gives the line on which deeper stacks lie
 
 
-def peaks(
-    recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, watch: Stopwatch | None = None
-) -> Any:
-    """Peaks by phase and kind, of the whole depth; from two shallow models where the kinds of blocks recur.
+def step_cost(
+    recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, rates: Rates | None = None
+) -> StepCost:
+    """The cost of a step at the whole depth; from two shallow models where the kinds of blocks recur.
 
-    `watch` is told the step's seconds on the way (cost/roofline.py).
+    `counted`: tokens of a row that count in the loss (None: all). Without `rates` the cost has no seconds.
     """
-    from ..cost.roofline import Stopwatch
     from ..cost.trace import extend
     from ..model import anatomy
 
     whole = PlannedStep(recipe, args, None)
-    watch = watch or Stopwatch(None)
-    whole.tell(watch)
     depth, period = len(anatomy.blocks(whole.model)[1]), whole.period()
-    watch.depth = depth
     low = SHALLOW if period == 1 else period + depth % period
     shallow = (low, low + SHALLOW * period)
     if depth <= shallow[1]:
-        return whole.watched(watch, rows, tokens, counted)
-    traces = [PlannedStep(recipe, args, n).watched(watch, rows, tokens, counted) for n in shallow]
-    return whole.with_tables(extend(*traces, shallow, depth))
+        return whole.trace(rows, tokens, counted, rates)
+    traces = [PlannedStep(recipe, args, n).trace(rows, tokens, counted, rates) for n in shallow]
+    return whole.complete(extend(*traces, shallow, depth))
 
 
 class PlannedStep:
-    """One training step of a recipe on a model without values, `blocks` deep (None: as deep as it is)."""
+    """One training step of a recipe on a model without values, `blocks` deep (None: as deep as it is). With `real` the
+    model has its weights."""
 
     def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
         from ..contracts import When
@@ -56,7 +54,7 @@ class PlannedStep:
 
         self.recipe, self.args, self.real = recipe, args, real
         self.objective, self.stepper = weighed(recipe.load_objective(), args), recipe.load_stepper()
-        self.blocks, self.churn, self.products = blocks, 0, 0
+        self.blocks = blocks
         self.model, self.mapped = empty_model(recipe.model, task=self.objective.head, blocks=blocks)
         if real:
             self.model = load_model(recipe.model, task=self.objective.head)[0]
@@ -73,9 +71,9 @@ class PlannedStep:
         try:
             self.surgeries = apply_patches(self.model, recipe.load_patches(), place, When.TRAIN)
             self.surgeries += prepare(self.model, self.stepper, self.objective)
-        except (RuntimeError, NotImplementedError) as error:  # a library's own code may want values
+        except (RuntimeError, NotImplementedError) as error:  # a library's code may read values
             why = f"the patch cannot be put on a model without values ({' '.join(str(error).split())[:120]})"
-            raise Untraceable(f"plan {', '.join(map(str, recipe.patches))}", why, "Take budget: out") from error
+            raise Untraceable(f"plan {', '.join(map(str, recipe.patches))}", why, "Remove budget:") from error
 
     def _as_trained(self) -> None:
         """What a run does to the model before it is patched and decides how its loss is computed."""
@@ -93,15 +91,10 @@ class PlannedStep:
 
     @property
     def trained(self) -> int:
-        """How many numbers are trained, those of rows in the slow tier among them."""
+        """How many parameters are trained, those of rows in the slow tier among them."""
         from ..engine.tables import row_numbers
 
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad) + row_numbers(self.surgeries)
-
-    def tell(self, watch: Any) -> None:
-        """What a stopwatch has to know of it (cost/roofline.py)."""
-        watch.trained, watch.cast, watch.notes = self.trained, self.autocast is not None, self.notes
-        watch.ahead = max((store.carried for surgery in self.surgeries for store in surgery.stores), default=0)
 
     @property
     def notes(self) -> list[str]:
@@ -111,15 +104,25 @@ class PlannedStep:
 
         return [*self.left_dense, *notes_of(self.surgeries, str(place_of(self.recipe).folder))]
 
-    def with_tables(self, peaks: Any) -> Any:
-        """What tables hold, which is there in every phase; not linear in the depth, since a cache is shared out."""
+    @property
+    def stores(self) -> list[Any]:
+        return [store for surgery in self.surgeries for store in surgery.stores]
+
+    def complete(self, cost: StepCost) -> StepCost:
+        """`cost` with the bytes of the tables, which are there in every phase, and what is known of a whole model.
+
+        The bytes of tables are not linear in the depth: a cache is shared out over the layers.
+        """
         from ..cost.trace import ADAPTER, ROWS
 
-        for kinds in peaks.values():
-            for store in (store for surgery in self.surgeries for store in surgery.stores):
+        for kinds in cost.peaks.values():
+            for store in self.stores:
                 kinds[ADAPTER] = kinds.get(ADAPTER, 0) + store.nbytes["fast"]
                 kinds[ROWS] = kinds.get(ROWS, 0) + store.nbytes["slow"]
-        return peaks
+        return dataclasses.replace(
+            cost, trained=self.trained, autocast=self.autocast is not None,
+            copied_ahead=max((store.carried for store in self.stores), default=0), notes=tuple(self.notes),
+        )  # fmt: skip
 
     def period(self) -> int:
         """After how many blocks the kinds of blocks recur: 1 where all are equal, the depth where they never do."""
@@ -136,65 +139,61 @@ class PlannedStep:
         recurs = (p for p in range(1, depth) if all(looks[i] == looks[i - p] for i in range(p, depth)))
         return math.lcm(next(recurs, depth), every if self.args.activation_checkpointing else 1)
 
-    def watched(self, watch: Any, rows: int, tokens: int, counted: int | None) -> Any:
-        """As `trace`, of which `watch` is told."""
-        found = self.trace(rows, tokens, counted, watch.at(self.blocks))
-        watch.churn, watch.products = max(watch.churn, self.churn), max(watch.products, self.products)
-        return found
-
-    def trace(self, rows: int, tokens: int, counted: int | None = None, clock: Any = None) -> Any:
-        """Peaks by phase and kind; those of a stack that was made shallow are without its tables.
-
-        Sets `churn` and `products`.
-        """
+    def trace(self, rows: int, tokens: int, counted: int | None = None, rates: Rates | None = None) -> StepCost:
+        """The cost of a step; that of a stack that was made shallow is not complete."""
         import torch
 
+        from ..cost.roofline import Clock
         from ..cost.trace import MAPPED, WEIGHTS, Step, live, trace_steps
         from ..engine.prepare import prepared
 
         model, recipe = self.model, self.recipe
-        held = {_key(t) for t in (*model.parameters(), *model.buffers())}
-        aside = [t for key, t in self.base.items() if key not in held]  # originals that a patch keeps for the way back
+        patched = {_key(t) for t in (*model.parameters(), *model.buffers())}
+        aside = [t for key, t in self.base.items() if key not in patched]  # originals that a patch keeps to revert
         model.train()
         self._checkpointing()
-        every = [store for surgery in self.surgeries for store in surgery.stores]
-        stores = [] if clock is None or self.real else every  # what is done for real is seen
-        for store in stores:
-            store.clock = clock
+        clock = None if rates is None else Clock(rates)
+        if not self.real:  # real work on tables is traced
+            for store in self.stores:
+                store.clock = clock
         plain = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compile=False))
         with prepared(model, self.objective, plain):
-            if recipe.load_place().device.type != "cpu":  # the lean attention is the CPU's
+            if recipe.load_place().device.type != "cpu":  # the efficient attention is the CPU's
                 model.set_attn_implementation("sdpa")
-            peaks, self.churn, self.products = trace_steps(Step(
+            cost = trace_steps(Step(
                 model, torch.device("cpu"), functools.partial(self.batch, rows, tokens), self.loss,
                 self.stepper.backward, self.optimizer, self.kind_of, self._evaluation(tokens),
-                micro_batches=min(2, self.args.gradient_accumulation_steps), clip=self.args.max_grad_norm or 0.0,
+                micro_batches=self.args.gradient_accumulation_steps, clip=self.args.max_grad_norm or 0.0,
                 counted=None if counted is None else rows * counted, clock=clock,
                 full_rows=bool(getattr(self.args, "packing", False)),
             ), fake=not self.real)  # fmt: skip
-        for store in stores:
-            self._update(store, clock)
-        for kinds in peaks.values():
+        if rates is not None and not self.real:
+            cost = self._with_row_updates(cost, rates)
+        for kinds in cost.peaks.values():
             for tensor in aside:
                 kind = MAPPED if self.mapped and _key(tensor) in self.in_file else WEIGHTS
                 kinds[kind] = kinds.get(kind, 0) + tensor.untyped_storage().nbytes()
-        assert all(live(kinds) >= 0 for kinds in peaks.values())
-        return peaks if self.blocks is not None else self.with_tables(peaks)
+        assert all(live(kinds) >= 0 for kinds in cost.peaks.values())
+        return cost if self.blocks is not None else self.complete(cost)
 
-    def _update(self, store: Any, clock: Any) -> None:
-        """The seconds in which the rows of `store` step, which the trace does not see; where they are not known, those
-        of the whole step are not."""
-        from ..cost.roofline import OPTIMISER, row_update
+    def _with_row_updates(self, cost: StepCost, rates: Rates) -> StepCost:
+        """Adds the seconds in which the rows of tables step, which the trace does not see; where they are not known,
+        those of the whole step are not."""
+        from ..cost.roofline import row_update
+        from ..cost.trace import OPTIMISER
         from ..tiered.expected import expected_rows
         from ..tiered.record import VALUES
 
-        tokens, probes = store.asked
-        clock.known = clock.known and bool(tokens) and store.optimizer.plain
-        if tokens:
+        seconds, written = dict(cost.seconds or {}), 0.0
+        for store in self.stores:
+            tokens, probes = store.asked
+            if not tokens or not store.optimizer.plain:
+                return dataclasses.replace(cost, seconds=None)
             many = expected_rows(store, tokens, probes, self.args.gradient_accumulation_steps)
-            size = store.parts[VALUES].nbytes
-            clock.spend(row_update(clock.rates, size, many, store.optimizer.copies), OPTIMISER)
-            clock.dirty += many * store.record_bytes if store.slow == "disk" else 0.0
+            update = row_update(rates, store.parts[VALUES].nbytes, many, store.optimizer.copies)
+            seconds[OPTIMISER] = seconds.get(OPTIMISER, 0.0) + update
+            written += many * store.record_bytes if store.slow == "disk" else 0.0
+        return dataclasses.replace(cost, seconds=seconds, written=written)
 
     def kind_of(self, name: str, tensor: Any) -> str:
         from ..cost.trace import ADAPTER, MAPPED, WEIGHTS
@@ -207,12 +206,12 @@ class PlannedStep:
 
     def batch(self, rows: int, tokens: int) -> dict[str, Any]:
         made = self.objective.example_batch(rows, tokens, self.args)
-        if self.real:  # where the data decide what runs, they should differ
+        if self.real:  # where values decide which operations run, ids should differ
             made["input_ids"].random_(self.model.config.get_text_config().vocab_size)
         return made
 
     def _evaluation(self, tokens: int) -> Any:
-        """Rows of evaluation are taken to be as long as those of training."""
+        """A batch of evaluation; its rows are taken to be as long as those of training."""
         if not self.recipe.data.test or self.args.eval_strategy == "no":
             return None
         return functools.partial(self.batch, self.args.per_device_eval_batch_size, tokens)
@@ -238,7 +237,7 @@ class PlannedStep:
             raise BadInput(
                 f"plan training: optim: {self.args.optim}",
                 "the planner follows PyTorch's own optimisers only",
-                "Take budget: out, or train with adamw_torch",
+                "Remove budget:, or train with adamw_torch",
             )
         return cls(trained, **options)
 
@@ -255,12 +254,14 @@ class PlannedStep:
         options = dict(self.args.activation_checkpointing_kwargs or {})
         every = options.pop("every_n_layers", 1)
         if options.pop("offload", False):
-            raise BadInput("plan activation checkpointing with offload", "the planner does not know it yet", "Leave it")
+            raise BadInput(
+                "plan activation checkpointing with offload", "the planner does not know it yet", "Remove it"
+            )
         self.model.activation_checkpointing_enable(
             activation_checkpointing_kwargs=options or None, every_n_layers=every
         )
 
 
 def _key(tensor: Any) -> int:
-    """Names a storage, also one without content."""
+    """Identifies a storage, also one without content."""
     return tensor.untyped_storage()._cdata
