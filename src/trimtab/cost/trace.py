@@ -41,6 +41,7 @@ ROWS = "rows in the slow tier"
 BLOCK_BACKWARD = ("backward of the last block", "backward of the blocks between")
 SLOW = (MAPPED, ROWS)  # kinds of the slow tier
 OPTIMISER, ACTIVATIONS, LOGITS, TEMPORARIES = "optimiser", "activations", "logits", "temporaries"
+CACHE = "cache"
 EVALUATION = "evaluation"  # a phase; OPTIMISER is one too
 MICRO_BATCHES = 2  # of an optimizer step that are traced
 
@@ -282,39 +283,58 @@ def trace_steps(step: Step, fake: bool = True) -> StepCost:
 
     The model is left with fake tensors in it; with `fake=False` real ones are stepped, which costs what is counted.
     """
-    model = step.model
-    kinds = {n: step.kind_of(n, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    trace = Trace(step.model.config.get_text_config().vocab_size, step.counted, step.clock, fake)
+    with _traced(trace, step.model, step.device, step.kind_of, step.full_rows):
+        trained = [p for p in step.model.parameters() if p.requires_grad]
+        optimizer = step.optimizer(trained)
+        for _ in range(2):
+            trace.forget_peaks()
+            _train(step, trace, optimizer, trained)
+        if step.evaluation is not None:
+            step.model.eval()
+            with torch.no_grad():
+                trace.enter(EVALUATION, TEMPORARIES)
+                step.loss(step.evaluation())
+    seconds = None if step.clock is None else step.clock.phases
+    return StepCost(trace.peaks, trace.backward_transient, len(trace.products), seconds)
+
+
+def trace_inference(
+    model: Any, kind_of: Callable[[str, Tensor], str], run: Callable[[Trace], None], fake: bool = True
+) -> StepCost:
+    """The cost of `run`, which uses `model` without gradients and enters the trace's phases; without tables."""
+    trace = Trace(model.config.get_text_config().vocab_size, fake=fake)
+    with _traced(trace, model, torch.device("cpu"), kind_of), torch.no_grad():
+        trace.kind = TEMPORARIES
+        run(trace)
+    return StepCost(trace.peaks, 0, len(trace.products))
+
+
+@contextlib.contextmanager
+def _traced(
+    trace: Trace, model: Any, device: torch.device, kind_of: Callable[[str, Tensor], str], full_rows: bool = False
+) -> Iterator[None]:
+    """Within it `trace` is active. A trace of fake tensors leaves `model` with such tensors, on `device`."""
+    kinds = {n: kind_of(n, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     with contextlib.ExitStack() as stack:
-        if fake:
+        if trace.fake:
             stack.enter_context(FakeTensorMode())
-            stack.enter_context(biases_apart(step.full_rows))
-            empty_like_meta(model, step.device)
-        trace = Trace(model.config.get_text_config().vocab_size, step.counted, step.clock, fake)
+            stack.enter_context(biases_apart(full_rows))
+            empty_like_meta(model, device)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             trace.watch([tensor], kinds[name])
         trace.watch(quantised_state(model), WEIGHTS)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = step.optimizer(trained)
         try:
             with _phases(trace, model), trace:
-                for _ in range(2):
-                    trace.forget_peaks()
-                    _train(step, trace, optimizer, trained)
-                if step.evaluation is not None:
-                    model.eval()
-                    with torch.no_grad():
-                        trace.enter(EVALUATION, TEMPORARIES)
-                        step.loss(step.evaluation())
+                yield
         except TrimtabError:
             raise
         except Exception as error:  # a model's own code may do what has no meaning without values
             raise Untraceable(
-                f"plan a step of {type(model).__name__}",
+                f"plan {type(model).__name__}",
                 f"the planner cannot follow it ({type(error).__name__}: {_operation(error)})",
                 "Remove budget:; run.json will say what the run used",
             ) from error
-    seconds = None if step.clock is None else step.clock.phases
-    return StepCost(trace.peaks, trace.backward_transient, len(trace.products), seconds)
 
 
 def _operation(error: Exception) -> str:

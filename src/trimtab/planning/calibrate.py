@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..cost.machine import machine
 from ..cost import overhead, rates
+from ..cost.machine import machine
 from ..cost.overhead import TRANSIENT_SHARE, Overhead
 from ..cost.rates import Rates
 from ..model.hub import cache_root

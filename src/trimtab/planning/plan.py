@@ -295,7 +295,8 @@ def _real_step(
 
     if not weights_at_hand(recipe.model):
         raise why
-    return PlannedStep(recipe, args, None, real=True).trace(rows, tokens, counted, rates)
+    step = PlannedStep(recipe, args, None, real=True)
+    return step.complete(step.trace(rows, tokens, counted, rates))
 
 
 def _speed(

@@ -12,82 +12,41 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInput, Untraceable
+from ..errors import BadInput
 from ..recipe import Recipe
+from .planned_model import PlannedModel, at_whole_depth
 
 if TYPE_CHECKING:
     from ..cost.rates import Rates
     from ..cost.trace import StepCost
 
-SHALLOW = 2  # the shallow model's blocks; a second, deeper by as many, gives the line on which deeper stacks lie
-
 
 def step_cost(
     recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, rates: Rates | None = None
 ) -> StepCost:
-    """The cost of a step at the whole depth; from two shallow models where the kinds of blocks recur.
-
-    `counted`: tokens of a row that count in the loss (None: all). Without `rates` the cost has no seconds.
-    """
-    from ..cost.trace import extend
-    from ..model import anatomy
-
-    whole = PlannedStep(recipe, args, None)
-    depth, period = len(anatomy.blocks(whole.model)[1]), whole.period()
-    low = SHALLOW if period == 1 else period + depth % period
-    shallow = (low, low + SHALLOW * period)
-    if depth <= shallow[1]:
-        return whole.trace(rows, tokens, counted, rates)
-    traces = [PlannedStep(recipe, args, n).trace(rows, tokens, counted, rates) for n in shallow]
-    return whole.complete(extend(*traces, shallow, depth))
+    """The cost of a step. `counted`: tokens of a row that count in the loss (None: all). Without `rates` the cost has
+    no seconds."""
+    return at_whole_depth(
+        lambda blocks: PlannedStep(recipe, args, blocks), lambda step: step.trace(rows, tokens, counted, rates)
+    )
 
 
-class PlannedStep:
-    """One training step of a recipe on a model without values, `blocks` deep (None: as deep as it is). With `real` the
-    model has its weights."""
+class PlannedStep(PlannedModel):
+    """One training step of a recipe under the training arguments `args`."""
 
     def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
         from ..contracts import When
         from ..engine.arguments import weighed
-        from ..engine.patching import apply_patches, prepare
-        from ..model.load import assembled, empty_model, left_dense, load_model
-
-        self.recipe, self.args, self.real = recipe, args, real
-        self.objective, self.stepper = weighed(recipe.load_objective(), args), recipe.load_stepper()
-        self.blocks = blocks
-        self.model, self.mapped = empty_model(recipe.model, task=self.objective.head, blocks=blocks)
-        if real:
-            self.model = load_model(recipe.model, task=self.objective.head)[0]
-        self.left_dense = left_dense(self.model)
-        self._as_trained()
-        self.dtype = self.model.dtype
-        # `.data`: the storage, which stays when a patch puts another under the same parameter
-        self.base = {_key(t): t.data for t in (*self.model.parameters(), *self.model.buffers())}
-        fresh = [] if self.objective.head == "causal-lm" else self._fresh()
-        copies = [*fresh, *assembled(self.model, recipe.model)]
-        self.in_file = {_key(p) for p in self.model.parameters()} - {_key(p) for p in copies}
-        place = recipe.load_place()
-        self.mapped = self.mapped and place.device.type == "cpu"  # another device gets copies
-        try:
-            self.surgeries = apply_patches(self.model, recipe.load_patches(), place, When.TRAIN)
-            self.surgeries += prepare(self.model, self.stepper, self.objective)
-        except (RuntimeError, NotImplementedError) as error:  # a library's code may read values
-            why = f"the patch cannot be put on a model without values ({' '.join(str(error).split())[:120]})"
-            raise Untraceable(f"plan {', '.join(map(str, recipe.patches))}", why, "Remove budget:") from error
-
-    def _as_trained(self) -> None:
-        """What a run does to the model before it is patched and decides how its loss is computed."""
         from ..engine.prepare import weigh_router
         from ..model.head import READ, read_head
 
-        if self.objective.head == "causal-lm":
-            weigh_router(self.model, self.args)
+        self.args, self.stepper = args, recipe.load_stepper()
+        self.objective = weighed(recipe.load_objective(), args)
+        super().__init__(recipe, blocks, real, self.objective.head)
+        if self.head == "causal-lm":
+            weigh_router(self.model, args)
             setattr(self.model, READ, read_head(self.model))
-
-    def _fresh(self) -> list[Any]:
-        from ..model import anatomy
-
-        return list(anatomy.fresh_parameters(self.model).values())
+        self.patch(recipe.load_patches(), When.TRAIN, self.stepper, self.objective)
 
     @property
     def trained(self) -> int:
@@ -96,60 +55,28 @@ class PlannedStep:
 
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad) + row_numbers(self.surgeries)
 
-    @property
-    def notes(self) -> list[str]:
-        """What to know of how the patches are applied."""
-        from ..artifacts.run_folder import place_of
-        from ..engine.tables import notes_of
-
-        return [*self.left_dense, *notes_of(self.surgeries, str(place_of(self.recipe).folder))]
-
-    @property
-    def stores(self) -> list[Any]:
-        return [store for surgery in self.surgeries for store in surgery.stores]
-
     def complete(self, cost: StepCost) -> StepCost:
-        """`cost` with the bytes of the tables, which are there in every phase, and what is known of a whole model.
-
-        The bytes of tables are not linear in the depth: a cache is shared out over the layers.
-        """
-        from ..cost.trace import ADAPTER, ROWS
-
-        for kinds in cost.peaks.values():
-            for store in self.stores:
-                kinds[ADAPTER] = kinds.get(ADAPTER, 0) + store.nbytes["fast"]
-                kinds[ROWS] = kinds.get(ROWS, 0) + store.nbytes["slow"]
+        """`cost` with the bytes of the tables, and what is known of a whole model."""
+        self.with_tables(cost.peaks)
         return dataclasses.replace(
             cost, trained=self.trained, autocast=self.autocast is not None,
             copied_ahead=max((store.carried for store in self.stores), default=0), notes=tuple(self.notes),
         )  # fmt: skip
 
     def period(self) -> int:
-        """After how many blocks the kinds of blocks recur: 1 where all are equal, the depth where they never do."""
-        from ..model import anatomy
-
-        stack = anatomy.blocks(self.model)[1]
-        depth = len(stack)
-        types = getattr(self.model.config.get_text_config(), "layer_types", None) or [None] * depth
-        looks = [
-            (kind, *((n, t.shape, t.dtype, t.requires_grad) for n, t in block.named_parameters()))
-            for kind, block in zip(types, stack, strict=True)
-        ]
         every = (self.args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
-        recurs = (p for p in range(1, depth) if all(looks[i] == looks[i - p] for i in range(p, depth)))
-        return math.lcm(next(recurs, depth), every if self.args.activation_checkpointing else 1)
+        return math.lcm(super().period(), every if self.args.activation_checkpointing else 1)
 
     def trace(self, rows: int, tokens: int, counted: int | None = None, rates: Rates | None = None) -> StepCost:
-        """The cost of a step; that of a stack that was made shallow is not complete."""
+        """The cost of a step, not complete yet."""
         import torch
 
         from ..cost.roofline import Clock
-        from ..cost.trace import MAPPED, WEIGHTS, Step, live, trace_steps
+        from ..cost.trace import Step, trace_steps
         from ..engine.prepare import prepared
 
         model, recipe = self.model, self.recipe
-        patched = {_key(t) for t in (*model.parameters(), *model.buffers())}
-        aside = [t for key, t in self.base.items() if key not in patched]  # originals that a patch keeps to revert
+        originals = self.originals()
         model.train()
         self._checkpointing()
         clock = None if rates is None else Clock(rates)
@@ -169,12 +96,8 @@ class PlannedStep:
             ), fake=not self.real)  # fmt: skip
         if rates is not None and not self.real:
             cost = self._with_row_updates(cost, rates)
-        for kinds in cost.peaks.values():
-            for tensor in aside:
-                kind = MAPPED if self.mapped and _key(tensor) in self.in_file else WEIGHTS
-                kinds[kind] = kinds.get(kind, 0) + tensor.untyped_storage().nbytes()
-        assert all(live(kinds) >= 0 for kinds in cost.peaks.values())
-        return cost if self.blocks is not None else self.complete(cost)
+        self.with_originals(cost.peaks, originals)
+        return cost
 
     def _with_row_updates(self, cost: StepCost, rates: Rates) -> StepCost:
         """Adds the seconds in which the rows of tables step, which the trace does not see; where they are not known,
@@ -194,15 +117,6 @@ class PlannedStep:
             seconds[OPTIMISER] = seconds.get(OPTIMISER, 0.0) + update
             written += many * store.record_bytes if store.slow == "disk" else 0.0
         return dataclasses.replace(cost, seconds=seconds, written=written)
-
-    def kind_of(self, name: str, tensor: Any) -> str:
-        from ..cost.trace import ADAPTER, MAPPED, WEIGHTS
-
-        if _key(tensor) not in self.base:
-            return ADAPTER
-        if _key(tensor) not in self.in_file:
-            return ADAPTER if tensor.requires_grad else WEIGHTS
-        return MAPPED if self.mapped and tensor.is_floating_point() else WEIGHTS  # packed ones are made, not mapped
 
     def batch(self, rows: int, tokens: int) -> dict[str, Any]:
         made = self.objective.example_batch(rows, tokens, self.args)
@@ -260,8 +174,3 @@ class PlannedStep:
         self.model.activation_checkpointing_enable(
             activation_checkpointing_kwargs=options or None, every_n_layers=every
         )
-
-
-def _key(tensor: Any) -> int:
-    """Identifies a storage, also one without content."""
-    return tensor.untyped_storage()._cdata

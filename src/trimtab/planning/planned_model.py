@@ -1,0 +1,134 @@
+"""A recipe's model without values, patched: what the planner traces.
+
+It is built from its config on the `meta` device. No weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Untraceable
+from ..recipe import Recipe
+
+if TYPE_CHECKING:
+    from ..contracts import Patch, Surgery, When
+    from ..cost.trace import Peaks, StepCost
+
+SHALLOW = 2  # the shallow model's blocks; a second, deeper by as many, gives the line on which deeper stacks lie
+
+
+class PlannedModel:
+    """`blocks`: how deep it is (None: as deep as its config says). `real`: with its weights. `head`: the transformers
+    head, for so many `labels`."""
+
+    def __init__(
+        self, recipe: Recipe, blocks: int | None, real: bool = False, head: str = "causal-lm",
+        labels: int | None = None,
+    ):  # fmt: skip
+        from ..model import anatomy
+        from ..model.load import assembled, empty_model, left_dense, load_model
+
+        self.recipe, self.blocks, self.real, self.head = recipe, blocks, real, head
+        self.model, self.mapped = empty_model(recipe.model, task=head, blocks=blocks, labels=labels)
+        if real:
+            self.model = load_model(recipe.model, task=head, labels=labels)[0]
+        self.left_dense = left_dense(self.model)
+        self.dtype = self.model.dtype
+        # `.data`: the storage, which stays when a patch puts another under the same parameter
+        self.base = {_key(t): t.data for t in (*self.model.parameters(), *self.model.buffers())}
+        fresh = [] if head == "causal-lm" else anatomy.fresh_parameters(self.model).values()
+        copies = [*fresh, *assembled(self.model, recipe.model)]
+        self.in_file = {_key(p) for p in self.model.parameters()} - {_key(p) for p in copies}
+        self.mapped = self.mapped and recipe.load_place().device.type == "cpu"  # another device gets copies
+        self.surgeries: list[Surgery] = []
+
+    def patch(self, patches: Iterable[Patch], phase: When, *parts: Any) -> None:
+        """Apply the patches that act in `phase`, and what `parts` (stepper, objective) need."""
+        from ..engine.patching import apply_patches, prepare
+
+        try:
+            self.surgeries += apply_patches(self.model, patches, self.recipe.load_place(), phase)
+            self.surgeries += prepare(self.model, *parts)
+        except (RuntimeError, NotImplementedError) as error:  # a library's code may read values
+            why = f"the patch cannot be put on a model without values ({' '.join(str(error).split())[:120]})"
+            raise Untraceable(f"plan {', '.join(map(str, self.recipe.patches))}", why, "Remove budget:") from error
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know of how the patches are applied."""
+        from ..artifacts.run_folder import place_of
+        from ..engine.tables import notes_of
+
+        return [*self.left_dense, *notes_of(self.surgeries, str(place_of(self.recipe).folder))]
+
+    @property
+    def stores(self) -> list[Any]:
+        return [store for surgery in self.surgeries for store in surgery.stores]
+
+    def originals(self) -> list[Any]:
+        """The base tensors that a patch replaced and keeps to revert; to be asked before the trace."""
+        patched = {_key(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        return [t for key, t in self.base.items() if key not in patched]
+
+    def with_originals(self, peaks: Peaks, originals: list[Any]) -> None:
+        """Add `originals` to each phase."""
+        from ..cost.trace import MAPPED, WEIGHTS, live
+
+        for kinds in peaks.values():
+            for tensor in originals:
+                kind = MAPPED if self.mapped and _key(tensor) in self.in_file else WEIGHTS
+                kinds[kind] = kinds.get(kind, 0) + tensor.untyped_storage().nbytes()
+        assert all(live(kinds) >= 0 for kinds in peaks.values())
+
+    def with_tables(self, peaks: Peaks) -> None:
+        """Add, to each phase, the bytes of the tables. They are not linear in the depth: the layers share a cache."""
+        from ..cost.trace import ADAPTER, ROWS
+
+        for kinds in peaks.values():
+            for store in self.stores:
+                kinds[ADAPTER] = kinds.get(ADAPTER, 0) + store.nbytes["fast"]
+                kinds[ROWS] = kinds.get(ROWS, 0) + store.nbytes["slow"]
+
+    def period(self) -> int:
+        """After how many blocks the kinds of blocks recur: 1 where all are equal, the depth where they never do."""
+        from ..model import anatomy
+
+        stack = anatomy.blocks(self.model)[1]
+        depth = len(stack)
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or [None] * depth
+        looks = [
+            (kind, *((n, t.shape, t.dtype, t.requires_grad) for n, t in block.named_parameters()))
+            for kind, block in zip(types, stack, strict=True)
+        ]
+        recurs = (p for p in range(1, depth) if all(looks[i] == looks[i - p] for i in range(p, depth)))
+        return next(recurs, depth)
+
+    def kind_of(self, name: str, tensor: Any) -> str:
+        from ..cost.trace import ADAPTER, MAPPED, WEIGHTS
+
+        if _key(tensor) not in self.base:
+            return ADAPTER
+        if _key(tensor) not in self.in_file:
+            return ADAPTER if tensor.requires_grad else WEIGHTS
+        return MAPPED if self.mapped and tensor.is_floating_point() else WEIGHTS  # packed ones are made, not mapped
+
+
+def at_whole_depth(make: Callable[[int | None], Any], trace: Callable[[Any], StepCost]) -> StepCost:
+    """The cost that `trace` finds of `make(None)`, the model at its whole depth; from two shallow models where the
+    kinds of blocks recur. `make`: blocks -> a PlannedModel."""
+    from ..cost.trace import extend
+    from ..model import anatomy
+
+    whole = make(None)
+    depth, period = len(anatomy.blocks(whole.model)[1]), whole.period()
+    low = SHALLOW if period == 1 else period + depth % period
+    shallow = (low, low + SHALLOW * period)
+    if depth <= shallow[1]:
+        return whole.complete(trace(whole))
+    return whole.complete(extend(*(trace(make(n)) for n in shallow), shallow, depth))
+
+
+def _key(tensor: Any) -> int:
+    """Identifies a storage, also one without content."""
+    return tensor.untyped_storage()._cdata
