@@ -236,7 +236,8 @@ def test_generate(call, ran):
 def loaded(ran: Path):
     from trimtab.inference.load_run import load_run
 
-    model, tokenizer, _, _ = load_run(trimtab.Recipe.load(ran))
+    run = load_run(trimtab.Recipe.load(ran))
+    model, tokenizer = run.model, run.tokenizer
     ids = torch.tensor([tokenizer("paris is in the country of france")["input_ids"]])
     with torch.no_grad():
         return ids, model(input_ids=ids).logits

@@ -164,7 +164,7 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_pa
     recipe = recipe_of(folder, {name: CASES[name]}, training={"activation_checkpointing": checkpointing})
     args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
     step = PlannedStep(recipe, args, None)
-    cost = step.trace(ROWS, TOKENS)
+    cost = step.complete(step.trace(ROWS, TOKENS))
     whole = trace.highest(cost.peaks)
     extended = plan(recipe)
     assert extended.backward_transient == cost.backward_transient > 0

@@ -214,6 +214,11 @@ class Stepper:
         return value.detach()
 
 
+def cache_of(surgeries: Iterable[Surgery]) -> Cache | None:
+    """A new KV cache of the surgery that has one; None: transformers' own."""
+    return next((cache for surgery in surgeries if (cache := surgery.cache()) is not None), None)
+
+
 def penalty_of(surgeries: Iterable[Surgery]) -> Tensor | None:
     """The sum of the surgeries' penalties, shape (); None where there is none."""
     found = [penalty for surgery in surgeries if (penalty := surgery.penalty()) is not None]

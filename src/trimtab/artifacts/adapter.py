@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import __version__, methods
-from ..contracts import Place, Surgery
+from ..contracts import Patch, Place, Surgery
 from ..errors import BadInput
 from ..model.hub import ordinary_modes
 from ..model.reply import ReplyForm
@@ -197,12 +197,21 @@ def _parts(folder: Path, meta: Meta) -> list[Path]:
     return parts
 
 
-def _load_one(model: PreTrainedModel, folder: Path, place: Place, undo: contextlib.ExitStack) -> Surgery:
+def patches_of(folder: str | Path) -> list[Patch]:
+    """The patches that an adapter folder names, in order."""
+    folder = Path(folder)
+    return [_patch_of(part) for part in _parts(folder, read_meta(folder))]
+
+
+def _patch_of(folder: Path) -> Patch:
     meta = read_meta(folder)
     if not meta.patch:
         raise BadInput(f"adapter {folder}", f"its {OURS} names no patch", "Use an intact copy")
-    patch = build(methods.find(meta.patch), meta.config, f"adapter {folder}")
-    tensors = read_tensors(folder)
+    return build(methods.find(meta.patch), meta.config, f"adapter {folder}")
+
+
+def _load_one(model: PreTrainedModel, folder: Path, place: Place, undo: contextlib.ExitStack) -> Surgery:
+    patch, tensors = _patch_of(folder), read_tensors(folder)
     has_rows = (folder / ROWS).is_dir()
     widest = max([RANK, *(max(*t.shape, t.numel() // t.shape[-1]) for t in tensors.values() if t.dim() and t.numel())])
     if not has_rows and (rank := getattr(patch, "r", 0)) > widest:  # before anything of that size is made

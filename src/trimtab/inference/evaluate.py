@@ -11,15 +11,19 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.metrics import METRICS
 from ..errors import BadInput
-from ..model.reply import ReplyForm, longest_answer
+from ..model.reply import longest_answer
 from ..quiet import hushed, no_dataset_bars
 from ..recipe import Recipe
 
+if TYPE_CHECKING:
+    from .session import Inference
+
 Say = Callable[[str], None]
+BATCH = 32  # texts that are classified at once
 
 
 @hushed()
@@ -34,25 +38,25 @@ def evaluate(
     A run's folder keeps it: `eval.json`, or `eval_base.json` for the base. With another `adapter`, nothing is written.
     """
     from ..artifacts.files import write_json
-    from ..engine.tables import reading
-    from .load_run import load_run
+    from ..engine.objectives import evaluator
+    from .session import Inference
 
     if not recipe.data.test and not tasks:
         raise BadInput("eval", "the recipe names no data.test", "Add data: {test: FILE}, or name --tasks of lm-eval")
-    model, tokenizer, surgeries, meta = load_run(recipe, adapter, base_only)
+    made = Inference(recipe, adapter, base_only, say)
     result: dict[str, Any] = {
         "model": recipe.model.name,
         "adapter": None if base_only else str(adapter or recipe.output),
     }
-    with reading(model, surgeries) as reads:
+    if not tasks and made.base.task != recipe.load_objective().head:
+        have = f"the adapter was trained for {made.base.task}"
+        raise BadInput(f"eval with objective: {recipe.objective}", have, "Use the recipe of its run")
+    with made:
         if tasks:
-            result["metrics"] = harness(model, tokenizer, tasks, limit)
-        elif meta.task == "classification":
-            result |= classify(recipe, model, tokenizer, meta.labels, limit)
+            result["metrics"] = harness(made.model, made.tokenizer, tasks, limit)
         else:
-            result |= answer(recipe, model, tokenizer, limit, say, meta.reply)
-    if found := reads():
-        result["reads"] = found
+            result |= evaluator(recipe.load_objective())(made, limit)
+        result |= made.record()
     folder = Path(recipe.output)
     if adapter is None and folder.is_dir():
         tests = recipe.data.test if isinstance(recipe.data.test, list) else [recipe.data.test or ""]
@@ -64,34 +68,31 @@ def evaluate(
 # --- causal language models ------------------------------------------------------------------------------------------
 
 
-def answer(
-    recipe: Recipe, model: Any, tokenizer: Any, limit: int | None, say: Say = lambda line: None,
-    form: ReplyForm | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Loss over the test rows and, where they hold answers, how many questions are answered right by greedy search.
-
-    `form`: of the run's training rows, whose turns end as it says; None where no run is known.
-    """
+def answer(made: Inference, limit: int | None = None) -> dict[str, Any]:
+    """Loss over the test rows and, where they have answers, how many questions are answered right by greedy search."""
     from ..data.chat import reply_form
     from ..data.rows import eval_pairs, read_rows, row_tools
-    from ..model.sampling import sample
+    from ..model.sampling import prompt_ids, sample
 
+    recipe, model, tokenizer, form = made.recipe, made.model, made.tokenizer, made.base.reply
     # the tokenizer has the template by now, perhaps the run's own
     rows = read_rows(dataclasses.replace(recipe.data, chat_template=None), "test", tokenizer, "causal-lm")
     metrics: dict[str, float] = {}
     samples: list[dict[str, Any]] = []
     size = min(len(rows.dataset), limit or len(rows.dataset))
-    metrics.update(losses(recipe, rows, model, tokenizer, size, say))
+    metrics.update(losses(made, rows, size))
     if rows.answers and recipe.data.metrics:
         pairs = eval_pairs(rows)[:size]
-        if form is None or form.chat is None:
+        if form.chat is None:  # no run is known
             form = reply_form(rows, recipe.data, tokenizer, recipe.training.get("eos_token"))
         longest = max(form.longest, longest_answer(tokenizer, [accepted for _, accepted in pairs], most=None))
         room = dataclasses.replace(form, longest=longest).room(recipe.data.reply_tokens)
         scores, cut = dict.fromkeys(recipe.data.metrics, 0.0), set[int]()
+        prompts, tools = [prompt for prompt, _ in pairs], row_tools(rows)[:size]
+        lengths = [len(prompt_ids(tokenizer, *asked)) for asked in zip(prompts, tools or [None] * size, strict=True)]
         replies = sample(
-            model, tokenizer, [prompt for prompt, _ in pairs], form=form, tools=row_tools(rows)[:size], cut=cut,
-            max_new_tokens=room,
+            model, tokenizer, prompts, batch_size=made.replies(max(lengths), room, size), form=form, tools=tools,
+            cut=cut, cache=made.cache, on_token=made.on_token, max_new_tokens=room,
         )  # fmt: skip
         for (prompt, accepted), reply in zip(pairs, replies, strict=True):
             for name in scores:
@@ -99,30 +100,33 @@ def answer(
             samples.append({"prompt": _shown(prompt), "reply": reply, "answers": accepted})
         metrics |= {name: score / size for name, score in scores.items()}
         if cut:
-            say(f"{len(cut)} of {size} replies were cut at {room} tokens; data.reply_tokens sets how long they may be")
+            made.say(
+                f"{len(cut)} of {size} replies were cut at {room} tokens; data.reply_tokens sets how long they may be"
+            )
         return {"rows": size, "metrics": metrics, "samples": samples[:20], "cut_replies": len(cut)}
     return {"rows": size, "metrics": metrics, "samples": samples[:20]}
 
 
-def losses(
-    recipe: Recipe, rows: Any, model: Any, tokenizer: Any, size: int, say: Say = lambda line: None
-) -> dict[str, float]:
+def losses(made: Inference, rows: Any, size: int) -> dict[str, float]:
     """Mean next-token loss (nats) over the tokens that count, its perplexity, and the share predicted right."""
     import tempfile
 
     from transformers import IntervalStrategy
 
     from ..engine.arguments import training_arguments, unweighed
-    from ..engine.inputs import Inputs, make_trainer
+    from ..engine.inputs import Inputs, largest_batch, make_trainer
     from ..engine.objectives import arguments_class
     from ..engine.prepare import as_it_was, autocast_dtype, prepared
     from ..engine.start import checked
     from ..engine.trainers import Job, quiet
+    from .session import Guarded
 
+    recipe, model, tokenizer = made.recipe, made.model, made.tokenizer
     with tempfile.TemporaryDirectory() as folder, as_it_was(model):
         cpu = recipe.load_place().device.type == "cpu"
         args = training_arguments(recipe, arguments_class(recipe.load_objective()), Path(folder), cpu)
         args.dataloader_drop_last, args.eval_strategy = False, IntervalStrategy.NO
+        args.max_steps, args.num_train_epochs = -1, 1
         args.per_device_eval_batch_size = args.per_device_train_batch_size
         dataset = rows.dataset.select(range(size))
         inputs = Inputs(tokenizer, dataclasses.replace(rows, dataset=dataset), None)
@@ -130,8 +134,11 @@ def losses(
         trainer.eval_dataset = trainer.train_dataset
         quiet(trainer)
         half = autocast_dtype([], model.dtype, trainer.autocast_wanted)
-        recipe = checked(trainer, recipe, say, gradients=False, autocast=half)
+        recipe = checked(trainer, recipe, made.say, gradients=False, autocast=half)
         with prepared(model, unweighed(recipe.load_objective()), recipe):
+            batch = largest_batch(trainer)
+            made.evaluation(batch["rows"], batch["tokens"], batch["lengths"])
+            trainer.add_callback(Guarded(made))
             found = trainer.evaluate()
     loss = found["eval_loss"]
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": found["eval_accuracy"]}
@@ -144,14 +151,16 @@ def _shown(prompt: Any) -> str:
 # --- classifiers -----------------------------------------------------------------------------------------------------
 
 
-def classify(recipe: Recipe, model: Any, tokenizer: Any, labels: list[str], limit: int | None) -> dict[str, Any]:
+def classify(made: Inference, limit: int | None = None) -> dict[str, Any]:
     """Accuracy and Matthews correlation, or Pearson and Spearman correlation where labels are numbers."""
     import torch
     from transformers import DataCollatorWithPadding
 
+    from ..data.order import row_lengths
     from ..data.rows import Rows, read_rows, tokenize_classification
     from ..model.limits import check_dataset
 
+    recipe, model, tokenizer, labels = made.recipe, made.model, made.tokenizer, made.base.labels
     like = Rows(None, "", labels=labels) if labels else None  # type: ignore[arg-type]
     rows = read_rows(recipe.data, "test", tokenizer, "classification", like=like)
     dataset, _ = tokenize_classification(
@@ -160,10 +169,13 @@ def classify(recipe: Recipe, model: Any, tokenizer: Any, labels: list[str], limi
     check_dataset(model, dataset, "test")
     size = min(len(dataset), limit or len(dataset))
     collate = DataCollatorWithPadding(tokenizer)
-    scores, truth = [], []
+    scores, truth, lengths = [], [], row_lengths(dataset)[:size]
+    at_once = min(BATCH, size)
+    made.evaluation(at_once, int(lengths.max()), -(-size // at_once))
     with torch.no_grad():
-        for start in range(0, size, 32):
-            batch = collate([dataset[i] for i in range(start, min(start + 32, size))])
+        for start in range(0, size, at_once):
+            made.check()
+            batch = collate([dataset[i] for i in range(start, min(start + at_once, size))])
             truth.append(batch.pop("labels"))
             scores.append(model(**{k: v.to(model.device) for k, v in batch.items()}).logits.float().cpu())
     wanted, got = torch.cat(truth), torch.cat(scores)

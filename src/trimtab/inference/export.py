@@ -44,7 +44,8 @@ def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str 
             locks.enter_context(lock_run(recipe.output, f"export {recipe.output}"))
         locks.enter_context(locked(beside(out, "lock"), f"export to {out}"))
         _replaceable(out, overwrite)
-        model, tokenizer, surgeries, base = load_run(recipe, adapter)
+        run = load_run(recipe, adapter, generates=False)
+        model, tokenizer, surgeries, base = run.model, run.tokenizer, run.surgeries, run.base
         with writing(f"write {out}", "Free some space, or name another folder"), whole_folder(out) as folder:
             {"peft": _peft, "merged": _merged}[to](folder, recipe, model, tokenizer, surgeries, base)
             ordinary_modes(folder)

@@ -9,12 +9,15 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
 from ..model.reply import ReplyForm
 from ..quiet import hushed
 from ..recipe import Recipe
+
+if TYPE_CHECKING:
+    from .session import Inference
 
 LEAST = 64  # tokens that a reply may have where the run's answers were shorter
 TALK = 256  # the same, in a conversation
@@ -26,29 +29,45 @@ def generate(
 ) -> Iterator[str]:  # fmt: skip
     """Yield one reply per prompt. `settings`: transformers' generation settings (max_new_tokens, temperature, ...).
 
-    Prompts are put as the rows of the run were: through the chat template or as plain text; `raw`: as they are. `say`
-    is told what was read of tables, and how many replies were cut.
+    Prompts take the form of the run's rows: the chat template or plain text; `raw`: as they are. `say` gets a line on
+    what was planned, what was read of tables, and how many replies were cut. A run's folder keeps `generate.json`.
+
+    Raises DoesNotFit before a reply that `budget.fast` does not hold, and Stopped where too much is used on the way.
     """
-    from ..engine.tables import reading, summary
-    from ..model.sampling import check_generation, sample
-    from .load_run import load_run
+    from ..artifacts.files import write_json
+    from ..engine.tables import summary
+    from ..model.sampling import check_generation, prompt_ids, sample
 
     settings = check_generation(settings)
     with hushed():
-        model, tokenizer, surgeries, meta = _language_model(load_run(recipe, adapter, base_only))
-        form = _form(recipe, meta.reply, tokenizer)
+        made = _language_model(recipe, adapter, base_only, say)
+        form = _form(recipe, made.base.reply, made.tokenizer)
         asked = list(prompts) if raw else [
-            form.prompt(tokenizer, prompt, recipe.data.system, recipe.data.chat) for prompt in prompts
+            form.prompt(made.tokenizer, prompt, recipe.data.system, recipe.data.chat) for prompt in prompts
         ]  # fmt: skip
         if "max_length" not in settings:
             settings.setdefault("max_new_tokens", form.room(recipe.data.reply_tokens, LEAST))
         cut: set[int] = set()
-        with reading(model, surgeries) as reads:
-            yield from sample(model, tokenizer, asked, form=form, cut=cut, **settings)
-        if found := reads():
-            say(summary(found))
+        with made:
+            longest = max((len(prompt_ids(made.tokenizer, prompt)) for prompt in asked), default=0)
+            size = made.replies(longest, _new(settings, longest), len(asked), settings.get("num_beams", 1))
+            replies = list(sample(
+                made.model, made.tokenizer, asked, batch_size=size, form=form, cut=cut, cache=made.cache,
+                on_token=made.on_token, **settings,
+            ))  # fmt: skip
+            record = made.record()
+        if "reads" in record:
+            say(summary(record["reads"]))
         if cut:
             say(f"{len(cut)} of {len(asked)} replies were cut; max_new_tokens (--set) sets how long they may be")
+        if adapter is None and Path(recipe.output).is_dir():
+            write_json(Path(recipe.output) / "generate.json", record)
+        yield from replies
+
+
+def _new(settings: dict[str, Any], longest: int) -> int:
+    """How many tokens a reply to a prompt of `longest` tokens may have."""
+    return settings["max_new_tokens"] if "max_new_tokens" in settings else max(1, settings["max_length"] - longest)
 
 
 @hushed()
@@ -57,15 +76,14 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
     import torch
     from transformers import TextStreamer
 
-    from ..engine.tables import reading, summary
+    from ..engine.tables import summary
     from ..model.sampling import check_generation, complete, prompt_ids, reply_text, settings_of, within_positions
-    from .load_run import load_run
 
     settings = check_generation(settings)
     if settings.get("num_beams", 1) > 1:
         raise BadInput("generation: num_beams", "a conversation is shown as it is written", "Give prompts with -p")
-    model, tokenizer, surgeries, meta = _language_model(load_run(recipe, adapter, base_only))
-    form = _form(recipe, meta.reply, tokenizer)
+    made = _language_model(recipe, adapter, base_only, lambda line: print(line, file=sys.stderr))
+    model, tokenizer, form = made.model, made.tokenizer, _form(recipe, made.base.reply, made.tokenizer)
     if "max_length" not in settings:
         settings.setdefault("max_new_tokens", form.room(recipe.data.reply_tokens, TALK))
     settings = settings_of(model, tokenizer, form, settings)
@@ -74,7 +92,8 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
     if terminal:
         print("Ask something. An empty line starts a new conversation, Ctrl-D ends.", file=sys.stderr)
     turns: list[dict[str, str]] = []
-    with reading(model, surgeries) as reads:
+    planned = 0  # tokens of the longest prompt that was planned
+    with made:
         while (line := _ask(terminal)) is not None:
             if not line.strip():
                 turns = []
@@ -85,13 +104,19 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
                 asked = turns
             ids = torch.tensor([prompt_ids(tokenizer, asked)])
             limited = within_positions(model, ids.shape[1], settings)
-            reply = complete(model, tokenizer, ids, torch.ones_like(ids), streamer=streamer, **limited)[0]
+            if recipe.budget and ids.shape[1] > planned:
+                planned = ids.shape[1]
+                made.replies(planned, _new(limited, planned), 1)
+            reply = complete(
+                model, tokenizer, ids, torch.ones_like(ids), streamer=streamer, cache=made.cache(),
+                on_token=made.on_token, **limited,
+            )[0]  # fmt: skip
             text, ended = reply_text(tokenizer, reply.tolist(), settings)
             if not ended:
                 print(f"(cut at {len(reply)} tokens; --set max_new_tokens=N)", file=sys.stderr)
             turns.append({"role": "assistant", "content": text})
-    if terminal and (found := reads()):
-        print(summary(found), file=sys.stderr)
+        if terminal and (found := made.reads()):
+            print(summary(found), file=sys.stderr)
 
 
 def _form(recipe: Recipe, recorded: ReplyForm, tokenizer: Any) -> ReplyForm:
@@ -113,7 +138,12 @@ def _ask(terminal: bool) -> str | None:
         return None
 
 
-def _language_model(loaded: tuple) -> tuple:
-    if loaded[3].task != "causal-lm":
+def _language_model(
+    recipe: Recipe, adapter: str | Path | None, base_only: bool, say: Callable[[str], None]
+) -> Inference:
+    from .session import Inference
+
+    made = Inference(recipe, adapter, base_only, say)
+    if made.base.task != "causal-lm":
         raise BadInput("generate", "the adapter makes a classifier", "Use `trimtab eval`")
-    return loaded
+    return made

@@ -1,41 +1,96 @@
-"""The model of a finished run: the recipe's base with the run's adapter."""
+"""The model of a run: the recipe's base with what the run's adapter folder holds, and its patches for inference."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..artifacts.adapter import Base, load_adapter, read_meta
+from ..artifacts.adapter import Base, load_adapter, patches_of, read_meta
 from ..artifacts.run_folder import place_of
+from ..contracts import Patch, Surgery, When
 from ..data.chat import use_template
+from ..engine.arguments import training_arguments
+from ..engine.inputs import calibration_batches, read_inputs
+from ..engine.objectives import arguments_class
+from ..engine.patching import apply_patches, revert
 from ..errors import BadInput
 from ..model.load import load_model
 from ..recipe import Recipe
 
 
-def load_run(
-    recipe: Recipe, adapter_folder: str | Path | None = None, base_only: bool = False
-) -> tuple[Any, Any, list, Any]:
-    """-> model, tokenizer, surgeries, base: the recipe's model with the adapter of its run, or with another one.
+@dataclass
+class Loaded:
+    """A model for inference. `base`: of the adapter, or of the recipe where there is none."""
 
-    `base_only`: without the adapter. The labels and the task are the adapter's where there is one.
+    model: Any
+    tokenizer: Any
+    base: Base
+    patches: list[Patch]  # those of `surgeries`
+    surgeries: list[Surgery] = field(default_factory=list)
+
+    @property
+    def labels(self) -> int | None:
+        """How many classes a classifier's head has: 1 for regression."""
+        return len(self.base.labels) or (1 if self.base.task == "classification" else None)
+
+
+def load_run(
+    recipe: Recipe, adapter_folder: str | Path | None = None, base_only: bool = False, generates: bool = True
+) -> Loaded:
+    """The recipe's model with the adapter of its run, or with another one.
+
+    `base_only`: without the adapter. `generates`: with the recipe's patches for inference. A recipe that trains nothing
+    needs no adapter: its patches are applied anew. The labels and the task are the adapter's where there is one.
     """
-    folder = Path(adapter_folder) if adapter_folder else Path(recipe.output) / "adapter"
-    if not adapter_folder and not base_only and not folder.is_dir():
-        do = "Train first, name one with --adapter, or say --base"
-        raise BadInput(f"the adapter of {recipe.output}", f"there is no {folder}", do)
-    if adapter_folder and not folder.is_dir():
-        raise BadInput(f"adapter {folder}", "there is no such folder", "Name the adapter/ folder of a run")
-    meta = read_meta(folder).base if folder.is_dir() else Base(recipe.model.name, "", recipe.load_objective().head)
-    place = place_of(recipe)
-    labels = len(meta.labels) or (1 if meta.task == "classification" else None)
-    model, tokenizer = load_model(recipe.model, task=meta.task, labels=labels, device=place.device)
-    if meta.reply.template is not None:  # the run's own, also where the file it came from has changed
-        tokenizer.chat_template = meta.reply.template
+    folder, own = _folder(recipe, adapter_folder, base_only), recipe.load_patches()
+    base = read_meta(folder).base if folder else Base(recipe.model.name, "", recipe.load_objective().head)
+    patches = [patch for patch in own if patch.when is When.INFER] if generates else []
+    before = [] if base_only else patches_of(folder) if folder else [p for p in own if p.when is not When.INFER]
+    loaded, place = Loaded(None, None, base, [*before, *patches]), place_of(recipe)
+    model, tokenizer = load_model(recipe.model, task=base.task, labels=loaded.labels, device=place.device)
+    loaded.model, loaded.tokenizer = model, tokenizer
+    if base.reply.template is not None:  # the run's own, also where the file it came from has changed
+        tokenizer.chat_template = base.reply.template
     else:
         use_template(recipe.data, tokenizer)
-    if meta.labels:
-        model.config.id2label = dict(enumerate(meta.labels))
-        model.config.label2id = {label: index for index, label in enumerate(meta.labels)}
-    surgeries = [] if base_only else load_adapter(model, folder, place)
-    return model.eval(), tokenizer, surgeries, meta
+    if base.labels:
+        model.config.id2label = dict(enumerate(base.labels))
+        model.config.label2id = {label: index for index, label in enumerate(base.labels)}
+    try:
+        if folder and not base_only:
+            loaded.surgeries += load_adapter(model, folder, place)
+        else:
+            loaded.surgeries += apply_patches(model, before, place, When.TRAIN, _batches(recipe, before, place))
+        loaded.surgeries += apply_patches(model, patches, place, When.INFER)
+    except BaseException:
+        revert(loaded.surgeries)
+        raise
+    model.eval()
+    return loaded
+
+
+def _folder(recipe: Recipe, adapter_folder: str | Path | None, base_only: bool) -> Path | None:
+    """The adapter folder to read, if any; with `base_only` it tells the task and the labels."""
+    if adapter_folder:
+        if not Path(adapter_folder).is_dir():
+            raise BadInput(f"adapter {adapter_folder}", "there is no such folder", "Name the adapter/ folder of a run")
+        return Path(adapter_folder)
+    folder = Path(recipe.output) / "adapter"
+    if folder.is_dir():
+        return folder
+    if recipe.trains and not base_only:
+        do = "Train first, name one with --adapter, or say --base"
+        raise BadInput(f"the adapter of {recipe.output}", f"there is no {folder}", do)
+    return None
+
+
+def _batches(recipe: Recipe, patches: list[Patch], place: Any) -> Any:
+    """For `apply_patches`; the training rows are read only where a patch needs them."""
+    if not any(patch.calibration_rows for patch in patches):
+        return None
+    objective = recipe.load_objective()
+    cpu = place.device.type == "cpu"
+    args = training_arguments(recipe, arguments_class(objective), Path(recipe.output), cpu)
+    inputs = read_inputs(recipe, objective, args, lambda line: None)
+    return calibration_batches(recipe, inputs, args, place.device)

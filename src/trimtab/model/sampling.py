@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    Cache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..errors import BadInput, nearest
+from .kv_cache import attending
 from .limits import check_ids, learned_positions
 from .reply import ReplyForm, stop_ids
 
@@ -127,9 +135,11 @@ def configured(model: PreTrainedModel, settings: dict[str, Any]) -> GenerationCo
 @torch.no_grad()
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor,
-    streamer: Any = None, **settings: Any,
+    streamer: Any = None, cache: Cache | None = None, on_token: Callable[[int], None] | None = None, **settings: Any,
 ) -> torch.Tensor:  # fmt: skip
     """transformers' `generate`: prompts' ids and mask, (rows, tokens) -> the new ids, (rows, new tokens).
+
+    `cache`: a KV cache that is empty (None: the library's). `on_token` is called with `rows` after each new token.
 
     Meanwhile the head's input lies in one piece. transformers gives it a slice, each prompt's last position, of which
     torch's linear on a CPU makes a product that takes 20 (one row) to 400 times as long in bf16 (docs/LOG.md).
@@ -139,10 +149,14 @@ def complete(
     in_one_piece = lambda module, args: tuple(hidden.contiguous() for hidden in args)  # noqa: E731
     model.generation_config = GenerationConfig()  # transformers fills what `config` leaves open from here
     try:
-        with contextlib.nullcontext() if head is None else head.register_forward_pre_hook(in_one_piece):
+        hook = contextlib.nullcontext() if head is None else head.register_forward_pre_hook(in_one_piece)
+        more = {} if cache is None else {"past_key_values": cache}
+        if on_token is not None:
+            more["stopping_criteria"] = StoppingCriteriaList([_Told(on_token)])
+        with hook, attending(model, cache, mask):
             out = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
-                tokenizer=tokenizer if config.stop_strings else None, streamer=streamer,
+                tokenizer=tokenizer if config.stop_strings else None, streamer=streamer, **more,
             )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError) as error:
         raise _refused(settings, error) from error
@@ -151,16 +165,29 @@ def complete(
     return out[:, ids.shape[1] :]
 
 
+class _Told(StoppingCriteria):
+    """Calls a function after each new token, and never stops."""
+
+    def __init__(self, on_token: Callable[[int], None]):
+        self.on_token = on_token
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.on_token(len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
     batch_size: int = 16, form: ReplyForm | None = None, tools: Sequence[list[dict[str, Any]] | None] | None = None,
-    cut: set[int] | None = None, **settings: Any,
+    cut: set[int] | None = None, cache: Callable[[], Cache | None] = lambda: None,
+    on_token: Callable[[int], None] | None = None, **settings: Any,
 ) -> Iterator[str]:  # fmt: skip
     """Yield one completion per prompt, in order. Greedy unless `settings` (transformers' names) say otherwise.
 
     Prompts of similar length share a batch, padded on the left and masked by attention, never by token id. A reply ends
     at every token and text that `form` and the model's files know as an end, which are no part of it. `tools`: of each
-    prompt. `cut` receives the numbers of the prompts whose replies reached the limit of tokens.
+    prompt. `cut` receives the numbers of the prompts whose replies reached the limit of tokens. `cache` makes a KV
+    cache for each batch.
     """
     form = form or ReplyForm()
     settings = settings_of(model, tokenizer, form, settings)
@@ -181,7 +208,11 @@ def sample(
                 batch[row, width - len(ids[i]) :] = torch.tensor(ids[i])
                 mask[row, width - len(ids[i]) :] = 1
             limited = within_positions(model, width, settings)
-            for i, row in zip(chosen, complete(model, tokenizer, batch, mask, **limited), strict=True):
+            for i, row in zip(
+                chosen,
+                complete(model, tokenizer, batch, mask, cache=cache(), on_token=on_token, **limited),
+                strict=True,
+            ):
                 answers[i], ended = reply_text(tokenizer, row.tolist(), settings)
                 if not ended and cut is not None:
                     cut.add(i)

@@ -33,6 +33,7 @@ WHY = {
     "gradients": "of the trained parameters",
     "optimiser": "the optimizer's state, and temporary tensors of its step",
     "activations": "what the forward pass saves for the backward pass",
+    "cache": "keys and values of the tokens so far",
     "logits": "one chunk of the head's output, and its gradient",
     "temporaries": "what the backward pass allocates and frees",
 }
@@ -125,7 +126,7 @@ class Plan:
             "fast_peak_bytes": self.fast_peak_bytes, "fast_growth_bytes": self.fast_peak_bytes - self.start_bytes,
             "process_bytes": self.process, "overhead_bytes": self.overhead,
             "backward_transient_bytes": self.backward_transient, "live_peak_bytes": self.live_peak_bytes,
-            "live_growth_bytes": _growth(self.kinds), "slow_bytes": self.slow_bytes, "phase": self.phase,
+            "live_growth_bytes": growth(self.kinds), "slow_bytes": self.slow_bytes, "phase": self.phase,
             "batch": {"rows": self.rows, "tokens": self.tokens}, "bytes": self.kinds,
             "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second, 2),
             "efficiency": self.efficiency, "disk_bytes_per_step": self.disk_bytes_per_step,
@@ -243,7 +244,7 @@ def plan(
     threads = extra_threads() if kinds.get(TABLES) and on_cpu else 0
     transient = cost.backward_transient if on_cpu else 0
     shapes = cost.product_shapes * (lengths - 1) if on_cpu else 0
-    overhead = beside.of(_growth(kinds), transient, cost.autocast, threads, shapes) + cost.copied_ahead
+    overhead = beside.of(growth(kinds), transient, cost.autocast, threads, shapes) + cost.copied_ahead
     disk = None
     if slow_kind(place.slow, device) == "disk":
         if kinds.get(TABLES) and recipe.place.folder:
@@ -282,7 +283,7 @@ def process_bytes(beside: Overhead) -> int:
     return beside.process or process_memory()["anon"]
 
 
-def _growth(kinds: dict[str, int]) -> int:
+def growth(kinds: dict[str, int]) -> int:
     """Bytes of the tensors that training allocates: all of the fast tier but the weights and the adapter."""
     return sum(size for kind, size in kinds.items() if kind not in (*SLOW, "weights", "adapter"))
 

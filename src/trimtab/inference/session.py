@@ -1,0 +1,149 @@
+"""A run's model, loaded to generate or to be evaluated: under a plan, a meter and a guard, as training is.
+
+`budget.fast` means the same as in training. Work whose plan exceeds it does not start (DoesNotFit); of the batch sizes
+that may be chosen, the largest that fits is used. Work that uses too much on the way is stopped (Stopped). What was
+planned and what was used goes into the record that the run's folder keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..contracts import cache_of
+from ..cost.machine import machine, now, versions
+from ..engine.tables import reading
+from ..errors import BadInput, DoesNotFit, Stopped
+from ..memory.budget import Budget, fast_bytes, gib, slow_bytes
+from ..memory.guard import Guard
+from ..memory.meter import Meter
+from ..planning.inference import Work, plan_inference
+from ..planning.plan import Plan
+from ..recipe import Recipe
+from .load_run import load_run
+
+Say = Callable[[str], None]
+
+
+class Guarded(TrainerCallback):
+    """Checks the guard of an Inference at each batch that a trainer evaluates."""
+
+    def __init__(self, made: Inference):
+        self.made = made
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.made.check()
+
+
+class Inference:
+    """A run's model with its patches. Within `with`, its memory is metered and guarded, and what tables transfer is
+    counted."""
+
+    def __init__(
+        self, recipe: Recipe, adapter: str | Path | None = None, base_only: bool = False,
+        say: Say = lambda line: None,
+    ):  # fmt: skip
+        self.recipe, self.say = recipe, say
+        self.device = recipe.load_place().device
+        slow = slow_bytes(self.device, recipe.place.folder or recipe.output)
+        self.budget = Budget.of(recipe.budget, fast_bytes(self.device), slow)
+        self.meter, self.plan, self.tokens = Meter(device=self.device), None, 0
+        self.run = load_run(recipe, adapter, base_only)
+        self.model, self.tokenizer, self.surgeries = self.run.model, self.run.tokenizer, self.run.surgeries
+        self.base = self.run.base
+
+    plan: Plan | None  # of the work that uses the most
+
+    def __enter__(self) -> Inference:
+        self.began = time.monotonic()
+        self._stack = contextlib.ExitStack()
+        self.meter.start()
+        self._stack.callback(self.meter.stop)
+        self.guard = Guard.of(self.budget.fast, self.device)
+        self.meter.watchers.append(self.guard.see)
+        self._stack.callback(self.meter.stop_watching, self.guard.see)
+        self.reads = self._stack.enter_context(reading(self.model, self.surgeries))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    # --- before --------------------------------------------------------------------------------------------------
+
+    def replies(self, tokens: int, new: int, prompts: int, beams: int = 1, most: int = 16) -> int:
+        """Plan replies of `new` tokens to `prompts` prompts, the longest of `tokens`; -> how many to answer at once."""
+        sizes = [min(most >> k, prompts) for k in range(most.bit_length()) if most >> k < 2 * prompts]
+        works = [Work(size * beams, tokens, new, -(-prompts // size)) for size in sizes]
+        do = "Allow more, let replies be shorter (max_new_tokens), or bound the KV cache (patches: streaming_llm)"
+        return self._first_that_fits(works, f"reply to a prompt of {tokens} tokens", do).rows // beams
+
+    def evaluation(self, rows: int, tokens: int, batches: int) -> None:
+        """Plan the evaluation of so many batches of `rows` rows, the longest of `tokens` tokens."""
+        do = "Allow more, or lower training.per_device_train_batch_size"
+        self._first_that_fits([Work(rows, tokens, 0, batches)], f"evaluate {rows} rows of {tokens} tokens at once", do)
+
+    def _first_that_fits(self, works: list[Work], what: str, do: str) -> Work:
+        """DoesNotFit where the plan of none fits. Without a budget, work that cannot be planned goes on unplanned."""
+        made = None
+        for work in works:
+            try:
+                made = self._planned(work)
+            except BadInput:
+                if self.recipe.budget:
+                    raise
+                return work
+            if made.fits:
+                if self.plan is None or made.fast_peak_bytes > self.plan.fast_peak_bytes:
+                    self.plan = made
+                if self.recipe.budget:
+                    self.say(f"planned: {gib(made.fast_peak_bytes)} of the fast tier at the peak")
+                return work
+        assert made is not None, "there is a smallest batch"
+        have = f"it would use {gib(made.fast_peak_bytes)} at its peak ({made.phase}), a row at a time"
+        raise DoesNotFit(f"{gib(made.fast)} of the fast tier to {what}", have, do)
+
+    def _planned(self, work: Work) -> Plan:
+        made = plan_inference(self.recipe, self.run.patches, work, self.base.task, self.run.labels)
+        if self.device.type == "cuda":
+            return made
+        loaded = made.kinds.get("weights", 0) + made.kinds.get("adapter", 0)  # they are there by now
+        return dataclasses.replace(made, process=max(0, self.meter.rebase() - loaded))
+
+    # --- during --------------------------------------------------------------------------------------------------
+
+    def cache(self) -> Any:
+        """A new KV cache of the patch that has one; None: transformers' own."""
+        return cache_of(self.surgeries)
+
+    def check(self) -> None:
+        """Stopped where more than the budget is used, or the machine has little left."""
+        if self.guard.why:
+            asked, have = self.guard.describe()
+            raise Stopped(asked, have, "Allow more with budget.fast, or let replies be shorter (max_new_tokens)")
+
+    def on_token(self, rows: int) -> None:
+        """To be called after each token of a batch of `rows` replies."""
+        self.tokens += rows
+        self.check()
+
+    # --- after ---------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """What was planned and used, as in run.json; and "reads", of an adapter with tables."""
+        seconds = time.monotonic() - self.began
+        self.meter.sample()
+        measured = {**self.meter.result(), "seconds": round(seconds, 2)}
+        if self.tokens:
+            measured |= {"new_tokens": self.tokens, "tokens_per_second": round(self.tokens / seconds, 2)}
+        reads = self.reads()
+        return {
+            "recipe": self.recipe.hash, "finished": now(), "predicted": self.plan.predicted() if self.plan else {},
+            "budget": dataclasses.asdict(self.budget), "measured": measured, **({"reads": reads} if reads else {}),
+            "machine": machine(), "versions": versions(),
+        }  # fmt: skip

@@ -1,0 +1,162 @@
+"""What generating or evaluating will use, before it starts.
+
+The model is built without values and patched as for inference. What is run is traced on fake tensors (cost/trace.py): a
+prompt, and the last token of a reply when the KV cache is at its fullest; or a batch that is evaluated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..memory.budget import Budget, fast_bytes, slow_bytes
+from ..recipe import Recipe
+from .calibrate import known_overhead
+from .plan import Plan, growth
+from .planned_model import PlannedModel, at_whole_depth
+
+if TYPE_CHECKING:
+    from ..contracts import Patch
+    from ..cost.trace import StepCost, Trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The largest batch. `new`: tokens that are generated after it; 0: it is only evaluated. `batches`: how many there
+    are, of different lengths perhaps."""
+
+    rows: int
+    tokens: int
+    new: int = 0
+    batches: int = 1
+
+
+def plan_inference(
+    recipe: Recipe, patches: Sequence[Patch], work: Work, head: str = "causal-lm", labels: int | None = None,
+    process: int = 0,
+) -> Plan:  # fmt: skip
+    """`patches`: of the adapter and for inference. `process`: anonymous bytes that the process uses beside tensors.
+
+    Untraceable, a BadInput, where the model's own code cannot be followed.
+    """
+    import torch
+
+    from ..cost.trace import highest
+
+    device = recipe.load_place().device
+    machine = fast_bytes(device)
+    budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder or recipe.output))
+    overhead = known_overhead()
+    with torch.random.fork_rng(devices=[]):
+        cost = at_whole_depth(
+            lambda blocks: PlannedInference(recipe, blocks, patches, head, labels), lambda model: model.trace(work)
+        )
+    phase, kinds = highest(cost.peaks)
+    shapes = cost.product_shapes * (work.batches - 1)
+    beside = 0 if device.type == "cuda" else overhead.of(growth(kinds), 0, False, 0, shapes)
+    return Plan(
+        kinds, phase, 0 if device.type == "cuda" else process, beside + cost.copied_ahead, 0, budget, machine,
+        work.rows, work.tokens, notes=list(cost.notes),
+    )  # fmt: skip
+
+
+class PlannedInference(PlannedModel):
+    """A recipe's model with `patches`, for inference."""
+
+    def __init__(
+        self, recipe: Recipe, blocks: int | None, patches: Sequence[Patch], head: str, labels: int | None
+    ):  # fmt: skip
+        from ..contracts import When
+
+        super().__init__(recipe, blocks, False, head, labels)
+        self.patch([patch for patch in patches if patch.when is not When.INFER], When.TRAIN)
+        self.patch([patch for patch in patches if patch.when is When.INFER], When.INFER)
+        self.model.eval()
+
+    def complete(self, cost: StepCost) -> StepCost:
+        self.with_tables(cost.peaks)
+        carried = max((store.carried for store in self.stores), default=0)
+        return dataclasses.replace(cost, copied_ahead=carried, notes=tuple(self.notes))
+
+    def trace(self, work: Work) -> StepCost:
+        """The cost of `work`, not complete yet."""
+        from ..cost.trace import trace_inference
+        from ..engine.prepare import prepared
+
+        originals = self.originals()
+        run = self._reply if work.new else self._evaluate
+        ready = contextlib.nullcontext()
+        if not work.new and self.head == "causal-lm":
+            ready = prepared(self.model, self.recipe.load_objective(), self.recipe)
+        with ready:
+            cost = trace_inference(self.model, self.kind_of, lambda trace: run(trace, work))
+        self.with_originals(cost.peaks, originals)
+        return cost
+
+    def _evaluate(self, trace: Trace, work: Work) -> None:
+        from ..cost.trace import TEMPORARIES
+
+        batch = _inputs(work.rows, work.tokens)
+        trace.enter("evaluation", TEMPORARIES)
+        if self.head == "causal-lm":
+            self.model(objective_batch={**batch, "labels": batch["input_ids"]})
+        else:
+            self.model(**batch)
+
+    def _reply(self, trace: Trace, work: Work) -> None:
+        from ..cost.trace import TEMPORARIES
+        from ..model.kv_cache import attending
+
+        self._pass(trace, "prompt", work.rows, work.tokens, None)
+        cache = self._cache(trace)
+        with attending(self.model, cache):
+            self._pass(trace, "", work.rows, work.tokens + work.new - 1, cache)
+            trace.peaks.pop("", None)  # such a prompt is never read at once
+            trace.heights.pop("", None)
+            trace.enter("reply", TEMPORARIES)
+            self._pass(trace, "reply", work.rows, 1, cache)
+
+    def _pass(self, trace: Trace, phase: str, rows: int, tokens: int, cache: Any) -> None:
+        from ..cost.trace import TEMPORARIES
+        from ..model.kv_cache import attending
+
+        trace.enter(phase, TEMPORARIES)
+        batch, own = _inputs(rows, tokens), cache is None
+        cache = cache or self._cache(trace)
+        known = 0 if own else cache.get_seq_length()
+        batch["attention_mask"] = batch["attention_mask"].new_ones(rows, known + tokens)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        with attending(self.model, cache if own else None):
+            logits = self.model(**batch, past_key_values=cache, use_cache=True, **last).logits[:, -1].float()
+        logits.log_softmax(-1)  # as sampling does; greedy search copies them as well
+
+    def _cache(self, trace: Trace) -> Any:
+        """A new KV cache, whose tensors count as such."""
+        from transformers import DynamicCache
+
+        from ..contracts import cache_of
+        from ..cost.trace import CACHE
+
+        cache = cache_of(self.surgeries) or DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        update, there = type(cache).update, weakref.ref(cache)  # a cycle would keep the cache
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            before, trace.kind = trace.kind, CACHE
+            try:
+                return update(there(), *args, **kwargs)
+            finally:
+                trace.kind = before
+
+        cache.update = counted
+        return cache
+
+
+def _inputs(rows: int, tokens: int) -> dict[str, Any]:
+    import torch
+
+    ids = torch.zeros(rows, tokens, dtype=torch.int64)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
