@@ -184,7 +184,7 @@ class PlannedStep:
         """The seconds in which the rows of `store` step, which the trace does not see; where they are not known, those
         of the whole step are not."""
         from ..cost.roofline import OPTIMISER, row_update
-        from ..tiered.expected import expected_rows
+        from ..tiered.planned import expected_rows
         from ..tiered.record import VALUES
 
         tokens, probes = store.asked
