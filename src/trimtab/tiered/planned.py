@@ -59,7 +59,8 @@ class PlannedStore(TieredStore):
         order = rows_TP.flatten().argsort(stable=True)
         tokens = order.div(rows_TP.shape[1], rounding_mode="floor")
         times = expected_rows(self, *rows_TP.shape)
-        return PlannedGroups(self, tuple(rows_TP.shape), order, tokens, [0], [1] * self.rows, times=times)
+        sizes = [1] * self.rows  # all rows may be in use
+        return PlannedGroups(self, tuple(rows_TP.shape), order, tokens, [0], sizes, times=times)
 
     def marked(self, flags_N: Tensor) -> list[int]:
         return [0]
