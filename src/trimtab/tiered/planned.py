@@ -94,9 +94,9 @@ class PlannedGroups(Groups):
     times: float = 1.0
 
     def chunks(self) -> Iterator[Groups]:
-        store, (tokens, _), begin = self.store, self.shape, (self.store, self.shape, self.order)
+        store, (tokens, _), batch = self.store, self.shape, (self.store, self.shape, self.order)
         with store.repeated(0.0):
-            yield PlannedGroups(*begin, self.tokens[:tokens], [0], [tokens], at=slice(0, tokens))
+            yield PlannedGroups(*batch, self.tokens[:tokens], [0], [tokens], at=slice(0, tokens))
         if store.clock is None:
             return
         size = max(1, round(len(self.order) / self.times))
@@ -104,7 +104,7 @@ class PlannedGroups(Groups):
         at = slice(0, few * size)
         with store.repeated(self.times / few):
             store.clock.moved(few * store.parts[VALUES].nbytes / 2)  # their keys or values are read
-            yield PlannedGroups(*begin, self.tokens[at], [0] * few, [size] * few, at=at)
+            yield PlannedGroups(*batch, self.tokens[at], [0] * few, [size] * few, at=at)
 
     def each(self, rows: Iterable[Any], *parts_XY: Tensor, turned_YX: Sequence[Tensor] = ()) -> Iterator[tuple]:
         size = self.sizes[0]
