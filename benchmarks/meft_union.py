@@ -1,9 +1,10 @@
-"""Which share of MEFT's pairs a batch brings up: by random keys alone, by its router, by its router once trained.
+"""Which share of MEFT's pairs a batch fetches: by random keys alone, by its router, by its router once trained.
 
 SmolLM2-135M, bf16 base, r 16,384. For batches of 64 to 6,144 tokens, rows of 256 from prose that is not trained on: in
 the mean over the layers, the pairs that are among the K best of any token if all keys are matched with all tokens (the
-union of algorithm 1 without experts); the experts that any token probes, which come up on the way forward; and those
-of them with a pair that counts, which come up again. The last two before and after some steps of 4 x 256 tokens.
+union of algorithm 1 without experts); the experts that any token probes, which the forward pass fetches; and those of
+them with a pair that fired, which the backward pass fetches again. The last two before and after some steps of 4 x 256
+tokens.
 
     python benchmarks/meft_union.py --text FILE [--quick] [--steps 12] [--folder FOLDER] [--json FILE]
 

@@ -16,7 +16,7 @@ from trimtab.engine.arguments import training_arguments
 from trimtab.engine.objectives import arguments_class
 from trimtab.planning.plan import plan
 from trimtab.planning.step import PlannedStep
-from trimtab.tiered import expected
+from trimtab.tiered import planned as tables
 from trimtab.tiered.store import TieredStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -28,10 +28,10 @@ FIELDS = [MEFT, {**MEFT, "k": 64, "router": "fixed"}, {**MEFT, "experts": 64, "p
 def test_how_many_experts_are_expected_at_work():
     """What was measured, and what can be whatever the text: no more than there are, or than were asked for."""
     for many, share in ((128, 0.93), (256, 0.84), (512, 0.70), (1024, 0.54), (2048, 0.35)):
-        assert expected.touched(many, 1024, 8) / many == pytest.approx(share, abs=0.02)
-    assert expected.touched(1, 10**6, 1) == pytest.approx(1.0) and expected.touched(10**6, 1, 1) == 1.0
-    assert expected.touched(4096, 1, 8) == pytest.approx(8, rel=0.05), "those of a single token"
-    counts = [expected.touched(64, tokens, 8) for tokens in (1, 8, 64, 512, 10**5)]
+        assert tables.touched(many, 1024, 8) / many == pytest.approx(share, abs=0.02)
+    assert tables.touched(1, 10**6, 1) == pytest.approx(1.0) and tables.touched(10**6, 1, 1) == 1.0
+    assert tables.touched(4096, 1, 8) == pytest.approx(8, rel=0.05), "those of a single token"
+    counts = [tables.touched(64, tokens, 8) for tokens in (1, 8, 64, 512, 10**5)]
     assert counts == sorted(counts) and counts[0] <= 8 and counts[-1] <= 64
 
 
@@ -67,11 +67,11 @@ def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, plac
         phases, real = traced(recipe, real=True)
     mean = statistics.mean(at_work)
     assert mean > 4, "there is something to stand for"
-    monkeypatch.setattr(expected, "touched", lambda *asked: mean)
+    monkeypatch.setattr(tables, "touched", lambda *asked: mean)
     planned, seconds = traced(recipe, real=False)
     assert seconds - planned[OPTIMISER] == pytest.approx(real - phases[OPTIMISER], rel=0.05)
     assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=NEAR)
-    monkeypatch.setattr(expected, "touched", lambda *asked: 1.0)
+    monkeypatch.setattr(tables, "touched", lambda *asked: 1.0)
     assert traced(recipe, real=False)[1] < 0.75 * seconds
 
 
@@ -79,7 +79,7 @@ def test_no_more_experts_are_expected_at_work_than_the_cap(folders, monkeypatch)
     """A pass of which 6 experts are expected takes as long as one that is capped at 6, whatever is expected."""
     seconds = []
     for cap, rows in ((0, 6.0), (6, 60.0), (0, 60.0)):
-        monkeypatch.setattr(expected, "touched", lambda *asked, many=rows: many)
+        monkeypatch.setattr(tables, "touched", lambda *asked, many=rows: many)
         recipe = recipe_of(folders("llama", torch.float32), {"meft": {**MEFT, "cap": cap}})
         seconds.append(traced(recipe, real=False)[1])
     assert seconds[0] == pytest.approx(seconds[1], rel=1e-6) and seconds[2] > 1.2 * seconds[1]

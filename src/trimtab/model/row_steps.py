@@ -41,7 +41,7 @@ class RowPatch(ModulePatch):
         """Called after optimizer step `step`, which changed these rows of each store."""
 
     def begin(self) -> None:
-        """Call at the start of a forward pass."""
+        """Call at the start of a forward pass (not of a backward pass: a module used twice would begin twice)."""
         zeroed = self.trained.requires_grad and self.trained.grad is None  # perhaps without a step
         if zeroed and torch.is_grad_enabled():
             for store in self.stores:

@@ -104,7 +104,7 @@ class PlannedStep(PlannedModel):
         those of the whole step are not."""
         from ..cost.roofline import row_update
         from ..cost.trace import OPTIMISER
-        from ..tiered.expected import expected_rows
+        from ..tiered.planned import expected_rows
         from ..tiered.record import VALUES
 
         seconds, written = dict(cost.seconds or {}), 0.0

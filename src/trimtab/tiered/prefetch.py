@@ -239,11 +239,15 @@ class _Pages:
     """System calls about pages of a mapping, by address and bytes."""
 
     def __init__(self) -> None:
-        self.libc = library()
-        # called without releasing the interpreter's lock: that would take longer than the call
-        self.mincore = ctypes.PyDLL(None).mincore if self.libc is not None else None
-        if self.mincore is not None:
-            self.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+        self.libc = self.mincore = None
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)  # its calls let other threads run
+            libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+            mincore = ctypes.PyDLL(None).mincore  # this one does not: switching threads would take longer than the call
+            mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+            self.libc, self.mincore = libc, mincore
+        except (OSError, AttributeError, TypeError):
+            pass  # a system without these calls
         self.populate = sys.platform == "linux"
 
     def resident(self, start: int, length: int) -> bool:
@@ -261,13 +265,3 @@ class _Pages:
     def map_in(self, start: int, length: int) -> None:
         if self.populate and self.libc is not None and self.libc.madvise(start, length, POPULATE_READ):
             self.populate = ctypes.get_errno() != 22  # EINVAL: an older kernel
-
-
-def library() -> Any:
-    """The C library, whose calls let other threads run; None if it lacks the calls that are needed."""
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        return libc if hasattr(libc, "mincore") else None
-    except (OSError, AttributeError, TypeError):
-        return None
