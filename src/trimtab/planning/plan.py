@@ -41,9 +41,7 @@ SLOW = {
     "mapped weights": "base weights in their file's precision, mapped from the file",
     TABLES: "an adapter's table, with its gradients and Adam's state",
 }
-TIERS = (
-    "fast: memory that budget.fast limits, of the process or a GPU; slow: larger memory below it, files or RAM"
-)
+TIERS = "fast: memory that budget.fast limits, of the process or a GPU; slow: larger memory below it, files or RAM"
 
 CUDA = [
     "traced with the CPU's kernels: the workspaces of CUDA kernels and the allocator's rounding are not included",
