@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..cost.rates import Rates
     from ..cost.trace import StepCost
 
-SHALLOW = 2  # blocks of the shallow model; a second one has as many more, and both give the line for deeper stacks
+SHALLOW = 2  # the shallow model's blocks; a second, deeper by as many, gives the line on which deeper stacks lie
 
 
 def step_cost(
