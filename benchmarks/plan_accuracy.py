@@ -1,7 +1,7 @@
-"""Predicted beside measured: what `trimtab plan` says of a run, and what the run then holds and how fast it goes.
+"""Predicted beside measured: the memory and speed that `trimtab plan` predicts, and those of the run.
 
 Each configuration is trained for real, a few steps in a fresh process under the chosen allocator. Predicted is what the
-planner said before the first step (run.json); measured are the live tensors of a step (the meter), the growth of the
+planner wrote before the first step (run.json); measured are the live tensors of a step (the meter), the growth of the
 process's anonymous memory since training began (read from outside, the kernel's account) and tokens/s. Each
 configuration has its turn in every round; medians of the rounds.
 
@@ -126,12 +126,12 @@ def worker(job: dict[str, Any]) -> None:
 def run(job: dict[str, Any]) -> dict[str, list[float]]:
     """-> predicted and measured, by what they are of."""
     found = itself(__file__, job)
-    plan, held = found["predicted"], found["measured"]
+    plan, real = found["predicted"], found["measured"]
     return {
-        "live": [plan["live_peak_bytes"] / GIB, held["live_peak_bytes"] / GIB],
+        "live": [plan["live_peak_bytes"] / GIB, real["live_peak_bytes"] / GIB],
         "growth": [plan["fast_growth_bytes"] / GIB, found["anon_growth_since_train"] / GIB],
         "peak": [plan["fast_peak_bytes"] / GIB, found["anon_peak"] / GIB],
-        "speed": [plan.get("tokens_per_second") or 1.0, held["tokens_per_second"]],
+        "speed": [plan.get("tokens_per_second") or 1.0, real["tokens_per_second"]],
     }
 
 
@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace) -> None:
         del row["errors"]
     args.quick = args.quick or bool(args.only)
     conclude(
-        "plan_accuracy", args, summary, TARGETS, title="What the plan says beside what the run holds", claim=CLAIM,
+        "plan_accuracy", args, summary, TARGETS, title="What the plan predicts beside what the run uses", claim=CLAIM,
         rows=rows, notes=[*NOTES, f"Rounds: {rounds}."],
     )  # fmt: skip
 
@@ -180,16 +180,15 @@ TARGETS = {
     "rows": [">=", 36], "live_median_error": ["<=", 0.02], "live_worst_error": ["<=", 0.05],
     "process_median_error": ["<=", 0.05], "process_worst_error": ["<=", 0.10], "speed_median_error": ["<=", 0.20],
 }  # fmt: skip
-CLAIM = "A run holds what its plan said before it began. Each pair in the table is predicted / measured."
+CLAIM = "A run uses what its plan predicted before it began. Each pair in the table is predicted / measured."
 NOTES = [
     "live: bytes of live tensors at the peak of a step, by the planner's trace and by the meter.",
     "growth, process error: growth of the process's anonymous memory from the first step on, read from outside it.",
     "peak: anonymous memory of the whole process at its peak.",
     "Constants of the plan were chosen on these configurations; plan_held_out has others, used for none.",
     "speed: tokens/s from the rates that `trimtab doctor` measured on this machine once.",
-    "Process: beside the tensors, what the doctor's small trainings held on this machine once, and 15 % of what a "
-    "block makes and drops on its way back. The malloc gives back what was freed with the clock, so the same run "
-    "scatters.",
+    "Process: beside the tensors, what the doctor's small trainings used on this machine once, and 15 % of what the "
+    "backward pass of a block allocates and frees. malloc returns freed memory by the clock, so the same run scatters.",
     "Speed: the rates are measured once, and this machine's speed drifts by a third within hours.",
 ]
 

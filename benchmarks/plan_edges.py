@@ -1,7 +1,7 @@
 """Runs right at the edge of their budget: the plan's peak and 5 % (they must finish, under --hard), and 15 % less.
 
 Each configuration is planned by `trimtab plan`, then trained by `trimtab train --hard` with 1.05 of the predicted peak
-as its budget, then asked for with 0.85 of it (exit 3 is wanted). All through the command line, in fresh processes.
+as its budget, then started with 0.85 of it (exit 3 is wanted). All through the command line, in fresh processes.
 
     python benchmarks/plan_edges.py [--quick] [--json FILE]
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import conclude, options, trimtab  # noqa: E402
-from plan_accuracy import (  # noqa: E402  # noqa: E402
+from plan_accuracy import (  # noqa: E402
     ADAPTER,
     AGAIN,
     DORA,
@@ -59,14 +59,14 @@ def measure(args: argparse.Namespace) -> None:
             keys["training"]["max_steps"] = STEPS
             path.write_text(json.dumps(keys))  # JSON is YAML
             peak = json.loads(trimtab("plan", str(path), "--json")[1])["fast_peak_bytes"]
-            code, _, said = trimtab("train", str(path), "--hard", f"budget.fast={int(peak * 1.05)}B")
+            code, _, errors = trimtab("train", str(path), "--hard", f"budget.fast={int(peak * 1.05)}B")
             run = Path(folder) / f"run-{index}" / "run.json"
-            held = json.loads(run.read_text())["measured"]["fast_peak_bytes"] if run.is_file() else None
+            used = json.loads(run.read_text())["measured"]["fast_peak_bytes"] if run.is_file() else None
             refused, _, _ = trimtab("train", str(path), "overwrite=true", f"budget.fast={int(peak * 0.85)}B")
             rows.append({
                 "configuration": name_of(job), "planned GiB": f"{peak / GIB:.3f}",
-                "held GiB": f"{held / GIB:.3f}" if held else "", "exit at +5 %": code, "exit at -15 %": refused,
-                "error": "" if code == 0 else said.strip().splitlines()[-1][:200],
+                "used GiB": f"{used / GIB:.3f}" if used else "", "exit at +5 %": code, "exit at -15 %": refused,
+                "error": "" if code == 0 else errors.strip().splitlines()[-1][:200],
             })  # fmt: skip
             print("  ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
     summary = {
@@ -84,7 +84,7 @@ TARGETS = {"plans": [">=", 20], "finished_at_plus_5": [">=", 19], "refused_at_mi
 CLAIM = "A run whose budget is 5 % above its plan finishes within it; one whose budget is 15 % below does not start."
 NOTES = [
     "The budget is a limit of the process (`--hard`); exit 0: finished, 3: refused before the start, 4: stopped.",
-    "held: anonymous memory of the whole process at its peak, by the run's own meter.",
+    "used: anonymous memory of the whole process at its peak, by the run's own meter.",
 ]
 
 

@@ -47,9 +47,9 @@ def worker() -> None:
 
 def command(recipe: str) -> dict[str, Any]:
     began = time.perf_counter()
-    code, found, said = trimtab("plan", recipe, "--json")
+    code, found, errors = trimtab("plan", recipe, "--json")
     if code not in (0, 3):
-        raise RuntimeError(said)
+        raise RuntimeError(errors)
     return {"seconds": time.perf_counter() - began, "found": json.loads(found)}
 
 

@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def know_machine() -> None:
-    """How fast the machine is, and what a process holds on it: measured once, in a hurry, and kept."""
+    """How fast the machine is, and what a process uses on it: measured once, quickly, and kept."""
     from trimtab.planning.calibrate import calibrate
 
     calibrate(say=progress)

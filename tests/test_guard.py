@@ -85,7 +85,7 @@ def test_a_machine_that_runs_short_stops_a_run_without_a_budget(world, tmp_path,
     keys = tree(world, tmp_path / "run", {"paca": {"r": 4}}, max_steps=4)
     with at_step(2, lambda: monkeypatch.setattr(meter, "room", lambda: 5 * MIB)):
         monkeypatch.setattr(Meter, "EVERY", 1)
-        with pytest.raises(Stopped, match=r"5\.0 MiB was left.*checkpoint-2.*engine.recompute=ffn, which holds less"):
+        with pytest.raises(Stopped, match=r"5\.0 MiB was left.*checkpoint-2.*engine.recompute=ffn, which uses less"):
             run(keys)
 
 

@@ -11,6 +11,7 @@ from trimtab.cost import rates as rates_file
 from trimtab.cost.rates import SMALL, Rates
 from trimtab.cost.roofline import Clock, read_again, work
 from trimtab.cost.trace import StepCost, extend
+from trimtab.model import efficient_experts as efficient_experts  # makes an operation
 
 MACHINE = rates_file.key({"cpu": "a processor", "cores": 2, "threads": 2, "allocator": "system"}, "2.13.0", "cpu")
 ATEN = torch.ops.aten
@@ -37,6 +38,8 @@ def test_products_by_hand():
     assert seconds(ATEN.addmm.default, torch.ones(512), a, b) == pytest.approx(flops / 1e9)
     assert seconds(ATEN.addmm_.default, torch.ones(256, 512), a, b) == pytest.approx(flops / 1e9)
     assert seconds(ATEN.mm.default, a.bfloat16(), b.bfloat16()) == pytest.approx(flops / 2e9)
+    experts = torch.ones(12, 256), b.expand(3, 256, 512), torch.tensor([4, 8, 12])
+    assert seconds(torch.ops.trimtab.rows_by_expert.default, *experts) == pytest.approx(2 * 12 * 256 * 512 / 1e9)
     batches = a.expand(3, 256, 256), b.expand(3, 256, 512)
     assert seconds(ATEN.bmm.default, *batches) == pytest.approx(3 * flops / 1e9)
 

@@ -228,7 +228,7 @@ def report(
 def doctor(
     as_json: AsJson = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
-    thorough: Annotated[bool, typer.Option("--thorough", help="Take five minutes, not 20 seconds: plans are closer.")]
+    thorough: Annotated[bool, typer.Option("--thorough", help="Five minutes, not 20 seconds: plans are more accurate.")]
     = False,
 ) -> None:  # fmt: skip
     """What this machine has, and how fast it is: measured once, and kept for plans."""

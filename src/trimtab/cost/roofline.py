@@ -146,12 +146,12 @@ def work(rates: Rates, func: Any, args: tuple, kwargs: dict[str, Any], out: Any)
 
 
 def _foreign(rates: Rates, name: str, read: list[Tensor], made: list[Tensor]) -> float:
-    """Another library's operation: bitsandbytes' products on packed weights, and the unpacking of these."""
+    """An operation outside PyTorch: a product, also on packed weights of bitsandbytes, or their unpacking."""
     result, seconds = made[0], 0.0
     packed = next((t for t in read if t.dtype == torch.uint8 and t.numel() > 1), None)
     if packed is not None and rates.unpacking:
         seconds = 2 * packed.numel() / rates.unpacking  # two weights a byte
-    if any(word in name for word in ("mm", "gemv", "matmul", "linear")) and result.dim() > 1:
+    if any(word in name for word in ("mm", "gemv", "matmul", "linear", "rows_by_expert")) and result.dim() > 1:
         flops = 2 * read[0].numel() * result.shape[-1]
         return seconds + rates.product_seconds(_name(result.dtype), flops)
     return seconds or rates.transfer_seconds(_size(read) + _size(made))

@@ -42,10 +42,8 @@ SLOW = {
     "mapped weights": "base weights in their file's precision, mapped from the file",
     TABLES: "an adapter's table, with its gradients and Adam's state",
 }
-TIERS = (
-    "tiers: fast is the memory that budget.fast limits, of the process or of the GPU; slow is the larger memory "
-    "below it, mapped files or RAM"
-)
+TIERS = "fast: memory that budget.fast limits, of the process or a GPU; slow: larger memory below it, files or RAM"
+
 CUDA = [
     "traced with the CPU's kernels: the workspaces of CUDA kernels and the allocator's rounding are not included",
     "the fast tier is what PyTorch's allocator reserves; the driver's context (0.3 to 1 GiB) comes on top",

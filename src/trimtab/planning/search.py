@@ -9,6 +9,7 @@ parameters are trained; how well a method learns is not known here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import multiprocessing
 from collections.abc import Iterator
@@ -145,13 +146,13 @@ def search(
     process = begins if process is None else process
     wanted = list(_combinations(recipe))
     requested, left_out = wanted[:MOST], len(wanted) - MOST
-    work = _Work(rates, tokens, process)
-    tried = work.all(requested, workers)
+    options = {"rates": rates, "tokens": tokens, "process": process}
+    tried = _plan_all(requested, workers, options)
     chunked: list[Candidate] = []
     if _chunk_is_free(recipe):  # a smaller one helps only where logits are live at the peak
         logits = [c for c in tried if c.plan is not None and c.plan.kinds.get("logits")]
         logits.sort(key=lambda c: (c.fits, c.plan.fast_peak_bytes if c.plan else 0))
-        chunked = work.all([_with_chunk(c, SMALL_CHUNK) for c in logits[:MOST_CHUNKS]], workers)
+        chunked = _plan_all([_with_chunk(c, SMALL_CHUNK) for c in logits[:MOST_CHUNKS]], workers, options)
     planned = [c for c in (*tried, *chunked) if c.plan is not None]
     refused = [c for c in tried if c.plan is None]
     notes += dict.fromkeys(f"not possible: {c.method} on {c.precision}: {c.refused}" for c in refused)
@@ -254,26 +255,21 @@ def _described(candidate: Candidate) -> str:
 # --- planning many ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Plans candidates with these options, in several processes where possible."""
+def _plan_all(candidates: list[Candidate], workers: int, options: dict[str, Any]) -> list[Candidate]:
+    """With their plans, made with these `options` in so many processes."""
+    one = functools.partial(_planned, options=options)
+    if workers == 1 or len(candidates) < 4:
+        return list(map(one, candidates))
+    context = multiprocessing.get_context("spawn")  # a fork of a process whose torch has threads may hang
+    with ProcessPoolExecutor(workers, context) as pool:
+        return list(pool.map(one, candidates))
 
-    rates: Rates | None
-    tokens: int | None
-    process: int
 
-    def all(self, candidates: list[Candidate], workers: int) -> list[Candidate]:
-        if workers == 1 or len(candidates) < 4:
-            return [self.one(candidate) for candidate in candidates]
-        context = multiprocessing.get_context("spawn")  # a fork of a process whose torch has threads may hang
-        with ProcessPoolExecutor(workers, context) as pool:
-            return list(pool.map(self.one, candidates))
-
-    def one(self, candidate: Candidate) -> Candidate:
-        try:
-            made = plan(candidate.recipe, tokens=self.tokens, process=self.process, rates=self.rates)
-        except TrimtabError as error:
-            return dataclasses.replace(candidate, refused=error.have)
-        if not made.trained:
-            return dataclasses.replace(candidate, refused="it trains nothing by itself")
-        return dataclasses.replace(candidate, plan=made)
+def _planned(candidate: Candidate, options: dict[str, Any]) -> Candidate:
+    try:
+        made = plan(candidate.recipe, **options)
+    except TrimtabError as error:
+        return dataclasses.replace(candidate, refused=error.have)
+    if not made.trained:
+        return dataclasses.replace(candidate, refused="it trains nothing by itself")
+    return dataclasses.replace(candidate, plan=made)
