@@ -81,6 +81,7 @@ ATTRIBUTES: dict[str, Callable[[], Any]] = {
     "_version": lambda: torch.zeros(1),
     "_cdata": lambda: torch.zeros(1).untyped_storage(),
     "_schema": lambda: torch.ops.aten.add.Tensor,
+    "_overloadpacket": lambda: torch.ops.aten.add.Tensor,
     "_last_lr": lambda: torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)], 0.1)),
     "_local_scalar_dense": lambda: torch.ops.aten,
     "_grouped_mm": lambda: torch.ops.aten,
