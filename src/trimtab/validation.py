@@ -1,6 +1,6 @@
-"""What users write, checked: YAML within bounds, and blocks of keys with types (pydantic). Imports no torch.
+"""What comes from outside, checked: YAML within bounds, blocks of typed keys, JSON files. Imports no torch.
 
-A mistake becomes a `BadInput` that names the block and the key, with the nearest name that would be right.
+A user's mistake becomes a `BadInput` that names the block and the key, with the nearest name that would be right.
 """
 
 from __future__ import annotations
@@ -139,6 +139,14 @@ def build(cls: type, values: Any, where: str) -> Any:
         return TypeAdapter(cls).validate_python({} if values is None else values, extra="forbid")
     except ValidationError as error:
         raise _bad_input(error, cls, where) from None
+
+
+def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
+    """The JSON in a file as a value of the type `kind`; None where it cannot be read or is something else."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True, extra="forbid")
+    except (OSError, ValidationError):
+        return None
 
 
 def _bad_input(error: ValidationError, cls: type, where: str) -> BadInput:
