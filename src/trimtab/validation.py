@@ -114,11 +114,15 @@ FileName = Annotated[
 class Block:
     """Base of the blocks of a recipe: dataclasses whose fields are checked, and of which unknown keys are refused.
 
-    `where`: the block's name in messages; `short`: the key that is meant where a bare value stands for the block.
+    `short`: the key that is meant where a bare value stands for the block.
     """
 
-    where: ClassVar[str] = ""
     short: ClassVar[str] = ""
+
+    @classmethod
+    def key(cls) -> str:
+        """The recipe's key for the block, which messages name."""
+        return cls.__name__.removesuffix("Spec").lower()
 
     @model_validator(mode="wrap")
     @classmethod
@@ -130,7 +134,7 @@ class Block:
         try:
             return handler(values)
         except ValidationError as error:
-            raise _bad_input(error, cls, cls.where) from None
+            raise _bad_input(error, cls, cls.key()) from None
 
 
 def build(cls: type, values: Any, where: str) -> Any:
