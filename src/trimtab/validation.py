@@ -74,7 +74,7 @@ def booleans(value: Any) -> Any:
 
 def _measure(text: str, asked: str) -> None:
     """BadInput for YAML that is nested too deep or holds too many values, before any of it is built."""
-    sizes: dict[str, int] = {}  # of what has an anchor
+    sizes: dict[str | None, int] = {}  # of what has an anchor
     open_: list[list[Any]] = [["", 0]]  # anchor, values so far
     for event in yaml.parse(text, Loader=_Loader):
         size = 0
@@ -89,7 +89,7 @@ def _measure(text: str, asked: str) -> None:
             sizes[event.anchor], size = 1, 1
         open_[-1][1] += size
         if len(open_) > DEEPEST or open_[-1][1] > MOST:
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1  # type: ignore[union-attr]
             have = f"line {line}: it is nested more than {DEEPEST} deep" if len(open_) > DEEPEST else \
                 f"line {line}: it holds more than {MOST:,} values, aliases counted"  # fmt: skip
             raise BadInput(asked, have, "Write a recipe of fewer keys")
