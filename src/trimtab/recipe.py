@@ -53,7 +53,6 @@ Part = str | dict[str, dict[str, Any] | None]  # an objective or a stepper: "nam
 class PlaceSpec(Block):
     """Where things are kept: `fast` (auto, cpu, cuda), `slow` (auto, ram, disk), `folder` for the slow tier's files."""
 
-    where: ClassVar[str] = "place"
     short: ClassVar[str] = "fast"
 
     fast: str = "auto"
@@ -64,8 +63,6 @@ class PlaceSpec(Block):
 @dataclass(frozen=True)
 class EngineSpec(Block):
     """How steps are computed; none of it changes what is computed beyond rounding."""
-
-    where: ClassVar[str] = "engine"
 
     recompute: Literal["auto", "none", "ffn"] = "auto"  # gated FFNs again in backward; auto: on a 4/8-bit base
     lean: bool | list[Literal["norm", "ffn", "attention", "experts"]] = True  # leaner forms of all parts, or of some
@@ -99,8 +96,6 @@ RENAMED = {
 class Recipe(Block):
     """One run, whole. Each field is a key of the YAML file; only `model`, `data` and one patch are needed to train."""
 
-    where: ClassVar[str] = "recipe"
-
     model: ModelSpec = field(default_factory=lambda: ModelSpec("smollm2-135m"))
     data: DataSpec = field(default_factory=DataSpec)
     patches: list[Annotated[dict[str, dict[str, Any]], BeforeValidator(_patch_entry)]] = field(default_factory=list)
@@ -133,7 +128,7 @@ class Recipe(Block):
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Recipe:
-        return build(cls, tree, cls.where)
+        return build(cls, tree, cls.key())
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -248,8 +243,8 @@ def override(tree: dict[str, Any], order: str) -> None:
     *parents, last = key.split(".")
     node: Any = tree
     for block in (ModelSpec, DataSpec, PlaceSpec):
-        if parents == [block.where] and isinstance(tree.get(block.where), str | list):
-            tree[block.where] = {block.short: tree[block.where]}
+        if parents == [block.key()] and isinstance(tree.get(block.key()), str | list):
+            tree[block.key()] = {block.short: tree[block.key()]}
     for parent in parents:
         if isinstance(node, list):  # patches.paca.r
             entry = next((i for i, e in enumerate(node) if e == parent or isinstance(e, dict) and parent in e), None)

@@ -1,6 +1,6 @@
-"""What users write, checked: YAML within bounds, and blocks of keys with types (pydantic). Imports no torch.
+"""What comes from outside, checked: YAML within bounds, blocks of typed keys, JSON files. Imports no torch.
 
-A mistake becomes a `BadInput` that names the block and the key, with the nearest name that would be right.
+A user's mistake becomes a `BadInput` that names the block and the key, with the nearest name that would be right.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def booleans(value: Any) -> Any:
 
 def _measure(text: str, asked: str) -> None:
     """BadInput for YAML that is nested too deep or holds too many values, before any of it is built."""
-    sizes: dict[str, int] = {}  # of what has an anchor
+    sizes: dict[str | None, int] = {}  # of what has an anchor
     open_: list[list[Any]] = [["", 0]]  # anchor, values so far
     for event in yaml.parse(text, Loader=_Loader):
         size = 0
@@ -89,7 +89,7 @@ def _measure(text: str, asked: str) -> None:
             sizes[event.anchor], size = 1, 1
         open_[-1][1] += size
         if len(open_) > DEEPEST or open_[-1][1] > MOST:
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1  # type: ignore[union-attr]
             have = f"line {line}: it is nested more than {DEEPEST} deep" if len(open_) > DEEPEST else \
                 f"line {line}: it holds more than {MOST:,} values, aliases counted"  # fmt: skip
             raise BadInput(asked, have, "Write a recipe of fewer keys")
@@ -114,11 +114,15 @@ FileName = Annotated[
 class Block:
     """Base of the blocks of a recipe: dataclasses whose fields are checked, and of which unknown keys are refused.
 
-    `where`: the block's name in messages; `short`: the key that is meant where a bare value stands for the block.
+    `short`: the key that is meant where a bare value stands for the block.
     """
 
-    where: ClassVar[str] = ""
     short: ClassVar[str] = ""
+
+    @classmethod
+    def key(cls) -> str:
+        """The recipe's key for the block, which messages name."""
+        return cls.__name__.removesuffix("Spec").lower()
 
     @model_validator(mode="wrap")
     @classmethod
@@ -130,7 +134,7 @@ class Block:
         try:
             return handler(values)
         except ValidationError as error:
-            raise _bad_input(error, cls, cls.where) from None
+            raise _bad_input(error, cls, cls.key()) from None
 
 
 def build(cls: type, values: Any, where: str) -> Any:
@@ -139,6 +143,14 @@ def build(cls: type, values: Any, where: str) -> Any:
         return TypeAdapter(cls).validate_python({} if values is None else values, extra="forbid")
     except ValidationError as error:
         raise _bad_input(error, cls, where) from None
+
+
+def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
+    """The JSON in a file as a value of the type `kind`; None where it cannot be read or is something else."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True, extra="forbid")
+    except (OSError, ValidationError):
+        return None
 
 
 def _bad_input(error: ValidationError, cls: type, where: str) -> BadInput:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,7 +29,7 @@ from ..errors import BadInput
 from ..model.hub import ordinary_modes
 from ..model.reply import ReplyForm
 from ..tiered.checkpoint import load_rows, save_rows
-from ..validation import build
+from ..validation import build, read_json
 from .adapter_weights import read_weights, write_weights
 from .files import whole_folder, writing
 
@@ -162,10 +161,7 @@ def read_meta(folder: str | Path) -> Meta:
     path = Path(folder) / OURS
     if not path.is_file():
         raise BadInput(f"adapter {folder}", f"it has no {OURS}", "Name the adapter/ folder of a trimtab run")
-    try:
-        meta = TypeAdapter(Meta).validate_json(path.read_bytes(), strict=True, extra="forbid")
-    except (ValidationError, OSError):
-        meta = None
+    meta = read_json(path, Meta)
     if meta is None or not (meta.patch or meta.parts):
         raise BadInput(f"adapter {folder}", f"its {OURS} is damaged", "Train the adapter again, or use an intact copy")
     return meta

@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,11 +25,13 @@ from torch import Tensor
 from ..errors import BadInput
 from ..tiered.checkpoint import cut, pieces_of, write_tensors
 from ..tiered.checksums import Checksums, bytes_of, differing, of_parts, some
+from ..validation import read_json
 
 WEIGHTS, CHECKSUMS = "adapter_model.safetensors", "checksums.json"
 INDEX = f"{WEIGHTS}.index.json"
 SHARD = 5 * 10**9  # bytes of one file, as huggingface_hub splits models; a larger tensor has a file of its own
 INTACT = "Use an intact copy"
+Hex = Annotated[str, Field(pattern="^([0-9a-f]{8})*$")]  # CRC-32s, one after the other
 
 
 def write_weights(
@@ -76,15 +80,12 @@ def _files(folder: Path) -> dict[str, list[str] | None]:
     """The files that hold tensors, and which ones where an index says."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return {_inside(folder, WEIGHTS): None}
-    try:
-        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, list[str] | None] = {}
-        for key, file in found.items():
-            of = files.setdefault(_inside(folder, file), [])
-            assert of is not None
-            of.append(key)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise _damaged(folder, f"{INDEX} is damaged ({type(error).__name__})") from None
+    found = read_json(folder / INDEX, dict[str, dict[str, Any]])
+    if not found or "weight_map" not in found:
+        raise _damaged(folder, f"{INDEX} is damaged")
+    files: dict[str, Any] = {}
+    for key, file in found["weight_map"].items():
+        files.setdefault(_inside(folder, str(file)), []).append(key)
     return files
 
 
@@ -100,11 +101,10 @@ def _checksums(folder: Path) -> dict[str, list[int]] | None:
     path = folder / CHECKSUMS
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["crc32"]
-        return {key: [int(text[at : at + 8], 16) for at in range(0, len(text), 8)] for key, text in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
-        raise _damaged(folder, f"{CHECKSUMS} is damaged") from None
+    found = read_json(path, dict[Literal["crc32"], dict[str, Hex]])
+    if not found:
+        raise _damaged(folder, f"{CHECKSUMS} is damaged")
+    return {key: [int(text[at : at + 8], 16) for at in range(0, len(text), 8)] for key, text in found["crc32"].items()}
 
 
 def _check(folder: Path, file: str, key: str, tensor: Tensor, kept: list[int] | None) -> None:

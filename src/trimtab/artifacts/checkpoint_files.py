@@ -15,9 +15,10 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import BadInput
+from ..validation import read_json
 
 STATE, SUMS = "trainer_state.json", "files.json"
 ROWS = "rows"
@@ -36,15 +37,13 @@ def check_files(checkpoint: Path) -> None:
     """BadInput where a file is missing or differs from what was written, or the state is of another step."""
     asked = f"resume from {checkpoint}"
     read_state(checkpoint)
-    try:
-        kept = json.loads((checkpoint / SUMS).read_text(encoding="utf-8"))["crc32"]
-        kept = {str(name): (int(size), str(crc)) for name, (size, crc) in kept.items()}
-    except FileNotFoundError:
-        raise BadInput(asked, f"it has no {SUMS}, so that nothing tells whether it is whole", EARLIER) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadInput(asked, f"{SUMS} is damaged", EARLIER) from None
+    if not (checkpoint / SUMS).is_file():
+        raise BadInput(asked, f"it has no {SUMS}, so that nothing tells whether it is whole", EARLIER)
+    kept = read_json(checkpoint / SUMS, dict[Literal["crc32"], dict[str, tuple[int, str]]])
+    if not kept:
+        raise BadInput(asked, f"{SUMS} is damaged", EARLIER)
     there = dict(_files(checkpoint))
-    for name, (size, crc) in kept.items():
+    for name, (size, crc) in kept["crc32"].items():
         if name not in there:
             raise BadInput(asked, f"it has no {name}", EARLIER)
         found = there[name].stat().st_size
@@ -57,11 +56,8 @@ def check_files(checkpoint: Path) -> None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The content of trainer_state.json; its step is that of the folder's name."""
     asked = f"resume from {checkpoint}"
-    try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        state = None
-    if not isinstance(state, dict) or not isinstance(step := state.get("global_step"), int):
+    state = read_json(checkpoint / STATE) or {}
+    if not isinstance(step := state.get("global_step"), int):
         raise BadInput(asked, f"{STATE} is damaged", EARLIER)
     if str(step) != checkpoint.name.rpartition("-")[2]:
         raise BadInput(asked, f"{STATE} says step {str(step)[:20]}", EARLIER)

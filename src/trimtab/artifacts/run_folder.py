@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BadInput
 from ..memory.budget import nearest_folder
 from ..recipe import Recipe
+from ..validation import read_json
 from .checkpoint_files import STATE, read_state
 from .files import write_text, writing
 from .folder_lock import NAME as LOCK
@@ -69,17 +69,14 @@ def finished_run(recipe: Recipe, checkpoint: Path | None = None) -> dict[str, An
     """
     output, values = Path(recipe.output), recipe.training_values()
     state = read_state(checkpoint) if checkpoint else {"global_step": 0}
-    try:
-        run = json.loads((output / "run.json").read_text(encoding="utf-8"))
-        steps, same = int(run["steps"]), run["recipe"] == recipe.hash
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    if not (output / "adapter").is_dir() or steps < state["global_step"]:
+    run = read_json(output / "run.json") or {}
+    steps = run.get("steps")
+    if not isinstance(steps, int) or steps < state["global_step"] or not (output / "adapter").is_dir():
         return None
     limit = values.get("max_steps", -1)
     if isinstance(limit, int) and limit > 0:
         return run if steps >= limit else None
-    return run if same or nothing_left(state, -1, values.get("num_train_epochs")) else None
+    return run if run.get("recipe") == recipe.hash or nothing_left(state, -1, values.get("num_train_epochs")) else None
 
 
 def nothing_left(state: dict[str, Any], max_steps: int, epochs: Any) -> bool:

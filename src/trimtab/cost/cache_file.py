@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts.files import write_text
+from ..validation import read_json
 
 
 def read(path: Path, form: int, machine: dict[str, Any]) -> dict[str, Any] | None:
     """What `write` put there of `machine` in this `form`, with the key "machine"; None where that is not so."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict) or found.pop("form", None) != form or found.get("machine") != machine:
+    found = read_json(path)
+    if found is None or found.pop("form", None) != form or found.get("machine") != machine:
         return None
     return found
 

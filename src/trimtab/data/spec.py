@@ -33,7 +33,6 @@ class DataSpec(Block):
     of `eval` or `generate` may be (None: the longest answer and 24 tokens more).
     """
 
-    where: ClassVar[str] = "data"
     short: ClassVar[str] = "train"
 
     train: FileName | list[FileName] | None = None

@@ -22,6 +22,7 @@ from ..model.hub import SHORT_NAMES, cached_folder, ordinary_modes
 from ..model.reply import stop_ids
 from ..quiet import hushed
 from ..recipe import Recipe
+from ..validation import read_json
 
 if TYPE_CHECKING:
     from ..artifacts.adapter import Base
@@ -64,14 +65,11 @@ def _replaceable(out: Path, overwrite: bool) -> None:
         raise BadInput(asked, "it is there already", f"Say --overwrite, or n{other[1:]}")
     if out.is_symlink() or not out.is_dir():
         raise BadInput(f"{asked} --overwrite", "it is no folder", other)
-    try:
-        written = {MARK, *json.loads((out / MARK).read_text(encoding="utf-8"))["files"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise BadInput(
-            f"{asked} --overwrite", f"it is no export of trimtab's (it has no readable {MARK})",
-            f"{other}, or remove it yourself",
-        ) from None  # fmt: skip
-    if more := sorted(set(_names(out)) - written):
+    mark = read_json(out / MARK)
+    if not mark or not isinstance(mark.get("files"), list):
+        have = f"it is no export of trimtab's (it has no readable {MARK})"
+        raise BadInput(f"{asked} --overwrite", have, f"{other}, or remove it yourself")
+    if more := sorted({*_names(out)} - {MARK, *map(str, mark["files"])}):
         some = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
         raise BadInput(f"{asked} --overwrite", f"it has files that no export wrote ({some})", f"Move them. {other}")
 

@@ -20,7 +20,6 @@ class ModelSpec(Block):
     model.
     """
 
-    where: ClassVar[str] = "model"
     short: ClassVar[str] = "name"
 
     name: FileName
