@@ -25,7 +25,7 @@ from byte_model import byte_folder, tiny
 from test_laws import same, snapshot, values
 from trimtab import Recipe, methods
 from trimtab.contracts import Place
-from trimtab.engine.prepare import lean_forms
+from trimtab.engine.prepare import apply_fused_ops
 from trimtab.engine.probe import batch_of, head_read, own_loss, probe
 from trimtab.errors import BadInput
 from trimtab.model import anatomy
@@ -124,7 +124,7 @@ def of_run(
 ) -> tuple[float, Gradients]:
     """The loss and gradients that a step of training would have."""
     with head_read(model):
-        swaps = lean_forms(model, recipe)
+        swaps = apply_fused_ops(model, recipe)
         try:
             loss = recipe.load_objective().loss(model, batch).value
             loss.backward()
@@ -256,7 +256,7 @@ def test_fused_forms_in_half_precision(name):
 
 
 EXPERTS = {"num_local_experts": 4, "intermediate_size": 512}
-REACH = "4 stacked expert tensors (3.0 MiB) are not linears: all-linear does not reach them"
+REACH = "4 stacked expert tensors (3.0 MiB) are not linears: all-linear does not include them"
 
 
 @pytest.mark.parametrize("patch", ["paca", "lora"])

@@ -59,7 +59,7 @@ WRONG = {  # what is wrong in the recipe -> what the message must say
     "model key": ({"model": {"name": "x", "precison": "nf4"}}, ["precison", 'Did you mean "precision"']),
     "data key": ({"data.trian": "x"}, ["trian", 'Did you mean "train"']),
     "place key": ({"place": {"fats": "cpu"}}, ["fats", 'Did you mean "fast"']),
-    "engine key": ({"engine.laen": True}, ["laen", 'Did you mean "lean"']),
+    "engine key": ({"engine.laen": True}, ["laen", 'Did you mean "fused_ops"']),
     "patch": ({"patches": [{"pacca": {}}]}, ["pacca", 'Did you mean "paca"']),
     "patch field": ({"patches": [{"paca": {"rnak": 4, "selecton": "block"}}]}, ["rnak"]),
     "patch value": ({"patches": [{"paca": {"r": "four"}}]}, ["four"]),
@@ -200,7 +200,7 @@ def test_resume_goes_on_and_overwrite_begins_anew(call, ran, world, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("kept")
     assert call("train", recipe, "overwrite=true", "training.save_strategy=no", "-q")[0] == 0
     assert not list((tmp_path / "out").glob("checkpoint-*")) and (tmp_path / "out" / "mine.txt").exists()
-    assert "is finished after 3 steps" in call("train", recipe, "resume=true")[2]
+    assert "finished after 3 steps" in call("train", recipe, "resume=true")[2]
     refused(call("train", recipe, "resume=true", "training.max_steps=5"), ["no complete checkpoint"])
 
 
@@ -308,7 +308,7 @@ def test_a_classifier_does_not_talk(call, world, tmp_path):
 
 def test_doctor_and_version(call, monkeypatch, tmp_path):
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
-    monkeypatch.setattr("trimtab.planning.calibrate.apart", lambda _, machine: asdict(flat(machine=machine)))
+    monkeypatch.setattr("trimtab.planning.calibrate.subprocess_call", lambda _, machine: asdict(flat(machine=machine)))
     held = Overhead(process=400 * 2**20, measured=True)
     monkeypatch.setattr("trimtab.planning.calibrate.measure_overhead", lambda *_: held)
     assert call("version")[1].strip() == trimtab.__version__

@@ -21,7 +21,7 @@ from trimtab import Recipe
 from trimtab.engine.arguments import training_arguments
 from trimtab.errors import BadInput
 from trimtab.inference.evaluate import evaluate
-from trimtab.quiet import NOISE, hushed, no_dataset_bars
+from trimtab.quiet import NOISE, no_dataset_bars, silence_libraries
 from trimtab.training.train import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -139,7 +139,7 @@ def test_only_noise_is_silenced(caplog):
     import datasets
 
     before = datasets.are_progress_bars_disabled()
-    with hushed(), no_dataset_bars():
+    with silence_libraries(), no_dataset_bars():
         assert datasets.are_progress_bars_disabled()
         for name, start, _ in NOISE:
             logging.getLogger(name).warning("%s and so on", start)

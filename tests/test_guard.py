@@ -83,7 +83,7 @@ def test_it_goes_on_in_smaller_micro_batches(world, tmp_path):
 
 def test_a_machine_that_runs_short_stops_a_run_without_a_budget(world, tmp_path, monkeypatch):
     keys = tree(world, tmp_path / "run", {"paca": {"r": 4}}, max_steps=4)
-    with at_step(2, lambda: monkeypatch.setattr(meter, "room", lambda: 5 * MIB)):
+    with at_step(2, lambda: monkeypatch.setattr(meter, "available_memory", lambda: 5 * MIB)):
         monkeypatch.setattr(Meter, "EVERY", 1)
         with pytest.raises(Stopped, match=r"5\.0 MiB was left.*checkpoint-2.*engine.recompute=ffn, which uses less"):
             run(keys)
@@ -110,9 +110,9 @@ def test_what_the_guard_sees():
 
 
 def test_a_machine_short_from_the_start_is_not_watched(monkeypatch):
-    monkeypatch.setattr(guard, "room", lambda: MIB)
+    monkeypatch.setattr(guard, "available_memory", lambda: MIB)
     assert Guard.of(None, torch.device("cpu")).reserve == 0
-    monkeypatch.setattr(guard, "room", lambda: None)
+    monkeypatch.setattr(guard, "available_memory", lambda: None)
     assert Guard.of(5, torch.device("cpu")) == Guard(5)
 
 

@@ -150,7 +150,7 @@ DAMAGES = {
     "unknown type": (lambda f: edit(f, model_type="nonesuch"), "config.json cannot be read"),
     "wrong value": (lambda f: edit(f, hidden_size="wide"), "cannot be read"),
     "wrong shape": (lambda f: edit(f, intermediate_size=256), "do not have the shape"),
-    "endless layers": (lambda f: edit(f, num_hidden_layers=10**9), "layers and the files hold"),
+    "endless layers": (lambda f: edit(f, num_hidden_layers=10**9), "layers and the files have"),
     "more layers": (lambda f: edit(f, num_hidden_layers=3), "missing"),
     "cut weights": (lambda f: truncate(f / "model.safetensors"), "model.safetensors is damaged"),
     "garbage weights": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "is damaged"),
@@ -297,12 +297,12 @@ def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch):
 
 
 def test_a_conversion_tells_how_far_it_is(tmp_path, monkeypatch):
-    def convert(work, *arguments, hear):
+    def convert(work, *arguments, on_line):
         for done in (0, 10, 26, 30, 49, 51, 80, 99, 100):
-            hear(f"Converting and de-quantizing GGUF tensors...: {done:3}%|##   | 1/9 [00:01<00:02, 4.1it/s]\n")
-        hear("Writing model shards:  50%|##  | 1/2 [00:01<00:02, 4.1it/s]\n")
+            on_line(f"Converting and de-quantizing GGUF tensors...: {done:3}%|##   | 1/9 [00:01<00:02, 4.1it/s]\n")
+        on_line("Writing model shards:  50%|##  | 1/2 [00:01<00:02, 4.1it/s]\n")
 
-    monkeypatch.setattr(hub, "apart", convert)
+    monkeypatch.setattr(hub, "subprocess_call", convert)
     said: list[str] = []
     hub._convert(tmp_path / "a.gguf", tmp_path, said.append)
     assert said[1:] == [f"converting a.gguf: {done} %" for done in (25, 50, 75)]

@@ -162,7 +162,7 @@ def test_what_would_fit_names_fields_of_the_patch(recipe):
 
 def test_tables_beyond_ram_are_refused_before_the_kernel_kills(recipe, tmp_path):
     before = process_memory()["anon"]
-    with pytest.raises(DoesNotFit, match=r"GiB of RAM for 2 tables .* are free. Say place: slow: disk"):
+    with pytest.raises(DoesNotFit, match=r"GiB of RAM for 2 tables .* are free. Set place: slow: disk"):
         recipe({"r": 10**9}, place={"slow": "ram"}, max_steps=1).train()
     assert process_memory()["anon"] - before < 2**28 and not (tmp_path / "deep").exists()
     assert not plan(recipe({"r": 10**9}, place={"slow": "ram"})).fits

@@ -96,7 +96,7 @@ def test_rows_step_once_for_accumulated_micro_batches(folders):  # noqa: F811
 @pytest.mark.parametrize("fields", [{"semantics": "union", "router": "fixed"}, {"adam": "exact"}, {"moments": "int8"}])
 def test_what_is_not_counted_has_no_speed(fields, folders):  # noqa: F811
     made = plan(recipe_of(folders("llama", torch.float32), {"meft": {**MEFT, **fields}}), process=0, rates=flat())
-    assert made.tokens_per_second is None and any("adam: lazy and moments: fp32 only" in note for note in made.notes)
+    assert made.tokens_per_second is None and any("routing by tokens, adam: lazy and moments: fp32" in note for note in made.notes)
 
 
 def test_the_update_of_rows_by_hand():
@@ -115,7 +115,7 @@ def test_changed_pages_wait_for_the_disk_once_memory_may_not_hold_them(folders, 
     monkeypatch.setattr("trimtab.planning.plan.ram", lambda: {"MemAvailable": live + tables + free.slow_bytes})
     bound = plan(recipe, process=0, rates=flat(disk={"write": 1e3, "read": 1e9}))
     assert bound.tokens_per_second < 0.01 * free.tokens_per_second
-    assert any("that of the disk they are written to" in note for note in bound.notes)
+    assert any("limited by writing them to the disk" in note for note in bound.notes)
     assert plan(recipe, process=0, rates=flat()).tokens_per_second is None, "how fast the disk is is not known"
     monkeypatch.setattr("trimtab.planning.plan.ram", lambda: {"MemAvailable": live + tables - 1})
     assert plan(recipe, process=0, rates=flat(disk={"read": 1e9, "write": 1e9})).tokens_per_second is None

@@ -99,6 +99,6 @@ def test_importing_bitsandbytes_looks_up_no_kernel(tmp_path):
 
     if "LOOKED UP" not in imported("import bitsandbytes"):
         pytest.skip("bitsandbytes looks for kernels on processors with AVX512-BF16 only")
-    ours = "from trimtab.quiet import hushed\nwith hushed(): import bitsandbytes, peft\n"
+    ours = "from trimtab.quiet import silence_libraries\nwith silence_libraries(): import bitsandbytes, peft\n"
     found = imported(ours + "import kernels\nprint(kernels)")
     assert "LOOKED UP" not in found and str(tmp_path) in found, "others find the package as before"

@@ -70,12 +70,12 @@ def test_of_the_same_training_the_least_counts(monkeypatch):
     grown = {training: 50 * training.rows * MIB for training in calibrate.ALL}
     odd = iter([*[1.35] * 4, *[1.0] * (len(calibrate.ALL) - 8), *[1.35] * 4])  # the first and the last four
 
-    def apart(_, training, folder, **environment):
+    def call(_, training, folder, **environment):
         tensors = grown[calibrate.Training(**training)]
         return {"process": 400 * MIB, "tensors": tensors, "growth": next(odd) * (30 * MIB + 1.1 * tensors),
                 "speed": 8.0, "expected": 10.0}  # fmt: skip
 
-    monkeypatch.setattr(calibrate, "apart", apart)
+    monkeypatch.setattr(calibrate, "subprocess_call", call)
     found = calibrate.measure_overhead()
     assert found.measured and found.efficiency == 0.8 and found.autocast_overhead == pytest.approx(0, abs=1e-3)
     assert found.share == pytest.approx(0.1) and found.fixed == pytest.approx(30 * MIB, rel=1e-4)
@@ -84,10 +84,10 @@ def test_of_the_same_training_the_least_counts(monkeypatch):
 def test_in_a_hurry_one_training_counts(monkeypatch):
     said: list[str] = []
 
-    def apart(_, training, folder, **environment):
+    def call(_, training, folder, **environment):
         return {"process": 400 * MIB, "tensors": 100 * MIB, "growth": 130 * MIB, "speed": 8.0, "expected": 10.0}
 
-    monkeypatch.setattr(calibrate, "apart", apart)
+    monkeypatch.setattr(calibrate, "subprocess_call", call)
     found = calibrate.measure_overhead(thorough=False, say=said.append)
     assert found.quick and found.measured and found.efficiency == 0.8 and len(said) == 1
     assert found.share == Overhead.share and found.of(100 * MIB) == pytest.approx(30 * MIB, abs=1)
@@ -109,7 +109,7 @@ def test_what_was_measured_thoroughly_stays(monkeypatch):
         return Overhead(7, 8, 0.25, 0.125, 0.5, measured=True, quick=not thorough)
 
     kept = {"rates": None, "process": Overhead()}
-    monkeypatch.setattr(calibrate, "apart", measure_rates)
+    monkeypatch.setattr(calibrate, "subprocess_call", measure_rates)
     monkeypatch.setattr(calibrate, "measure_overhead", quick_overhead)
     monkeypatch.setattr(rates, "load", lambda *_: kept["rates"])
     monkeypatch.setattr(rates, "save", lambda found, _: kept.update(rates=found))

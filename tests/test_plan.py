@@ -17,7 +17,7 @@ from trimtab.cost import trace
 from trimtab.cost.overhead import THREAD, TRANSIENT_SHARE
 from trimtab.engine.arguments import training_arguments
 from trimtab.engine.objectives import arguments_class
-from trimtab.engine.prepare import prepared
+from trimtab.engine.prepare import training_forward
 from trimtab.errors import BadInput, DoesNotFit, Untraceable
 from trimtab.memory.meter import LiveTensors
 from trimtab.model.quant import quantised_state
@@ -59,7 +59,7 @@ def measured(recipe: Recipe, padded: bool = True, counted: int = TOKENS) -> int:
     held = [*step.base.values(), *quantised_state(model)]
     model.train()
     step._checkpointing()
-    with prepared(model, objective, recipe):
+    with training_forward(model, objective, recipe):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = step.optimizer(trained)
         micro = args.gradient_accumulation_steps
@@ -124,7 +124,7 @@ def test_a_plan_is_what_the_meter_finds(folders, name, dtype, family):
         ({"full": {}}, {"training": {"optim": "sgd"}}),
         ({"paca": {"r": 4}}, {"training": {"packing": True}}),
         ({"paca": {"r": 4}}, {"engine": {"recompute": "ffn"}}),
-        ({"paca": {"r": 4}}, {"engine": {"lean": False}}),
+        ({"paca": {"r": 4}}, {"engine": {"fused_ops": False}}),
         ({"paca": {"r": 4}}, {"objective": {"causal_lm": {"chunk": 40}}}),
         ({"paca": {"r": 4}}, {"model": "fp32"}),
         ({"paca": {"r": 4}}, {"model": "nf4"}),
@@ -273,7 +273,7 @@ def test_another_device_is_planned_from_here(folders):
     made = plan(recipe)
     assert made.fits and made.slow_bytes == 0 and made.process == 0 and made.kinds["weights"] > 0
     assert any("not yet measured" in note for note in made.notes)
-    with pytest.raises(BadInput, match="no such device to take it of"):
+    with pytest.raises(BadInput, match="this machine has no such device"):
         plan(Recipe(**{**vars(recipe), "budget": {"fast": "80%"}}))
 
 
@@ -290,7 +290,7 @@ def test_rows_that_go_to_a_device_are_counted(folders):
     assert wide.live_peak_bytes - plain.live_peak_bytes >= 63 * layer
     assert plain.slow_bytes == 2 * 4 * (layer + 16 * 64 * 4), "values, moments and gradients of pairs and routers"
     assert not any("a real step was run" in note for note in plain.notes)
-    assert [any("ahead of the pass" in note for note in made.notes) for made in (plain, ahead)] == [False, True]
+    assert [any("copied before they are used" in note for note in made.notes) for made in (plain, ahead)] == [False, True]
 
 
 def test_what_cannot_be_traced_is_stepped_for_real(folders, monkeypatch):
@@ -298,7 +298,7 @@ def test_what_cannot_be_traced_is_stepped_for_real(folders, monkeypatch):
     traced = plan(recipe)
 
     def step_cost(*_):
-        raise Untraceable("plan a step", "the planner cannot follow it (SomeError: aten.odd)", "Remove budget:")
+        raise Untraceable("plan a step", "the planner cannot trace it (SomeError: aten.odd)", "Remove budget:")
 
     monkeypatch.setattr("trimtab.planning.plan.step_cost", step_cost)
     stepped = plan(recipe)

@@ -26,7 +26,7 @@ from trimtab.methods.lora import LoRA
 from trimtab.methods.meft import Meft
 from trimtab.methods.paca import PaCA
 from trimtab.methods.parallel_adapter import ParallelAdapter
-from trimtab.model import efficient, head
+from trimtab.model import fused_ops, head
 from trimtab.planning.plan import plan
 from trimtab.tiered.adam import Rates
 from trimtab.training.train import train
@@ -129,17 +129,17 @@ def test_what_is_right_is_left_alone(name, dtype):
 
 
 def wrong_norm(monkeypatch):
-    real = efficient._RMSNorm.backward
-    monkeypatch.setattr(efficient._RMSNorm, "backward", lambda ctx, dy: (real(ctx, dy)[0] * 1.5, *real(ctx, dy)[1:]))
+    real = fused_ops._RMSNorm.backward
+    monkeypatch.setattr(fused_ops._RMSNorm, "backward", lambda ctx, dy: (real(ctx, dy)[0] * 1.5, *real(ctx, dy)[1:]))
 
 
 def wrong_ffn(monkeypatch):
-    monkeypatch.setitem(efficient.ACTIVATIONS, "silu", (F.silu, lambda dy, gate: dy))
+    monkeypatch.setitem(fused_ops.ACTIVATIONS, "silu", (F.silu, lambda dy, gate: dy))
 
 
 def wrong_attention(monkeypatch):
-    real = efficient._probabilities
-    monkeypatch.setattr(efficient, "_probabilities", lambda q, k, bias, scale, b: real(q, k, bias, 4 * scale, b))
+    real = fused_ops._probabilities
+    monkeypatch.setattr(fused_ops, "_probabilities", lambda q, k, bias, scale, b: real(q, k, bias, 4 * scale, b))
 
 
 @pytest.mark.parametrize("plant,form,words", [
@@ -151,16 +151,16 @@ def test_a_wrong_fused_form_is_taken_out(monkeypatch, plant, form, words):
     model = model.to(torch.bfloat16) if form == "attention" else model  # fused in 16 bits only
     plant(monkeypatch)
     found = probe(model, RECIPE)
-    assert found.recipe.engine.lean == [f for f in efficient.FORMS if f != form]
+    assert found.recipe.engine.fused_ops == [f for f in fused_ops.FUSED_OPS if f != form]
     assert len(found.notes) == 1 and words in found.notes[0] and "LlamaForCausalLM" in found.notes[0]
     assert found.recipe.objective == "causal_lm"
     assert probe(model, found.recipe) == module.Found(found.recipe)
 
 
 def test_a_fused_form_that_fails_is_taken_out(monkeypatch):
-    monkeypatch.setattr(efficient._Gated, "forward", staticmethod(lambda *_: 1 / 0))
+    monkeypatch.setattr(fused_ops._Gated, "forward", staticmethod(lambda *_: 1 / 0))
     found = probe(tiny("LlamaForCausalLM"), RECIPE)
-    assert found.recipe.engine.lean == ["norm", "attention", "experts"] and "ZeroDivisionError" in found.notes[0]
+    assert found.recipe.engine.fused_ops == ["norm", "attention", "experts"] and "ZeroDivisionError" in found.notes[0]
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -171,8 +171,8 @@ def test_a_wrong_head_is_not_used(monkeypatch, gradients):
     monkeypatch.setattr(head, "_form", upside_down)
     model = build("GraniteForCausalLM")
     found = probe(model, RECIPE, gradients=gradients)
-    assert found.objective == CausalLM(whole=True) and "all logits are held" in found.notes[0]
-    assert set(found.recipe.engine.lean) == set(efficient.FORMS)
+    assert found.objective == CausalLM(whole=True) and "all logits are in memory" in found.notes[0]
+    assert set(found.recipe.engine.fused_ops) == set(fused_ops.FUSED_OPS)
     batch = batch_of(model)
     assert float(found.objective.loss(model, batch).value) == pytest.approx(float(own_loss(model, batch)), rel=1e-6)
 
@@ -211,7 +211,7 @@ def test_patches_start_at_zero_and_the_probe_leaves_no_trace(patch):
         for tensor in surgery.own_tensors().values():
             if tensor.is_floating_point():
                 tensor.add_(0.1)
-    with pytest.raises(BadInput, match="should not change at first"):
+    with pytest.raises(BadInput, match="should not change before training"):
         require_unchanged(model, before, [surgery])
 
 
@@ -243,7 +243,7 @@ def test_a_run_and_its_plan_decide_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(head, "_form", lambda *given: (2 * real(*given)[0], *real(*given)[1:]))
     said: list[str] = []
     fell = train(dataclasses.replace(recipe, output=str(tmp_path / "fell")), say=said.append)
-    assert any("all logits are held at once" in line for line in said)
+    assert any("all logits are in memory at once" in line for line in said)
     assert fell["final_loss"] == pytest.approx(right["final_loss"], rel=1e-5)
     whole = plan(dataclasses.replace(recipe, objective={"causal_lm": {"whole": True}}), **fell["predicted"]["batch"])
     assert fell["predicted"]["live_peak_bytes"] == whole.live_peak_bytes
@@ -276,10 +276,10 @@ def test_fused_attention_leaves_what_it_does_not_know(monkeypatch, kind):
 
     query, key, value = (torch.randn(2, 4, 6, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     passed = []
-    monkeypatch.setattr(efficient, "sdpa_attention_forward", lambda *a, **k: (passed.append(k), (a[1], None))[1])
-    efficient.lean_attention(Layer(), query, key, value, None)
+    monkeypatch.setattr(fused_ops, "sdpa_attention_forward", lambda *a, **k: (passed.append(k), (a[1], None))[1])
+    fused_ops.fused_attention(Layer(), query, key, value, None)
     assert not passed, "without them it is ours"
-    efficient.lean_attention(Layer(), query, key, value, None, **{kind: torch.ones(4)})
+    fused_ops.fused_attention(Layer(), query, key, value, None, **{kind: torch.ones(4)})
     assert len(passed) == 1 and passed[0][kind] is not None
 
 

@@ -11,7 +11,7 @@ from trimtab.cost import rates as rates_file
 from trimtab.cost.rates import SMALL, Rates
 from trimtab.cost.roofline import Clock, read_again, work
 from trimtab.cost.trace import StepCost, extend
-from trimtab.model import efficient_experts as efficient_experts  # makes an operation
+from trimtab.model import fused_experts as fused_experts  # makes an operation
 
 MACHINE = rates_file.key({"cpu": "a processor", "cores": 2, "threads": 2, "allocator": "system"}, "2.13.0", "cpu")
 ATEN = torch.ops.aten

@@ -79,7 +79,7 @@ def test_each_patch_goes_through_yaml(name):
     ("training.learning_rate=1e-4", ("training", "learning_rate"), 1e-4),
     ("training.report_to=[tensorboard]", ("training", "report_to"), ["tensorboard"]),
     ("training.run_name=a=b", ("training", "run_name"), "a=b"),
-    ("engine.lean=false", ("engine", "lean"), False),
+    ("engine.fused_ops=false", ("engine", "fused_ops"), False),
     ("model.precision=nf4", ("model", "precision"), "nf4"),
     ("data.system=Be brief.", ("data", "system"), "Be brief."),
     ("patches.paca.r=4", ("patches", 0, "paca", "r"), 4),
@@ -152,12 +152,12 @@ def test_a_bare_word_is_what_is_wanted_there(tmp_path):
     recipe = Recipe.from_dict(read_yaml("""
 model: x
 data: {train: t.jsonl, columns: {prompt: on}, system: no, chat: off}
-engine: {lean: no, compile: on}
+engine: {fused_ops: no, compile: on}
 training: {run_name: yes, packing: no, lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6},
            activation_checkpointing_kwargs: {use_reentrant: no}, save_strategy: no, eval_strategy: false}
 """, "recipe"))  # fmt: skip
     assert recipe.data.columns == {"prompt": "on"} and recipe.data.system == "no" and recipe.data.chat is False
-    assert recipe.engine.lean is False and recipe.engine.compile is True
+    assert recipe.engine.fused_ops is False and recipe.engine.compile is True
     args = training_arguments(recipe, SFTConfig, tmp_path / "out", True)
     assert args.run_name == "yes" and args.packing is False and args.save_strategy == args.eval_strategy == "no"
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
@@ -173,7 +173,7 @@ training: {run_name: yes, packing: no, lr_scheduler_type: cosine_with_min_lr, lr
      "data: columns: 'promt': there is no such choice. Did you mean \"prompt\"."),
     ({"data": {"limit": "many"}}, "data: limit: 'many': input should be a valid integer"),
     ({"data": {"limit": 0}}, "data: limit: 0: input should be greater than or equal to 1. Give a value of that kind."),
-    ({"engine": {"lean": ["nrom"]}}, "engine: lean: 'nrom': there is no such choice. Did you mean \"norm\"."),
+    ({"engine": {"fused_ops": ["nrom"]}}, "engine: fused_ops: 'nrom': there is no such choice. Did you mean \"norm\"."),
     ({"place": 5}, "place: 5: a block of keys is wanted there. Check the indentation."),
     ({"training": "x"}, "recipe: training: 'x': a block of keys is wanted there. Check the indentation."),
     ({"patches": {"paca": {}}}, "recipe: patches: {'paca': {}}: a list is wanted there."),

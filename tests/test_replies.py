@@ -211,11 +211,11 @@ def test_the_models_own_way_of_sampling_stays(tmp_path):
 
 
 SETTINGS = {
-    "num_return_sequences": (2, "each prompt gets one reply"), "max_new_tokens": (0, "no number of 1 or more"),
-    "max_length": ("x", "no number of 1 or more"), "temperature": (-1, "no number of 0 or more"),
-    "top_p": (5, "no share above 0 and up to 1"),
+    "num_return_sequences": (2, "each prompt gets one reply"), "max_new_tokens": (0, "it is below 1 or not whole"),
+    "max_length": ("x", "it is below 1 or not whole"), "temperature": (-1, "it must be 0 or more"),
+    "top_p": (5, "it must be above 0 and at most 1"),
     "stop_strings": ([""], "no list of texts"), "output_scores": (True, "replies are texts"),
-    "num_beams": (0, "no number of 1 or more"),
+    "num_beams": (0, "it is below 1 or not whole"),
     "early_stopping": ("often", "early_stopping"), "penalty_alpha": (0.6, "from the hub"),
     "max_new_token": (4, 'Did you mean "max_new_tokens"'),
 }  # fmt: skip
@@ -276,4 +276,5 @@ def test_run_json_tells_of_the_weights_that_were_kept(tmp_path):
 def test_the_longest_answer_is_counted(tmp_path):
     path = str(write_rows(tmp_path / "d.jsonl", [{"question": "a", "answer": ["b", "ccc"]}, *SKY]))
     form = reply_form(read_rows(DataSpec(path), "train", byte_tokenizer()), DataSpec(path), byte_tokenizer())
-    assert (form.chat, form.longest, form.room(None), form.room(7), form.room(None, 64)) == (True, 5, 29, 7, 64)
+    assert (form.chat, form.longest) == (True, 5)
+    assert (form.max_tokens(None), form.max_tokens(7), form.max_tokens(None, 64)) == (29, 7, 64)

@@ -215,11 +215,11 @@ def test_whether_a_folder_is_in_ram(tmp_path):
 
 def test_tables_in_ram_must_find_room_there(monkeypatch):
     size = TieredStore("one", 1, SHAPE).record_bytes
-    monkeypatch.setattr(mapped_file, "room", lambda: 12 * size)
+    monkeypatch.setattr(mapped_file, "available_memory", lambda: 12 * size)
     TieredStore("table", 4, SHAPE, more=2), TieredStore("table", 99, SHAPE, slow="disk")
     with pytest.raises(DoesNotFit, match="of RAM for 3 tables of 5 rows: .* are free"):
         TieredStore("table", 5, SHAPE, more=2)
-    monkeypatch.setattr(mapped_file, "room", lambda: None)  # a system that does not tell
+    monkeypatch.setattr(mapped_file, "available_memory", lambda: None)  # a system that does not tell
     TieredStore("table", 5, SHAPE, more=2)
 
 

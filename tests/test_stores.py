@@ -9,7 +9,7 @@ import torch
 
 from conftest import MODELS, tiny_batch
 from test_laws import PLACE, train
-from trimtab.engine.tables import ClipsRows, reading, row_numbers, summary, traffic
+from trimtab.engine.tables import ClipsRows, reading, row_parameters, summary, traffic
 from trimtab.methods.meft import Meft
 from trimtab.tiered.store import GRADS
 
@@ -51,7 +51,8 @@ def test_without_clipping_the_norm_is_only_told():
 
 def test_numbers_and_traffic_are_counted():
     _, surgery, _ = after_a_backward_pass(1.0)
-    assert row_numbers([surgery]) == 2 * (64 * 2 + surgery.stores[0].rows) * 64  # layers, keys, values, router, hidden
+    rows = surgery.stores[0].rows
+    assert row_parameters([surgery]) == 2 * (64 * 2 + rows) * 64  # layers, keys, values, router, hidden
     moved = traffic([surgery], 3)
     assert moved["store_up_bytes_per_step"] == sum(store.traffic.up for store in surgery.stores) // 3 > 0
     assert moved["store_slow_bytes"] == sum(store.nbytes["slow"] for store in surgery.stores) and traffic([], 3) == {}

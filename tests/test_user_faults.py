@@ -39,9 +39,9 @@ FAULTS = {
     "assistant_only_loss on texts": (TEXTS, {}, {}, {"assistant_only_loss": True}, "no conversations"),
     "assistant_only_loss on pairs": (PAIRS, {}, {}, {"assistant_only_loss": True}, "no conversations"),
     "assistant_only_loss without marks": (SKY, {}, {}, {"assistant_only_loss": True}, "does not mark"),
-    "liger": (SKY, {}, {}, {"use_liger_kernel": True}, "use_liger_kernel: True: trimtab has fused forms"),
+    "liger": (SKY, {}, {}, {"use_liger_kernel": True}, "use_liger_kernel: True: trimtab has its own fused operations"),
     "empty text": ([*TEXTS, {"text": ""}], {}, {}, {}, "rows.jsonl, line 3: text is empty"),
-    "no batch": (SKY, {}, {}, {"dataloader_drop_last": True}, "2 rows make no whole batch of 4"),
+    "no batch": (SKY, {}, {}, {"dataloader_drop_last": True}, "2 rows are fewer than one batch of 4"),
 }  # fmt: skip
 
 

@@ -32,19 +32,19 @@ Batch = dict[str, Tensor]
 
 
 class When(enum.Enum):
-    """When a patch acts, and where inference takes it from."""
+    """When a patch acts, and where inference gets it from."""
 
     TRAIN = "train"  # it is trained; inference loads it from the adapter folder
-    INFER = "infer"  # it acts while the model generates; nothing is saved, inference takes it from the recipe
+    INFER = "infer"  # it acts while the model generates; it is not saved, and inference applies it from the recipe
     BOTH = "both"  # it is not trained but acts in training too (a pruned base); saved in the adapter folder
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which device computes (the fast tier), what lies under it (the slow tier), and where files may go.
+    """The device that computes (the fast tier), the larger memory below it (the slow tier), and the folder for files.
 
-    `fast`: "auto" (CUDA when there is one, else the CPU), "cpu", "cuda", "cuda:1"; `slow`: "auto", "ram" or "disk";
-    `folder`: where the slow tier keeps its files (None: beside the run).
+    `fast`: "auto" (CUDA if there is one, else the CPU), "cpu", "cuda", "cuda:1"; `slow`: "auto", "ram" or "disk";
+    `folder`: for the slow tier's files (None: in the run's folder).
     """
 
     fast: str = "auto"
@@ -58,7 +58,7 @@ class Place:
         try:
             return torch.device(self.fast)
         except RuntimeError:
-            raise BadInput(f'place: fast: "{self.fast}"', "no such device", 'Say "auto", "cpu" or "cuda"') from None
+            raise BadInput(f'place: fast: "{self.fast}"', "no such device", 'Use "auto", "cpu" or "cuda"') from None
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Portable:
 class Surgery(ABC):
     """A change made to a model: how it is undone, and which tensors are its own.
 
-    `own_tensors` names every tensor that the patch trained or must remember. Keys are module paths of the *unpatched*
-    model plus a suffix; no tensor of the base is among them. `load_tensors` takes the same dict back.
+    `own_tensors` returns every tensor that the patch trains or must save. Keys are module paths of the *unpatched*
+    model plus a suffix; no tensor of the base is among them. `load_tensors` accepts the same dict.
     """
 
     patch: Patch
-    stores: list = []  # tables in the slow tier (TieredStore), when a method keeps any
-    starts_at_zero: bool = True  # at first, the patched model computes exactly what the unpatched one does
-    notes: tuple[str, ...] = ()  # what a user should know of how the patch was applied, a line each
+    stores: list = []  # tables in the slow tier (TieredStore), if the method has any
+    starts_at_zero: bool = True  # before training, the patched model computes exactly what the unpatched one does
+    notes: tuple[str, ...] = ()  # for the user, on how the patch was applied
 
     @abstractmethod
     def revert(self) -> None:
@@ -91,11 +91,11 @@ class Surgery(ABC):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Copy `tensors` into the patched model in place. Names and shapes must match those of `own_tensors`."""
         own = self.own_tensors()
-        do = "Use the adapter with the base model and the patch it was made with"
+        do = "Use the adapter with the base model and the patch that it was trained with"
         if own.keys() != tensors.keys():
             odd = sorted(own.keys() ^ tensors.keys())[0]
             asked = f"load {len(tensors)} tensors into {type(self.patch).__name__}"
-            raise BadInput(asked, f"{len(own)} are expected, and {odd} is on one side only", do)
+            raise BadInput(asked, f"{len(own)} are expected, and {odd} is only in one of the two", do)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if own[name].shape != tensor.shape:
@@ -111,20 +111,18 @@ class Surgery(ABC):
     def merge(self) -> None:
         """Write the change into the base weights and remove the patch: a plain transformers model remains."""
         asked = f"merge {type(self.patch).__name__}"
-        raise BadInput(asked, "it depends on its input, so no weight can hold it", "Keep the adapter")
+        raise BadInput(asked, "it depends on its input, so it cannot be merged into weights", "Keep the adapter")
 
     def adapter_config(self) -> dict[str, Any]:
-        """The content of adapter_config.json. PEFT reads it where the method is one of PEFT's own (LoRA overrides)."""
+        """The content of adapter_config.json. PEFT can read it if the method is one of PEFT's own (LoRA overrides)."""
         return {"peft_type": type(self.patch).__name__.upper(), **self.patch.config()}
 
     def portable(self) -> Portable:
-        """The adapter as stock `peft` knows it, where the mathematics allows."""
-        raise BadInput(
-            f"export {type(self.patch).__name__} to peft", "no tuner of peft computes it", "Run it through trimtab"
-        )
+        """The adapter in a form that stock `peft` loads; BadInput if it has none."""
+        raise BadInput(f"export {type(self.patch).__name__} to peft", "no tuner of peft computes it", "Use trimtab")
 
     def penalty(self) -> Tensor | None:
-        """A term of the loss, shape (), that does not depend on the batch; added once to each optimiser step."""
+        """A term of the loss, shape (), that does not depend on the batch; added once per optimizer step."""
         return None
 
     def cache(self) -> Cache | None:
@@ -132,22 +130,22 @@ class Surgery(ABC):
         return None
 
     def before_step(self, step: int) -> None:  # noqa: B027
-        """Called by the engine before optimiser step `step` (0, 1, ...), for parts that change on a schedule."""
+        """Called by the engine before optimizer step `step` (0, 1, ...), for parts that change on a schedule."""
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
-        """Called by the engine after optimiser step `step`, while the gradients are still there."""
+        """Called by the engine after optimizer step `step`, before the gradients are dropped."""
 
 
 @dataclass(frozen=True)
 class Patch(ABC):
-    """A reversible change to a model. Its dataclass fields *are* its configuration: YAML and CLI keys are theirs."""
+    """A reversible change to a model. Its dataclass fields *are* its configuration, in YAML and on the command line."""
 
     paper: ClassVar[str] = ""  # arXiv id
     when: ClassVar[When] = When.TRAIN
-    trains_base: ClassVar[bool] = False  # True where the base's own weights move (full fine-tuning)
-    exclusive_reason: ClassVar[str] = ""  # why no other trained patch can be applied with it; "" where one can
-    defaults: ClassVar[dict[str, Any]] = {}  # of `training:`, above the objective's
-    uses_tables: ClassVar[bool] = False  # True where it keeps tables in the slow tier
+    trains_base: ClassVar[bool] = False  # whether the base's own weights are trained (full fine-tuning)
+    exclusive_reason: ClassVar[str] = ""  # why no other trained patch can be applied with it; "" if one can
+    defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the objective's
+    uses_tables: ClassVar[bool] = False  # whether it has tables in the slow tier
     shrinkable: ClassVar[tuple[str, ...]] = ()  # fields that use less memory when smaller, the least harmful first
 
     @abstractmethod
@@ -155,7 +153,7 @@ class Patch(ABC):
 
     @property
     def calibration_rows(self) -> int:
-        """How many rows of `data.train` `Surgery.calibrate` needs; 0: it needs none and is not called."""
+        """The number of rows of `data.train` that `Surgery.calibrate` needs; 0: it is not called."""
         return 0
 
     def config(self) -> dict[str, Any]:
@@ -163,15 +161,15 @@ class Patch(ABC):
 
 
 class Loss(NamedTuple):
-    """A loss, with the counts that the log reports."""
+    """A loss, and the counts for the accuracy in the log; each has shape ()."""
 
-    value: Tensor  # shape ()
-    correct: Tensor  # how many items were predicted right
-    seen: Tensor  # of how many
+    value: Tensor
+    correct: Tensor  # number of items predicted correctly
+    seen: Tensor  # number of items
 
 
 class Objective(ABC):
-    """A batch -> a loss."""
+    """Computes the loss of a batch."""
 
     head: ClassVar[str] = "causal-lm"  # the transformers head that the model needs: "causal-lm" or "classification"
     trainer: ClassVar[str] = "trimtab.engine.trainers:CausalTrainer"  # an `engine.objectives.ObjectiveTrainer`
@@ -184,30 +182,30 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: PreTrainedModel, batch: Batch, count: Tensor | int | None = None) -> Loss:
-        """-> mean loss, shape (). `count`: how many items the whole optimiser step averages over (accumulation)."""
+        """-> the mean loss. `count`: how many items the whole optimizer step averages over (gradient accumulation)."""
 
     def example_batch(self, rows: int, tokens: int, args: Any) -> Batch:
-        """A batch of zeros, as the trainer's collator would make it under `args`; the planner traces it."""
+        """A batch of zeros with the shapes of the trainer's collator under `args`, for the planner's trace."""
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
 
 
 class Stepper:
-    """How losses become gradients, and gradients a step. As it stands: the ordinary backward pass, and the optimiser
-    that `training.optim` names."""
+    """Turns losses into gradients, and gradients into steps. This class does it by the ordinary backward pass and the
+    optimizer of `training.optim`."""
 
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
         """A surgery for what the stepper itself needs on the model, or None."""
         return None
 
     def optimizer(self, parameters: Sequence[nn.Parameter], args: Any) -> torch.optim.Optimizer | None:
-        """The optimiser for the trained `parameters` under the training arguments; None: transformers makes it."""
+        """The optimizer for the trained `parameters` under the training arguments; None: transformers creates it."""
         return None
 
     def backward(self, loss: Callable[[], Tensor], back: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
-        """One micro-batch: compute `loss`, leave what the optimiser needs (`.grad`), return the loss, detached.
+        """Processes one micro-batch: computes `loss`, sets `.grad` for the optimizer, and returns the loss, detached.
 
-        `loss` runs the forward pass anew each time it is called. `back`: runs a backward pass from a loss.
+        Each call of `loss` runs a forward pass. `back`: runs a backward pass from a loss.
         """
         value = loss()
         back(value)
@@ -215,11 +213,11 @@ class Stepper:
 
 
 def cache_of(surgeries: Iterable[Surgery]) -> Cache | None:
-    """A new KV cache of the surgery that has one; None: transformers' own."""
+    """A new KV cache from the surgery that has one; None: use transformers' own."""
     return next((cache for surgery in surgeries if (cache := surgery.cache()) is not None), None)
 
 
 def penalty_of(surgeries: Iterable[Surgery]) -> Tensor | None:
-    """The sum of the surgeries' penalties, shape (); None where there is none."""
+    """The sum of the surgeries' penalties, shape (); None if there is none."""
     found = [penalty for surgery in surgeries if (penalty := surgery.penalty()) is not None]
     return torch.stack(found).sum() if found else None

@@ -1,7 +1,7 @@
-"""What a user is told when a run cannot be what they asked for: what was asked, what there is, what to do.
+"""Errors in three parts: what was asked, what there is, what to do.
 
-Each error carries its exit code (2 bad input, 3 does not fit, 4 stopped with a checkpoint), so that the command line
-prints it and leaves without a traceback. Anything else that escapes is a bug of ours and exits with 1.
+Each error has its exit code (2 bad input, 3 does not fit, 4 stopped with a checkpoint): the command line prints it and
+exits without a traceback. Any other exception is a bug in trimtab and exits with 1.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class TrimtabError(Exception):
 
 
 class BadInput(TrimtabError):
-    """The recipe, the data or a file is not what it must be (exit code 2)."""
+    """The recipe, the data or a file is wrong (exit code 2)."""
 
 
 class Untraceable(BadInput):
-    """The model does something that has no meaning on tensors without values (exit code 2)."""
+    """The model cannot be traced on tensors without values (exit code 2)."""
 
 
 class DoesNotFit(TrimtabError):
@@ -54,14 +54,14 @@ class Interrupted(TrimtabError):
 
 
 def shortened(text: str) -> str:
-    """`text`, of which a word or the whole is cut in its middle where it is long: values come from files of others."""
+    """`text` with long words, and a long whole, cut in the middle."""
     cut = lambda part, most: f"{part[: most // 2]} ... {part[-most // 4 :]} ({len(part):,} characters)"  # noqa: E731
     text = re.sub(r"\S{301,}", lambda word: cut(word[0], 80), text) if len(text) > 300 else text
     return text if len(text) <= LONGEST else cut(text, LONGEST)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`did you mean "x"` for the known word closest to `word`, or the list of what there is."""
+    """`Did you mean "x"` with the known word closest to `word`, or the list of known words."""
     known = sorted(known)
     some = ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.55)

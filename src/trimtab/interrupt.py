@@ -1,4 +1,4 @@
-"""Ctrl-C ends a program with one line and the code that shells know: 130."""
+"""Ends a program on Ctrl-C with one line and exit code 130, as shells expect."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ INTERRUPTED = 130
 
 @contextlib.contextmanager
 def stopped_by_interrupt(line: str) -> Iterator[None]:
-    """Within it, Ctrl-C says `line` on standard error and exits with 130; a second one does so at once.
+    """Within it, Ctrl-C writes `line` on standard error and exits with 130; a second Ctrl-C does so at once.
 
-    Python hands a Ctrl-C to whatever code runs just then, and some of it (a destructor, a callback from a library)
-    drops exceptions: the second does not depend on it.
+    The first one raises KeyboardInterrupt, which some code (a destructor, a callback from a library) drops; the second
+    one exits without an exception.
     """
-    asked = False
+    interrupted = False
 
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+    def handle(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        if interrupted:
             os.write(2, _own_line(line).encode())
             os._exit(INTERRUPTED)
-        asked = True
+        interrupted = True
         raise KeyboardInterrupt
 
-    main = threading.current_thread() is threading.main_thread()  # Python hands signals to no other
+    main = threading.current_thread() is threading.main_thread()  # Python handles signals only there
     had = signal.getsignal(signal.SIGINT)
-    ours = main and had is signal.default_int_handler  # ignored (nohup, a shell's background) or another's: left alone
+    ours = main and had is signal.default_int_handler  # else the signal is ignored (nohup) or has another handler
     if ours:
-        signal.signal(signal.SIGINT, ask)
+        signal.signal(signal.SIGINT, handle)
     try:
         yield
     except KeyboardInterrupt:
         if ours:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is Python's own way out
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # while Python exits
             had = signal.SIG_IGN
         sys.stderr.write(_own_line(line))
         sys.exit(INTERRUPTED)
@@ -49,5 +49,5 @@ def stopped_by_interrupt(line: str) -> Iterator[None]:
 
 
 def _own_line(line: str) -> str:
-    """A terminal has shown ^C, and left the cursor behind it."""
+    """`line`, on a new line if a terminal has printed ^C."""
     return f"\n{line}\n" if sys.stderr.isatty() else f"{line}\n"

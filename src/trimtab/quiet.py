@@ -1,7 +1,4 @@
-"""What libraries print that tells a user of trimtab nothing: silenced here, by name, for the length of a verb.
-
-Progress bars go (trimtab shows its own), and of log lines only those in NOISE. All other warnings pass.
-"""
+"""Silences what libraries print while a command runs: their progress bars, and the log lines in NOISE."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 
-# logger, how the line starts, why it is noise here
+# logger, start of the line, why it does not matter here
 NOISE = (
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward", "an optional kernel that we do not use"),
     ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast", "int8 on bf16 is what was asked for"),
@@ -21,7 +18,7 @@ NOISE = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and no load reports of transformers: while trimtab loads a model."""
+    """No progress bars and no load reports of transformers, while a model is loaded."""
     no_kernel_lookup()
     from transformers.utils import logging as library
 
@@ -35,8 +32,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
-    """No noise of libraries while a verb runs; a context manager, or a decorator of a function that is no generator."""
+def silence_libraries() -> Iterator[None]:
+    """No progress bars and no NOISE of libraries; a context manager, or a decorator (not of a generator)."""
     no_kernel_lookup()
     with ExitStack() as stack:
         for name, start, _ in NOISE:
@@ -46,10 +43,10 @@ def hushed() -> Iterator[None]:
 
 
 def no_kernel_lookup() -> None:
-    """Import bitsandbytes now, in such a way that it looks up no kernel on the hub.
+    """Imports bitsandbytes without its lookup of a kernel on the hub.
 
-    On processors with AVX512-BF16 it does that when it is first imported (which peft does too), where the package
-    `kernels` is installed: then that package is hidden from it for the length of the import.
+    On processors with AVX512-BF16 the first import (also by peft) does that lookup if the package `kernels` is
+    installed; so that package is hidden during the import.
     """
     if "bitsandbytes" in sys.modules or not all(map(find_spec, ("kernels", "bitsandbytes"))):
         return
@@ -66,7 +63,7 @@ def no_kernel_lookup() -> None:
 
 @contextmanager
 def no_dataset_bars() -> Iterator[None]:
-    """`datasets` maps without its bars. Imports it: for verbs that read data."""
+    """No progress bars of `datasets`, which this imports."""
     import datasets
 
     had = datasets.are_progress_bars_disabled()

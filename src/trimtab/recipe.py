@@ -64,8 +64,8 @@ class PlaceSpec(Block):
 class EngineSpec(Block):
     """How steps are computed; none of it changes what is computed beyond rounding."""
 
-    recompute: Literal["auto", "none", "ffn"] = "auto"  # gated FFNs again in backward; auto: on a 4/8-bit base
-    lean: bool | list[Literal["norm", "ffn", "attention", "experts"]] = True  # leaner forms of all parts, or of some
+    recompute: Literal["auto", "none", "ffn"] = "auto"  # recompute gated FFNs in backward; auto: on a 4/8-bit base
+    fused_ops: bool | list[Literal["norm", "ffn", "attention", "experts"]] = True  # memory-saving forms of all or some
     compile: bool = False  # torch.compile each block
     prefetch: bool = True  # read a mapped base too large for memory ahead, by blocks; not with compile
     stop_if_diverged: bool = True  # end a run whose loss is not finite, or far above a uniform guess's

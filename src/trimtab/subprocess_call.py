@@ -1,4 +1,4 @@
-"""Work in a process of its own: what it held, and what an allocator took for it, is gone when it ends."""
+"""Runs a function in a subprocess, so that all of its memory is returned to the system."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from collections.abc import Callable
 from typing import Any
 
 
-def apart(
-    work: Callable[..., Any], *arguments: Any, hear: Callable[[str], None] | None = None, **environment: str
+def subprocess_call(
+    work: Callable[..., Any], *arguments: Any, on_line: Callable[[str], None] | None = None, **environment: str
 ) -> Any:
-    """What `work(*arguments)`, a function at the top of a module, gives in a fresh interpreter, which imports from
-    where this one does and has `environment` beside this one's. Arguments and result go as JSON. `hear` receives each
-    line of its standard error (each state of a progress bar) as it comes.
+    """The result of `work(*arguments)`, a module-level function, in a new interpreter with the same `sys.path` and with
+    `environment` added to this one's. Arguments and result are passed as JSON. `on_line` receives each line of its
+    standard error (each state of a progress bar) as it is written.
 
-    Raises RuntimeError with the last line that it said where it fails.
+    Raises RuntimeError with the last line of standard error if the process fails.
     """
     code = f"import json, sys; from {work.__module__} import {work.__name__} as work; "
     code += "print(json.dumps(work(*json.loads(sys.argv[1]))))"
     paths = os.pathsep.join(path for path in sys.path if path)
-    said: deque[str] = deque(maxlen=50)
+    newest: deque[str] = deque(maxlen=50)
     with subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(arguments)], text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths, **environment},
@@ -32,9 +32,9 @@ def apart(
 
         def listen() -> None:
             for line in child.stderr or ():
-                said.append(line)
-                if hear is not None:
-                    hear(line)
+                newest.append(line)
+                if on_line is not None:
+                    on_line(line)
 
         listener = threading.Thread(target=listen, daemon=True)
         listener.start()
@@ -45,6 +45,6 @@ def apart(
             child.kill()
             raise
     if child.returncode:
-        lines = [line.strip() for line in said if line.strip()]
+        lines = [line.strip() for line in newest if line.strip()]
         raise RuntimeError((lines or [f"exit code {child.returncode}"])[-1])
-    return json.loads(written.splitlines()[-1])  # the lines before it are what `work` printed
+    return json.loads(written.splitlines()[-1])  # `work` may have printed lines before it

@@ -1,5 +1,6 @@
-"""A run under a hard limit, watched from outside: where memory is refused to a library that does not look, the kernel
-ends the process with a signal, and what the user should know of it is said by the process that started it.
+"""Runs the work of a hard limit in a child process, so that the parent can report a crash.
+
+A library that does not check a failed allocation crashes, and the kernel ends the process with a signal.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ CRASHES = tuple(getattr(signal, name) for name in ("SIGSEGV", "SIGABRT", "SIGBUS
 
 
 def in_a_child(crashed: Callable[[str], Exception]) -> None:
-    """Returns in a child process, which goes on with the work; the parent waits, and exits as the child does.
+    """Forks and returns in the child, which does the work; the parent waits, and exits with the child's code.
 
-    A child that a crash ends raises `crashed(name of the signal)` in the parent. Call it before torch is imported: a
-    process with threads cannot be forked.
+    If the child crashes, the parent raises `crashed(name of the signal)`. Call it before torch is imported: a process
+    with threads cannot be forked.
     """
     if not hasattr(os, "fork") or "torch" in sys.modules:
         return
@@ -27,12 +28,12 @@ def in_a_child(crashed: Callable[[str], Exception]) -> None:
     child = 0
 
     def pass_on(number: int, frame: Any) -> None:
-        if child:  # 0 is the whole group
+        if child:  # 0 would signal the whole group
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)
 
     had = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal gives it to the child too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the child too
     signal.signal(signal.SIGTERM, pass_on)
     child = os.fork()
     if child:

@@ -16,7 +16,7 @@ from ..model.kv_cache import BoundedCache, BoundedLayer, require_exact
 
 
 class CacheSurgery(Surgery):
-    """Nothing is changed in the model: each call of `generate` gets a cache of its own."""
+    """Changes nothing in the model: each call of `generate` gets a new cache."""
 
     def __init__(self, patch: CacheScorer, model: PreTrainedModel):
         self.patch = patch
@@ -30,7 +30,7 @@ class CacheSurgery(Surgery):
 
     def merge(self) -> None:
         asked = f"merge {type(self.patch).__name__}"
-        raise BadInput(asked, "it is a way to generate and changes no weight", "Leave it out of the recipe")
+        raise BadInput(asked, "it acts only during generation and changes no weights", "Remove it from the recipe")
 
     def cache(self) -> Cache:
         return BoundedCache(self.layers, self.patch.limit, self.patch.scores)
@@ -38,7 +38,7 @@ class CacheSurgery(Surgery):
 
 @dataclass(frozen=True)
 class CacheScorer(Patch):
-    """Keeps the `limit` tokens of a layer with the highest `scores`. A prompt is read whole before any is evicted."""
+    """Each layer keeps the `limit` tokens with the highest `scores`. A whole prompt is read before any is evicted."""
 
     when: ClassVar[When] = When.INFER
     exclusive_reason: ClassVar[str] = "a model generates with one KV cache"
@@ -46,11 +46,11 @@ class CacheScorer(Patch):
     @property
     @abstractmethod
     def limit(self) -> int:
-        """How many tokens a layer keeps."""
+        """The number of tokens that a layer keeps."""
 
     @abstractmethod
     def scores(self, layer: BoundedLayer) -> Tensor:
-        """(B, N), of the tokens in `layer`, whose keys, values and positions it may read; padding counts as -inf."""
+        """Scores (B, N) of the tokens in `layer`, from its keys, values and positions; padding counts as -inf."""
 
     def apply(self, model: PreTrainedModel, place: Place) -> CacheSurgery:
         surgery = CacheSurgery(self, model)

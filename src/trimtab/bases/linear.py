@@ -1,4 +1,4 @@
-"""The most common patch: every targeted linear is wrapped by one module. A method writes `wrap` and the module."""
+"""Base of patches that wrap each targeted linear in a module. A method defines `wrap` and the module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..model.surgery import Swaps
 
 
 class LinearSurgery(Surgery):
-    """Wrapped linears: the wrapper keeps the frozen linear as `base` and its own parameters beside it."""
+    """Wrapped linears. A wrapper has the frozen linear as `base`, and its own parameters."""
 
     def __init__(self, patch: LinearPatch, model: PreTrainedModel):
         self.patch, self.model = patch, model
@@ -38,7 +38,7 @@ class LinearSurgery(Surgery):
         self.swaps.undo()
 
     def merge(self) -> None:
-        """Put what each wrapper's `merge_into_base()` returns where the wrapper was."""
+        """Replaces each wrapper with the linear that its `merge_into_base()` returns."""
         merged = {name: layer.merge_into_base() for name, layer in self.layers.items()}
         self.swaps.undo()
         for name, linear in merged.items():

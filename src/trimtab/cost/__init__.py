@@ -1,1 +1,1 @@
-"""What a step will cost: tensors traced without values, rates measured on this machine, and process overhead."""
+"""The cost of a step: traces of tensors without values, rates of this machine, and process overhead."""

@@ -1,7 +1,6 @@
-"""What was measured of a machine, kept as JSON in the cache folder for plans to come.
+"""JSON files of measurements in the cache folder, written atomically.
 
-A file that is damaged, of another form or of another machine counts as not there; it is written whole or not at all.
-Imports no torch.
+A file that is damaged, of another format or of another machine is ignored. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from ..validation import read_json
 
 
 def read(path: Path, form: int, machine: dict[str, Any]) -> dict[str, Any] | None:
-    """What `write` put there of `machine` in this `form`, with the key "machine"; None where that is not so."""
+    """The content that `write` stored for `machine` in format `form`; None if there is none."""
     found = read_json(path)
     if found is None or found.pop("form", None) != form or found.get("machine") != machine:
         return None
@@ -23,7 +22,7 @@ def read(path: Path, form: int, machine: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def write(path: Path, form: int, content: dict[str, Any]) -> bool:
-    """`content` names its "machine". False where the cache cannot be written."""
+    """Writes `content`, which has the key "machine"; -> False if the cache cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"form": form, **content}, indent=1))

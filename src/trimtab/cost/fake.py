@@ -1,4 +1,4 @@
-"""What the trace needs of fake tensors: a model made of them, and results whose size depends on data."""
+"""Fake tensors for the trace: a model of fake parameters, and results whose size depends on data."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def _int8(_: int | None, x: Tensor, threshold: float = 0.0) -> tuple:
     )
 
 
-BOUNDS: dict[str, Callable[..., Any]] = {  # by name: bitsandbytes may not be there
+BOUNDS: dict[str, Callable[..., Any]] = {  # by name, since bitsandbytes may not be installed
     "aten::nonzero": _nonzero, "aten::_unique2": _unique, "bitsandbytes::int8_vectorwise_quant": _int8,
 }  # fmt: skip
 
 
 def empty_like_meta(model: nn.Module, device: torch.device) -> None:
-    """Inside a FakeTensorMode: every parameter and buffer of `model` becomes a fake one on `device`; ties stay ties."""
+    """In a FakeTensorMode, replaces each parameter and buffer of `model` with a fake one on `device`; keeps ties."""
     made: dict[int, Any] = {}
 
     def empty(old: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The machine and the versions that something ran on. Imports no torch before it is asked."""
+"""Describes this machine and the versions of libraries. Importing it loads no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIBRARIES = ("trimtab", "torch", "transformers", "trl", "peft", "accelerate", "d
 
 
 def machine() -> dict[str, Any]:
-    """What this process runs on, without names that tell whose machine it is."""
+    """Processor, memory, threads, system, allocator and GPU, without names that identify the machine."""
     import torch
 
     from ..memory import allocator
@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that are installed."""
+    """Versions of the installed libraries."""
     found = {}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

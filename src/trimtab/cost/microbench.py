@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def measure(machine: dict[str, Any], folder: Path | None = None) -> Rates:
-    """The rates of this machine now; `machine`: `rates.key(...)`. `folder`: where the disk is measured (None: not)."""
+    """Measures the rates of this machine. `machine`: `rates.key(...)`; `folder`: where to measure the disk, or None."""
     began = time.perf_counter()
     device = torch.device(machine["device"])
     one, two = (_one_round(device) for _ in range(2))
@@ -47,7 +47,7 @@ def measure(machine: dict[str, Any], folder: Path | None = None) -> Rates:
 
 
 def least_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 5, seconds: float = 0.1) -> float:
-    """Of `work()`, repeated at least so often and for so long after a first time that does not count."""
+    """The shortest time of `work()` in seconds. After a warm-up, it runs at least `repeats` times and for `seconds`."""
     times: list[float] = []
     work()
     _wait(device)
@@ -82,7 +82,7 @@ def _one_round(device: torch.device) -> dict[str, float]:
     works = [(lambda: x + y, 3), (lambda: x * 0.5, 2), (lambda: y.mul_(x), 3), (lambda: x.clone(), 2)]
     found["bandwidth"] = sum(many for _, many in works) * LARGE / sum(least_seconds(work, device) for work, _ in works)
     few = x[: x.numel() // 16]
-    found["random"] = few.numel() / least_seconds(lambda: few.bernoulli_(0.9), device)  # what dropout draws
+    found["random"] = few.numel() / least_seconds(lambda: few.bernoulli_(0.9), device)  # as in dropout
     found["update"] = _update(device)
     return found
 
@@ -117,8 +117,8 @@ class _Watch(TorchDispatchMode):
 def _overhead(rates: Rates, device: torch.device) -> float:
     """Seconds that each operation of a training step takes beside its work.
 
-    A transformer so small that it hardly computes is trained: what a step takes beyond what the other rates predict,
-    divided by the number of its operations.
+    Trains a very small transformer: the time of a step beyond the prediction of the other rates, divided by the number
+    of its operations.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -147,10 +147,10 @@ def _overhead(rates: Rates, device: torch.device) -> float:
 
 
 def disk(folder: Path) -> dict[str, float]:
-    """Bytes/s to and from a new file in `folder`, which is removed; empty where it cannot be written.
+    """Bytes/s of writing and reading a temporary file in `folder`; empty if it cannot be written.
 
-    Written through to the disk (fsync), then put out of the page cache before it is read. A disk that is itself a file
-    of a host may still answer from the host's memory.
+    The file is written to the disk (fsync) and dropped from the page cache before it is read. A virtual disk may still
+    be served from the host's memory.
     """
     block = os.urandom(2**20)
     try:
@@ -187,7 +187,7 @@ def _link(device: torch.device) -> dict[str, float]:
 
 
 def _unpacking(device: torch.device) -> float:
-    """4-bit weights a second that bitsandbytes unpacks to bf16; 0 where it is not installed or cannot."""
+    """4-bit weights per second that bitsandbytes unpacks to bf16; 0 if it is not installed or fails."""
     with contextlib.suppress(ImportError, RuntimeError, NotImplementedError, AttributeError):
         from bitsandbytes import functional as bnb
 

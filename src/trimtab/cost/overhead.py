@@ -1,16 +1,15 @@
-"""What a training process uses beside its tensors, as `trimtab doctor` measured it on this machine.
+"""The memory that a training process uses beside its tensors, as `trimtab doctor` measured it on this machine.
 
     process             bytes of the interpreter, the libraries and the data, when training begins
-    fixed               bytes of threads, generated code and the like, which come with the first steps
+    fixed               bytes of threads, generated code and the like, allocated in the first steps
     share               of the tensors' growth: gaps between them, and freed memory that malloc has not returned
     autocast_overhead   added to `share` under autocast: its copies of weights live between the activations, which
                         makes gaps, beside optimizer state that is never freed, which has none
     efficiency          speed of whole steps over the speed that their operations, measured one by one, predict
 
-Where tables are stepped, THREAD comes on top for each thread that does it; and TRANSIENT_SHARE of what the backward
-pass of a block allocates and frees: malloc has not returned it yet, and it does not fit what is allocated next. `fixed`
-and `share` are a line fitted through small trainings of different sizes and kinds (planning/calibrate.py). Imports no
-torch.
+Each thread that steps tables adds THREAD. TRANSIENT_SHARE of the bytes that the backward pass of a block allocates and
+frees is added too: malloc has not returned them yet, and later allocations do not fit into them. `fixed` and `share`
+are a line fitted through small trainings of different sizes and kinds (planning/calibrate.py). Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from .rates import path_of
 
 FORM = 5  # of the file
 MOST_SHARE = 0.5
-THREAD = 4 * 2**20  # bytes; two under mimalloc kept 5 to 10 MiB of what was freed (docs/LOG.md)
-PRODUCT = 512 * 2**10  # bytes of code that oneDNN keeps for each new shape of a 16-bit product (docs/LOG.md)
+THREAD = 4 * 2**20  # bytes; two under mimalloc kept 5 to 10 MiB of freed memory (docs/LOG.md)
+PRODUCT = 512 * 2**10  # bytes of code that oneDNN caches for each new shape of a 16-bit product (docs/LOG.md)
 TRANSIENT_SHARE = 0.15  # of a checkpointed encoder 0.1 of it stayed, or 0.35, depending on its heap (docs/LOG.md)
 
 
@@ -54,7 +53,7 @@ class Overhead:
     @classmethod
     def by_one(cls, process: int, tensors: int, total: int, efficiency: float) -> Overhead:
         """From a single training whose tensors grew by `tensors` bytes, and its process (without the backward
-        transient) by `total`: one point gives no line, so the share stays the default."""
+        transient) by `total`. One point does not determine a line, so the share stays the default."""
         fixed = max(0, round(total - (1 + cls.share) * tensors))
         return cls(process, fixed, efficiency=efficiency, measured=True, quick=True)
 
@@ -62,12 +61,11 @@ class Overhead:
     def through(
         cls, process: int, points: list[tuple[int, int]], under_autocast: list[tuple[int, int]], efficiency: float
     ) -> Overhead:
-        """`points`: (growth of the tensors, of the process without the backward transient) of trainings;
+        """Fits a line. `points`: (growth of the tensors, of the process without the backward transient) of trainings;
         `under_autocast`: the same of trainings under autocast.
 
-        The line has the least sum of squared errors, each divided by the process's growth: between absolute errors, by
-        which the largest training would decide alone, and relative ones, by which the smallest would, and they scatter
-        most.
+        The fit minimises squared errors divided by the process's growth, a compromise: with absolute errors the largest
+        training would decide alone; with relative ones the smallest, which vary most.
         """
         import numpy
 
@@ -83,21 +81,21 @@ def _share(found: float, least: float = 0.0) -> float:
 
 
 def load(machine: dict[str, Any], folder: Path) -> Overhead:
-    """What was measured before on `machine` (rates.key), else the default."""
+    """The overhead measured before on `machine` (rates.key), else the default."""
     found = cache_file.read(_path(machine, folder), FORM, machine) or {}
     found.pop("machine", None)
     try:
-        kept = Overhead(**found)
-        numbers = (kept.process, kept.fixed, kept.share, kept.share + kept.autocast_overhead, kept.efficiency)
-        sound = all(math.isfinite(n) and n >= 0 for n in numbers) and kept.efficiency
-        sound = sound and max(kept.share, kept.autocast_overhead) <= MOST_SHARE
+        read = Overhead(**found)
+        numbers = (read.process, read.fixed, read.share, read.share + read.autocast_overhead, read.efficiency)
+        sound = all(math.isfinite(n) and n >= 0 for n in numbers) and read.efficiency
+        sound = sound and max(read.share, read.autocast_overhead) <= MOST_SHARE
     except TypeError:
         return Overhead()
-    return kept if sound else Overhead()
+    return read if sound else Overhead()
 
 
 def save(overhead: Overhead, machine: dict[str, Any], folder: Path) -> bool:
-    """False where the cache cannot be written."""
+    """-> False if the cache cannot be written."""
     return cache_file.write(_path(machine, folder), FORM, {"machine": machine, **asdict(overhead)})
 
 

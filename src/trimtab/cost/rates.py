@@ -1,8 +1,8 @@
-"""How fast this machine is: what `trimtab doctor` measured once (cost/microbench.py), kept for later plans.
+"""Rates of this machine, measured once by `trimtab doctor` (cost/microbench.py) and cached for plans.
 
-A handful of rates: matrix products and attention by type, memory traffic, random numbers, the optimizer's update, the
-cost of starting an operation, disk and link. They are kept (cache_file.py) in one file for each processor, number of
-threads, torch and allocator: any of these changes them. Imports no torch.
+They are those of matrix products and attention by dtype, memory traffic, random numbers, the optimizer's update, the
+start of an operation, disk and link. The cache (cache_file.py) has one file per processor, number of threads, torch
+version and allocator, since each changes them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Any
 
 from . import cache_file
 
-FORM = 3  # of the file; a file of another form is measured again
-SMALL = 3e7  # floating-point operations; a product of fewer reaches the lower of its type's rates
+FORM = 3  # of the file; rates in a file of another format are measured again
+SMALL = 3e7  # floating-point operations; a product with fewer has the rate of small products
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured. Rates are per second."""
+    """Measured rates, per second."""
 
-    machine: dict[str, Any]  # what it is valid for: `key(...)`
-    products: dict[str, list[float]]  # type -> FLOP/s of [small, large] products
-    attention: dict[str, float]  # type -> FLOP/s of a fused attention over the full square of scores
-    bandwidth: float  # bytes read and written by operations on tensors that no cache can keep
+    machine: dict[str, Any]  # the machine they are valid for: `key(...)`
+    products: dict[str, list[float]]  # dtype -> FLOP/s of [small, large] products
+    attention: dict[str, float]  # dtype -> FLOP/s of a fused attention over the full square of scores
+    bandwidth: float  # bytes read and written by operations on tensors too large for caches
     random: float  # random numbers
     update: float  # bytes read and written by fused AdamW
     overhead: float  # seconds that any operation takes: Python, autograd, dispatch
     disk: dict[str, float] = field(default_factory=dict)  # "read", "write": bytes, past the page cache
     link: dict[str, float] = field(default_factory=dict)  # "up" (to the GPU), "down": bytes; empty without one
-    unpacking: float = 0.0  # 4-bit weights that are brought to 16 bits; 0 where that was not measured
+    unpacking: float = 0.0  # 4-bit weights unpacked to 16 bits; 0 if not measured
     page_bytes: int = 4096
-    seconds: float = 0.0  # that measuring took
+    seconds: float = 0.0  # duration of the measurement
 
     def product_seconds(self, dtype: str, flops: float) -> float:
         small, large = self.products.get(dtype) or self.products["float32"]
@@ -45,12 +45,12 @@ class Rates:
         return flops / (self.attention.get(dtype) or self.attention["float32"])
 
     def transfer_seconds(self, size: float) -> float:
-        """Of reading and writing `size` bytes in all."""
+        """Seconds of reading and writing `size` bytes in total."""
         return size / self.bandwidth
 
 
 def key(machine: dict[str, Any], torch_version: str, device: str) -> dict[str, Any]:
-    """What the rates depend on: some of `run_folder.machine()`, and which `device` ("cpu", "cuda") computes."""
+    """What the rates depend on: some of `machine.machine()`, the torch version, and the `device` ("cpu", "cuda")."""
     names = ("cpu", "cores", "threads", "allocator", "gpu")
     return {**{name: machine[name] for name in names if name in machine}, "torch": torch_version, "device": device}
 
@@ -62,7 +62,7 @@ def path_of(machine: dict[str, Any], folder: Path) -> Path:
 
 
 def load(machine: dict[str, Any], folder: Path) -> Rates | None:
-    """What was measured on `machine` before; None where nothing was, or where the file cannot be used."""
+    """The rates measured on `machine` before; None if there are none, or if the file cannot be used."""
     found = cache_file.read(path_of(machine, folder), FORM, machine)
     if found is None:
         return None
@@ -74,12 +74,12 @@ def load(machine: dict[str, Any], folder: Path) -> Rates | None:
 
 
 def save(rates: Rates, folder: Path) -> bool:
-    """False where the cache cannot be written (the rates then serve this process only)."""
+    """-> False if the cache cannot be written."""
     return cache_file.write(path_of(rates.machine, folder), FORM, asdict(rates))
 
 
 def _sound(rates: Rates) -> bool:
-    """Every rate a positive number, and none missing that a plan divides by."""
+    """Whether every rate is a positive number and none that a plan needs is missing."""
     tables = (rates.attention, rates.disk, rates.link)
     numbers = [rate for pair in rates.products.values() for rate in pair] + [r for t in tables for r in t.values()]
     numbers += [rates.bandwidth, rates.random, rates.update, rates.overhead, rates.page_bytes]

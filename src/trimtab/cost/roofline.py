@@ -42,7 +42,7 @@ DIRTY = 0.2  # Linux's default for dirty_ratio
 
 
 class Clock:
-    """Seconds of the operations that it is shown, by phase. One traced step of one model."""
+    """Sums the seconds of operations by phase, for one traced step of one model."""
 
     def __init__(self, rates: Rates):
         self.rates = rates
@@ -50,25 +50,25 @@ class Clock:
         self.phase, self.operations, self.times, self._overhead = "", 0, 1.0, rates.overhead
 
     def add(self, phase: str, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        if func._schema.name.startswith("prim::"):  # asks a fake tensor for its device; real ones are not asked
+        if func._schema.name.startswith("prim::"):  # queries of a fake tensor's device; real tensors have none
             return
         self.operations += 1
         self.spend(self._overhead + work(self.rates, func, args, kwargs, out), phase)
 
     def spend(self, seconds: float, phase: str | None = None) -> None:
-        """Add to `phase` (default: the last one), as often as the current operations count."""
+        """Adds seconds, times the current repetitions, to `phase` (default: the last one)."""
         self.phase = self.phase if phase is None else phase
         self.phases[self.phase] = self.phases.get(self.phase, 0.0) + seconds * self.times
 
-    def moved(self, size: float, operations: int = 0) -> None:
-        """Bytes of a table that are read or written in so many operations that are not shown."""
+    def transfer(self, size: float, operations: int = 0) -> None:
+        """Adds a transfer of `size` bytes of a table in so many operations that `add` does not see."""
         self.spend(self.rates.transfer_seconds(size) + operations * self._overhead)
 
     @contextlib.contextmanager
     def repeated(self, times: float) -> Iterator[None]:
-        """Operations within it count so many times: one of many that are alike stands for all.
+        """Operations within it count `times` times: one stands for many equal ones.
 
-        Such loops are in functions of our own, where neither autograd nor a module adds to an operation.
+        Such loops are inside autograd functions, where neither autograd nor a module adds to an operation.
         """
         before, self.times = (self.times, self._overhead), self.times * times
         self._overhead = PLAIN * self.rates.overhead
@@ -90,24 +90,23 @@ def row_update(rates: Rates, size: int, rows: float, copies: bool) -> float:
     return rows * (seconds + rates.overhead + 7 * rates.transfer_seconds(2 * size))
 
 
-def written_back(changed: float, room: int, rates: Rates) -> float | None:
-    """Least seconds of writing a table's changed pages to its file, of which a step changes `changed` bytes; None where
-    the disk's rate is not known.
+def written_back(changed: float, free: int, rates: Rates) -> float | None:
+    """Least seconds of writing the `changed` bytes of a table per step to its file; None if the disk's rate is unknown.
 
-    The kernel writes them beside the step. It makes the process wait where more than its `dirty_ratio` of the free
-    memory `room` would be unwritten.
+    The kernel writes them during the step. It makes the process wait when more than its `dirty_ratio` of the `free`
+    memory (bytes) is unwritten.
     """
-    if changed <= DIRTY * max(0, room):
+    if changed <= DIRTY * max(0, free):
         return 0.0
-    return (changed - DIRTY * max(0, room)) / rates.disk["write"] if rates.disk.get("write") else None
+    return (changed - DIRTY * max(0, free)) / rates.disk["write"] if rates.disk.get("write") else None
 
 
-def read_again(mapped: int, room: int, micro_batches: int) -> int:
-    """Bytes of a mapped base that a step reads from the disk: what `room` cannot keep is read in each pass.
+def read_again(mapped: int, free: int, micro_batches: int) -> int:
+    """Bytes of a mapped base that a step reads from the disk: those beyond `free` memory, in each pass.
 
-    The forward and the backward pass of each micro-batch go through the whole base.
+    The forward and the backward pass of each micro-batch read the whole base.
     """
-    return max(0, mapped - max(0, room)) * 2 * micro_batches
+    return max(0, mapped - max(0, free)) * 2 * micro_batches
 
 
 def work(rates: Rates, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> float:

@@ -1,13 +1,12 @@
-"""What a training step costs in memory and time, found by running it on tensors that have a shape and no content.
+"""Traces the memory and time of a training step on tensors that have shapes but no values.
 
-PyTorch's fake tensors go through the very code that trains: autograd, our own functions, the optimizer. Each operation
-makes storages with a size and a lifetime but no memory, and these are counted, by kind, phase by phase. What a kernel
-allocates inside itself is not seen; that is so for the meter's count of live tensors (`meter.LiveTensors`) too.
+PyTorch's fake tensors run through the same code as training: autograd, custom functions, the optimizer. Each operation
+creates storages with a size and a lifetime but no memory, which are counted by kind and phase. Memory that a kernel
+allocates internally is not counted, as in the meter's count of live tensors (`meter.LiveTensors`).
 
-Where an operation's result depends on data, the largest possible result is taken (BOUNDS): all positions of a batch
-count in the loss. A peak is recorded for each phase and not only for the step: in a stack of equal blocks each phase's
-peak is linear in the depth, so a deep model follows from two shallow ones, while the phase with the highest peak may
-change.
+If the size of an operation's result depends on data, the largest possible size is assumed (BOUNDS). A peak is recorded
+for each phase, not only for the step: in a stack of equal blocks each phase's peak is linear in the depth, so a deep
+model can be extrapolated from two shallow ones, although the phase with the highest peak may change.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ..errors import TrimtabError, Untraceable
 from ..foreign import DataDependentOutputException, FakeTensorMode
 from ..memory.meter import LiveTensors, file_ranges, is_mapped
 from ..model import anatomy
-from ..model.efficient import biases_apart
+from ..model.fused_ops import fresh_biases
 from ..model.quant import quantised_state
 from .fake import BOUNDS, empty_like_meta
 from .roofline import Clock
@@ -48,20 +47,20 @@ MICRO_BATCHES = 2  # of an optimizer step that are traced
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one optimizer step of a model costs. The fields from `trained` on are known of a whole model only."""
+    """The cost of one optimizer step of a model. The fields from `trained` on are set for a whole model only."""
 
     peaks: Peaks
-    backward_transient: int = 0  # most bytes that the backward pass of a block allocates and frees again
-    product_shapes: int = 0  # of the matrix products in 16 bits
-    seconds: dict[str, float] | None = None  # by phase; None where not known
+    backward_transient: int = 0  # most bytes that the backward pass of a block allocates and frees
+    product_shapes: int = 0  # distinct shapes of 16-bit matrix products
+    seconds: dict[str, float] | None = None  # by phase; None: unknown
     written: float = 0.0  # bytes of tables in files that it changes
-    trained: int = 0  # parameters, those of rows in the slow tier among them
+    trained: int = 0  # parameters, including rows in the slow tier
     autocast: bool = False
-    copied_ahead: int = 0  # bytes of rows that are copied to a device ahead of the pass, at most
+    copied_ahead: int = 0  # most bytes of rows that are copied to a device before they are used
     notes: tuple[str, ...] = ()  # how the patches are applied
 
     def step_seconds(self, micro_batches: int) -> float | None:
-        """Of a step over so many micro-batches, of which MICRO_BATCHES at most were traced; None if not known."""
+        """Seconds of a step over `micro_batches` (of which at most MICRO_BATCHES were traced); None: unknown."""
         if self.seconds is None:
             return None
         update = self.seconds.get(OPTIMISER, 0.0)
@@ -104,10 +103,9 @@ def highest(peaks: Peaks) -> tuple[str, Bytes]:
 class Trace(LiveTensors):
     """Counts live storages by kind while active, and records `peaks[phase]`. The caller sets `phase` and `kind`.
 
-    `kind` is the kind of storages made from now on. `vocabulary`: tensors of so many columns are logits. `counted`: how
-    many positions of a batch count in the loss, where that is known. Mapped storages cost nothing here until something
-    writes into them: then their pages are the process's own. `backward_transient` and `products` (the shapes) are what
-    `StepCost` has of them.
+    `kind`: that of new storages. `vocabulary`: tensors with so many columns are logits. `counted`: how many positions
+    of a batch count in the loss, if known. Mapped storages cost nothing until they are written: then their pages are
+    the process's own. `backward_transient` and `products` (shapes) are for `StepCost`.
     """
 
     def __init__(self, vocabulary: int = 0, counted: int | None = None, clock: Clock | None = None, fake: bool = True):
@@ -143,7 +141,7 @@ class Trace(LiveTensors):
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
 
     def watch(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count tensors that were there before the trace began."""
+        """Counts tensors that exist before the trace."""
         before, self.kind = self.kind, kind
         for tensor in tensors:
             self._add(tensor)
@@ -221,10 +219,10 @@ def metered(
     tables: Iterable[Tensor] = (),
     aside: Iterable[torch.UntypedStorage] = (),
 ) -> Iterator[Trace]:
-    """Within it, a real step of `trainer` is counted as the planner counts a fake one: by kind, phase by phase.
+    """Within it, a real step of `trainer` is counted as the planner counts a fake one, by kind and phase.
 
     `own`: the tensors of the patches; `tables`: those of them in the slow tier. Tensors in mapped files are `MAPPED`.
-    `aside`: storages of the model as it was loaded, some of which a patch may keep in order to revert.
+    `aside`: storages of the loaded model, some of which patches may keep for reverting.
     """
     maps = file_ranges()
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
@@ -261,7 +259,7 @@ def metered(
 
 @dataclass
 class Step:
-    """What `trace_steps` runs: the parts of a training step, each as the trainer would make it."""
+    """The parts of a training step for `trace_steps`, each as the trainer would create it."""
 
     model: Any  # patched; on meta, or with its values
     device: torch.device
@@ -270,8 +268,8 @@ class Step:
     backward: Callable[[Callable[[], Tensor], Callable[[Tensor], None]], Any]  # the stepper's
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     kind_of: Callable[[str, Tensor], str]  # (path, tensor) -> the kind that a parameter or buffer counts as
-    evaluation: Callable[[], dict[str, Tensor]] | None = None  # an evaluation batch, where the run evaluates
-    micro_batches: int = 1  # MICRO_BATCHES of them are traced, at most
+    evaluation: Callable[[], dict[str, Tensor]] | None = None  # an evaluation batch, if the run evaluates
+    micro_batches: int = 1  # at most MICRO_BATCHES of them are traced
     clip: float = 0.0
     counted: int | None = None  # positions of a batch that count in the loss
     full_rows: bool = False  # no row of a batch is padded
@@ -281,7 +279,7 @@ class Step:
 def trace_steps(step: Step, fake: bool = True) -> StepCost:
     """The cost of the second optimizer step of `step.model`, without tables in the slow tier.
 
-    The model is left with fake tensors in it; with `fake=False` real ones are stepped, which costs what is counted.
+    The model keeps fake tensors afterwards; with `fake=False` a real step runs, which uses the counted memory.
     """
     trace = Trace(step.model.config.get_text_config().vocab_size, step.counted, step.clock, fake)
     with _traced(trace, step.model, step.device, step.kind_of, step.full_rows):
@@ -314,12 +312,12 @@ def trace_inference(
 def _traced(
     trace: Trace, model: Any, device: torch.device, kind_of: Callable[[str, Tensor], str], full_rows: bool = False
 ) -> Iterator[None]:
-    """Within it `trace` is active. A trace of fake tensors leaves `model` with such tensors, on `device`."""
+    """Within it `trace` is active. A fake trace leaves fake tensors on `device` in `model`."""
     kinds = {n: kind_of(n, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     with contextlib.ExitStack() as stack:
         if trace.fake:
             stack.enter_context(FakeTensorMode())
-            stack.enter_context(biases_apart(full_rows))
+            stack.enter_context(fresh_biases(full_rows))
             empty_like_meta(model, device)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             trace.watch([tensor], kinds[name])
@@ -329,11 +327,11 @@ def _traced(
                 yield
         except TrimtabError:
             raise
-        except Exception as error:  # a model's own code may do what has no meaning without values
+        except Exception as error:  # a model's own code may need values
             raise Untraceable(
                 f"plan {type(model).__name__}",
-                f"the planner cannot follow it ({type(error).__name__}: {_operation(error)})",
-                "Remove budget:; run.json will say what the run used",
+                f"the planner cannot trace it ({type(error).__name__}: {_operation(error)})",
+                "Remove budget:; run.json will show what the run used",
             ) from error
 
 
@@ -361,12 +359,12 @@ def _train(step: Step, trace: Trace, optimizer: torch.optim.Optimizer, trained: 
 
 @contextlib.contextmanager
 def _phases(trace: Trace, model: Any) -> Iterator[None]:
-    """Within it, hooks set the trace's phase as the model runs, and label gradients. They change no graph."""
+    """Within it, hooks set the trace's phase as the model runs, and label gradients."""
     stack = anatomy.blocks(model)[1]
     last = len(stack) - 1
 
     def before(_: Any, args: tuple, index: int) -> None:
-        if trace.kind == ACTIVATIONS:  # not a block that is computed again in the backward pass
+        if trace.kind == ACTIVATIONS:  # not a block that is recomputed in the backward pass
             trace.enter("blocks")
 
     def after(_: Any, args: tuple, output: Any, index: int) -> None:

@@ -1,4 +1,4 @@
-"""`training:` of a recipe as the libraries' own dataclass: SFTConfig or TrainingArguments."""
+"""Reads `training:` of a recipe into the libraries' own dataclass: SFTConfig or TrainingArguments."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .fields import check_fields
 
 
 def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:
-    """`training:` as the library's own dataclass; unknown fields and bad values are the user's to mend."""
+    """`training:` as an instance of `cls`. BadInput for unknown fields and bad values."""
     values = recipe.training_values()
     length = values["max_length"] if isinstance(values["max_length"], int) else 512
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     if "max_length" not in known:  # rows are tokenised by trimtab, up to it
         values.pop("max_length")
         if values.pop("packing", False):
-            raise BadInput("training: packing: true", "a classifier reads one text a row", "Leave it out")
+            raise BadInput("training: packing: true", "a classifier reads one text per row", "Leave it out")
     for key in values:
         if key not in known:
             raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(str(key), known))
@@ -35,8 +35,8 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
     check_fields(values, cls, recipe.training)
     if values.get("activation_offloading") and cpu:
         raise BadInput(
-            "training: activation_offloading: true", "on a CPU activations are where they would be moved to",
-            "Say activation_checkpointing: true",
+            "training: activation_offloading: true", "on a CPU activations are in RAM already",
+            "Set activation_checkpointing: true",
         )  # fmt: skip
     values.setdefault("bf16", False)
     if values.get("packing") and values["max_length"] is None and values.get("completion_only_loss") is None:
@@ -44,16 +44,16 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
     try:
         made = cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
         if values.get("pad_to_multiple_of", "auto") == "auto":
-            # oneDNN keeps code for each shape that it meets: few lengths of batches cost less than some padding
+            # oneDNN caches code for each shape: a few distinct batch lengths cost less than the padding
             made.pad_to_multiple_of = (16 if length >= 128 else 8) if cpu else None
         _try_schedule(made)
         return made
     except (TypeError, ValueError, ImportError) as error:
-        raise BadInput("training", str(error).strip().splitlines()[0], "Mend the value") from error
+        raise BadInput("training", str(error).strip().splitlines()[0], "Correct the value") from error
 
 
 def _try_schedule(args: TrainingArguments) -> None:
-    """The library reads `lr_scheduler_kwargs` when training begins; here they are tried before anything is loaded."""
+    """Tries `lr_scheduler_kwargs` before anything is loaded; the library reads them only when training begins."""
     if args.lr_scheduler_kwargs:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         options = dict(args.lr_scheduler_kwargs)
@@ -61,7 +61,7 @@ def _try_schedule(args: TrainingArguments) -> None:
 
 
 def weighed(objective: Objective, args: TrainingArguments) -> Objective:
-    """The objective with what `training:` says of how labels and tokens are weighted."""
+    """The objective with `label_smoothing_factor` and `loss_type` of `training:`."""
     changes: dict[str, Any] = {}
     if args.label_smoothing_factor:
         changes["smoothing"] = args.label_smoothing_factor
@@ -69,38 +69,38 @@ def weighed(objective: Objective, args: TrainingArguments) -> Objective:
         changes["dft"] = True
     made = dataclasses.replace(objective, **changes)  # type: ignore[type-var]
     if getattr(made, "smoothing", 0.0) and getattr(made, "dft", False):
-        raise BadInput("training: label_smoothing_factor with loss_type: dft", "DFT has no form with smoothed labels",
+        raise BadInput("training: label_smoothing_factor with loss_type: dft", "DFT does not support smoothed labels",
                        "Keep one of the two")  # fmt: skip
     return made
 
 
 def unweighed(objective: Objective) -> Objective:
-    """The objective as plain cross-entropy: what perplexity is of, and what a model's own loss is compared with."""
+    """The objective with plain cross-entropy, for perplexity and for comparison with the model's own loss."""
     plain = {"smoothing": 0.0, "dft": False}
     have = {f.name for f in dataclasses.fields(objective)}  # type: ignore[arg-type]
     return dataclasses.replace(objective, **{k: v for k, v in plain.items() if k in have})  # type: ignore[type-var]
 
 
 def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
-    """BadInput for an optimiser that would not be used, or that the rows of a patch's tables cannot be stepped with."""
+    """BadInput for an optimizer that would not be used, or that cannot step the rows of a patch's tables."""
     stepper, tables = recipe.load_stepper(), [patch for patch in recipe.load_patches() if patch.uses_tables]
     if type(stepper).optimizer is not Stepper.optimizer:
         name = type(stepper).__name__
         if "optim" in recipe.training:
             asked = f"training: optim: {recipe.training['optim']} with {name}"
-            raise BadInput(asked, f"{name} has an optimizer of its own", "Take optim out")
+            raise BadInput(asked, f"{name} has an optimizer of its own", "Remove optim")
         if tables:
             asked = f"{name} with {type(tables[0]).__name__}"
-            raise BadInput(asked, "rows in the slow tier are stepped by Adam only", "Say stepper: backprop")
+            raise BadInput(asked, "rows in the slow tier are stepped by Adam only", "Set stepper: backprop")
     if tables and args.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise BadInput(
             f"training: optim: {getattr(args.optim, 'value', args.optim)} with {type(tables[0]).__name__}",
-            "rows in the slow tier are stepped by Adam only", "Say optim: adamw_torch",
+            "rows in the slow tier are stepped by Adam only", "Set optim: adamw_torch",
         )  # fmt: skip
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
-    """`value` as a training field's type; false is also the text "no", as in `save_strategy: false`."""
+    """`value` converted to a training field's type; false also means the text "no", as in `save_strategy: false`."""
     try:
         adapter_of = TypeAdapter(kind)
     except PydanticSchemaGenerationError:
@@ -112,4 +112,4 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
             why = error.errors()[0]["msg"].lower()
         else:
             return booleans(read) if isinstance(read, dict) else read
-    raise BadInput(f"training: {key}: {value!r}", why, "Give a value of that kind")
+    raise BadInput(f"training: {key}: {value!r}", why, "Give a value of that type")

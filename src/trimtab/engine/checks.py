@@ -1,4 +1,4 @@
-"""What of a recipe's wishes cannot be met by its data or this machine: told before the model is loaded or trained."""
+"""Checks training arguments against the data, before the model is loaded or trained."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ..errors import BadInput
 from ..recipe import Recipe
 
 
-def check_wishes(args: Any, recipe: Recipe, rows: Rows, tokenizer: Any) -> None:
-    """Refuse training arguments that the rows or the installed packages do not allow.
+def check_data_fields(args: Any, recipe: Recipe, rows: Rows, tokenizer: Any) -> None:
+    """BadInput for training arguments that the rows do not allow.
 
     `args`: SFTConfig or TrainingArguments. `rows`: of `data.train`.
     """
@@ -18,28 +18,28 @@ def check_wishes(args: Any, recipe: Recipe, rows: Rows, tokenizer: Any) -> None:
         raise BadInput(
             f"training: eval_strategy: {getattr(args.eval_strategy, 'value', args.eval_strategy)}",
             "the recipe names no data.test",
-            "Add data.test, or take eval_strategy out",
+            "Add data.test, or remove eval_strategy",
         )
     if getattr(args, "assistant_only_loss", False):
         chat = "messages" in rows.dataset.column_names or not isinstance(rows.dataset[0].get("prompt", ""), str)
         if not chat:
             raise BadInput(
-                "training: assistant_only_loss: true", f"the {rows.form} rows of data.train are no conversations",
-                "Take it out: of a prompt and its answer, only the answer counts anyway",
+                "training: assistant_only_loss: true", f"the {rows.form} rows of data.train are not conversations",
+                "Remove it: the loss of a prompt and its answer covers only the answer anyway",
             )  # fmt: skip
         if not marks_answers(tokenizer.chat_template):
             raise BadInput(
                 "training: assistant_only_loss: true", "the chat template does not mark the assistant's turns",
-                "Take it out (the last turn then counts), or name a data.chat_template with {% generation %}",
+                "Remove it (the loss then covers the last turn), or set a data.chat_template with {% generation %}",
             )  # fmt: skip
 
 
 def check_batches(trainer: Any) -> None:
-    """Refuse a run that would train on nothing, since `dataloader_drop_last` leaves out its only batch."""
+    """BadInput for a run that would train on nothing, because `dataloader_drop_last` drops its only batch."""
     args, rows = trainer.args, len(trainer.train_dataset)
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch:
         raise BadInput(
-            "training: dataloader_drop_last: true", f"{rows} rows make no whole batch of {batch}",
-            "Take it out, or lower per_device_train_batch_size",
+            "training: dataloader_drop_last: true", f"{rows} rows are fewer than one batch of {batch}",
+            "Remove it, or lower per_device_train_batch_size",
         )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Stops a run whose loss is no number any more, or far above that of a model that knows nothing.
+"""Stops a run whose loss is not finite, or far above that of a uniform guess.
 
-Guessing evenly among V words costs ln V nats a token (V labels of a classifier: ln V a row). A run whose loss, having
-been below it, is above twice that value and three times its own median for two steps in a row has diverged: such runs
-do not come back at the same learning rate. A loss or a gradient that is not finite stops the run at once, before the
-optimiser step that would spread it to every weight.
+A uniform guess among V tokens has a loss of ln V nats per token (among V labels of a classifier: ln V per row). A run
+has diverged if its loss is above twice that value and three times its own median for two steps in a row; such runs do
+not recover at the same learning rate. A loss or gradient that is not finite stops the run at once, before the optimizer
+step that would spread it to every weight.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-WINDOW = 20  # steps that the median is of
-PATIENCE = 2  # steps in a row above the limit
+WINDOW = 20  # steps in the median
+PATIENCE = 2  # consecutive steps above the limit
 
 
 class Diverged(Exception):
-    """Training has diverged. `good`: the last step after which the weights still gave an ordinary loss."""
+    """Training has diverged. `good`: the last step whose weights had an ordinary loss."""
 
     def __init__(self, what: str, good: int):
         super().__init__(what)
@@ -29,8 +29,8 @@ class Diverged(Exception):
 
 
 class StopIfDiverged(TrainerCallback):
-    """Raises `Diverged` before an optimiser step. `chance`: nats of a uniform guess; None where there is no such thing
-    (regression), and only what is not finite counts."""
+    """Raises `Diverged` before an optimizer step. `chance`: loss of a uniform guess (nats); None (regression): only a
+    value that is not finite stops the run."""
 
     def __init__(self, trainer: Any, chance: float | None):
         self.trainer, self.chance = trainer, chance
@@ -54,13 +54,13 @@ class StopIfDiverged(TrainerCallback):
 
 
 def chance_of(model: Any, labels: list[str] | None, regression: bool) -> float | None:
-    """Nats of a uniform guess: over a language model's vocabulary, or over a classifier's labels."""
+    """Loss of a uniform guess (nats), over a language model's vocabulary or a classifier's labels."""
     if regression:
         return None
     return math.log(max(2, len(labels) if labels else model.config.get_text_config().vocab_size))
 
 
 def mean_of(losses: list[torch.Tensor], summed: bool) -> torch.Tensor:
-    """A step's loss from its micro-batches': their sum where each is already a share of the step's mean."""
+    """A step's loss from those of its micro-batches; `summed`: each is already a share of the step's mean."""
     stacked = torch.stack(losses)
     return stacked.sum() if summed else stacked.mean()

@@ -1,8 +1,8 @@
-"""What becomes of each field of SFTConfig and TrainingArguments: it is honoured, or refused in a sentence.
+"""Each field of SFTConfig and TrainingArguments is honoured, or refused with a message.
 
-`HONOURED` fields act exactly as they do in a TRL or transformers script. `REFUSED` fields would do nothing here, or
-something else than they say; any value but the library's own default ends the run before it starts. A test walks both
-dataclasses, so a field that a new release adds is in one of the two tables or nowhere.
+`HONOURED` fields act exactly as in a TRL or transformers script. `REFUSED` fields would do nothing here, or something
+else than they state; any value but the library's default is refused before the run starts. A test checks that every
+field of both dataclasses is in one of the two tables.
 """
 
 from __future__ import annotations
@@ -38,37 +38,37 @@ loss_type activation_offloading pad_token
 # fmt: on
 
 _HUB = ("trimtab sends nothing to a hub", "Leave it out, and upload the finished folder with `hf upload`")
-_COMPUTE = "trimtab computes in the model's own type, or in bf16"
-_NO_METRICS = "trimtab evaluates the loss during training and no predictions"
-_FLAG = "a recipe's verbs decide what runs"
-_FUSED = ("trimtab has fused forms of its own (engine: lean)", "Leave it out")
-_COMPILE = ("trimtab compiles block by block", "Say engine: {compile: true}")
+_COMPUTE = "trimtab computes in the model's own dtype, or in bf16"
+_NO_METRICS = "during training trimtab evaluates only the loss, not predictions"
+_FLAG = "the trimtab command decides what runs"
+_FUSED = ("trimtab has its own fused operations (engine: fused_ops)", "Leave it out")
+_COMPILE = ("trimtab compiles block by block", "Set engine: {compile: true}")
 
 REFUSED: dict[str, tuple[str, str]] = {  # field -> have, do
-    "output_dir": ("a run writes into the recipe's output", "Say output: FOLDER"),
-    "use_cpu": ("the recipe's place says where a run computes", "Say place: {fast: cpu}"),
-    "resume_from_checkpoint": ("the recipe says whether a run is resumed", "Say resume: true"),
-    "model_init_kwargs": ("the model is loaded by the recipe's model block", "Say model: {name: ..., precision: ...}"),
-    "trust_remote_code": ("the model is loaded by the recipe's model block", "Say model: {trust_remote_code: true}"),
-    "chat_template_path": ("the chat template belongs to the data", "Say data: {chat_template: FILE}"),
-    "dataset_text_field": ("columns are named in the data block", "Say data: {columns: {text: NAME}}"),
+    "output_dir": ("the recipe's output sets the folder of a run", "Set output: FOLDER"),
+    "use_cpu": ("the recipe's place sets where a run computes", "Set place: {fast: cpu}"),
+    "resume_from_checkpoint": ("the recipe sets whether a run is resumed", "Set resume: true"),
+    "model_init_kwargs": ("the recipe's model block sets how it is loaded", "Set model: {name: ..., precision: ...}"),
+    "trust_remote_code": ("the recipe's model block sets how it is loaded", "Set model: {trust_remote_code: true}"),
+    "chat_template_path": ("the chat template belongs to the data", "Set data: {chat_template: FILE}"),
+    "dataset_text_field": ("columns are named in the data block", "Set data: {columns: {text: NAME}}"),
     "dataset_kwargs": ("trimtab prepares the rows itself", "Describe them in the data block"),
-    "fp16": (_COMPUTE, "Say bf16: true"),
+    "fp16": (_COMPUTE, "Set bf16: true"),
     "bf16_full_eval": (_COMPUTE + ", in evaluation too", "Leave it out"),
     "fp16_full_eval": (_COMPUTE + ", in evaluation too", "Leave it out"),
     "torch_compile": _COMPILE, "torch_compile_backend": _COMPILE, "torch_compile_mode": _COMPILE,
     "use_liger_kernel": _FUSED, "liger_kernel_config": _FUSED,
-    "use_cache": ("training keeps no key-value cache", "Leave it out"),
+    "use_cache": ("training uses no KV cache", "Leave it out"),
     "auto_find_batch_size": ("the planner finds what fits before a run starts", "Run `trimtab plan --search`"),
     "disable_tqdm": ("trimtab shows its own progress", "Leave it out, or run with --quiet"),
     "eval_do_concat_batches": (_NO_METRICS, "Leave it out"), "eval_use_gather_object": (_NO_METRICS, "Leave it out"),
     "eval_accumulation_steps": (_NO_METRICS, "Leave it out"), "include_for_metrics": (_NO_METRICS, "Leave it out"),
     "batch_eval_metrics": (_NO_METRICS, "Leave it out"), "label_names": (_NO_METRICS, "Leave it out"),
-    "length_column_name": ("lengths are counted from the tokens", "Leave it out"),
+    "length_column_name": ("trimtab counts lengths in tokens itself", "Leave it out"),
     "skip_memory_metrics": ("trimtab measures memory itself (run.json)", "Leave it out"),
     "enable_jit_checkpoint": ("trimtab writes a checkpoint at Ctrl-C and before a budget is exceeded", "Leave it out"),
     "debug": ("trimtab's trainers have no such hooks", "Leave it out"),
-    "do_train": (_FLAG, "Run `trimtab train`"), "do_eval": (_FLAG, "Say eval_strategy, or run `trimtab eval`"),
+    "do_train": (_FLAG, "Run `trimtab train`"), "do_eval": (_FLAG, "Set eval_strategy, or run `trimtab eval`"),
     "do_predict": (_FLAG, "Run `trimtab eval`"),
     "local_rank": ("the launcher sets it", "Start several processes with torchrun"),
     "parallelism_config": ("trimtab trains data-parallel", "Start several processes with torchrun"),
@@ -76,43 +76,43 @@ REFUSED: dict[str, tuple[str, str]] = {  # field -> have, do
     "hub_always_push": _HUB, "hub_revision": _HUB,
 }  # fmt: skip
 
-_AT_LEAST_0 = (lambda v: 0 <= v < math.inf, "a number from 0 on is needed")
-_ABOVE_0 = (lambda v: 0 < v < math.inf, "a number above 0 is needed")
-_COUNT = (lambda v: v >= 1, "a whole number from 1 on is needed")
-_SHARE = (lambda v: 0 <= v < 1, "a number from 0 to below 1 is needed")
+_AT_LEAST_0 = (lambda v: 0 <= v < math.inf, "it must be 0 or more")
+_ABOVE_0 = (lambda v: 0 < v < math.inf, "it must be above 0")
+_COUNT = (lambda v: v >= 1, "it must be a whole number of 1 or more")
+_SHARE = (lambda v: 0 <= v < 1, "it must be 0 or more, and below 1")
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_steps": (lambda v: v == -1 or v >= 1, "-1 (count epochs) or a number from 1 on is needed"),
+    "max_steps": (lambda v: v == -1 or v >= 1, "it must be 1 or more, or -1 (count epochs)"),
     "num_train_epochs": _ABOVE_0, "learning_rate": _AT_LEAST_0, "warmup_steps": _AT_LEAST_0,
     "weight_decay": _AT_LEAST_0, "adam_beta1": _SHARE, "adam_beta2": _SHARE, "adam_epsilon": _AT_LEAST_0,
     "label_smoothing_factor": _SHARE, "max_grad_norm": _AT_LEAST_0, "neftune_noise_alpha": _AT_LEAST_0,
     "per_device_train_batch_size": _COUNT, "per_device_eval_batch_size": _COUNT, "gradient_accumulation_steps": _COUNT,
     "max_length": _COUNT, "logging_steps": _ABOVE_0, "save_steps": _ABOVE_0, "eval_steps": _ABOVE_0,
     "eval_delay": _AT_LEAST_0, "save_total_limit": _COUNT, "dataloader_num_workers": _AT_LEAST_0,
-    "pad_to_multiple_of": (lambda v: isinstance(v, str) or v >= 1, "a whole number from 1 on is needed"),
+    "pad_to_multiple_of": (lambda v: isinstance(v, str) or v >= 1, _COUNT[1]),
     "seed": _AT_LEAST_0, "data_seed": _AT_LEAST_0,
 }  # fmt: skip
 
-# field -> the field and values without which it does nothing, and what to do; `eval_strategy: no` in so many words
-# turns evaluation off, and what else is said of it may stay
+# field -> the field that it needs, the values of it that it needs, and what to do; if the recipe sets the needed field
+# (`eval_strategy: no`), a field that then does nothing may stay
 NEEDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
-    "eval_steps": ("eval_strategy", lambda v: v == "steps", "Say eval_strategy: steps"),
-    "eval_delay": ("eval_strategy", lambda v: v != "no", "Say eval_strategy: epoch or steps"),
-    "eval_on_start": ("eval_strategy", lambda v: v != "no", "Say eval_strategy: epoch or steps"),
-    "eval_packing": ("eval_strategy", lambda v: v != "no", "Say eval_strategy: epoch or steps"),
-    "save_steps": ("save_strategy", lambda v: v == "steps", "Say save_strategy: steps"),
-    "metric_for_best_model": ("load_best_model_at_end", bool, "Say load_best_model_at_end: true"),
-    "greater_is_better": ("load_best_model_at_end", bool, "Say load_best_model_at_end: true"),
-    "packing_strategy": ("packing", bool, "Say packing: true"),
-    "optim_target_modules": ("optim", lambda v: "galore" in v or "apollo" in v, "Take a GaLore or APOLLO optimiser"),
+    "eval_steps": ("eval_strategy", lambda v: v == "steps", "Set eval_strategy: steps"),
+    "eval_delay": ("eval_strategy", lambda v: v != "no", "Set eval_strategy: epoch or steps"),
+    "eval_on_start": ("eval_strategy", lambda v: v != "no", "Set eval_strategy: epoch or steps"),
+    "eval_packing": ("eval_strategy", lambda v: v != "no", "Set eval_strategy: epoch or steps"),
+    "save_steps": ("save_strategy", lambda v: v == "steps", "Set save_strategy: steps"),
+    "metric_for_best_model": ("load_best_model_at_end", bool, "Set load_best_model_at_end: true"),
+    "greater_is_better": ("load_best_model_at_end", bool, "Set load_best_model_at_end: true"),
+    "packing_strategy": ("packing", bool, "Set packing: true"),
+    "optim_target_modules": ("optim", lambda v: "galore" in v or "apollo" in v, "Use a GaLore or APOLLO optimizer"),
 }  # fmt: skip
 
 DEPRECATED_DEFAULTS = {"disable_tqdm": (None, True), "do_eval": (False, None)}  # values that change nothing
 
 
 def check_fields(values: dict[str, Any], cls: type[TrainingArguments], given: Collection[str]) -> None:
-    """BadInput for a field that would be ignored, and for a number outside its range. `values`: the recipe's and our
-    defaults, typed; `given`: the names that the recipe has."""
+    """BadInput for a field that would be ignored, and for a number outside its range. `values`: those of the recipe and
+    our defaults, typed; `given`: the names in the recipe."""
     defaults = {f.name: _default(f) for f in dataclasses.fields(cls) if f.init}
     for key, value in values.items():
         same = value == defaults.get(key) or value in DEPRECATED_DEFAULTS.get(key, ())
@@ -120,11 +120,11 @@ def check_fields(values: dict[str, Any], cls: type[TrainingArguments], given: Co
             raise BadInput(f"training: {key}: {_short(value)}", *REFUSED[key])
         inside, wanted = RANGES.get(key, (lambda v: True, ""))
         if value is not None and not inside(value):
-            raise BadInput(f"training: {key}: {_short(value)}", wanted, "Mend the value")
+            raise BadInput(f"training: {key}: {_short(value)}", wanted, "Correct the value")
         needed, suits, do = NEEDS.get(key, ("", lambda v: True, ""))
         has = values.get(needed, defaults.get(needed))
         if needed and needed not in given and not same and not suits(getattr(has, "value", has)):
-            raise BadInput(f"training: {key}: {_short(value)}", f"it acts with {needed} only", do)
+            raise BadInput(f"training: {key}: {_short(value)}", f"it has an effect only with {needed}", do)
 
 
 def _default(field: dataclasses.Field) -> Any:

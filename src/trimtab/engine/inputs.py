@@ -1,7 +1,7 @@
-"""What a run reads before it has a model: tokenizer and rows, then the trainer with its tokenised table.
+"""Reads a run's tokenizer and rows, and builds its trainer with the tokenised rows.
 
-A plan reads the same, on a model without values: it refuses what the run would refuse, knows the longest batch, and
-counts what tokenizer and table use of the process.
+A plan does the same on a model without values: it refuses what the run would refuse, finds the longest batch, and
+measures the process memory that tokenizer and rows use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..data.rows import read_rows
 from ..memory.meter import process_memory
 from ..recipe import Recipe
 from .arguments import training_arguments
-from .checks import check_batches, check_wishes
+from .checks import check_batches, check_data_fields
 from .job import Inputs, Job
 from .objectives import arguments_class, trainer_class
 
@@ -29,13 +29,13 @@ Say = Callable[[str], None]
 
 
 def read_inputs(recipe: Recipe, objective: Objective, args: Any, say: Say) -> Inputs:
-    """Reads them, and refuses what of the training arguments they do not allow."""
+    """The tokenizer and rows of a recipe. BadInput for training arguments that they do not allow."""
     from ..model.load import config_folder, load_tokenizer
 
     spec, task = recipe.model, objective.head
     tokenizer = load_tokenizer(config_folder(spec, say), trust_remote_code=spec.trust_remote_code)
     rows, test = read_rows(recipe.data, "train", tokenizer, task), None
-    check_wishes(args, recipe, rows, tokenizer)
+    check_data_fields(args, recipe, rows, tokenizer)
     if recipe.data.test and args.eval_strategy != "no":
         test = read_rows(recipe.data, "test", tokenizer, task, like=rows)
     return Inputs(tokenizer, rows, test)
@@ -49,7 +49,7 @@ def make_trainer(job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs
 
 
 def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) -> Callable[[int], Iterator[Batch]]:
-    """-> a function: how many rows of `data.train` -> these rows in batches on `device`, as a run collates them."""
+    """-> a function (n) that yields the first n rows of `data.train` in batches on `device`, collated as in a run."""
     from transformers import IntervalStrategy
 
     from ..model.load import empty_model
@@ -70,8 +70,9 @@ def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) 
 
 
 def largest_batch(trainer: Any) -> dict[str, Any]:
-    """Rows, tokens of the longest one, the most tokens of a row that count, what share of a batch's tokens is no
-    padding, and how many lengths batches have; without decoding the table."""
+    """Size of the largest batch, found without decoding the table: `rows`, `tokens` (of the longest row, padded),
+    `counted` (the most tokens of a row in the loss), `filled` (share of tokens that are not padding), `lengths` (how
+    many distinct batch lengths there are)."""
     import numpy
     from pyarrow import compute
 
@@ -97,14 +98,14 @@ def largest_batch(trainer: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Foreseen:
-    """The batch that a run will need the most memory for (`largest_batch`), and what its tokenizer and rows use."""
+    """A run's batch that needs the most memory (`largest_batch`), and the bytes that its tokenizer and rows use."""
 
     batch: dict[str, Any]
     nbytes: int
 
 
 def foresee(recipe: Recipe) -> Foreseen:
-    """Reads what a run of the recipe will read, and builds its trainer on a model without values.
+    """Reads a run's inputs and builds its trainer on a model without values.
 
     BadInput for what the run would refuse of its rows: columns, chat template, lengths, token ids.
     """
@@ -113,13 +114,12 @@ def foresee(recipe: Recipe) -> Foreseen:
     from ..model.load import empty_model
 
     objective = recipe.load_objective()
-    quiet: Say = lambda line: None  # noqa: E731
     gc.collect()
     before = process_memory()["anon"]
-    with tempfile.TemporaryDirectory() as folder:  # the library makes it
+    with tempfile.TemporaryDirectory() as folder:  # the library creates `output_dir`
         cpu = recipe.load_place().device.type == "cpu"
         args = training_arguments(recipe, arguments_class(objective), Path(folder), cpu)
-        inputs = read_inputs(recipe, objective, args, quiet)
+        inputs = read_inputs(recipe, objective, args, say=lambda line: None)
         model, _ = empty_model(recipe.model, task=objective.head, labels=inputs.labels)
         trainer = make_trainer(Job.without_patches(recipe, model), recipe, model, args, inputs)
         gc.collect()
@@ -127,7 +127,7 @@ def foresee(recipe: Recipe) -> Foreseen:
 
 
 def unread(recipe: Recipe) -> str:
-    """Why a plan cannot read the rows now, where a run could or would not have to; "" where it can."""
+    """Why a plan cannot read the rows; "" if it can."""
     from ..model.load import has_tokenizer
 
     names = [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train or []

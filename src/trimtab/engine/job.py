@@ -1,4 +1,4 @@
-"""What a trainer of ours is given: what was read for it, and what it is to do."""
+"""What a trainer is built from: its inputs and its job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..recipe import Recipe
 
 @dataclass
 class Inputs:
-    """The tokenizer, and the rows of `data.train` and, where the run evaluates on the way, of `data.test`."""
+    """The tokenizer, and the rows of `data.train` and, if the run evaluates during training, of `data.test`."""
 
     tokenizer: Any
     rows: Rows
@@ -24,13 +24,13 @@ class Inputs:
 
     @property
     def labels(self) -> int | None:
-        """How many classes a classifier's head has: 1 for regression."""
+        """Number of outputs of a classifier's head: 1 for regression; None for a language model."""
         return 1 if self.rows.regression else len(self.rows.labels) if self.rows.labels else None
 
 
 @dataclass
 class Job:
-    """All that a trainer of ours is given beside the model and the data."""
+    """What a trainer needs beside the model and the data."""
 
     objective: Objective
     stepper: Stepper
@@ -39,11 +39,11 @@ class Job:
     dtype: torch.dtype | None = None  # the base's, before any patch
     too_long: str = "error"
     say: Any = print
-    part: str | None = None  # which data its rows are of, "train" or "test", where the library's name for them misleads
+    part: str | None = None  # "train" or "test": the data of its rows, if the library's name for them is another
 
     @classmethod
     def without_patches(cls, recipe: Recipe, model: Any, part: str | None = None) -> Job:
-        """For a trainer that only reads rows or evaluates; it says nothing."""
+        """A silent job for a trainer that only reads rows or evaluates."""
         base = adapter.Base(recipe.model.name, "")
         return cls(
             recipe.load_objective(), recipe.load_stepper(), [], base, model.dtype, recipe.data.too_long,

@@ -1,4 +1,4 @@
-"""What an objective names: the trainer that runs it, and the function that evaluates it."""
+"""Imports the trainer and the evaluation function that an objective names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def trainer_class(objective: Objective) -> Any:
-    """A subclass of transformers' Trainer with `arguments`, the dataclass that `training:` is read as, and
-    `build(job, recipe, model, args, inputs)`, which tokenises the rows."""
+    """A subclass of transformers' Trainer with `arguments`, the dataclass for `training:`, and `build(job, recipe,
+    model, args, inputs)`, which tokenises the rows."""
     return _named(objective.trainer)
 
 

@@ -11,13 +11,13 @@ from ..model.block_mask import block_mask
 
 
 class PackedRows(DataCollatorForLanguageModeling):
-    """Packed documents as rows (B, T) with restarting position ids, not as one sequence of B x T.
+    """Collates packed documents into rows (B, T) with restarting position ids, not into one sequence of B x T.
 
-    transformers builds the block mask from the position ids, and attention over B rows of T costs a B-th of attention
-    over one row of B x T. The first token of each document is no target (its label is masked).
+    transformers builds the block mask from the position ids, and attention over B rows of T costs 1/B of attention
+    over one row of B x T. The first token of each document is not a target (its label is masked).
 
-    For models that make no mask of position ids (packing_probe.py): `block`, the type of an explicit mask (B, 1, T, T),
-    which is added to the scores; `positions`: whether the rows have position ids.
+    For models that do not derive a mask from position ids (packing_probe.py): `block` is the dtype of an explicit mask
+    (B, 1, T, T), added to the scores; `positions` is whether the rows have position ids.
     """
 
     block: torch.dtype | None = None

@@ -12,10 +12,10 @@ def apply_patches(
     model: Any, patches: Iterable[Patch], place: Place, phase: When,
     batches: Callable[[int], Iterable[Batch]] | None = None,
 ) -> list[Surgery]:  # fmt: skip
-    """Apply those of `patches` that act in `phase` (TRAIN or INFER), in order; -> their surgeries.
+    """Applies those of `patches` that act in `phase` (TRAIN or INFER), in order; -> their surgeries.
 
-    Each is calibrated before the next is applied, where it needs that: `batches` returns so many rows of the training
-    data in batches (None: a plan, whose model has no values). If one is refused, those before it are undone.
+    A patch that needs calibration is calibrated before the next is applied: `batches(n)` returns n rows of the training
+    data in batches (None: a plan, whose model has no values). If one patch is refused, those before it are undone.
     """
     made: list[Surgery] = []
     try:
@@ -31,11 +31,11 @@ def apply_patches(
 
 
 def prepare(model: Any, *parts: Any) -> list[Surgery]:
-    """The surgeries of an objective and a stepper, which come after the patches."""
+    """The surgeries of an objective and a stepper, applied after the patches."""
     return [surgery for part in parts if (surgery := part.prepare(model)) is not None]
 
 
 def revert(surgeries: Sequence[Surgery]) -> None:
-    """Undo them, the newest first."""
+    """Reverts them, newest first."""
     for surgery in reversed(surgeries):
         surgery.revert()

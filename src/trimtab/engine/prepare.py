@@ -1,4 +1,4 @@
-"""The model as the engine trains it, and how it is restored exactly."""
+"""Prepares a model for training, and restores it exactly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..contracts import Objective, Surgery
 from ..model import anatomy
-from ..model.efficient import FORMS, lean
+from ..model.fused_ops import FUSED_OPS, fuse_ops
 from ..model.head import READ, read_head
 from ..model.surgery import Swaps, is_patch
 from ..model.weight_prefetch import read_weights_ahead
@@ -21,8 +21,8 @@ from ..recipe import Recipe
 
 
 @contextlib.contextmanager
-def as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """What the libraries' trainers leave on a model (config values, tags, checkpointing, mode) is gone afterwards."""
+def restore_model(model: PreTrainedModel) -> Iterator[None]:
+    """On exit, removes what the libraries' trainers left on the model: config values, tags, checkpointing, mode."""
     owners = [c for c in (model.config, getattr(model, "generation_config", None)) if c is not None]
     saved = [copy.deepcopy(vars(owner)) for owner in owners]
     modules = [(m, set(vars(m)), m.training, vars(m).get("gradient_checkpointing")) for m in model.modules()]
@@ -47,12 +47,13 @@ def as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> Iterator[None]:
-    """The model as the engine steps it: lean forms in, blocks compiled if asked, forward leading to the objective."""
+def training_forward(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> Iterator[None]:
+    """Within it, the model has the recipe's fused operations, compiled blocks if asked, and a `forward` that also
+    computes the objective's loss (given `objective_batch`)."""
     swaps = Swaps(model)
     if objective.head == "causal-lm" and not getattr(objective, "whole", False) and not hasattr(model, READ):
         swaps.set_attribute(model, READ, read_head(model))
-    lean_swaps = lean_forms(model, recipe)
+    fused = apply_fused_ops(model, recipe)
     original = model.forward
 
     @functools.wraps(original)  # the trainers read from its signature which columns a batch may have
@@ -72,34 +73,34 @@ def prepared(model: PreTrainedModel, objective: Objective, recipe: Recipe) -> It
         yield
     finally:
         swaps.undo()
-        lean_swaps.undo()
+        fused.undo()
 
 
 def weigh_router(model: PreTrainedModel, args: Any) -> None:
-    """What TRL's trainer writes into the config of a mixture of experts: whether its router's loss is added, and how it
-    is weighted (`router_aux_loss_coef` of the training arguments, else of the config)."""
+    """Sets in the config of a mixture of experts, as TRL's trainer does, whether the router's loss is added and its
+    weight: `router_aux_loss_coef` of the training arguments, else of the config."""
     config = model.config.get_text_config()
-    asked = getattr(args, "router_aux_loss_coef", None)
-    weight = getattr(config, "router_aux_loss_coef", 0.0) if asked is None else asked
+    requested = getattr(args, "router_aux_loss_coef", None)
+    weight = getattr(config, "router_aux_loss_coef", 0.0) if requested is None else requested
     if hasattr(config, "router_aux_loss_coef"):
         config.output_router_logits = hasattr(config, "output_router_logits") and weight != 0.0
         config.router_aux_loss_coef = weight
 
 
-def lean_forms(model: PreTrainedModel, recipe: Recipe) -> Swaps:
-    """The lean forms that the recipe asks for, put into `model`."""
+def apply_fused_ops(model: PreTrainedModel, recipe: Recipe) -> Swaps:
+    """Puts the fused operations that the recipe asks for into `model`; `undo()` of the result removes them."""
     again = recipe.engine.recompute == "ffn"
-    if recipe.engine.recompute == "auto":  # whoever quantises prefers memory to speed
+    if recipe.engine.recompute == "auto":  # a quantised base: memory matters more than speed
         again = bool(getattr(model, "is_quantized", False))
-    chosen = recipe.engine.lean
-    return lean(model, recompute=again, forms=(FORMS if chosen else ()) if isinstance(chosen, bool) else chosen)
+    chosen = recipe.engine.fused_ops
+    return fuse_ops(model, recompute=again, ops=(FUSED_OPS if chosen else ()) if isinstance(chosen, bool) else chosen)
 
 
 def _compile(model: PreTrainedModel, swaps: Swaps) -> None:
-    """torch.compile for each block; what a patch put in runs uncompiled.
+    """Compiles each block; modules of patches run uncompiled.
 
-    A patched linear is one autograd function with numbers of its own (which columns): compiled, it would be compiled
-    once for each linear of the model.
+    A patched linear is an autograd function with its own constants (which columns), so torch would compile it once for
+    each linear of the model.
     """
     for module in model.modules():
         if is_patch(module):
@@ -109,12 +110,13 @@ def _compile(model: PreTrainedModel, swaps: Swaps) -> None:
         block.compile()
 
 
-def autocast_dtype(surgeries: Sequence[Surgery], base: torch.dtype | None, asked: bool) -> torch.dtype | None:
-    """The type that autocast computes a step in; None: without it. `base`: the model's type before any patch.
+def autocast_dtype(surgeries: Sequence[Surgery], base: torch.dtype | None, requested: bool) -> torch.dtype | None:
+    """The dtype of autocast in a training step; None: no autocast. `base`: the model's dtype before any patch.
+    `requested`: whether the recipe asks for it (`bf16: true`).
 
-    Patches that multiply fp32 weights of their own beside a 16-bit base ask for autocast (full, DoRA); the others cast
-    by themselves, and run without its bookkeeping.
+    Patches that multiply their own fp32 weights beside a 16-bit base need autocast (full, DoRA). The others cast
+    by themselves and avoid its overhead.
     """
     half = base if base in (torch.bfloat16, torch.float16) else None
     wanted = half is not None and any(getattr(surgery.patch, "autocast", False) for surgery in surgeries)
-    return (half or torch.bfloat16) if asked or wanted else None
+    return (half or torch.bfloat16) if requested or wanted else None

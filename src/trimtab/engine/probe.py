@@ -1,13 +1,13 @@
-"""Whether our forms compute what the model itself computes: asked once, at the start of each run, on a small batch.
+"""Compares trimtab's loss and fused operations with the model's own forward, at the start of each run.
 
-The loss over a chunked head, the fused norms, FFNs and attention, and packed rows are shortcuts. Each is compared with
-the model's own forward: the loss (its own logits and plain cross-entropy, with the router's loss where the library adds
-one), the gradient of the embedded tokens, element by element, and the norms of the trained parameters' gradients. What
-differs is replaced by what is slower and right, with a note, or refused in a sentence before training starts.
+The chunked loss, fused operations and packed rows are shortcuts. On a small batch, three things must agree with the
+model's own forward: the loss (its own logits and plain cross-entropy, with the router's loss if there is one), the
+gradient of the embedded tokens, element by element, and the norms of the trained parameters' gradients. A shortcut that
+differs is replaced by the slower, exact form, with a note; if even that differs, the run is refused.
 
-The batch is a few rows of a few tokens, with padding, and with labels that do not count. A probe holds less than a step
-of training (one parameter's gradient at a time), and leaves nothing behind: no gradient, no row of a table changed or
-counted, the random state and every module's mode as they were (model/undisturbed.py).
+The batch has a few rows of a few tokens, with padding and ignored labels. A probe uses less memory than a training step
+(one parameter's gradient at a time). It leaves no gradients, changes and counts no rows of tables, and restores the
+random state and every module's mode (model/undisturbed.py).
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from transformers import PreTrainedModel
 
 from ..contracts import Objective, Surgery
 from ..errors import BadInput, TrimtabError
-from ..model.efficient import FORMS
+from ..model.fused_ops import FUSED_OPS
 from ..model.head import READ, read_head, router_loss
 from ..model.undisturbed import undisturbed
 from ..recipe import Recipe
 from .arguments import unweighed
-from .prepare import lean_forms
+from .prepare import apply_fused_ops
 
 ROWS, TOKENS = 2, 16
 NAMES = {"norm": "norms", "ffn": "gated FFNs", "attention": "attention", "experts": "stacked experts"}
-# of the loss (nats) and, relative to their norm, of gradients; a fault of form is far above both
+# of the loss (nats) and of gradients (relative to their norm); a wrong form exceeds both by far
 TOLERANCE = {torch.float32: (1e-4, 2e-3), torch.float16: (2e-2, 0.1), torch.bfloat16: (5e-2, 0.35)}
 
-HALF = 0.05  # tolerances of gradients from which on it is 16 bits that are compared
-TIMES = 4.0  # there: between the norms of a parameter's gradient
+HALF = 0.05  # a gradient tolerance of at least this means 16-bit computation
+TIMES = 4.0  # largest ratio between the norms of a parameter's gradient in 16 bits
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a pass gave: its loss in nats, the gradients of the embedded tokens, and each parameter's gradient norm."""
+    """Result of a pass: loss (nats), gradients of the embedded tokens (B, T, H), each parameter's gradient norm."""
 
     loss: float
     inputs: tuple[Tensor, ...] = ()
@@ -53,7 +53,7 @@ class Reading:
 
 
 def batch_of(model: PreTrainedModel, rows: int = ROWS, tokens: int = TOKENS) -> Batch:
-    """Ids, attention mask and labels, (rows, tokens): the first row's prompt does not count, the last row is padded."""
+    """Ids, attention mask and labels, (rows, tokens); the first row starts with ignored labels, the last is padded."""
     config = model.config.get_text_config()
     words = config.vocab_size
     most = getattr(config, "max_position_embeddings", None)
@@ -69,7 +69,7 @@ def batch_of(model: PreTrainedModel, rows: int = ROWS, tokens: int = TOKENS) -> 
 
 
 def own_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The mean loss of the model's own logits, without any form of ours; shape ()."""
+    """The mean loss of the logits from the model's own forward; shape ()."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     output = model.forward(**inputs, use_cache=False)
     logits = output.logits[:, :-1].flatten(0, 1).float()
@@ -81,13 +81,13 @@ def own_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 def read(
     model: PreTrainedModel, loss: Callable[[], Tensor], gradients: bool = True, autocast: torch.dtype | None = None
 ) -> Reading:
-    """Runs `loss` once, and back if `gradients`. Parameters' gradients are measured and dropped one by one."""
+    """Runs `loss` once, with a backward pass if `gradients`. Measures and drops parameter gradients one by one."""
     inputs: list[Tensor] = []
     norms: dict[str, float] = {}
 
     def embedded(module: Any, args: Any, output: Tensor) -> Tensor:
         inputs.append(output.detach().requires_grad_())
-        return inputs[-1].clone()  # some models write into it
+        return inputs[-1].clone()  # some models modify it in place
 
     def measured(name: str, parameter: Tensor) -> None:
         norms[name] = float(torch.linalg.vector_norm(parameter.grad.float()))  # type: ignore[union-attr]
@@ -113,37 +113,36 @@ def read(
 
 
 def tolerance(model: PreTrainedModel, autocast: torch.dtype | None = None) -> tuple[float, float]:
-    """-> how far two readings may be apart by rounding alone: in loss (nats), in gradients (of their norm)."""
+    """-> the differences that rounding alone explains: of the loss (nats), of gradients (relative to their norm)."""
     quantised = getattr(model, "is_quantized", False)
     kind = torch.bfloat16 if quantised else autocast or model.dtype
     return TOLERANCE.get(kind, TOLERANCE[torch.bfloat16])
 
 
 def difference(ours: Reading, own: Reading, within: tuple[float, float]) -> str:
-    """What `ours` computes otherwise than `own`, in a few words; "" where they agree."""
+    """How `ours` differs from `own`, in a few words; "" if they agree."""
     loss, slope = within
     if not abs(ours.loss - own.loss) <= loss * max(1.0, abs(own.loss)):
         return f"its loss is {ours.loss:.4g} instead of {own.loss:.4g}"
     if len(ours.inputs) != len(own.inputs):
-        return "it embeds the tokens another number of times"
-    far = [_off(a, b, middle=slope >= HALF) for a, b in zip(ours.inputs, own.inputs, strict=True)]
-    if not max(far, default=0.0) <= slope:
-        return f"the gradient of its inputs is {max(far):.0%} off"
+        return f"it embeds the tokens {len(ours.inputs)} times instead of {len(own.inputs)}"
+    errors = [_relative_error(a, b, median=slope >= HALF) for a, b in zip(ours.inputs, own.inputs, strict=True)]
+    if not max(errors, default=0.0) <= slope:
+        return f"the gradient of its inputs is {max(errors):.0%} off"
     whole = sum(norm**2 for norm in own.norms.values()) ** 0.5
     for name in own.norms.keys() | ours.norms.keys():
         a, b = ours.norms.get(name, 0.0), own.norms.get(name, 0.0)
-        room = 0.02 * whole + 1e-7
-        same = b / TIMES - room <= a <= b * TIMES + room if slope >= HALF else abs(a - b) <= slope * (b + room)
+        slack = 0.02 * whole + 1e-7
+        same = b / TIMES - slack <= a <= b * TIMES + slack if slope >= HALF else abs(a - b) <= slope * (b + slack)
         if not same:
             return f"the gradient of {name} has the norm {a:.4g} instead of {b:.4g}"
     return ""
 
 
-def _off(a_BTH: Tensor, b_BTH: Tensor, middle: bool) -> float:
-    """How far a is from b, of b's norm. `middle`: the median over tokens. In 16 bits the first tokens of a row have
-    gradients that are rounding alone (SmolLM2's are 117 % off those of fp32, a later token's 7 %); a fault of form
-    moves them all."""
-    if not middle:
+def _relative_error(a_BTH: Tensor, b_BTH: Tensor, median: bool) -> float:
+    """|a - b| / |b|; `median`: its median over tokens. In 16 bits, gradients of the first tokens of a row are mostly
+    rounding (SmolLM2's are 117 % off those of fp32, a later token's 7 %); a wrong form changes all of them."""
+    if not median:
         return float((a_BTH - b_BTH).norm() / (b_BTH.norm() + 1e-7))
     size_BT = b_BTH.norm(dim=-1)
     if not size_BT.any():
@@ -153,7 +152,7 @@ def _off(a_BTH: Tensor, b_BTH: Tensor, middle: bool) -> float:
 
 @dataclass(frozen=True)
 class Found:
-    """The recipe as it can be run, and what a user should know of it."""
+    """The recipe without the shortcuts that failed, and notes on them for the user."""
 
     recipe: Recipe
     notes: tuple[str, ...] = ()
@@ -167,57 +166,58 @@ def probe(
     model: PreTrainedModel, recipe: Recipe, *, gradients: bool = True, autocast: torch.dtype | None = None,
     batch: Batch | None = None,
 ) -> Found:  # fmt: skip
-    """Compares the recipe's loss and fused forms with the model's own forward, on `batch` (default: `batch_of`).
+    """Compares the recipe's loss and fused operations with the model's own forward, on `batch` (default: `batch_of`).
 
-    `model`: patched, with no form of ours in it. What differs is taken out of the recipe that is returned: a fused form
-    from `engine.lean`, the chunked head for `whole` logits. BadInput where even those differ. Each process of a
-    distributed run must call it; they decide together.
+    `model`: patched, without fused operations. The returned recipe omits what differs: operations from
+    `engine.fused_ops`, and the chunked head in favour of `whole` logits. BadInput if those differ too. Each process of
+    a distributed run must call it; they decide together.
     """
     objective = recipe.load_objective()
-    if not hasattr(objective, "whole"):  # its loss is no head's
+    if not hasattr(objective, "whole"):  # the loss is not that of a language-model head
         return Found(recipe)
     batch, within, name = batch or batch_of(model), tolerance(model, autocast), type(model).__name__
 
-    def apart(recipe: Recipe, own: Reading) -> str:
-        how = unweighed(recipe.load_objective())
-        with _fused(model, recipe):
-            try:
-                ours = read(model, lambda: how.loss(model, batch).value, gradients, autocast)
-            except TrimtabError:
-                raise
-            except Exception as error:  # a fused form in a module that it does not fit
-                return _agreed(f"it fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
-        return _agreed(difference(ours, own, within))
-
     with head_read(model):
-        return _compare(recipe, apart, lambda: read(model, lambda: own_loss(model, batch), gradients, autocast), name)
+        with _own_forward(name):
+            own = read(model, lambda: own_loss(model, batch), gradients, autocast)
+
+        def mismatch(recipe: Recipe) -> str:
+            how = unweighed(recipe.load_objective())
+            with _fused(model, recipe):
+                try:
+                    ours = read(model, lambda: how.loss(model, batch).value, gradients, autocast)
+                except TrimtabError:
+                    raise
+                except Exception as error:  # a fused operation in a module that it does not fit
+                    return _agreed(f"it fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
+            return _agreed(difference(ours, own, within))
+
+        return _without_mismatches(recipe, mismatch, name)
 
 
-def _compare(recipe: Recipe, apart: Callable[[Recipe, Reading], str], truth: Callable[[], Reading], name: str) -> Found:
-    """The recipe without what is `apart` from the model's own loss."""
-    with _own_forward(name):
-        own = truth()
-    if not apart(recipe, own):
+def _without_mismatches(recipe: Recipe, mismatch: Callable[[Recipe], str], name: str) -> Found:
+    """The recipe without what makes `mismatch` return a difference."""
+    if not mismatch(recipe):
         return Found(recipe)
-    notes, plain = [], _with_forms(recipe, [])
-    if why := apart(plain, own):
+    notes, plain = [], _with_fused_ops(recipe, [])
+    if why := mismatch(plain):
         plain = dataclasses.replace(plain, objective=_whole(recipe))
-        if still := apart(plain, own):
+        if still := mismatch(plain):
             raise BadInput(f"the loss of {name}", f"compared with the model's own, {still}", "Use another model")
-        notes.append(f"{name}: the chunked head is not used, since {why}; all logits are held at once")
+        notes.append(f"{name}: the chunked head is not used, since {why}; all logits are in memory at once")
     recipe = dataclasses.replace(recipe, objective=plain.objective)
-    kept = []
-    for form in _forms(recipe):
-        if why := apart(_with_forms(recipe, [*kept, form]), own):
-            notes.append(f"{name}: fused {NAMES[form]} are not used, since with them {why}")
+    kept: list[str] = []
+    for op in _fused_ops(recipe):
+        if why := mismatch(_with_fused_ops(recipe, [*kept, op])):
+            notes.append(f"{name}: fused {NAMES[op]} are not used, since with them {why}")
         else:
-            kept.append(form)
-    return Found(_with_forms(recipe, kept), tuple(notes))
+            kept.append(op)
+    return Found(_with_fused_ops(recipe, kept), tuple(notes))
 
 
 @contextlib.contextmanager
 def _own_forward(name: str) -> Iterator[None]:
-    """BadInput for whatever a model's own forward raises within it."""
+    """Within it, any exception of the model's own forward becomes BadInput."""
     try:
         yield
     except TrimtabError:
@@ -230,7 +230,7 @@ def _own_forward(name: str) -> Iterator[None]:
 def require_unchanged(
     model: PreTrainedModel, before: float, surgeries: list[Surgery], autocast: torch.dtype | None = None
 ) -> None:
-    """BadInput where patches that change nothing at first did change the loss, which was `before` (`loss_before`)."""
+    """BadInput if patches that should not change the model before training changed its loss (`before`, `loss_now`)."""
     if not all(surgery.starts_at_zero for surgery in surgeries):
         return
     after, (loss, _) = loss_now(model, autocast), tolerance(model, autocast)
@@ -238,13 +238,13 @@ def require_unchanged(
         patches = " + ".join(type(surgery.patch).__name__ for surgery in surgeries)
         raise BadInput(
             f"patch {type(model).__name__} with {patches}",
-            f"the loss of a test batch should not change at first, but it went from {before:.4g} to {after:.4g}",
+            f"the loss of a test batch should not change before training, but went from {before:.4g} to {after:.4g}",
             "Use another patch, or other targets",
         )
 
 
 def loss_now(model: PreTrainedModel, autocast: torch.dtype | None = None) -> float:
-    """The model's own loss on a test batch, tables read; nothing is left of the pass."""
+    """The model's own loss on a test batch, with rows of tables; the pass leaves no trace."""
     batch = batch_of(model)
     device = batch["input_ids"].device.type
     half = contextlib.nullcontext() if autocast is None else torch.autocast(device, dtype=autocast)
@@ -255,23 +255,23 @@ def loss_now(model: PreTrainedModel, autocast: torch.dtype | None = None) -> flo
 # --- the parts of a recipe -------------------------------------------------------------------------------------------
 
 
-def _forms(recipe: Recipe) -> list[str]:
-    chosen = recipe.engine.lean
-    return list(FORMS if chosen else ()) if isinstance(chosen, bool) else list(chosen)
+def _fused_ops(recipe: Recipe) -> list[str]:
+    chosen = recipe.engine.fused_ops
+    return list(FUSED_OPS if chosen else ()) if isinstance(chosen, bool) else list(chosen)
 
 
-def _with_forms(recipe: Recipe, forms: list[str]) -> Recipe:
-    return dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, lean=forms))
+def _with_fused_ops(recipe: Recipe, ops: list[str]) -> Recipe:
+    return dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, fused_ops=ops))
 
 
 def _whole(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    said = recipe.objective if isinstance(recipe.objective, dict) else {recipe.objective: {}}
-    return {name: {**(options or {}), "whole": True} for name, options in said.items()}
+    chosen = recipe.objective if isinstance(recipe.objective, dict) else {recipe.objective: {}}
+    return {name: {**(options or {}), "whole": True} for name, options in chosen.items()}
 
 
 @contextlib.contextmanager
 def head_read(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model's head is read once, for all losses."""
+    """Within it, the model's head is read once for all losses."""
     if hasattr(model, READ):
         yield
         return
@@ -284,7 +284,7 @@ def head_read(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fused(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
-    swaps = lean_forms(model, recipe)
+    swaps = apply_fused_ops(model, recipe)
     try:
         yield
     finally:
@@ -292,7 +292,7 @@ def _fused(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
 
 
 def _agreed(why: str) -> str:
-    """`why`, or that another process found a difference: all go on in the same way."""
+    """`why`, or a note that another process found a difference, so that all processes decide alike."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return why
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"

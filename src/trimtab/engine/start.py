@@ -1,4 +1,4 @@
-"""The probes of a run, in their order: packed rows, then the loss and the fused forms."""
+"""Runs the probes at the start of a run, in order: packed rows, then the loss and the fused operations."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .probe import head_read, loss_now, probe, require_unchanged
 
 @contextlib.contextmanager
 def loss_compared(model: Any, objective: Objective) -> Iterator[Callable[[list[Surgery], torch.dtype | None], None]]:
-    """Yields a function (surgeries, autocast's type): BadInput where patches that should change nothing at first have
-    changed a language model's loss. Within it the model's head is read once."""
+    """Yields a function (surgeries, autocast's dtype) that raises BadInput if patches that should change nothing before
+    training have changed a language model's loss. Within it the model's head is read once."""
     if objective.head != "causal-lm":
         yield lambda surgeries, autocast: None
         return
@@ -31,10 +31,10 @@ def loss_compared(model: Any, objective: Objective) -> Iterator[Callable[[list[S
 def checked(
     trainer: Any, recipe: Recipe, say: Callable[[str], None], *, gradients: bool, autocast: torch.dtype | None = None
 ) -> Recipe:
-    """-> the recipe as it can be run with `trainer` (its model is patched, no form of ours is in it): what differs from
-    the model's own forward is taken out, with a line to `say`. BadInput where nothing is right.
+    """-> the recipe without the shortcuts that differ from the model's own forward, each with a line to `say`. BadInput
+    if no form of the loss agrees with it. Also sets up the trainer's collator for packed rows.
 
-    Packed rows are set up on the trainer's collator. `gradients`: whether the run trains.
+    `trainer`: its model is patched, without fused operations. `gradients`: whether the run trains.
     """
     model, rows, batch = trainer.model, trainer.data_collator, None
     if isinstance(rows, PackedRows):

@@ -1,6 +1,6 @@
-"""What the engine does for tables in the slow tier (`Surgery.stores`), whichever method has them.
+"""Notes, statistics and gradient clipping for tables in the slow tier (`Surgery.stores`).
 
-No parameter has the gradients of their rows; here they are included in the global norm and in clipping.
+The gradients of rows belong to no parameter; here they are included in the global norm and in clipping.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ def stores_of(surgeries: Iterable[Surgery]) -> list[TieredStore]:
 
 
 def notes_of(surgeries: Sequence[Surgery], folder: str) -> list[str]:
-    """Notes for the user on how the patches were applied. `folder`: where tables in files are made."""
+    """Notes for the user on how the patches were applied. `folder`: where files of tables are created."""
     notes = [note for surgery in surgeries for note in surgery.notes]
     if any(store.slow == "disk" for store in stores_of(surgeries)) and in_ram(folder):
-        notes.append(f"{folder} is in RAM (tmpfs): tables there save no memory, though no figure of the fast tier "
-                     "includes them")  # fmt: skip
+        notes.append(f"{folder} is in RAM (tmpfs): tables there save no memory, although the figures of the fast tier "
+                     "do not include them")  # fmt: skip
     return notes
 
 
-def row_numbers(surgeries: Iterable[Surgery]) -> int:
-    """How many parameters the rows of trained tables have."""
+def row_parameters(surgeries: Iterable[Surgery]) -> int:
+    """Number of parameters in the rows of trained tables."""
     return sum(store.numel for store in stores_of(surgeries) if store.trained)
 
 
 def traffic(surgeries: Iterable[Surgery], steps: int) -> dict[str, Any]:
     """Per optimizer step, over all tables: bytes transferred each way, and the share of rows found in the fast tier.
 
-    If rows had to be read from files or copied to a device: also the share of them whose prefetch was complete when
-    they were needed, and the bytes prefetched in vain, which the bytes transferred do not include. If several processes
-    share the tables, the figures are of all together, and each process must call this.
+    If rows had to be read from files or copied to a device: also the share of them whose prefetch was complete in time,
+    and the bytes prefetched but not used, which the bytes transferred do not include. If several processes share the
+    tables, the figures are totals over all of them, and each process must call this.
     """
     tables = stores_of(surgeries)
     if not tables:
@@ -67,9 +67,9 @@ def _sums(tables: Sequence[TieredStore], *kinds: str) -> list[int]:
 
 @contextlib.contextmanager
 def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Counts what the tables transfer while the model is used within it, per token, padding included.
+    """Counts what the tables transfer per token (padding included) while the model is used within it.
 
-    -> a function that returns the figures so far; empty without tables.
+    Yields a function that returns the figures so far; empty without tables.
     """
     tables, tokens = stores_of(surgeries), 0
 
@@ -100,13 +100,13 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
 
 
 def summary(reads: dict[str, Any]) -> str:
-    """The figures of `reading`, in a line."""
-    line = f"tables: {reads['store_up_bytes_per_token'] / 2**20:.2f} MiB read a token"
-    return f"{line}, {reads['store_rows_per_token']:,.1f} rows, {reads['store_hit_rate']:.0%} of them hot"
+    """One line with the figures of `reading`."""
+    line = f"tables: {reads['store_up_bytes_per_token'] / 2**20:.2f} MiB read per token"
+    return f"{line}, {reads['store_rows_per_token']:,.1f} rows, {reads['store_hit_rate']:.0%} of them in the fast tier"
 
 
 class ClipsRows:
-    """A mixin for trainers: the global norm and clipping include rows. It comes before the library's class."""
+    """A mixin for trainers, before the library's class: the global norm and clipping include rows."""
 
     job: Any
     args: Any
@@ -124,7 +124,7 @@ class ClipsRows:
         return stores_of(self.job.surgeries)
 
     def _norm(self, model: Any, limit: float) -> torch.Tensor:
-        """-> the norm before clipping. Gradients are scaled to a norm of `limit` at most; those of rows by the step."""
+        """-> the norm before clipping. Scales gradients to a norm of at most `limit`; those of rows when they step."""
         self.accelerator.unscale_gradients()
         trained = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).double().cpu()

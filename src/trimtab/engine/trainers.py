@@ -1,8 +1,8 @@
-"""The engine: TRL's SFTTrainer and transformers' Trainer, each subclassed thinly.
+"""Thin subclasses of TRL's SFTTrainer and transformers' Trainer.
 
-Ours are only: the loss (the objective's), what a checkpoint holds (what the patches own, not the model), that a
-checkpoint appears whole or not at all, that long rows are counted before anything is cut, that the longest come first,
-and that packed rows stay rows. Formats, schedulers, optimisers, trackers, evaluation, distribution are the libraries'.
+They differ from the libraries' classes as follows. The loss is the objective's. A checkpoint has the patches' tensors,
+not the model's, and is written atomically. Long rows are counted before anything is cut. The longest rows come first.
+Packed rows stay rows. Formats, schedulers, optimizers, trackers, evaluation and distribution are the libraries'.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from .tables import ClipsRows
 
 
 class _OurTrainer(ClipsRows):
-    """What the trainers of all objectives share. Mixed in before the library's class."""
+    """What the trainers of all objectives share: a mixin before the library's class."""
 
-    arguments: ClassVar[type[TrainingArguments]]  # the dataclass whose fields `training:` holds
+    arguments: ClassVar[type[TrainingArguments]]  # the dataclass of the fields of `training:`
     job: Job
 
     grad_norm = 0.0  # of the newest step, before clipping
 
     def _take(self, job: Job, model: Any, args: Any) -> None:
         self.job, self.counted, self.step_losses = job, {}, []
-        if places := learned_positions(model):  # padding may not go beyond them
+        if places := learned_positions(model):  # padding may not exceed them
             args.pad_to_multiple_of = math.gcd(places, args.pad_to_multiple_of or 1)
-        self.autocast_wanted, args.bf16 = bool(args.bf16), False  # autocast is ordered by compute_loss_context_manager
+        self.autocast_wanted, args.bf16 = bool(args.bf16), False  # see compute_loss_context_manager
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        if not any(parameter.is_meta for parameter in model.parameters()):  # a plan's has no values to move
+        if not any(parameter.is_meta for parameter in model.parameters()):  # the model of a plan has no values
             super()._move_model_to_device(model, device)  # type: ignore[misc]
 
     def loss_of(self, model: Any, inputs: dict[str, Any], count: Any) -> torch.Tensor:
-        """The objective's loss, through the model's own forward (so that DDP sees it), and the counts for the log."""
+        """The objective's loss, shape (), through the model's forward (so that DDP sees it); updates the counts."""
         value, correct, seen = model(objective_batch=inputs, objective_count=count)
         mode = "train" if self.model.training else "eval"
         self.counted.setdefault(mode, []).append(torch.stack([correct.detach(), seen, value.detach() * seen]).double())
@@ -74,7 +74,7 @@ class _OurTrainer(ClipsRows):
         return value
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """A stepper's own backward pass over one micro-batch; the library's where the stepper has none."""
+        """The loss of one micro-batch, after the stepper's backward pass, or the library's if the stepper has none."""
         stepper = self.job.stepper
         if type(stepper).backward is Stepper.backward:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
@@ -89,18 +89,18 @@ class _OurTrainer(ClipsRows):
         return stepper.backward(loss, self.accelerator.backward)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The stepper's, or else the one that the arguments name."""
+        """The stepper's optimizer, or else the one that the arguments name."""
         if self.optimizer is None:
             trained = [p for p in (model or self.model).parameters() if p.requires_grad]
             self.optimizer = self.job.stepper.optimizer(trained, self.args)
         return super().create_optimizer(model)  # type: ignore[misc]
 
     def step_loss(self) -> float:
-        """The mean loss of the optimiser step whose gradients are ready, over all processes (each must call this)."""
+        """The mean loss of the current optimizer step over all processes (each must call this)."""
         loss = mean_of(self.step_losses, self.step_summed)
         self.step_losses = []
         if self.args.world_size > 1:
-            whole = self.step_summed and self.args.average_tokens_across_devices  # each has a share of one mean
+            whole = self.step_summed and self.args.average_tokens_across_devices  # losses are shares of one mean
             loss = self.accelerator.reduce(loss, "sum" if whole else "mean")
         return float(loss)
 
@@ -110,14 +110,14 @@ class _OurTrainer(ClipsRows):
         return found
 
     def counts(self, mode: str) -> dict[str, float]:
-        """Share predicted right since the last call, over all processes; and in evaluation the loss per item."""
+        """Accuracy since the last call, over all processes, and in evaluation the loss per item."""
         sums = sum(self.counted.pop(mode, []), torch.zeros(3, dtype=torch.float64, device=self.args.device))
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums, "sum")
         correct, seen, loss = sums.tolist()
         if not seen:
             return {}
-        # transformers averages the batches' means; batches hold unequal numbers of items
+        # transformers averages the means of batches, which have unequal numbers of items
         return {"accuracy": correct / seen, **({"loss": loss / seen} if mode == "eval" else {})}
 
     @contextlib.contextmanager
@@ -136,7 +136,7 @@ class _OurTrainer(ClipsRows):
         adapter.load_into(self.job.surgeries, resume_from_checkpoint, self.job.base)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Only states that fit: a fused step with a moment of another shape writes over memory that is not its own."""
+        """Checks the states first: a fused optimizer step with a moment of a wrong shape writes out of bounds."""
         if checkpoint and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             folder = Path(checkpoint)
             check_optimizer(folder / "optimizer.pt", self.optimizer)
@@ -146,10 +146,8 @@ class _OurTrainer(ClipsRows):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         try:
             super()._load_rng_state(checkpoint)
-        except Exception as error:  # torch, zipfile and pickle each raise kinds of their own
-            raise BadInput(
-                f"resume from {checkpoint}", "the state of random numbers cannot be read", EARLIER
-            ) from error
+        except Exception as error:  # torch, zipfile and pickle each raise their own types
+            raise BadInput(f"resume from {checkpoint}", "its random state cannot be read", EARLIER) from error
 
     def _load_best_model(self) -> None:
         adapter.load_into(self.job.surgeries, str(self.state.best_model_checkpoint), self.job.base)
@@ -166,19 +164,19 @@ class _OurTrainer(ClipsRows):
         return getattr(self, "_partial_dir", None) or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The library writes into a hidden folder, which becomes `checkpoint-N` by one rename when it is complete."""
+        """Saves into a hidden folder, which is renamed to `checkpoint-N` when it is complete."""
         run = Path(super()._get_output_dir(trial))
         partial, name = run / PARTIAL, f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         if self.args.include_num_input_tokens_seen == "no":
-            self.state.num_input_tokens_seen = self.tokens()  # a resumed run counts on from here
+            self.state.num_input_tokens_seen = self.tokens()  # a resumed run continues this count
         self.accelerator.wait_for_everyone()
         self._partial_dir = str(partial)
-        do = "Free some space and go on with resume=true; earlier checkpoints are intact"
+        do = "Free some space and continue with resume=true; earlier checkpoints are intact"
         try:
             with writing(f"write checkpoint {name} to {run}", do):
-                # Trainer's own method, not SFTTrainer's, which would write a model card into the run's folder first
+                # Trainer's method, not SFTTrainer's, which would write a model card into the run's folder first
                 Trainer._save_checkpoint(self, model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
@@ -190,7 +188,7 @@ class _OurTrainer(ClipsRows):
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _publish(self, run: Path, whole: Path) -> None:
-        """A complete checkpoint takes its place; those beyond `save_total_limit` go, never half: by a rename first."""
+        """Moves a complete checkpoint into the run's folder, and removes those beyond `save_total_limit`."""
         if self.state.best_global_step:
             best = f"checkpoint-{self.state.best_global_step}"
             if best == whole.name or (run / best).is_dir():
@@ -207,12 +205,12 @@ class _OurTrainer(ClipsRows):
 
 
 class CausalTrainer(_OurTrainer, SFTTrainer):
-    """SFTTrainer on an objective of ours."""
+    """SFTTrainer with a trimtab objective."""
 
     arguments = SFTConfig
 
     def _send_telemetry(self) -> None:
-        """TRL's trainers report to the hub that they were made. Ours send nothing."""
+        """TRL's trainers report their use to the hub. Ours send nothing."""
 
     @classmethod
     def build(cls, job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs) -> CausalTrainer:
@@ -225,16 +223,16 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
 
     def __init__(self, job: Job, **kwargs: Any):
         self._take(job, kwargs["model"], kwargs["args"])
-        self.base_model = kwargs["model"]  # the library's constructor prepares the rows before it keeps the model
+        self.base_model = kwargs["model"]  # the library's constructor prepares the rows before it sets `self.model`
         admit_quantised(kwargs["model"])
         trained = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
         try:
             super().__init__(**kwargs)
-        except ValueError as error:  # what the library refuses of its arguments it names
+        except ValueError as error:  # the library names the arguments that it refuses
             if not any(field.name in str(error) for field in dataclasses.fields(kwargs["args"])):
                 raise
             raise BadInput("training", " ".join(str(error).split()).rstrip("."), "Change these fields") from error
-        for parameter, data in trained:  # on a quantised base TRL rounds them to bf16, where small updates are lost
+        for parameter, data in trained:  # on a quantised base TRL rounds them to bf16, which loses small updates
             parameter.data = data
         if self.padding_free and isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = PackedRows(
@@ -243,7 +241,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
         self.model_accepts_loss_kwargs = True
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Tokenise without cutting, count what is longer than max_length, then pack or cut as TRL does."""
+        """Tokenises without cutting, counts rows longer than max_length, then packs or cuts as TRL does."""
         limit, strategy = args.max_length, args.packing_strategy
         args.max_length = None
         part = self.job.part or ("train" if dataset_name == "train" else "test")
@@ -289,7 +287,7 @@ class CausalTrainer(_OurTrainer, SFTTrainer):
 
 
 class ClassifierTrainer(_OurTrainer, Trainer):
-    """transformers' Trainer on an objective of ours."""
+    """transformers' Trainer with a trimtab objective."""
 
     arguments = TrainingArguments
 
@@ -316,10 +314,10 @@ class ClassifierTrainer(_OurTrainer, Trainer):
         admit_quantised(kwargs["model"])
         super().__init__(**kwargs)
         self._set_signature_columns_if_needed()  # now, while the model's forward still names its arguments
-        self.model_accepts_loss_kwargs = True  # the mean is over all rows of a step, however they are cut into batches
+        self.model_accepts_loss_kwargs = True  # the mean is over all rows of a step, not per micro-batch
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """Rows of the whole optimiser step; the library would count labels, and take -100.0 for no label."""
+        """Rows of the whole optimizer step; the library would count labels, and treat -100.0 as no label."""
         rows = torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
         return self.accelerator.gather(rows).sum() if self.args.average_tokens_across_devices else rows
 
@@ -333,7 +331,7 @@ class ClassifierTrainer(_OurTrainer, Trainer):
     log = CausalTrainer.log
 
 
-def quiet(trainer: Trainer) -> None:
-    """Take out the library's own printing; ours replaces it."""
+def remove_printing(trainer: Trainer) -> None:
+    """Removes the library's printing callbacks, which ours replace."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

@@ -1,1 +1,1 @@
-"""Using a trained model: generate, evaluate and export."""
+"""Generates with, evaluates and exports trained models."""

@@ -1,7 +1,7 @@
-"""`trimtab eval RECIPE.yaml`: how good the run's model is on the test data, and how good its base was.
+"""`trimtab eval RECIPE.yaml`: evaluates the run's model, or its base, on the test data.
 
-Causal models: loss and perplexity on the completions, and, where rows hold answers, the mean of what `data.metrics`
-names (data/metrics.py) over greedy replies. Classifiers: accuracy and Matthews correlation, or Pearson and Spearman
+Causal models: loss and perplexity on the completions, and, if rows have answers, the means of `data.metrics`
+(data/metrics.py) over greedy replies. Classifiers: accuracy and Matthews correlation, or Pearson and Spearman
 correlation for numbers. `tasks`: benchmarks of lm-eval, if installed.
 """
 
@@ -16,26 +16,26 @@ from typing import TYPE_CHECKING, Any
 from ..data.metrics import METRICS
 from ..errors import BadInput
 from ..model.reply import longest_answer
-from ..quiet import hushed, no_dataset_bars
+from ..quiet import no_dataset_bars, silence_libraries
 from ..recipe import Recipe
 
 if TYPE_CHECKING:
     from .session import Inference
 
 Say = Callable[[str], None]
-BATCH = 32  # texts that are classified at once
+BATCH = 32  # texts in a batch of a classifier
 
 
-@hushed()
+@silence_libraries()
 @no_dataset_bars()
 def evaluate(
     recipe: Recipe, adapter: str | Path | None = None, base_only: bool = False, tasks: Sequence[str] = (),
     limit: int | None = None, say: Say = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure on `data.test` (or on lm-eval's `tasks`); returns {"rows", "metrics", "samples"} and, of an adapter with
-    tables in the slow tier, "reads".
+    """Evaluates on `data.test` (or on lm-eval's `tasks`); -> {"rows", "metrics", "samples"}, and "reads" for an adapter
+    with tables in the slow tier.
 
-    A run's folder keeps it: `eval.json`, or `eval_base.json` for the base. With another `adapter`, nothing is written.
+    The result is saved in the run's folder as `eval.json`, or `eval_base.json` for the base; not for another `adapter`.
     """
     from ..artifacts.files import write_json
     from ..engine.objectives import evaluator
@@ -60,8 +60,8 @@ def evaluate(
     folder = Path(recipe.output)
     if adapter is None and folder.is_dir():
         tests = recipe.data.test if isinstance(recipe.data.test, list) else [recipe.data.test or ""]
-        asked = {"tasks": list(tasks)} if tasks else {"test": [Path(name).name for name in tests]}
-        write_json(folder / ("eval_base.json" if base_only else "eval.json"), {**asked, **result})
+        source = {"tasks": list(tasks)} if tasks else {"test": [Path(name).name for name in tests]}
+        write_json(folder / ("eval_base.json" if base_only else "eval.json"), {**source, **result})
     return result
 
 
@@ -69,13 +69,13 @@ def evaluate(
 
 
 def answer(made: Inference, limit: int | None = None) -> dict[str, Any]:
-    """Loss over the test rows and, where they have answers, how many questions are answered right by greedy search."""
+    """Loss over the test rows and, if they have answers, the metrics of greedy replies."""
     from ..data.chat import reply_form
     from ..data.rows import eval_pairs, read_rows, row_tools
     from ..model.sampling import prompt_ids, sample
 
     recipe, model, tokenizer, form = made.recipe, made.model, made.tokenizer, made.base.reply
-    # the tokenizer has the template by now, perhaps the run's own
+    # the tokenizer already has the chat template
     rows = read_rows(dataclasses.replace(recipe.data, chat_template=None), "test", tokenizer, "causal-lm")
     metrics: dict[str, float] = {}
     samples: list[dict[str, Any]] = []
@@ -83,16 +83,16 @@ def answer(made: Inference, limit: int | None = None) -> dict[str, Any]:
     metrics.update(losses(made, rows, size))
     if rows.answers and recipe.data.metrics:
         pairs = eval_pairs(rows)[:size]
-        if form.chat is None:  # no run is known
+        if form.chat is None:  # not from a run
             form = reply_form(rows, recipe.data, tokenizer, recipe.training.get("eos_token"))
         longest = max(form.longest, longest_answer(tokenizer, [accepted for _, accepted in pairs], most=None))
-        room = dataclasses.replace(form, longest=longest).room(recipe.data.reply_tokens)
+        most = dataclasses.replace(form, longest=longest).max_tokens(recipe.data.reply_tokens)
         scores, cut = dict.fromkeys(recipe.data.metrics, 0.0), set[int]()
         prompts, tools = [prompt for prompt, _ in pairs], row_tools(rows)[:size]
-        lengths = [len(prompt_ids(tokenizer, *asked)) for asked in zip(prompts, tools or [None] * size, strict=True)]
+        lengths = [len(prompt_ids(tokenizer, *pair)) for pair in zip(prompts, tools or [None] * size, strict=True)]
         replies = sample(
-            model, tokenizer, prompts, batch_size=made.replies(lengths, room), form=form, tools=tools,
-            cut=cut, cache=made.cache, on_token=made.on_token, max_new_tokens=room,
+            model, tokenizer, prompts, batch_size=made.replies(lengths, most), form=form, tools=tools,
+            cut=cut, cache=made.cache, on_token=made.on_token, max_new_tokens=most,
         )  # fmt: skip
         for (prompt, accepted), reply in zip(pairs, replies, strict=True):
             for name in scores:
@@ -101,14 +101,14 @@ def answer(made: Inference, limit: int | None = None) -> dict[str, Any]:
         metrics |= {name: score / size for name, score in scores.items()}
         if cut:
             made.say(
-                f"{len(cut)} of {size} replies were cut at {room} tokens; data.reply_tokens sets how long they may be"
+                f"{len(cut)} of {size} replies were cut at {most} tokens; data.reply_tokens sets how long they may be"
             )
         return {"rows": size, "metrics": metrics, "samples": samples[:20], "cut_replies": len(cut)}
     return {"rows": size, "metrics": metrics, "samples": samples[:20]}
 
 
 def losses(made: Inference, rows: Any, size: int) -> dict[str, float]:
-    """Mean next-token loss (nats) over the tokens that count, its perplexity, and the share predicted right."""
+    """Mean next-token loss (nats) over the tokens that count, its perplexity, and the token accuracy."""
     import tempfile
 
     from transformers import IntervalStrategy
@@ -116,13 +116,13 @@ def losses(made: Inference, rows: Any, size: int) -> dict[str, float]:
     from ..engine.arguments import training_arguments, unweighed
     from ..engine.inputs import Inputs, largest_batch, make_trainer
     from ..engine.objectives import arguments_class
-    from ..engine.prepare import as_it_was, autocast_dtype, prepared
+    from ..engine.prepare import autocast_dtype, restore_model, training_forward
     from ..engine.start import checked
-    from ..engine.trainers import Job, quiet
+    from ..engine.trainers import Job, remove_printing
     from .session import Guarded
 
     recipe, model, tokenizer = made.recipe, made.model, made.tokenizer
-    with tempfile.TemporaryDirectory() as folder, as_it_was(model):
+    with tempfile.TemporaryDirectory() as folder, restore_model(model):
         cpu = recipe.load_place().device.type == "cpu"
         args = training_arguments(recipe, arguments_class(recipe.load_objective()), Path(folder), cpu)
         args.dataloader_drop_last, args.eval_strategy = False, IntervalStrategy.NO
@@ -132,10 +132,10 @@ def losses(made: Inference, rows: Any, size: int) -> dict[str, float]:
         inputs = Inputs(tokenizer, dataclasses.replace(rows, dataset=dataset), None)
         trainer = make_trainer(Job.without_patches(recipe, model, part="test"), recipe, model, args, inputs)
         trainer.eval_dataset = trainer.train_dataset
-        quiet(trainer)
+        remove_printing(trainer)
         half = autocast_dtype([], model.dtype, trainer.autocast_wanted)
         recipe = checked(trainer, recipe, made.say, gradients=False, autocast=half)
-        with prepared(model, unweighed(recipe.load_objective()), recipe):
+        with training_forward(model, unweighed(recipe.load_objective()), recipe):
             batch = largest_batch(trainer)
             made.evaluation(batch["rows"], batch["tokens"], batch["lengths"])
             trainer.add_callback(Guarded(made))
@@ -152,7 +152,7 @@ def _shown(prompt: Any) -> str:
 
 
 def classify(made: Inference, limit: int | None = None) -> dict[str, Any]:
-    """Accuracy and Matthews correlation, or Pearson and Spearman correlation where labels are numbers."""
+    """Accuracy and Matthews correlation, or Pearson and Spearman correlation if labels are numbers."""
     import torch
     from transformers import DataCollatorWithPadding
 
@@ -170,13 +170,13 @@ def classify(made: Inference, limit: int | None = None) -> dict[str, Any]:
     size = min(len(dataset), limit or len(dataset))
     collate = DataCollatorWithPadding(tokenizer)
     scores, truth, lengths = [], [], row_lengths(dataset)[:size]
-    at_once = min(BATCH, size)
-    widths = [int(lengths[start : start + at_once].max()) for start in range(0, size, at_once)]
-    made.evaluation(at_once, max(widths), len(set(widths)))
+    step = min(BATCH, size)
+    widths = [int(lengths[start : start + step].max()) for start in range(0, size, step)]
+    made.evaluation(step, max(widths), len(set(widths)))
     with torch.no_grad():
-        for start in range(0, size, at_once):
+        for start in range(0, size, step):
             made.check()
-            batch = collate([dataset[i] for i in range(start, min(start + at_once, size))])
+            batch = collate([dataset[i] for i in range(start, min(start + step, size))])
             truth.append(batch.pop("labels"))
             scores.append(model(**{k: v.to(model.device) for k, v in batch.items()}).logits.float().cpu())
     wanted, got = torch.cat(truth), torch.cat(scores)
@@ -187,7 +187,7 @@ def classify(made: Inference, limit: int | None = None) -> dict[str, Any]:
         chosen = got.argmax(-1)
         metrics = {"accuracy": float((chosen == wanted).float().mean())}
         if got.shape[1] == 2:
-            metrics["matthews"] = _correlation(chosen, wanted)  # of two binary variables: the same number
+            metrics["matthews"] = _correlation(chosen, wanted)  # equal to Pearson's for two binary variables
     return {"rows": size, "metrics": metrics, "samples": []}
 
 
@@ -199,7 +199,7 @@ def _correlation(a: Any, b: Any) -> float:
 
 
 def _ranks(values: Any) -> Any:
-    """Mean ranks, ties shared."""
+    """Ranks; ties get their mean rank."""
     import torch
 
     _, inverse, counts = values.unique(sorted=True, return_inverse=True, return_counts=True)
@@ -211,7 +211,7 @@ def _ranks(values: Any) -> Any:
 
 
 def harness(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None) -> dict[str, float]:
-    """Benchmarks of EleutherAI's lm-eval on the model as it stands (extra: `pip install trimtab[eval]`)."""
+    """Runs benchmarks of EleutherAI's lm-eval on the model (extra: `pip install trimtab[eval]`)."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -1,7 +1,7 @@
-"""`trimtab export RECIPE.yaml --to peft | merged`: the result in a form that needs no trimtab.
+"""`trimtab export RECIPE.yaml --to peft | merged`: exports the result in a format that does not need trimtab.
 
-`peft`: an adapter folder that stock `peft` loads (PaCA becomes a LoRA with a one-hot A). `merged`: a plain folder for
-transformers, vLLM or llama.cpp; a 4/8-bit base is written de-quantised, so that its outputs stay those of the run.
+`peft`: an adapter folder that stock `peft` loads (PaCA becomes a LoRA with a one-hot A). `merged`: a plain model folder
+for transformers, vLLM or llama.cpp; a 4/8-bit base is dequantised, so that its outputs equal those of the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import BadInput, nearest
 from ..foreign import admit_quantised
 from ..model.hub import SHORT_NAMES, cached_folder, ordinary_modes
 from ..model.reply import stop_ids
-from ..quiet import hushed
+from ..quiet import silence_libraries
 from ..recipe import Recipe
 from ..validation import read_json
 
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from ..artifacts.adapter import Base
 
 FORMS = ("peft", "merged")
-MARK = "trimtab_export.json"  # in what export writes: what it is, and its files
+MARK = "trimtab_export.json"  # in an exported folder: its format and its files
 
 
-@hushed()
+@silence_libraries()
 def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str | Path | None = None,
            overwrite: bool = False) -> Path:  # fmt: skip
-    """Write the run's adapter as `to` into `out` (default: beside it, `<output>/peft` or `<output>/merged`)."""
+    """Writes the run's adapter as `to` into `out` (default: `<output>/peft` or `<output>/merged`); -> the folder."""
     if to not in FORMS:
         raise BadInput(f"export to {to}", "there is no such form", nearest(to, FORMS))
     from .load_run import load_run
 
     out = Path(out) if out else Path(recipe.output) / to
     with contextlib.ExitStack() as locks:
-        if os.access(recipe.output, os.W_OK):  # a run that is read-only can be exported elsewhere
+        if os.access(recipe.output, os.W_OK):  # a read-only run can be exported elsewhere
             locks.enter_context(lock_run(recipe.output, f"export {recipe.output}"))
         locks.enter_context(locked(beside(out, "lock"), f"export to {out}"))
         _replaceable(out, overwrite)
@@ -56,18 +56,18 @@ def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str 
 
 
 def _replaceable(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that is there already, unless it is an earlier export and the user said --overwrite."""
+    """BadInput for a folder that exists, unless it is an earlier export and `overwrite` is set."""
     asked = f"export to {out}"
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()) or not (out.exists() or out.is_symlink()):
         return
     other = "Name another folder with --out"
     if not overwrite:
-        raise BadInput(asked, "it is there already", f"Say --overwrite, or n{other[1:]}")
+        raise BadInput(asked, "it exists already", f"Use --overwrite, or n{other[1:]}")
     if out.is_symlink() or not out.is_dir():
-        raise BadInput(f"{asked} --overwrite", "it is no folder", other)
+        raise BadInput(f"{asked} --overwrite", "it is not a folder", other)
     mark = read_json(out / MARK)
     if not mark or not isinstance(mark.get("files"), list):
-        have = f"it is no export of trimtab's (it has no readable {MARK})"
+        have = f"trimtab did not export it (it has no readable {MARK})"
         raise BadInput(f"{asked} --overwrite", have, f"{other}, or remove it yourself")
     if more := sorted({*_names(out)} - {MARK, *map(str, mark["files"])}):
         some = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
@@ -106,8 +106,8 @@ def _peft(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries: l
 
 
 def loadable(name: str) -> str:
-    """What `from_pretrained` takes for a base: a hub id as it is, a folder by its whole path, and for a GGUF file or a
-    short name the folder that it was converted to."""
+    """The name of a base for `from_pretrained`: a hub id, or the full path of its folder (of the converted folder for a
+    GGUF file or a short name)."""
     path = Path(name).expanduser()
     if path.is_file() or name.lower() in SHORT_NAMES:
         return str(cached_folder(name))
@@ -133,14 +133,14 @@ def _merged(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)  # a path of this machine tells a stranger nothing
+    config.pop("_name_or_path", None)  # a path of this machine
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _card(folder, "merged", recipe, surgeries, base, model, tokenizer)
 
 
 def _reply_as_measured(model: Any, tokenizer: Any, base: Base) -> None:
-    """Make greedy replies of the exported model those that `eval` measured: the same ends of a reply in each file, and
-    nothing in generation_config that changes greedy search. The base's settings for sampling stay."""
+    """Makes greedy replies of the exported model equal to those that `eval` measured: writes the ends of a reply into
+    each file, and removes settings that change greedy search. The base's sampling settings stay."""
     from transformers import GenerationConfig
 
     from ..model.sampling import SAMPLED, TOKENS
@@ -154,7 +154,7 @@ def _reply_as_measured(model: Any, tokenizer: Any, base: Base) -> None:
 
 
 def _card(folder: Path, form: str, recipe: Recipe, surgeries: list, base: Base, model: Any, tokenizer: Any) -> None:
-    """Write README.md: what it is, what it was made from, how to load it and how to prompt it."""
+    """Writes README.md: how the folder was made, how to load it, and how to prompt the model."""
     from ..artifacts.adapter import front_matter
 
     name = recipe.model.name
@@ -164,13 +164,13 @@ def _card(folder: Path, form: str, recipe: Recipe, surgeries: list, base: Base, 
     library = "peft" if form == "peft" else "transformers"
     loader = "AutoPeftModelFor" if form == "peft" else "AutoModelFor"
     loader += "CausalLM" if base.task == "causal-lm" else "SequenceClassification"
-    what = "an adapter" if form == "peft" else "the base with what was trained merged into it"
+    what = "an adapter" if form == "peft" else "the base with the trained adapter merged into it"
     text = front_matter(library, name if on_hub else "")
     text += f"\n# {patches} on {title}\n\nMade by trimtab {__version__}: {what}.\n"
     text += f'\n```python\nfrom {library} import {loader}\n\nmodel = {loader}.from_pretrained("FOLDER")\n```\n'
     if form == "peft" and not on_hub:
         text += "\n`base_model_name_or_path` in adapter_config.json is the base's folder on the machine where this was "
-        text += "made. Elsewhere, write there where the base is.\n"
+        text += "made. On another machine, change it to the base's folder there.\n"
     if base.task == "causal-lm":
         text += f"\n{_how_to_ask(base, model, tokenizer)}\n"
     if base.labels:
@@ -180,12 +180,12 @@ def _card(folder: Path, form: str, recipe: Recipe, surgeries: list, base: Base, 
 
 def _how_to_ask(base: Base, model: Any, tokenizer: Any) -> str:
     form = base.reply
-    asked = {
-        None: "The form of its training rows is not known.",
-        True: "It was trained on conversations: put prompts through the tokenizer's chat template.",
-        False: "It was trained on plain text: give prompts as they are" + ", each with a line end." * bool(form.after),
+    how = {
+        None: "The format of its training rows is not known.",
+        True: "It was trained on conversations: format prompts with the tokenizer's chat template.",
+        False: "It was trained on plain text: use plain prompts" + ", each with a line end." * bool(form.after),
     }[form.chat].rstrip(".")
-    ends = tokenizer.convert_ids_to_tokens(stop_ids(model, tokenizer, form))
-    said = ", ".join(f"`{token}`" for token in [*ends, *map(repr, form.stop)])
-    longest = f" The longest answer it was trained on has {form.longest} tokens." if form.longest else ""
-    return f"{asked}. A reply ends at {said}.{longest}"
+    tokens = tokenizer.convert_ids_to_tokens(stop_ids(model, tokenizer, form))
+    ends = ", ".join(f"`{token}`" for token in [*tokens, *map(repr, form.stop)])
+    longest = f" The longest answer in its training rows has {form.longest} tokens." if form.longest else ""
+    return f"{how}. A reply ends at {ends}.{longest}"

@@ -1,6 +1,6 @@
-"""`trimtab generate RECIPE.yaml`: answers to given prompts, or a conversation in the terminal.
+"""`trimtab generate RECIPE.yaml`: replies to given prompts, or a conversation in the terminal.
 
-Prompts are put in the form that the run was trained in, which its adapter's folder records (model/reply.py).
+Prompts get the format of the run's training rows, which its adapter folder records (model/reply.py).
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
 from ..model.reply import ReplyForm
-from ..quiet import hushed
+from ..quiet import silence_libraries
 from ..recipe import Recipe
 
 if TYPE_CHECKING:
     from .session import Inference
 
-LEAST = 64  # tokens that a reply may have where the run's answers were shorter
-TALK = 256  # the same, in a conversation
+LEAST = 64  # a reply may have at least so many tokens
+TALK = 256  # the same in a conversation
 
 
 def generate(
     recipe: Recipe, prompts: Sequence[str], adapter: str | Path | None = None, base_only: bool = False,
     raw: bool = False, say: Callable[[str], None] = lambda line: None, **settings: Any,
 ) -> Iterator[str]:  # fmt: skip
-    """Yield one reply per prompt. `settings`: transformers' generation settings (max_new_tokens, temperature, ...).
+    """Yields one reply per prompt. `settings`: transformers' generation settings (max_new_tokens, temperature, ...).
 
-    Prompts take the form of the run's rows: the chat template or plain text; `raw`: as they are. `say` gets a line on
-    what was planned, what was read of tables, and how many replies were cut. A run's folder keeps `generate.json`.
+    Prompts get the format of the run's rows (chat template or plain text); `raw`: they stay as given. `say` gets lines
+    on the plan, on reads of tables, and on replies that were cut. The record is saved as `generate.json` in the run's
+    folder.
 
-    Raises DoesNotFit before a reply that `budget.fast` does not hold, and Stopped where too much is used on the way.
+    Raises DoesNotFit before replies that would exceed `budget.fast`, and Stopped while generating if it is exceeded.
     """
     from ..artifacts.files import write_json
     from ..engine.tables import summary
@@ -41,38 +42,38 @@ def generate(
     settings = check_generation(settings)
     if not prompts:
         return
-    with hushed():
+    with silence_libraries():
         made = _language_model(recipe, adapter, base_only, say)
         form = _form(recipe, made.base.reply, made.tokenizer)
-        asked = list(prompts) if raw else [
+        formatted = list(prompts) if raw else [
             form.prompt(made.tokenizer, prompt, recipe.data.system, recipe.data.chat) for prompt in prompts
         ]  # fmt: skip
         if "max_length" not in settings:
-            settings.setdefault("max_new_tokens", form.room(recipe.data.reply_tokens, LEAST))
+            settings.setdefault("max_new_tokens", form.max_tokens(recipe.data.reply_tokens, LEAST))
         cut: set[int] = set()
         with made:
-            lengths = [len(prompt_ids(made.tokenizer, prompt)) for prompt in asked]
+            lengths = [len(prompt_ids(made.tokenizer, prompt)) for prompt in formatted]
             size = made.replies(lengths, _new(settings, max(lengths)), settings.get("num_beams", 1))
             replies = list(sample(
-                made.model, made.tokenizer, asked, batch_size=size, form=form, cut=cut, cache=made.cache,
+                made.model, made.tokenizer, formatted, batch_size=size, form=form, cut=cut, cache=made.cache,
                 on_token=made.on_token, **settings,
             ))  # fmt: skip
             record = made.record()
         if "reads" in record:
             say(summary(record["reads"]))
         if cut:
-            say(f"{len(cut)} of {len(asked)} replies were cut; max_new_tokens (--set) sets how long they may be")
+            say(f"{len(cut)} of {len(formatted)} replies were cut; max_new_tokens (--set) sets how long they may be")
         if adapter is None and Path(recipe.output).is_dir():
             write_json(Path(recipe.output) / "generate.json", record)
         yield from replies
 
 
 def _new(settings: dict[str, Any], longest: int) -> int:
-    """How many tokens a reply to a prompt of `longest` tokens may have."""
+    """The limit of a reply to a prompt of `longest` tokens, in tokens."""
     return settings["max_new_tokens"] if "max_new_tokens" in settings else max(1, settings["max_length"] - longest)
 
 
-@hushed()
+@silence_libraries()
 def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = False, **settings: Any) -> None:
     """Talk to the model: lines from standard input, replies streamed to standard output. An empty line starts anew."""
     import torch
@@ -83,11 +84,11 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
 
     settings = check_generation(settings)
     if settings.get("num_beams", 1) > 1:
-        raise BadInput("generation: num_beams", "a conversation is shown as it is written", "Give prompts with -p")
+        raise BadInput("generation: num_beams", "a conversation is shown token by token", "Give prompts with -p")
     made = _language_model(recipe, adapter, base_only, lambda line: print(line, file=sys.stderr))
     model, tokenizer, form = made.model, made.tokenizer, _form(recipe, made.base.reply, made.tokenizer)
     if "max_length" not in settings:
-        settings.setdefault("max_new_tokens", form.room(recipe.data.reply_tokens, TALK))
+        settings.setdefault("max_new_tokens", form.max_tokens(recipe.data.reply_tokens, TALK))
     settings = settings_of(model, tokenizer, form, settings)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     terminal = sys.stdin.isatty()
@@ -100,11 +101,11 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
             if not line.strip():
                 turns = []
                 continue
-            asked = form.prompt(tokenizer, line, recipe.data.system, recipe.data.chat)
-            if isinstance(asked, list):
-                turns += asked if not turns else asked[-1:]
-                asked = turns
-            ids = torch.tensor([prompt_ids(tokenizer, asked)])
+            prompt = form.prompt(tokenizer, line, recipe.data.system, recipe.data.chat)
+            if isinstance(prompt, list):
+                turns += prompt if not turns else prompt[-1:]
+                prompt = turns
+            ids = torch.tensor([prompt_ids(tokenizer, prompt)])
             limited = within_positions(model, ids.shape[1], settings)
             if recipe.budget and ids.shape[1] > planned:
                 planned = ids.shape[1]
@@ -122,7 +123,7 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
 
 
 def _form(recipe: Recipe, recorded: ReplyForm, tokenizer: Any) -> ReplyForm:
-    """The form that the adapter records; without one (`--base` before a run), that of the recipe's own first row."""
+    """The format that the adapter records; without one (`--base` before a run), that of the recipe's first row."""
     from ..data.chat import reply_form
     from ..data.rows import read_rows
 
@@ -147,5 +148,5 @@ def _language_model(
 
     made = Inference(recipe, adapter, base_only, say)
     if made.base.task != "causal-lm":
-        raise BadInput("generate", "the adapter makes a classifier", "Use `trimtab eval`")
+        raise BadInput("generate", "the adapter is that of a classifier", "Use `trimtab eval`")
     return made

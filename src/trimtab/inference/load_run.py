@@ -1,4 +1,4 @@
-"""The model of a run: the recipe's base with what the run's adapter folder holds, and its patches for inference."""
+"""Loads the model of a run: the recipe's base with the run's adapter and the recipe's patches for inference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..recipe import Recipe
 
 @dataclass
 class Loaded:
-    """A model for inference. `base`: of the adapter, or of the recipe where there is none."""
+    """A model for inference. `base`: that of the adapter, or of the recipe if there is none."""
 
     model: Any
     tokenizer: Any
@@ -31,17 +31,17 @@ class Loaded:
 
     @property
     def labels(self) -> int | None:
-        """How many classes a classifier's head has: 1 for regression."""
+        """Number of outputs of a classifier's head: 1 for regression; None for a language model."""
         return len(self.base.labels) or (1 if self.base.task == "classification" else None)
 
 
 def load_run(
     recipe: Recipe, adapter_folder: str | Path | None = None, base_only: bool = False, generates: bool = True
 ) -> Loaded:
-    """The recipe's model with the adapter of its run, or with another one.
+    """The recipe's model with the adapter of its run, or with that of `adapter_folder`.
 
     `base_only`: without the adapter. `generates`: with the recipe's patches for inference. A recipe that trains nothing
-    needs no adapter: its patches are applied anew. The labels and the task are the adapter's where there is one.
+    needs no adapter: its patches are applied again. Labels and task are the adapter's if there is one.
     """
     folder, own = _folder(recipe, adapter_folder, base_only), recipe.load_patches()
     base = read_meta(folder).base if folder else Base(recipe.model.name, "", recipe.load_objective().head)
@@ -50,7 +50,7 @@ def load_run(
     loaded, place = Loaded(None, None, base, [*before, *patches]), place_of(recipe)
     model, tokenizer = load_model(recipe.model, task=base.task, labels=loaded.labels, device=place.device)
     loaded.model, loaded.tokenizer = model, tokenizer
-    if base.reply.template is not None:  # the run's own, also where the file it came from has changed
+    if base.reply.template is not None:  # the run's own, even if its file has changed since
         tokenizer.chat_template = base.reply.template
     else:
         use_template(recipe.data, tokenizer)
@@ -71,7 +71,7 @@ def load_run(
 
 
 def _folder(recipe: Recipe, adapter_folder: str | Path | None, base_only: bool) -> Path | None:
-    """The adapter folder to read, if any; with `base_only` it tells the task and the labels."""
+    """The adapter folder to read, if any; with `base_only` only its task and labels are used."""
     if adapter_folder:
         if not Path(adapter_folder).is_dir():
             raise BadInput(f"adapter {adapter_folder}", "there is no such folder", "Name the adapter/ folder of a run")
@@ -80,13 +80,13 @@ def _folder(recipe: Recipe, adapter_folder: str | Path | None, base_only: bool) 
     if folder.is_dir():
         return folder
     if recipe.trains and not base_only:
-        do = "Train first, name one with --adapter, or say --base"
+        do = "Train first, name one with --adapter, or use --base"
         raise BadInput(f"the adapter of {recipe.output}", f"there is no {folder}", do)
     return None
 
 
 def _batches(recipe: Recipe, patches: list[Patch], place: Any) -> Any:
-    """For `apply_patches`; the training rows are read only where a patch needs them."""
+    """Calibration batches for `apply_patches`; reads the training rows only if a patch needs them."""
     if not any(patch.calibration_rows for patch in patches):
         return None
     objective = recipe.load_objective()

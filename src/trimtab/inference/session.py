@@ -1,8 +1,8 @@
-"""A run's model, loaded to generate or to be evaluated: under a plan, a meter and a guard, as training is.
+"""A run's model for generation or evaluation, with a plan, a meter and a guard, as in training.
 
-`budget.fast` means the same as in training. Work whose plan exceeds it does not start (DoesNotFit); of the batch sizes
-that may be chosen, the largest that fits is used. Work that uses too much on the way is stopped (Stopped). What was
-planned and what was used goes into the record that the run's folder keeps.
+`budget.fast` means the same as in training. Work whose plan exceeds it does not start (DoesNotFit); of the possible
+batch sizes, the largest that fits is used. Work that exceeds it is stopped (Stopped). The record, with planned and
+measured memory, is saved in the run's folder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Guarded(TrainerCallback):
 
 
 class Inference:
-    """A run's model with its patches. Within `with`, its memory is metered and guarded, and what tables transfer is
+    """A run's model with its patches. Within `with`, its memory is metered and guarded, and transfers of tables are
     counted."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Inference:
     # --- before --------------------------------------------------------------------------------------------------
 
     def replies(self, lengths: Sequence[int], new: int, beams: int = 1, most: int = 16) -> int:
-        """Plan replies of `new` tokens to prompts of these lengths (tokens); -> how many to answer at once."""
+        """Plans replies of `new` tokens to prompts of these lengths (tokens); -> the batch size."""
         longest = sorted(lengths, reverse=True)
         sizes = [min(most >> k, len(longest)) for k in range(most.bit_length()) if most >> k < 2 * len(longest)]
         works = [Work(size * beams, longest[0], new, len(set(longest[::size]))) for size in sizes]
@@ -85,12 +85,12 @@ class Inference:
         return self._first_that_fits(works, f"reply to a prompt of {longest[0]} tokens", do).rows // beams
 
     def evaluation(self, rows: int, tokens: int, lengths: int) -> None:
-        """Plan the evaluation of batches of `rows` rows of so many different lengths, the longest of `tokens`."""
+        """Plans the evaluation of batches of `rows` rows with `lengths` distinct lengths, the longest of `tokens`."""
         do = "Allow more, or lower training.per_device_train_batch_size"
         self._first_that_fits([Work(rows, tokens, 0, lengths)], f"evaluate {rows} rows of {tokens} tokens at once", do)
 
     def _first_that_fits(self, works: list[Work], what: str, do: str) -> Work:
-        """DoesNotFit where the plan of none fits. Without a budget, work that cannot be planned goes on unplanned."""
+        """DoesNotFit if none fits. Without a budget, work that cannot be planned is done without a plan."""
         made = None
         for work in works:
             try:
@@ -106,14 +106,14 @@ class Inference:
                     self.say(f"planned: {gib(made.fast_peak_bytes)} of the fast tier at the peak")
                 return work
         assert made is not None, "there is a smallest batch"
-        have = f"it would use {gib(made.fast_peak_bytes)} at its peak ({made.phase}), a row at a time"
+        have = f"one row at a time would use {gib(made.fast_peak_bytes)} at its peak ({made.phase})"
         raise DoesNotFit(f"{gib(made.fast)} of the fast tier to {what}", have, do)
 
     def _planned(self, work: Work) -> Plan:
         made = plan_inference(self.recipe, self.run.patches, work, self.base.task, self.run.labels)
         if self.device.type == "cuda":
             return made
-        loaded = made.kinds.get("weights", 0) + made.kinds.get("adapter", 0)  # they are there by now
+        loaded = made.kinds.get("weights", 0) + made.kinds.get("adapter", 0)
         return dataclasses.replace(made, process=max(0, self.meter.rebase() - loaded))
 
     # --- during --------------------------------------------------------------------------------------------------
@@ -123,20 +123,20 @@ class Inference:
         return cache_of(self.surgeries)
 
     def check(self) -> None:
-        """Stopped where more than the budget is used, or the machine has little left."""
+        """Stopped if the budget is exceeded or the machine has little memory left."""
         if self.guard.why:
             asked, have = self.guard.describe()
             raise Stopped(asked, have, "Allow more with budget.fast, or let replies be shorter (max_new_tokens)")
 
     def on_token(self, rows: int) -> None:
-        """To be called after each token of a batch of `rows` replies."""
+        """Call after each token of a batch of `rows` replies."""
         self.tokens += rows
         self.check()
 
     # --- after ---------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """What was planned and used, as in run.json; and "reads", of an adapter with tables."""
+        """Planned and measured memory, as in run.json; and "reads" for an adapter with tables."""
         seconds = time.monotonic() - self.began
         self.meter.sample()
         measured = {**self.meter.result(), "seconds": round(seconds, 2)}

@@ -1,1 +1,1 @@
-"""Budgets, meters and the slow tier."""
+"""Budgets, the memory meter, the guard, and the choice of a malloc."""

@@ -1,9 +1,9 @@
-"""A malloc that gives memory back (CPU).
+"""Starts the process again under a malloc that returns freed memory (CPU).
 
-glibc's malloc maps and unmaps every large tensor anew and holds on to the rest: training steps then spend a third of
-their time in page faults, and the process holds a quarter more than its tensors (figures in docs/results.md). With
-mimalloc, jemalloc or tcmalloc in front of it the same step is faster and smaller. A malloc can only be chosen before a
-process starts, so the command line starts itself again under one where it finds one.
+glibc's malloc maps and unmaps every large tensor and keeps the rest: training steps then spend a third of their time in
+page faults, and the process uses a quarter more than its tensors (figures in docs/results.md). With mimalloc, jemalloc
+or tcmalloc, the same step is faster and uses less memory. A malloc can only be chosen before a process starts, so the
+command line starts itself again under one if it finds one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import sys
 from pathlib import Path
 
 ORDER = ("mimalloc", "jemalloc", "tcmalloc")
-CHOSEN = "TRIMTAB_ALLOCATOR"  # environment: the wish ("auto", "none", a name) before, what is active after the restart
-
-STARTED = "TRIMTAB_RESTARTED"  # environment: the process (its id outlives the restart) that has started itself again
+CHOSEN = "TRIMTAB_ALLOCATOR"  # environment: before the restart "auto", "none" or a name; then the name in use
+STARTED = "TRIMTAB_RESTARTED"  # environment: id of the process (the same after the restart) that restarted itself
 
 
 def find(name: str = "auto") -> tuple[str, str] | None:
-    """(name, path of the shared library) of the first allocator found, the packaged wheel's before the system's."""
+    """-> (name, path of the shared library) of the first allocator found; wheels come before the system's libraries."""
     for wanted in ORDER if name == "auto" else (name,):
         folders = [Path(p) / "cmeel.prefix" / "lib" for p in sys.path if p.endswith("site-packages")]
         folders += [Path("/usr/lib"), Path("/usr/local/lib"), *map(Path, glob.glob("/usr/lib/*-linux-gnu"))]
@@ -34,23 +33,21 @@ def find(name: str = "auto") -> tuple[str, str] | None:
 
 
 def active() -> str:
-    """The allocator this process runs under: "mimalloc", ..., or "system"."""
+    """The allocator of this process: "mimalloc", ..., or "system"."""
     loaded = os.environ.get("LD_PRELOAD", "")
     return next((name for name in ORDER if name in loaded), "system")
 
 
 def restart_under(name: str = "auto", hard: bool = False) -> None:
-    """Replace this process by itself under the allocator `name`; returns if there is none, or it is already there.
+    """Restarts this process under the allocator `name`; returns if there is none, or if it is already in use.
 
-    `hard`: it is not to map memory long before it needs it (mimalloc maps 1 GiB at a time), for that counts under
-    RLIMIT_DATA (guard.py).
-
-    `TRIMTAB_ALLOCATOR=none` in the environment keeps the system's malloc whatever the recipe says.
+    `hard`: the allocator maps memory only when needed (mimalloc would map 1 GiB at a time), since mapped memory counts
+    under RLIMIT_DATA (guard.py). `TRIMTAB_ALLOCATOR=none` in the environment keeps the system's malloc.
     """
     name = os.environ.get(CHOSEN, name)
     if name == "none" or active() != "system" or not sys.platform.startswith("linux"):
         return
-    if os.environ.get(STARTED) == str(os.getpid()):  # it was tried, and something took it away again
+    if os.environ.get(STARTED) == str(os.getpid()):  # a restart did not set it
         return
     found = find(name)
     if found is None:
@@ -63,5 +60,5 @@ def restart_under(name: str = "auto", hard: bool = False) -> None:
 
 
 def _own_arguments() -> list[str]:
-    # sys.orig_argv[0] is the interpreter; the rest starts this program again whichever way it was started
+    # sys.orig_argv[0] is the interpreter; the rest restarts this program, however it was started
     return sys.orig_argv[1:]

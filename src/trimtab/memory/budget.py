@@ -1,7 +1,8 @@
-"""What a run may hold, and what this machine has: "6GiB", "80%", "-2GiB". Imports no torch until it asks for a GPU.
+"""Budgets ("6GiB", "80%", "-2GiB") and the memory of this machine. Imports no torch except for a GPU.
 
-A budget is a size of the fast tier and, where one is named, of the slow tier. "80%" is a share of what the machine has,
-"-2GiB" all but that much. Sizes are taken as they are written (GB is 10^9 bytes) and shown in GiB (2^30 bytes).
+A budget limits the fast tier (the memory where the model computes: a GPU's, or RAM) and optionally the slow tier below
+it (RAM or disk). "80%" is a share of the machine's memory, "-2GiB" all but 2 GiB of it. GB means 10^9 bytes in input;
+output is in GiB (2^30 bytes).
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ UNITS = {"b": 1} | {
     for kind, base in (("iB", 1024), ("B", 1000))
 }
 MOST = 10**15  # of any unit
-EXAMPLES = 'Write, say, "6GiB", "512MiB", "80%" or "-2GiB"'
+EXAMPLES = 'Write for example "6GiB", "512MiB", "80%" or "-2GiB"'
 _FORM = re.compile(r"(?P<minus>-?)\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|[a-z]*)", re.IGNORECASE)
 
 
 def parse(text: str | int, total: int | None, where: str = "budget") -> int:
-    """-> bytes. `total`: what the machine has, which "80%" and "-2GiB" are taken of, and which is the most there is.
-
-    None: this machine has no such device, so that a size stands for itself.
+    """-> bytes. `total`: the machine's memory, the base of "80%" and "-2GiB" and the largest size allowed; None: this
+    machine has no such device, and only a plain size is allowed.
     """
     asked = f"{where}: {text}"
     if isinstance(text, bool) or not isinstance(text, str | int):
@@ -38,10 +38,10 @@ def parse(text: str | int, total: int | None, where: str = "budget") -> int:
         text = f"{text}B"
     found = _FORM.fullmatch(text.strip())
     if not found:
-        raise BadInput(asked, "it is no size", EXAMPLES)
+        raise BadInput(asked, "it is not a size", EXAMPLES)
     number, unit = float(found["number"]), found["unit"].lower()
     if total is None and (unit == "%" or found["minus"]):
-        raise BadInput(asked, "this machine has no such device to take it of", 'Write a size, say "24GiB"')
+        raise BadInput(asked, "this machine has no such device", 'Write a size, for example "24GiB"')
     if number > MOST:
         raise BadInput(asked, "it is more than any machine has", EXAMPLES)
     total = sys.maxsize if total is None else total
@@ -52,14 +52,14 @@ def parse(text: str | int, total: int | None, where: str = "budget") -> int:
             raise BadInput(asked, "a share is from 0 to 100 %", 'Write "80%"')
         size = int(total * number / 100)
     elif unit and unit not in UNITS:
-        raise BadInput(asked, f'"{found["unit"]}" is no unit of memory', nearest(found["unit"], _names()))
+        raise BadInput(asked, f'"{found["unit"]}" is not a unit of memory', nearest(found["unit"], _names()))
     else:
         size = int(number * UNITS.get(unit, 1))
         size = total - size if found["minus"] else size
     if size <= 0:
-        raise BadInput(asked, f"nothing would be left of {gib(total)}" if found["minus"] else "it is nothing", EXAMPLES)
+        raise BadInput(asked, f"nothing would be left of {gib(total)}" if found["minus"] else "it is zero", EXAMPLES)
     if size > total:
-        raise BadInput(asked, f"this machine has {gib(total)}", "Name a size that it has")
+        raise BadInput(asked, f"this machine has {gib(total)}", "Name at most that size")
     return size
 
 
@@ -68,20 +68,20 @@ def _names() -> list[str]:
 
 
 def gib(size: float) -> str:
-    """Bytes as people read them: "1.25 GiB", "12.5 MiB"."""
+    """Formats bytes: "1.25 GiB", "12.5 MiB"."""
     return f"{size / 2**30:.2f} GiB" if abs(size) >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that the run may hold in each tier; None where nothing was said."""
+    """Bytes that a run may use in each tier; None: no limit."""
 
     fast: int | None = None
     slow: int | None = None
 
     @classmethod
     def of(cls, values: dict[str, Any] | None, fast_total: int | None, slow_total: int) -> Budget:
-        """From a recipe's `budget:` keys and what this machine has of each tier."""
+        """From a recipe's `budget:` keys and the sizes of this machine's tiers."""
         values = values or {}
         for key in values:
             if key not in ("fast", "slow"):
@@ -92,9 +92,8 @@ class Budget:
 
 
 def fast_bytes(device: Any = None) -> int | None:
-    """What the fast tier has: a GPU's memory, else RAM (or what the control group lets this process have of it).
-
-    None: `device` is none of this machine's.
+    """Size of the fast tier: a GPU's memory, else RAM (or this process's control group limit). None: this machine does
+    not have `device`.
     """
     if device is not None and device.type == "cuda":
         import torch
@@ -104,47 +103,48 @@ def fast_bytes(device: Any = None) -> int | None:
         return int(torch.cuda.get_device_properties(device).total_memory)
     total = ram().get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())  # "max" where there is none
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())  # "max": no limit
     except (OSError, ValueError):
         limit = total
     return min(total, limit)
 
 
-def room() -> int | None:
-    """Bytes that this machine (or the control group) can still give before the kernel must kill; None: not known."""
+def available_memory() -> int | None:
+    """Bytes that can still be allocated on this machine (or in the control group) before the kernel kills a process;
+    None: unknown."""
     system = ram()
     left = [system["MemAvailable"] + system.get("SwapFree", 0)] if "MemAvailable" in system else []
     group = Path("/sys/fs/cgroup")
     try:
-        limit, held = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         pairs = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-        files = sum(int(size) for name, size in pairs if name in ("inactive_file", "active_file"))  # it can drop them
-        left.append(limit - held + files)
+        files = sum(int(size) for name, size in pairs if name in ("inactive_file", "active_file"))  # can be dropped
+        left.append(limit - used + files)
     except (OSError, ValueError):
         pass  # no control group, or "max"
     return min(left, default=None)
 
 
 def slow_bytes(device: Any = None, folder: str | None = None) -> int:
-    """What the slow tier has: RAM under a GPU, the disk under RAM."""
+    """Size of the slow tier: RAM below a GPU, the disk below RAM."""
     if device is not None and device.type == "cuda":
         return fast_bytes() or 0
     return shutil.disk_usage(nearest_folder(folder or ".")).total
 
 
 def free_bytes(folder: str | Path) -> int:
-    """What is free on the disk of `folder`, which need not be there yet."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def nearest_folder(folder: str | Path) -> Path:
-    """`folder`, or the nearest one above it that is there."""
+    """`folder`, or the nearest existing folder above it."""
     at = Path(folder).absolute()
     return next(place for place in (at, *at.parents) if place.is_dir())
 
 
 def ram() -> dict[str, int]:
-    """/proc/meminfo in bytes (MemTotal, MemAvailable, ...); empty where there is none."""
+    """/proc/meminfo in bytes (MemTotal, MemAvailable, ...); empty if there is none."""
     found: dict[str, int] = {}
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

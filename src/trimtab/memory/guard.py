@@ -1,12 +1,12 @@
 """Ends a run before the kernel or the CUDA allocator does.
 
-The meter shows the guard what the fast tier holds, fifty times a second. Once that is more than the budget, or once the
-machine has little left for anyone, the guard has tripped: training ends after the step it is in, with a checkpoint.
+The meter passes the guard a sample of the fast tier fifty times a second. When the use exceeds the budget, or the
+machine has little memory left, the guard trips: training ends after the current step, with a checkpoint.
 
-A budget can also be made a limit of the process (`hard_limit`). On Linux that is RLIMIT_DATA. The kernel counts under
-it every private writable mapping in its whole size, touched or not: stacks of threads, a malloc's reserve, buffers of
-generated code (they grow with each new shape), a safetensors file that is mapped copy-on-write. So the limit follows
-the meter: it is the budget and what is mapped but not held, and leaves room for as many new pages as the budget does.
+A budget can also be a limit of the process (`hard_limit`): on Linux RLIMIT_DATA. The kernel counts every private
+writable mapping under it in full size, touched or not: stacks of threads, a malloc's reserve, buffers of generated code
+(they grow with each new shape), a safetensors file mapped copy-on-write. So the limit follows the meter: it is the
+budget plus the bytes that are mapped but not resident.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import BadInput
-from .budget import fast_bytes, gib, room
+from .budget import available_memory, fast_bytes, gib
 from .meter import Meter, Sample, process_memory
 
-LEAST, MOST = 2**28, 2**30  # bytes of the machine that stay free: a thirty-second part of it within these bounds
+LEAST, MOST = 2**28, 2**30  # bounds of the bytes that stay free, 1/32 of the machine's memory
 
 
 def reserve_bytes(total: int) -> int:
-    """How little of a machine's memory may be left before a run ends itself."""
+    """Bytes of a machine's memory that a run must leave free."""
     return max(LEAST, min(MOST, total // 32))
 
 
 @dataclass
 class Guard:
-    """`see` is told what is held; `why` says what is wrong once something is. All sizes in bytes."""
+    """Checks samples of memory in `see`; sets `why` when a limit is exceeded. All sizes in bytes."""
 
     budget: int | None = None  # of the fast tier
-    reserve: int = 0  # what the machine must have left
-    most: int = 0  # held at the worst moment
+    reserve: int = 0  # the machine must have so much left
+    most: int = 0  # the peak
     least_left: int | None = None
-    why: str = ""  # "budget", "machine", or nothing
+    why: str = ""  # "budget", "machine", or "" (not tripped)
 
     def see(self, sample: Sample) -> None:
         self.most = max(self.most, sample.held)
@@ -51,26 +51,26 @@ class Guard:
             self.why = "budget"
 
     def describe(self) -> tuple[str, str]:
-        """(what was asked of the run, what there was) in words."""
+        """-> the first two parts of the error: the limit, and the memory that was used."""
         if self.why == "machine":
             left = gib(self.least_left or 0)
             return (
                 f"leave {gib(self.reserve)} of this machine's memory free",
-                f"{left} was left, and the run held {gib(self.most)}",
+                f"{left} was left, and the run used {gib(self.most)}",
             )
-        return f"stay within {gib(self.budget or 0)} of the fast tier", f"the run held {gib(self.most)}"
+        return f"stay within {gib(self.budget or 0)} of the fast tier", f"the run used {gib(self.most)}"
 
     @classmethod
     def of(cls, budget: int | None, device: torch.device) -> Guard:
-        """The guard of a run on `device`. A machine that is short already when the run starts is not watched."""
+        """The guard of a run on `device`. If the machine has little memory left already, only the budget is checked."""
         reserve = reserve_bytes(fast_bytes() or 0)
-        left = room()
+        left = available_memory()
         return cls(budget, reserve if left is not None and left > 2 * reserve else 0)
 
 
 @contextlib.contextmanager
 def hard_limit(budget: int, device: torch.device, meter: Meter) -> Iterator[None]:
-    """Within it, an allocation that would lead over `budget` bytes fails. BadInput where the system cannot do that."""
+    """Within it, an allocation that would exceed `budget` bytes fails. BadInput if the system does not support that."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / (fast_bytes(device) or budget)), device)
         try:
@@ -103,9 +103,9 @@ PERHAPS = ("could not create a primitive", "could not execute a primitive", "can
 
 
 def ran_out(error: BaseException | None, hard: bool = False) -> bool:
-    """Whether `error`, or one that it came from, says that an allocation was refused.
+    """Whether `error`, or one of its causes, means that an allocation failed.
 
-    Under a `hard` limit also what oneDNN and Python say when they are refused one, and may say for other reasons.
+    `hard`: also counts messages of oneDNN and Python that can have other reasons.
     """
     words = REFUSED + PERHAPS if hard else REFUSED
     while error is not None:
@@ -113,7 +113,7 @@ def ran_out(error: BaseException | None, hard: bool = False) -> bool:
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
-        if isinstance(error, RuntimeError) and any(said in str(error).lower() for said in words):
+        if isinstance(error, RuntimeError) and any(part in str(error).lower() for part in words):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,8 +1,8 @@
-"""The judge: what the process, the allocator and the device really held.
+"""Measures the memory that a process and its tensors use.
 
-On a CPU: anonymous resident memory of the process (`RssAnon`), sampled in a thread, beside the bytes of live tensors
-during one step; pages of mapped files (`RssFile`) apart, since the kernel can take them back. On CUDA: the allocator's
-peak allocated and peak reserved bytes. Device totals are never called peaks.
+On a CPU: anonymous resident memory of the process (`RssAnon`), sampled by a thread, and the bytes of live tensors
+during one step. Pages of mapped files (`RssFile`) are reported separately, since the kernel can reclaim them. On CUDA:
+the allocator's peak allocated and peak reserved bytes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..foreign import TorchDispatchMode, tree_iter
-from .budget import fast_bytes, room
+from .budget import available_memory, fast_bytes
 
 GIB = 2**30
 
 
 def process_memory(pid: int | str = "self") -> dict[str, int]:
-    """{"anon", "file", "data"} of a process, in bytes, from the kernel's own account (zeros where there is no /proc).
-
-    Resident anonymous pages, resident pages of files, and the size of all private writable mappings, touched or not.
+    """{"anon", "file", "data"} of a process in bytes, from /proc (zeros without it): resident anonymous pages, resident
+    pages of files, and the size of all private writable mappings, touched or not.
     """
     found = {"anon": 0, "file": 0, "data": 0}
     names = {"RssAnon": "anon", "RssFile": "file", "VmData": "data"}
@@ -44,36 +43,36 @@ def process_memory(pid: int | str = "self") -> dict[str, int]:
 
 
 def worker_memory() -> int:
-    """Bytes that the child processes (data-loader workers) hold and this process does not: their own written pages."""
-    held = 0
+    """Bytes of the child processes (data-loader workers) that they do not share with this one: their written pages."""
+    found = 0
     try:
         for children in Path("/proc/self/task").glob("*/children"):
             for pid in children.read_text().split():
                 for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
                     if line.startswith("Private_Dirty:"):
-                        held += int(line.split()[1]) * 1024
+                        found += int(line.split()[1]) * 1024
     except OSError:
         pass  # a worker that ended meanwhile, or no /proc
-    return held
+    return found
 
 
 class Sample(NamedTuple):
-    """What was seen at one moment, in bytes."""
+    """Memory at one moment, in bytes."""
 
-    held: int  # of the fast tier: the process and its workers on a CPU, what the allocator reserved on CUDA
-    left: int | None  # what the machine can still give; None where this sample did not look
+    held: int  # of the fast tier: used by the process and its workers (CPU), or reserved by the allocator (CUDA)
+    left: int | None  # available on the machine; None: not measured in this sample
     anon: int  # resident anonymous pages of this process
     mapped: int  # its private writable mappings, touched or not
 
 
 class Meter:
-    """Samples memory from `start` to `stop`; `mark(...)` names the phase that the timeline is in.
+    """Samples memory from `start` to `stop`; `mark(...)` sets the phase in the timeline.
 
-    `baseline` is what the process held when the meter was started, so growth = peak - baseline. `now` is the newest
-    sample, and `watchers` are called with each. With `workers`, what child processes hold is added to the process's.
+    `baseline`: the process at the start, so growth = peak - baseline. `now`: the newest sample. `watchers` are called
+    with each sample. `workers`: whether to add the memory of child processes.
     """
 
-    EVERY = 10  # samples: as often the machine and the workers are looked at, which costs more
+    EVERY = 10  # samples between two measurements of the machine and the workers, which cost more
 
     def __init__(self, timeline: Path | None = None, seconds: float = 0.02, device: torch.device | None = None):
         self.timeline, self.seconds = timeline, seconds
@@ -81,19 +80,19 @@ class Meter:
         self.baseline = self.peak = self.now = {"anon": 0, "file": 0}
         self.watchers: list[Callable[[Sample], None]] = []
         self.workers = False
-        self.parts: dict[str, int] = {}  # kind -> bytes that stay from step to step, once they are known
-        self.total = fast_bytes(self.device) or 0  # what the machine has of the fast tier
+        self.parts: dict[str, int] = {}  # kind -> bytes that stay from step to step, when known
+        self.total = fast_bytes(self.device) or 0  # size of the fast tier
         self.phase = "start"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._began = 0.0
         self._last_written = -1.0
         self._samples = self._children = 0
-        self._lock = threading.Lock()  # the meter's thread samples, and the end of each step
+        self._lock = threading.Lock()  # samples are taken by the meter's thread and at the end of each step
 
     def start(self) -> Meter:
-        held = process_memory()
-        self.baseline = {kind: held[kind] for kind in self.peak}
+        found = process_memory()
+        self.baseline = {kind: found[kind] for kind in self.peak}
         self.peak = self.now = dict(self.baseline)
         if self.device:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -111,7 +110,7 @@ class Meter:
             self.sample()
 
     def rebase(self) -> int:
-        """Growth counts from now on; -> the anonymous bytes that the process holds."""
+        """Sets the baseline to the present memory; -> its anonymous bytes."""
         self.sample()
         self.baseline = dict(self.now)
         return self.baseline["anon"]
@@ -121,16 +120,16 @@ class Meter:
 
     def _run(self) -> None:
         while not self._stop.wait(self.seconds):
-            with contextlib.suppress(MemoryError):  # under a hard limit; the next sample may find room
+            with contextlib.suppress(MemoryError):  # under a hard limit; the next sample may succeed
                 self.sample()
 
     def sample(self) -> None:
-        """Look now, and not only every few milliseconds."""
+        """Takes a sample now."""
         with self._lock:
             self._sample()
 
     def stop_watching(self, watcher: Callable[[Sample], None]) -> None:
-        """When this returns, `watcher` is not called again."""
+        """Removes `watcher`; it is not called after this returns."""
         with self._lock:
             self.watchers.remove(watcher)
 
@@ -146,14 +145,12 @@ class Meter:
             self._children = worker_memory()
         self.now = now = {"anon": found["anon"] + self._children, "file": found["file"]}
         if self.watchers:
-            sample = Sample(self.held(), room() if rare else None, found["anon"], found["data"])
+            sample = Sample(self.held(), available_memory() if rare else None, found["anon"], found["data"])
             for watcher in self.watchers:
                 watcher(sample)
         self.peak = {kind: max(self.peak[kind], now[kind]) for kind in now}
         seconds = time.monotonic() - self._began
-        if (
-            self.timeline and seconds - self._last_written >= 0.5
-        ):  # the file holds twice a second, the peak every sample
+        if self.timeline and seconds - self._last_written >= 0.5:  # the peak counts every sample
             self._last_written = seconds
             row: dict[str, Any] = {"seconds": round(seconds, 2), "phase": self.phase, **now}
             row |= {"parts": self.parts} if self.parts else {}
@@ -163,10 +160,10 @@ class Meter:
                 with self.timeline.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             except OSError:
-                self.timeline = None  # a full disk: the peak is what counts, and the run will say so itself
+                self.timeline = None  # a full disk: the run reports that itself
 
     def result(self) -> dict[str, int]:
-        """Bytes: `fast_peak_bytes`, `fast_growth_bytes` (over the start), `slow_bytes` (mapped pages at their peak)."""
+        """Bytes: `fast_peak_bytes`, `fast_growth_bytes` (over the baseline), `slow_bytes` (peak of mapped pages)."""
         if self.device:
             stats = torch.cuda.memory_stats(self.device)
             reserved = stats["reserved_bytes.all.peak"]
@@ -184,10 +181,10 @@ class Meter:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of live tensor storages while active: those given at the start, and all that operations make.
+    """Counts the bytes of live tensor storages while active: `known` ones, and all that operations create.
 
-    `peak_bytes` is exact for what torch allocates as tensors; scratch memory inside kernels is not seen. It costs some
-    Python per operation, so the engine keeps it on for one step only. Storages mapped from a file count in `mapped`.
+    `peak_bytes` is exact for torch's tensors; scratch memory inside kernels is not counted. It costs some Python time
+    per operation, so the engine uses it for one step only. Storages mapped from a file count in `mapped`.
     """
 
     def __init__(self, known: Any = (), mapped: Any = ()):
@@ -233,7 +230,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def is_mapped(tensor: torch.Tensor, maps: list[tuple[int, int]]) -> bool:
-    """Whether the content lies in a file: `maps` is what `file_ranges` found."""
+    """Whether the tensor is mapped from a file; `maps`: the result of `file_ranges`."""
     start = tensor.untyped_storage().data_ptr()
     return any(low <= start < high for low, high in maps)
 
@@ -244,10 +241,10 @@ def file_ranges() -> list[tuple[int, int]]:
 
 
 def drop_clean_mappings() -> None:
-    """Tell the kernel that pages read from safetensors files are not needed now (they are read again when touched).
+    """Tells the kernel to drop pages of safetensors files (they are read again when touched).
 
-    After a conversion the file's pages count as resident although nothing reads them. Ranges that hold a written page
-    (columns trained in place) are left alone: their content is in no file.
+    After a conversion the file's pages stay resident although nothing reads them. Ranges with a written page (columns
+    trained in place) are not dropped: their content is in no file.
     """
     madvise = getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)
     if madvise is None:
@@ -258,7 +255,7 @@ def drop_clean_mappings() -> None:
 
 
 def _mappings(name: str) -> list[tuple[int, int, bool]]:
-    """(from, to, whether a page was written) of each mapping of a safetensors file; "maps" knows no written pages."""
+    """(from, to, whether a page was written) of each mapping of a safetensors file; always False for "maps"."""
     found: list[tuple[int, int, bool]] = []
     inside = False
     try:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from ..contracts import Patch, Place, Portable, Surgery
 from ..errors import BadInput
-from ..model.surgery import Swaps, stand_alone
+from ..model.surgery import Swaps, require_unpatched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "keep": None}
 
@@ -50,7 +50,7 @@ class Full(Patch):
             raise BadInput(f'full: dtype: "{self.dtype}"', "no such precision here", f"Say {', '.join(DTYPES)}")
         chosen = self._chosen(model)
         surgery = FullSurgery(self, model)
-        stand_alone(model, surgery.swaps, self.exclusive_reason)
+        require_unpatched(model, surgery.swaps, self.exclusive_reason)
         for parameter in model.parameters():
             surgery.swaps.set_requires_grad(parameter, False)
         for name, parameter in chosen.items():

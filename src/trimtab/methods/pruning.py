@@ -7,12 +7,12 @@ Sets a share of each linear's weights to zero, once, without training:
 
     W: (out, in)   x_j: input feature j over all calibration tokens that count   `sparsity`: the share set to zero
 
-Wanda prunes block by block: each block's ||x_j|| is taken behind the blocks that are pruned already (algorithm 1). With
-`pattern: "2:4"`, two of each four neighbouring weights of a row go, for both scores.
+Wanda prunes block by block: ||x_j|| of each block is measured after the blocks before it were pruned (algorithm 1).
+With `pattern: "2:4"`, two of each four neighbouring weights of a row are set to zero, for both scores.
 
-The pruned weights are copies, the originals stay for `revert`; of a base that is mapped from its file they use no fast
-memory. What is saved is one bit per weight. A patch that is trained on top adds its change to the pruned weights, so
-after merging, only a change that is zero there keeps them zero.
+The pruned weights are copies. The originals are kept for `revert`; if the base is mapped from its file, they use no
+fast memory. The adapter stores one bit per weight. A patch that is trained on top adds its change to the pruned
+weights, so they stay zero after merging only if that change is zero there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..model.surgery import Swaps
 
 @dataclass(frozen=True)
 class Pruning(Patch):
-    """Set the least important weights of each targeted linear to zero."""
+    """Sets the least important weights of each targeted linear to zero."""
 
     paper: ClassVar[str] = "2306.11695"
     when: ClassVar[When] = When.BOTH
@@ -55,12 +55,12 @@ class Pruning(Patch):
         linears = anatomy.target_linears(model, self.targets)
         for name, linear in linears.items():
             if not anatomy.is_linear(linear):
-                raise BadInput(f"pruning: {name}", "another patch is on it", "Name pruning before the other patch")
+                raise BadInput(f"pruning: {name}", "another patch wraps it", "Name pruning before the other patch")
             if quant.is_quantised(linear):
-                have = "its base is stored in 4 or 8 bits, and zero is then no stored value"
+                have = "its base is stored in 4 or 8 bits, which cannot represent zero exactly"
                 raise BadInput(f"pruning: {name}", have, "Load the base in bf16")
             if self.pattern == "2:4" and anatomy.widths(linear)[0] % 4:
-                have = f"{name} has {anatomy.widths(linear)[0]} inputs, which 4 does not divide"
+                have = f"{name} has {anatomy.widths(linear)[0]} inputs, not a multiple of 4"
                 raise BadInput('pruning: pattern: "2:4"', have, "Leave it out of targets")
         surgery = PruningSurgery(self, model, linears)
         if self.score == "magnitude":
@@ -70,12 +70,12 @@ class Pruning(Patch):
 
     def _check(self) -> None:
         if not 0 < self.sparsity < 1:
-            raise BadInput(f"pruning: sparsity: {self.sparsity}", "a share above 0 and below 1 is needed", "Say 0.5")
+            raise BadInput(f"pruning: sparsity: {self.sparsity}", "it must be above 0 and below 1", "Set it to 0.5")
         if self.pattern == "2:4" and self.sparsity != 0.5:
             asked = f'pruning: pattern: "2:4" with sparsity: {self.sparsity}'
-            raise BadInput(asked, "two of four are one half", "Say sparsity: 0.5")
+            raise BadInput(asked, "two of four are one half", "Set sparsity: 0.5")
         if self.rows < 1:
-            raise BadInput(f"pruning: rows: {self.rows}", "Wanda needs at least one row", "Say rows: 64")
+            raise BadInput(f"pruning: rows: {self.rows}", "Wanda needs at least one row", "Set rows: 64")
 
 
 class PruningSurgery(Surgery):
@@ -96,7 +96,7 @@ class PruningSurgery(Surgery):
 
     @torch.no_grad()
     def prune(self, name: str, norms_I: Tensor | None) -> None:
-        """Choose the weights of one linear that stay. `norms_I`: ||x_j|| of each input; None: by magnitude alone."""
+        """Chooses and prunes the weights of one linear. `norms_I`: ||x_j|| of each input; None: magnitude."""
         score_OI = anatomy.dense_view(self.linears[name]).detach().abs().float()
         if norms_I is not None:
             score_OI = score_OI * norms_I
@@ -106,7 +106,7 @@ class PruningSurgery(Surgery):
         self._write(name)
 
     def _kept(self, score_OI: Tensor, by_row: bool) -> Tensor:
-        """(out, in), True where the weight stays."""
+        """(out, in), True where the weight is kept."""
         groups = score_OI.reshape(-1, 4) if self.patch.pattern == "2:4" else score_OI
         groups = groups if by_row or self.patch.pattern == "2:4" else groups.reshape(1, -1)
         gone = int(self.patch.sparsity * groups.shape[-1])
@@ -154,7 +154,7 @@ class PruningSurgery(Surgery):
         self.swaps.undo()
 
     def merge(self) -> None:
-        """The zeros stay in the weights."""
+        """Keeps the pruned weights in the model."""
         kept = {name: linear.weight.data for name, linear in self.linears.items()}
         self.swaps.undo()
         for name, linear in self.linears.items():

@@ -1,13 +1,13 @@
 """StreamingLLM. Efficient Streaming Language Models with Attention Sinks (Xiao et al., ICLR 2024, arXiv 2309.17453).
 
-A model attends strongly to its first few tokens, whatever they say ("attention sinks"). So the KV cache keeps these and
-the newest tokens, and evicts what lies between (section 3.2). Memory no longer grows with the text.
+A model attends strongly to its first few tokens, whatever they are ("attention sinks"). So the KV cache keeps these and
+the newest tokens, and evicts those between (section 3.2). Memory no longer grows with the text.
 
     kept = the first `sinks` positions  +  the last `window` positions
 
-What differs from the paper, and why. Positions are the text's own, not those within the cache: prompt and reply then
-stay within the positions that the model was trained on, where that is exact, and the paper's renumbering matters beyond
-them. A prompt is read whole, with full attention, before anything is evicted, as the paper's code does.
+What differs from the paper, and why. Positions are those in the text, not those in the cache: within the positions that
+the model was trained on this is exact, and the paper's renumbering matters only beyond them. A whole prompt is read
+with full attention before anything is evicted, as in the paper's code.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StreamingLLM(CacheScorer):
 
     def apply(self, model: PreTrainedModel, place: Place) -> CacheSurgery:
         for name, least in (("window", 1), ("sinks", 0)):
-            if (said := getattr(self, name)) < least:
-                raise BadInput(f"streaming_llm: {name}: {said}", f"a number from {least} on is needed",
-                               f"Say {name}: {getattr(StreamingLLM, name)}")  # fmt: skip
+            if (value := getattr(self, name)) < least:
+                raise BadInput(f"streaming_llm: {name}: {value}", f"it must be {least} or more",
+                               f"Set {name}: {getattr(StreamingLLM, name)}")  # fmt: skip
         return super().apply(model, place)

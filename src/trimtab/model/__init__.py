@@ -1,1 +1,1 @@
-"""What trimtab knows of transformers' models: loading, anatomy, surgery, lean operations, the loss."""
+"""Loads, inspects and changes transformers' models: anatomy, surgery, fused operations, the loss, generation."""

@@ -1,7 +1,7 @@
-"""The only file that knows transformers' attribute names: where a model keeps its blocks, FFNs, linears and norms.
+"""Finds the blocks, FFNs and linears of a model; the only file that depends on transformers' attribute names.
 
-Models are never named here. Parts are found by their structure (the longest list of equal blocks, a linear inside a
-block) and by the few leaf names that families share (q_proj, query, gate_proj, intermediate).
+No model is recognised by its name. Parts are found by their structure (the longest list of equal blocks, a linear
+inside a block) and by the few leaf names that families share (q_proj, query, gate_proj, intermediate).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("que
                  ("w1", "w3"))  # fmt: skip
 
 
-# Paths of what stands beside a text model: encoders of images and sound, a patcher of bytes.
+# Paths of modules beside a text model: encoders of images and sound, a patcher of bytes.
 BESIDE_TEXT = re.compile(r"vision|visual|image|audio|patcher")
-# Leaf names of a block's whole FFN, the one that counts first where a block has two.
+# Leaf names of a block's whole FFN; if a block has two, the first name counts.
 FFNS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "shared_mlp")
-NO_FFN = "Use a model of the Llama, Qwen, Gemma, Mistral or BERT kind, or train its linears (lora, paca)"
+NO_FFN = "Use a model of the Llama, Qwen, Gemma, Mistral or BERT family, or train its linears (lora, paca)"
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """nn.Linear, its quantised kin, and GPT-2's Conv1D, which is one with its weight transposed.
+    """True for nn.Linear, its quantised forms, and GPT-2's Conv1D, a linear with transposed weight.
 
-    A subclass whose forward computes something else (a router that returns its choice, a linear by groups) is none.
+    False for a subclass whose forward computes something else (a router that returns its choice, a grouped linear).
     """
     if isinstance(module, nn.Linear):
         return type(module).__module__.startswith("bitsandbytes") or _multiplies(type(module))
@@ -47,7 +47,7 @@ def is_linear(module: nn.Module | None) -> bool:
 
 @functools.cache
 def _multiplies(kind: type[nn.Linear]) -> bool:
-    """Whether the class's forward gives x W^T + b: asked with a toy for its parts."""
+    """Whether the class's forward computes x W^T + b, tested with a toy weight and bias."""
     if kind.forward is nn.Linear.forward:
         return True
     toy = nn.Linear(3, 2, device="meta")
@@ -56,12 +56,12 @@ def _multiplies(kind: type[nn.Linear]) -> bool:
     try:
         with torch.no_grad():
             return torch.allclose(kind.forward(toy, x), F.linear(x, toy.weight, toy.bias))
-    except Exception:  # it needs more than a weight and a bias
+    except Exception:  # its forward needs other parts too
         return False
 
 
 def dense_view(linear: nn.Module) -> Tensor:
-    """The weight of a linear that is not quantised, (out, in): the parameter itself, or a view of it."""
+    """The weight of an unquantised linear, (out, in): the parameter itself, or a view of it."""
     return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight  # type: ignore[operator, return-value]
 
 
@@ -78,14 +78,13 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 
 def fresh_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Name -> parameter of a classifier's head: what lies outside the pretrained backbone."""
+    """Name -> parameter of a classifier's head: the parameters outside the pretrained backbone."""
     inside = {id(parameter) for parameter in backbone(model).parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in inside}
 
 
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The stack of transformer blocks, with its path: the longest ModuleList of the text model, of those that lie in
-    no other."""
+    """-> (path, stack of transformer blocks): the longest ModuleList of the text model that is not inside another."""
     named = dict(model.named_modules())
     text = model.get_decoder() if hasattr(model, "get_decoder") else model
     path = next((name for name, module in named.items() if module is text and module is not model), "")
@@ -99,7 +98,7 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def target_linears(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]:
-    """Path -> linear for each linear inside the blocks that `targets` names (the head and the pooler are not)."""
+    """Path -> linear for each linear inside the blocks that matches `targets` (not the head or the pooler)."""
     prefix = blocks(model)[0] + "."
     inside, patched = {}, []
     for name, module in model.named_modules():
@@ -115,19 +114,19 @@ def target_linears(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]
         raise BadInput(
             f'targets: "{targets}"',
             f"no linear of {type(model).__name__} has such a name; there are {', '.join(leaves)}",
-            'Say "all-linear", or name some of these',
+            'Use "all-linear", or name some of these',
         )
     if taken := [name for name in chosen if name in patched]:
         raise BadInput(
             f'targets: "{targets}"',
             f"{len(taken)} of these linears are patched already, {taken[0]} among them",
-            "Give each patch linears of its own",
+            "Give each patch its own linears",
         )
     return {name: inside[name] for name in chosen}
 
 
 def _chosen(names: list[str], targets: str) -> list[str]:
-    """Which of `names` are meant: by ending first, by regex where no ending fits."""
+    """The `names` that match: by their endings, or by regex if no ending matches."""
     if targets == "all-linear":
         return names
     endings = tuple("." + part.strip() for part in targets.split(","))
@@ -144,7 +143,7 @@ def _wraps_linear(module: nn.Module) -> bool:
 
 
 def stacked_experts(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Path -> parameter of each tensor in the blocks that holds the weights of several experts."""
+    """Path -> parameter, for each tensor in the blocks with the weights of several experts."""
     prefix, found = blocks(model)[0] + ".", {}
     for path, module in model.named_modules():
         if path.startswith(prefix) and not isinstance(module, AnyConvolution) and not is_linear(module):
@@ -155,16 +154,16 @@ def stacked_experts(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def unreached(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
-    """A note on what "all-linear" does not reach, where there is such."""
+    """A note on the weights that "all-linear" does not include, if there are any."""
     experts = stacked_experts(model).values() if targets == "all-linear" else ()
     if not experts:
         return ()
     size = gib(sum(parameter.nbytes for parameter in experts))
-    return (f"{len(experts)} stacked expert tensors ({size}) are not linears: all-linear does not reach them",)
+    return (f"{len(experts)} stacked expert tensors ({size}) are not linears: all-linear does not include them",)
 
 
 def tied(model: nn.Module, linears: list[nn.Module]) -> tuple[str, str] | None:
-    """-> two paths of one weight, where one of `linears` shares its weight with another module; else None."""
+    """-> two paths of one weight, if one of `linears` shares its weight with another module; else None."""
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = owners.setdefault(id(parameter), name)
@@ -174,7 +173,7 @@ def tied(model: nn.Module, linears: list[nn.Module]) -> tuple[str, str] | None:
 
 
 def shared_input_groups(names: list[str]) -> list[list[str]]:
-    """Paths of linears, grouped where they read the same tensor (q/k/v, gate/up); each path is in one group."""
+    """Groups of paths of linears that read the same tensor (q/k/v, gate/up); each path is in one group."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
@@ -185,28 +184,27 @@ def shared_input_groups(names: list[str]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Ffn:
-    """One block's feed-forward network: the module that a companion network lives in, and what width it has."""
+    """One block's feed-forward network, to which a companion network can be added."""
 
     name: str
-    host: nn.Module  # keeps the companion: the whole FFN, or the block (or BERT's `output`) where that takes no child
-    module: nn.Module  # what is hooked: the whole FFN, BERT's `output` that adds its own input, or the block
+    host: nn.Module  # gets the companion as a child: the FFN, or the block (or BERT's `output`) if that is not possible
+    module: nn.Module  # gets the hooks: the FFN, BERT's `output` that adds its own input, or the block
     kind: str  # "whole"; "bert"; "pair": two linears of the block, fc1 and fc2
     width: int  # in and out
-    reader: nn.Module  # of BERT's pair of modules, the one that reads the input
+    reader: nn.Module  # the module that reads the input (BERT: `intermediate`)
 
     def beside(self, add: Callable[[Tensor, Tensor], Tensor]) -> Any:
-        """From now on `add(h, y)` stands where `y` stood: h (..., width) is the FFN's input, y what to add to.
+        """Replaces y with `add(h, y)`, where h (..., width) is the FFN's input. Returns a handle with `remove`.
 
-        Returns a handle to `remove`. A whole FFN gives its own output as y, as does the last of a pair of linears; a
-        BERT-type block its residual. None keeps a tensor after the forward pass. Where linears are
-        hooked, the hooks follow those that other patches put in their place.
+        y is the output of a whole FFN or of the second of a pair of linears, or the residual of a BERT-type block. The
+        hooks keep no tensor after the forward pass, and follow linears that other patches replace.
         """
         if self.kind == "whole":
 
             def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
                 h = args[0] if args else next(iter(kwargs.values()))
                 y, *rest = output if isinstance(output, tuple) else (output,)
-                y = add(h.reshape(y.shape), y)  # some flatten the tokens on the way
+                y = add(h.reshape(y.shape), y)  # some FFNs flatten the tokens
                 return (y, *rest) if isinstance(output, tuple) else y
 
             return self.module.register_forward_hook(after, with_kwargs=True)
@@ -217,7 +215,7 @@ class Ffn:
 
 
 class _Residual:
-    """Hooks on a BERT-type block: what `intermediate` reads is h, what `output` adds to is y."""
+    """Hooks on a BERT-type block: h is the input of `intermediate`, y the residual that `output` adds to."""
 
     def __init__(self, output: nn.Module, intermediate: nn.Module, add: Callable[[Tensor, Tensor], Tensor]):
         self.add, self.read = add, []  # type: ignore[var-annotated]
@@ -239,9 +237,9 @@ class _Residual:
 
 
 class _Pair:
-    """Hooks on a block's fc1 and fc2, whatever stands there: before each pass that its attention begins, they follow.
+    """Hooks on a block's current fc1 and fc2, checked before each pass by a hook on its first submodule.
 
-    Not hooks on the block: those do not run when activation checkpointing computes its forward again.
+    Hooks on the block would not run when activation checkpointing recomputes its forward.
     """
 
     def __init__(self, block: nn.Module, add: Callable[[Tensor, Tensor], Tensor]):
@@ -255,25 +253,25 @@ class _Pair:
         self.read.clear()
         if self.hooked == (there := (self.block.fc1, self.block.fc2)):
             return
-        self._let_go()
+        self._remove_inner()
         self.inner = [
             there[0].register_forward_pre_hook(lambda module, args: self.read.append(args[0])),
             there[1].register_forward_hook(lambda module, args, y: self.add(self.read.pop().view(y.shape), y)),
         ]
         self.hooked = there
 
-    def _let_go(self) -> None:
+    def _remove_inner(self) -> None:
         for handle in self.inner:
             handle.remove()
         self.inner, self.hooked = [], ()
 
     def remove(self) -> None:
-        self._let_go()
+        self._remove_inner()
         self.outer.remove()
 
 
 def ffns(model: PreTrainedModel) -> list[Ffn]:
-    """Each block's FFN: a module that holds it whole, `intermediate` and `output` (BERT), or fc1 and fc2 (OPT)."""
+    """Each block's FFN: one module, `intermediate` and `output` (BERT), or fc1 and fc2 (OPT)."""
     path, stack = blocks(model)
     hidden = model.config.get_text_config().hidden_size
     found = []
@@ -281,19 +279,19 @@ def ffns(model: PreTrainedModel) -> list[Ffn]:
         whole = next((leaf for leaf in FFNS if isinstance(getattr(block, leaf, None), nn.Module)), None)
         if whole:
             module = getattr(block, whole)
-            host = block if isinstance(module, nn.Sequential) else module  # it would compute with what is put into it
+            host = block if isinstance(module, nn.Sequential) else module  # a Sequential would run an added child
             found.append(Ffn(f"{path}.{index}.{whole}", host, module, "whole", _width(module, hidden), module))
         elif hasattr(block, "intermediate") and hasattr(getattr(block, "output", None), "dense"):
             found.append(Ffn(f"{path}.{index}.output", block.output, block.output, "bert", hidden, block.intermediate))
         elif hasattr(block, "fc1") and hasattr(block, "fc2"):
             found.append(Ffn(f"{path}.{index}.fc2", block, block, "pair", hidden, block))
         else:
-            have = f"no FFN of it is known here; its parts are {', '.join(name for name, _ in block.named_children())}"
+            have = f"none of its parts is a known FFN: {', '.join(name for name, _ in block.named_children())}"
             raise BadInput(f"find the FFN of {type(block).__name__}", have, NO_FFN)
     return found
 
 
 def _width(ffn: nn.Module, hidden: int) -> int:
-    """Of what an FFN reads: the model's, unless none of its linears reads that."""
+    """The input width of an FFN: the model's hidden size, unless none of its linears reads that."""
     read = [widths(module)[0] for module in ffn.modules() if is_linear(module)]
     return hidden if hidden in read or not read else read[0]

@@ -1,7 +1,7 @@
 """Runs calibration batches through a model block by block, so that each block can be changed before the next one runs.
 
-A full forward pass records what each block is called with. Then the blocks are run one after the other on the hidden
-states that the changed blocks before them return; only the hidden states of one block are kept.
+A full forward pass records the arguments of each block. Then the blocks run one by one on the hidden states that the
+changed blocks before them returned. Only the hidden states of one block are in memory at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .undisturbed import undisturbed
 
 @dataclass
 class _Recorded:
-    """One batch: the hidden states that the next block reads, and how each block was called."""
+    """One batch: the hidden states that the next block reads, and the other arguments of each block."""
 
     hidden: Tensor | None = None
     second: Tensor | None = None  # what the second block read in the full pass
@@ -33,9 +33,8 @@ class _Recorded:
 def by_blocks(
     model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
 ) -> Iterator[tuple[str, nn.Module, Callable[[], Iterator[Tensor | None]]]]:
-    """Yields (path, block, run) for each block in order. `run()` runs the block on all batches; it yields each batch's
-    mask (rows, tokens), after the block has run on it. Change the block after `run`: once the next block is asked for,
-    the changed block computes the hidden states that the next one reads.
+    """Yields (path, block, run) for each block in order. `run()` runs the block on each batch and then yields that
+    batch's mask (rows, tokens). Change the block after `run`: the changed block computes the input of the next one.
     """
     path, stack = anatomy.blocks(model)
     with undisturbed(model):
@@ -89,7 +88,7 @@ def _call(block: nn.Module, batch: _Recorded, number: int) -> Tensor:
 
 
 def _require_chain(model: PreTrainedModel, block: nn.Module, batch: _Recorded) -> None:
-    """BadInput where the second block does not read what the first one returns."""
+    """BadInput if the second block does not read what the first one returns."""
     if not torch.equal(_call(block, batch, 0), batch.second):
         have = "its second block does not read what the first one returns"
         raise BadInput(f"calibrate {type(model).__name__}", have, "Use a model whose blocks are a plain stack")

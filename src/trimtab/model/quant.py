@@ -1,6 +1,5 @@
-"""The dense weight behind a linear, whatever it is stored in: full precision, bitsandbytes nf4/fp4 or int8.
-
-And the same linears without values, for the planner.
+"""Dense weights of linears stored in full precision or by bitsandbytes (nf4, int8), and such linears without values
+for the planner.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from .anatomy import dense_view
 
 
 def stored_as(linear: nn.Module) -> str:
-    """ "nf4", "int8" or "dense". Told by what the parameter carries, so that nothing is imported for it, and fake
-    tensors (which cannot be of bitsandbytes' classes) are told as well."""
+    """ "nf4", "int8" or "dense", by the attributes of the parameter: needs no import of bitsandbytes, and works on fake
+    tensors, which cannot be of its classes."""
     weight = linear.weight
     if getattr(weight, "quant_state", None) is not None:
         return "nf4"
@@ -29,7 +28,7 @@ def is_quantised(linear: nn.Module) -> bool:
 
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """-> (out, in). A plain linear's own weight (no copy when `dtype` fits), or a fresh de-quantised one."""
+    """-> (out, in): a plain linear's own weight (not copied if its dtype is `dtype`), or a new dequantised tensor."""
     weight = linear.weight
     kind = stored_as(linear)
     if kind == "nf4":
@@ -47,7 +46,7 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def dense_linear(linear: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
-    """A plain nn.Linear with the same weights, for a base that is to be written out without its quantiser."""
+    """A plain nn.Linear with the same weights, for saving a quantised base as a plain model."""
     rows, columns = linear.out_features, linear.in_features
     plain = nn.Linear(columns, rows, bias=linear.bias is not None, device="meta")
     plain.weight = nn.Parameter(dense_weight(linear, dtype).detach().clone(), requires_grad=False)
@@ -57,8 +56,8 @@ def dense_linear(linear: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.L
 
 
 def quantise_empty(model: nn.Module, config: Any, heads: list[str]) -> None:
-    """The linears of a model on `meta`, but for `heads`, become what bitsandbytes makes of them when it loads `config`
-    (a BitsAndBytesConfig): packed weights with their state, without values."""
+    """Replaces the linears of a model on `meta`, except `heads`, with those that bitsandbytes creates under `config` (a
+    BitsAndBytesConfig): packed weights with their state, without values."""
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -95,11 +94,11 @@ def quantise_empty(model: nn.Module, config: Any, heads: list[str]) -> None:
             linear.weight = Int8Params(packed, requires_grad=False, CB=packed, SCB=scales)
 
 
-BLOCK, BLOCK_OF_SCALES = 64, 256  # values behind one scale, scales behind one scale of scales: bitsandbytes' own
+BLOCK, BLOCK_OF_SCALES = 64, 256  # values per scale, scales per nested scale: bitsandbytes' defaults
 
 
 def quantised_state(model: nn.Module) -> list[Tensor]:
-    """What the quantised linears of a model hold beside their weights and biases: scales and codes."""
+    """The tensors of a model's quantised linears beside weights and biases: scales and codes."""
     found: list[Tensor | None] = []
     for linear in model.modules():
         if linear._parameters.get("weight") is None or (kind := stored_as(linear)) == "dense":
@@ -108,13 +107,13 @@ def quantised_state(model: nn.Module) -> list[Tensor]:
             state = linear.weight.quant_state
             inner = [] if state.state2 is None else [state.offset, state.state2.absmax, state.state2.code]
             found += [state.absmax, state.code, *inner]
-        else:  # its state moves to the module at the first forward
+        else:  # the first forward moves the state to the module
             found += [linear.weight.SCB, getattr(linear.state, "SCB", None)]
     return [tensor for tensor in found if tensor is not None]
 
 
 def rebuild(linear: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Put `make(tensor)` for each tensor of a quantised linear's weight; a plain parameter then carries the state."""
+    """Replaces each tensor of a quantised linear's weight with `make(tensor)`, on a plain parameter with its state."""
     import copy
 
     old, kind = linear.weight, stored_as(linear)

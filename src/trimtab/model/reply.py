@@ -1,7 +1,7 @@
-"""The form in which a model was trained to reply: how a prompt is put to it, and what ends a reply.
+"""The format of prompts and replies in the training rows.
 
-An adapter folder records a `ReplyForm` (artifacts/adapter.py), so that `generate`, `eval` and `export` use the form of
-the training rows. Plain data and tokenizers only: importing it loads no torch.
+An adapter folder records a `ReplyForm` (artifacts/adapter.py), so that `generate`, `eval` and `export` use the format
+of the training rows. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from pydantic import Field
 
 from ..errors import BadInput
 
-QUESTION_END = "\n"  # between a question and its answer where no chat template is in use
-LONGEST = 1_000_000  # tokens: a recorded length beyond this is no length
-ASKED, SAID = "question", "so it was said"  # a conversation whose rendering shows what follows an assistant's words
-ROOM = 24  # tokens of a reply beyond the longest answer: a base model talks its way to it
+QUESTION_END = "\n"  # between a question and its answer if no chat template is used
+LONGEST = 1_000_000  # tokens: a recorded length beyond this is invalid
+USER, ASSISTANT = "question", "so it was said"  # a conversation whose rendering shows what follows a reply
+EXTRA = 24  # tokens of a reply beyond the longest answer: a base model may write a few words before it
 
 
 @dataclass(frozen=True)
 class ReplyForm:
-    """How the rows of a run put a prompt, and what their answers were like.
+    """How the training rows format a prompt, and how long their answers are.
 
-    `chat`: prompts went through the chat template (None: unknown). `after`: what follows a plain prompt. `longest`:
-    tokens of the longest answer, 0 where unknown. `stop`: texts that end a reply, where no single token does.
-    `eos_token`: the token that `training.eos_token` put at the end of rows. `template`: of `data.chat_template`.
+    `chat`: prompts are formatted by the chat template (None: unknown). `after`: the text after a plain prompt.
+    `longest`: tokens of the longest answer, 0 if unknown. `stop`: texts that end a reply, if no single token does.
+    `eos_token`: the token at the end of rows (`training.eos_token`). `template`: that of `data.chat_template`.
     """
 
     chat: bool | None = None
@@ -36,31 +36,32 @@ class ReplyForm:
     template: str | None = None
 
     def prompt(self, tokenizer: Any, text: str, system: str | None = None, chat: bool | None = None) -> Any:
-        """`text` as the training rows put a prompt: messages for the chat template, or plain text.
+        """`text` in the format of the training prompts: messages for the chat template, or plain text.
 
-        `chat`: the recipe's `data.chat`, which decides where the form of the rows is unknown.
+        `chat`: the recipe's `data.chat`, used if the format of the rows is unknown.
         """
         known = self.chat if self.chat is not None else chat
         if known is None:
             known = bool(tokenizer.chat_template)
         if known and not tokenizer.chat_template:
             raise BadInput(
-                "reply in the form of the training rows, a chat",
+                "reply in the format of the training rows, a chat",
                 "the tokenizer has no chat template",
-                "Set data.chat_template to the one that was used, or say --raw",
+                "Set data.chat_template to the one used in training, or use --raw",
             )
         if not known:
             return text + self.after
         before = [{"role": "system", "content": system}] if system else []
         return [*before, {"role": "user", "content": text}]
 
-    def room(self, asked: int | None, least: int = 0) -> int:
-        """How many tokens a reply may have: as asked (`data.reply_tokens`), else the longest answer and some."""
-        return asked or max(least, self.longest + ROOM)
+    def max_tokens(self, requested: int | None, least: int = 0) -> int:
+        """The limit of a reply in tokens: `requested` (`data.reply_tokens`), else somewhat more than the longest
+        answer."""
+        return requested or max(least, self.longest + EXTRA)
 
 
 def stop_ids(model: Any, tokenizer: Any, form: ReplyForm) -> list[int]:
-    """Every token that ends a reply: generation_config's, the tokenizer's, and what ends a turn in the template."""
+    """Every token id that ends a reply: generation_config's, the tokenizer's, and the template's end of a turn."""
     found: list[int] = []
     for owner in (getattr(model, "generation_config", None), model.config.get_text_config()):
         ids = getattr(owner, "eos_token_id", None)
@@ -73,24 +74,24 @@ def stop_ids(model: Any, tokenizer: Any, form: ReplyForm) -> list[int]:
 
 
 def stop_texts(tokenizer: Any, answers: list[str]) -> list[str]:
-    """What ends a turn in the chat template where that is no token of its own, unless an answer contains it."""
+    """The text that ends a turn in the chat template if no special token does, unless an answer contains it."""
     text = _turn_end(tokenizer)[1]
     return [text] if text and not any(text in answer for answer in answers) else []
 
 
 def _turn_end(tokenizer: Any) -> tuple[int | None, str]:
-    """-> (the first token of its own, the text before it) that the chat template puts after an assistant's words.
+    """-> (the first special token that the chat template puts after an assistant's reply, the text before that token).
 
-    A text of spaces and line ends alone counts only where no token follows it. (None, "") where nothing ends a turn.
+    Text of white space only counts if no token follows it. (None, "") if nothing ends a turn.
     """
     if not tokenizer.chat_template:
         return None, ""
-    turns = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
+    turns = [{"role": "user", "content": USER}, {"role": "assistant", "content": ASSISTANT}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template is a stranger's program; what it refuses here, it may take of the user's rows
+    except Exception:  # a template can raise anything; it may refuse this and accept the user's rows
         return None, ""
-    _, found, after = text.rpartition(SAID)
+    _, found, after = text.rpartition(ASSISTANT)
     if not found or not after:
         return None, ""
     if not after.strip():
@@ -104,7 +105,7 @@ def _turn_end(tokenizer: Any) -> tuple[int | None, str]:
 
 
 def longest_answer(tokenizer: Any, answers: list[list[str]], most: int | None = 256) -> int:
-    """Tokens of the longest answer. `most`: only so many answers, those of the most bytes, are counted."""
+    """Tokens of the longest answer. `most`: tokenises only so many answers, those with the most bytes."""
     texts = [text for accepted in answers for text in accepted]
     if most is not None and len(texts) > most:
         texts = sorted(texts, key=lambda text: -len(text.encode()))[:most]

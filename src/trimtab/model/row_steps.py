@@ -1,8 +1,8 @@
-"""Rows of tables are stepped by whichever optimizer steps the model: the engine's, a library's, or one of a user's own.
+"""Steps the rows of tables with any optimizer that steps the model: the engine's, a library's, or the user's own.
 
-A patch whose weights are rows of tables also has one ordinary parameter, of size 0. Any optimizer that steps that
-parameter steps the rows with it, with the same learning rate and decay: PyTorch calls `stepped` after each step of any
-optimizer. Gradients of rows live as long as the parameter's gradient: `zero_grad` drops both.
+A patch whose weights are rows of tables also has one ordinary parameter, of size 0. PyTorch calls `stepped` after each
+step of any optimizer; if the optimizer has that parameter, the rows are stepped with its learning rate and decay.
+Gradients of rows live as long as the parameter's gradient: `zero_grad` drops both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RowPatch(ModulePatch):
     """A patch's module whose weights are rows of `stores`, each with an optimizer of its own (RowAdam). It adds to the
     output y of the module beside it: its `forward` takes that module's input, and y.
 
-    `trained`: the parameter that stands for the rows in an optimizer. `enabled`: otherwise `forward` returns y.
+    `trained`: the parameter that represents the rows in an optimizer. If not `enabled`, `forward` returns y.
     """
 
     enabled = True
@@ -41,15 +41,15 @@ class RowPatch(ModulePatch):
         """Called after optimizer step `step`, which changed these rows of each store."""
 
     def begin(self) -> None:
-        """Call at the start of a forward pass (not of a backward pass: a module used twice would begin twice)."""
-        zeroed = self.trained.requires_grad and self.trained.grad is None  # perhaps without a step
+        """Call at the start of a forward pass: drops the gradients of rows if `zero_grad` was called."""
+        zeroed = self.trained.requires_grad and self.trained.grad is None
         if zeroed and torch.is_grad_enabled():
             for store in self.stores:
                 store.forget()
 
     @contextlib.contextmanager
     def without_rows(self) -> Iterator[None]:
-        """Within it the patch returns y: it reads no row, and a backward pass changes none."""
+        """Within it the patch returns y: it reads no rows, and a backward pass adds no gradients to them."""
         self.enabled = False
         try:
             yield
@@ -62,10 +62,10 @@ def step_with_optimizers(swaps: Swaps) -> None:
 
     The hook does not keep the model alive: if the model is freed without undoing, the hook does nothing.
     """
-    there = weakref.ref(swaps.model)
+    reference = weakref.ref(swaps.model)
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if (model := there()) is not None:
+        if (model := reference()) is not None:
             stepped(model, optimizer)
 
     swaps.hook(register_optimizer_step_post_hook(after))
@@ -73,9 +73,9 @@ def step_with_optimizers(swaps: Swaps) -> None:
 
 @torch.no_grad()
 def stepped(model: nn.Module, optimizer: Optimizer) -> None:
-    """`optimizer` has made a step: step the rows that its parameters stand for."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    patches = [m for m in model.modules() if isinstance(m, RowPatch) and id(m.trained) in held]
+    """Called after a step of `optimizer`: steps the rows that its parameters represent."""
+    parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    patches = [m for m in model.modules() if isinstance(m, RowPatch) and id(m.trained) in parameters]
     stores = [store for patch in patches for store in patch.stores]
     if any(isinstance(store, PlannedStore) for store in stores):
         plan_step([patch.stores for patch in patches])
@@ -87,8 +87,8 @@ def stepped(model: nn.Module, optimizer: Optimizer) -> None:
     def step(patch: RowPatch) -> list[list[int]]:
         changed, rates = [], Rates.of(optimizer, patch.trained)
         for store in patch.stores:
-            with turn:  # one thread at a time makes requests to a reader
-                _read(next(coming, None))  # the next table is read while this one steps
+            with turn:  # one thread at a time may send requests to a reader
+                _read(next(coming, None))  # reads the next table while this one steps
             changed.append(store.optimizer.step(rates))
         return changed
 

@@ -1,4 +1,4 @@
-"""Generation shared by `generate`, `eval` and RL: batches of prompts -> texts, by transformers' own `generate`."""
+"""Batched generation with transformers' `generate`, shared by `generate`, `eval` and RL."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: list[dict[str, Any]] | None = None
 ) -> list[int]:
-    """Token ids of a prompt; messages (and `tools`) go through the chat template, ready for the assistant's turn.
+    """Token ids of a prompt. Messages (and `tools`) are formatted by the chat template, with a generation prompt.
 
-    A text ends where its reply begins: what the tokenizer would put after a whole text (an eos, say) is left out.
+    Special tokens that the tokenizer adds after a text (such as eos) are left out.
     """
     if isinstance(prompt, str):
         whole = tokenizer(prompt)["input_ids"]
@@ -46,7 +46,7 @@ def prompt_ids(
             encoded = tokenizer.apply_chat_template(
                 prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
             )
-        except Exception as error:  # a template is a stranger's program
+        except Exception as error:  # a template can raise anything
             raise refused_by_template("a prompt", error) from None
         ids = list(encoded["input_ids"])
     if not ids and tokenizer.bos_token_id is not None:
@@ -57,18 +57,18 @@ def prompt_ids(
 
 
 def refused_by_template(what: str, error: Exception) -> BadInput:
-    """The error for `what` ("d.jsonl, line 3") whose messages the chat template refuses."""
+    """The error for messages of `what` ("d.jsonl, line 3") that the chat template refuses."""
     reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
     return BadInput(
         f"put {what} through the chat template", f"the template refuses it ({reason})",
-        "Use the roles and their order that the template knows, or set data.chat_template",
+        "Use roles and an order that the template supports, or set data.chat_template",
     )  # fmt: skip
 
 
 def check_generation(values: dict[str, Any]) -> dict[str, Any]:
-    """-> generation settings made consistent; an unknown or impossible one is refused in a sentence.
+    """-> consistent generation settings. BadInput for unknown or impossible ones.
 
-    A temperature of 0 is greedy search. One of 1 reply per prompt is returned, as text, and nothing else.
+    A temperature of 0 means greedy search. Each prompt gets one reply, as text.
     """
     known = set(GenerationConfig().to_dict()) | {"max_new_tokens"}
     settings = {key: value for key, value in values.items() if value is not None}
@@ -77,29 +77,29 @@ def check_generation(values: dict[str, Any]) -> dict[str, Any]:
             raise BadInput(f'generation: "{key}"', "transformers has no such setting", nearest(key, known))
     for key in ("max_new_tokens", "max_length", "num_beams"):
         if key in settings and (type(settings[key]) is not int or settings[key] < 1):
-            raise BadInput(f"generation: {key}: {settings[key]!r}", "it is no number of 1 or more", "Give 1 or more")
+            raise BadInput(f"generation: {key}: {settings[key]!r}", "it is below 1 or not whole", "Give 1 or more")
     if settings.pop("num_return_sequences", 1) != 1:
         raise BadInput(
             "generation: num_return_sequences", "each prompt gets one reply", "Give the prompt several times"
         )
     for key in MORE_THAN_TEXT:
         if settings.pop(key, False):
-            raise BadInput(f"generation: {key}", "replies are texts, and nothing else is returned", "Take it out")
+            raise BadInput(f"generation: {key}", "only the texts of replies are returned", "Remove it")
     if elsewhere := [key for key in ELSEWHERE if key in settings]:
         have = "transformers runs code from the hub for this kind of search"
-        raise BadInput(f"generation: {elsewhere[0]}", have, "Take it out; num_beams and sampling are at hand")
+        raise BadInput(f"generation: {elsewhere[0]}", have, "Remove it; num_beams and sampling are available")
     if "stop_strings" in settings:
         texts = settings["stop_strings"]
         settings["stop_strings"] = texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-            raise BadInput(f"generation: stop_strings: {texts!r}", "it is no list of texts", 'Give, say, ["END"]')
+            raise BadInput(f"generation: stop_strings: {texts!r}", "it is not a list of texts", 'Give e.g. ["END"]')
     share = settings.get("top_p")
     if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
-        raise BadInput(f"generation: top_p: {share!r}", "it is no share above 0 and up to 1", "Give, say, 0.9")
+        raise BadInput(f"generation: top_p: {share!r}", "it must be above 0 and at most 1", "Give e.g. 0.9")
     if "temperature" in settings:
         value = settings["temperature"]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise BadInput(f"generation: temperature: {value!r}", "it is no number of 0 or more", "Give, say, 0.7")
+            raise BadInput(f"generation: temperature: {value!r}", "it must be 0 or more", "Give e.g. 0.7")
         if value == 0:
             settings = {key: v for key, v in settings.items() if key not in SAMPLED}
             settings["do_sample"] = False
@@ -118,10 +118,10 @@ def _refused(settings: dict[str, Any], error: Exception) -> BadInput:
 
 
 def configured(model: PreTrainedModel, settings: dict[str, Any]) -> GenerationConfig:
-    """The whole of what generation does: `settings`, over the model's own generation_config where it samples.
+    """The complete generation config: `settings`, over the model's own generation_config if it samples.
 
-    Greedy search takes nothing from that file but the special tokens: a repetition penalty, forbidden n-grams, beams
-    or forced tokens in it would change what the model says.
+    Greedy search takes only the special tokens from that file: a repetition penalty, forbidden n-grams, beams or forced
+    tokens in it would change the reply.
     """
     own = model.generation_config.to_dict()
     if not settings.get("do_sample"):
@@ -139,20 +139,20 @@ def complete(
 ) -> torch.Tensor:  # fmt: skip
     """transformers' `generate`: prompts' ids and mask, (rows, tokens) -> the new ids, (rows, new tokens).
 
-    `cache`: a KV cache that is empty (None: the library's). `on_token` is called with `rows` after each new token.
+    `cache`: an empty KV cache (None: the library's). `on_token` is called with `rows` after each new token.
 
-    Meanwhile the head's input lies in one piece. transformers gives it a slice, each prompt's last position, of which
-    torch's linear on a CPU makes a product that takes 20 (one row) to 400 times as long in bf16 (docs/LOG.md).
+    A hook makes the head's input contiguous. transformers passes a slice (each prompt's last position), with which
+    torch's bf16 linear on a CPU takes 20 (one row) to 400 times as long (docs/LOG.md).
     """
     head, own = model.get_output_embeddings(), model.generation_config
     config = configured(model, {"pad_token_id": tokenizer.pad_token_id, **settings})
-    in_one_piece = lambda module, args: tuple(hidden.contiguous() for hidden in args)  # noqa: E731
-    model.generation_config = GenerationConfig()  # transformers fills what `config` leaves open from here
+    contiguous = lambda module, args: tuple(hidden.contiguous() for hidden in args)  # noqa: E731
+    model.generation_config = GenerationConfig()  # transformers fills fields that `config` leaves open from here
     try:
-        hook = contextlib.nullcontext() if head is None else head.register_forward_pre_hook(in_one_piece)
+        hook = contextlib.nullcontext() if head is None else head.register_forward_pre_hook(contiguous)
         more = {} if cache is None else {"past_key_values": cache}
         if on_token is not None:
-            more["stopping_criteria"] = StoppingCriteriaList([_Told(on_token)])
+            more["stopping_criteria"] = StoppingCriteriaList([_Callback(on_token)])
         with hook, attending(model, cache, mask):
             out = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
@@ -165,8 +165,8 @@ def complete(
     return out[:, ids.shape[1] :]
 
 
-class _Told(StoppingCriteria):
-    """Calls a function after each new token, and never stops."""
+class _Callback(StoppingCriteria):
+    """Calls a function after each new token, and never stops generation."""
 
     def __init__(self, on_token: Callable[[int], None]):
         self.on_token = on_token
@@ -182,12 +182,11 @@ def sample(
     cut: set[int] | None = None, cache: Callable[[], Cache | None] = lambda: None,
     on_token: Callable[[int], None] | None = None, **settings: Any,
 ) -> Iterator[str]:  # fmt: skip
-    """Yield one completion per prompt, in order. Greedy unless `settings` (transformers' names) say otherwise.
+    """Yields one completion per prompt, in order. Greedy unless `settings` (transformers' names) state otherwise.
 
-    Prompts of similar length share a batch, padded on the left and masked by attention, never by token id. A reply ends
-    at every token and text that `form` and the model's files know as an end, which are no part of it. `tools`: of each
-    prompt. `cut` receives the numbers of the prompts whose replies reached the limit of tokens. `cache` makes a KV
-    cache for each batch.
+    Prompts of similar length share a batch, padded on the left, with an attention mask. A reply ends before the first
+    end token or text of `form` or of the model's files. `tools`: those of each prompt. `cut` receives the indices of
+    the prompts whose replies reached the limit of tokens. `cache` creates a KV cache for each batch.
     """
     form = form or ReplyForm()
     settings = settings_of(model, tokenizer, form, settings)
@@ -223,10 +222,10 @@ def sample(
 
 
 def settings_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: ReplyForm, asked: dict[str, Any]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: ReplyForm, requested: dict[str, Any]
 ) -> dict[str, Any]:
-    """`asked`, with the ends of a reply and, where nothing is said of them, greedy search and 64 tokens."""
-    settings = {"do_sample": False, **check_generation(asked)}
+    """`requested`, with the ends of a reply; by default greedy search and up to 64 tokens."""
+    settings = {"do_sample": False, **check_generation(requested)}
     if "max_length" not in settings:
         settings.setdefault("max_new_tokens", 64)
     settings.setdefault("eos_token_id", stop_ids(model, tokenizer, form))
@@ -236,7 +235,7 @@ def settings_of(
 
 
 def within_positions(model: PreTrainedModel, width: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with no more new tokens than a model of learned positions has places for."""
+    """`settings` with the number of new tokens limited by the model's learned positions, if it has any."""
     places = learned_positions(model)
     if places is None:
         return settings
@@ -248,7 +247,7 @@ def within_positions(model: PreTrainedModel, width: int, settings: dict[str, Any
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], settings: dict[str, Any]) -> tuple[str, bool]:
-    """-> (the text of the new tokens up to where the reply ends, whether it ended of itself)."""
+    """-> (the text of the reply, whether it ended before the limit of tokens)."""
     stops = settings["eos_token_id"]
     stops = stops if isinstance(stops, list | tuple) else [stops]
     end = next((at for at, token in enumerate(ids) if token in stops), None)

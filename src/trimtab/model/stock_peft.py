@@ -1,6 +1,6 @@
-"""Whether stock peft puts an adapter where it was trained, asked of peft itself on the model without values.
+"""Checks that stock peft loads an adapter into the modules where it was trained, by peft itself on an empty model.
 
-peft reads old names into some models: in a mixture of experts it takes the `gate_proj` of a dense FFN or of a shared
+peft maps old names in some models: in a mixture of experts it takes the `gate_proj` of a dense FFN or of a shared
 expert for stacked experts, and it refuses parts of Mamba.
 """
 
@@ -20,7 +20,7 @@ DO = "Export it as merged, or train other targets (q_proj, k_proj, v_proj, o_pro
 
 
 def require_loadable(model: PreTrainedModel, config: Any, names: Iterable[str]) -> None:
-    """BadInput where peft refuses `config` (a LoraConfig) on such a model, or looks for other tensors than `names`."""
+    """BadInput if peft refuses `config` (a LoraConfig) on such a model, or expects other tensors than `names`."""
     from peft import inject_adapter_in_model
 
     asked = f"export to peft on {type(model).__name__}"
@@ -28,7 +28,7 @@ def require_loadable(model: PreTrainedModel, config: Any, names: Iterable[str]) 
         twin = type(model)(copy.deepcopy(model.config))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it finds odd shows below
+            warnings.simplefilter("ignore")  # the comparison below finds what they warn of
             inject_adapter_in_model(copy.deepcopy(config), twin, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(asked, f"stock peft refuses it ({error})".rstrip("."), DO) from None

@@ -1,7 +1,7 @@
-"""Swap or hook a module, and the exact way back.
+"""Replaces and hooks modules of a model, and undoes it exactly.
 
-Everything a patch does to a model goes through one `Swaps`, which remembers it and undoes it in reverse order: modules
-replaced, hooks added, `requires_grad` flags and attributes set.
+A patch changes a model only through one `Swaps`, which records replaced modules, hooks, `requires_grad` flags and
+attributes, and undoes them in reverse order.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import nn
 
 from ..errors import BadInput
 
-PATCH_MARK = "trimtab_patch"  # set on a foreign module (a layer of peft) that one of our patches put into a model
-ALONE = "trimtab_alone"  # set on a model whose patch composes with no other: why
+PATCH_MARK = "trimtab_patch"  # set on a library's module (a layer of peft) that a patch put into a model
+EXCLUSIVE = "trimtab_exclusive"  # set on a model whose patch composes with no other: the reason
 
 
 class ModulePatch(nn.Module):
-    """Marks a module that a patch put into a model: its parameters are the patch's own, never frozen as base."""
+    """Base class of modules that patches put into a model: their parameters are not frozen with the base."""
 
 
 def is_patch(module: nn.Module) -> bool:
@@ -26,14 +26,14 @@ def is_patch(module: nn.Module) -> bool:
 
 
 class Swaps:
-    """What was changed in one model, and how to undo it."""
+    """The changes made to one model, and how to undo them."""
 
     def __init__(self, model: nn.Module):
         self.model = model
         self._undo: list[Callable[[], Any]] = []
 
     def replace(self, name: str, new: nn.Module) -> nn.Module:
-        """Put `new` where the module `name` ("model.layers.0.mlp") stands; returns the one taken out."""
+        """Replaces the module `name` ("model.layers.0.mlp") with `new`; returns the old one."""
         path, _, leaf = name.rpartition(".")
         parent = self.model.get_submodule(path)
         old = parent.get_submodule(leaf)
@@ -43,8 +43,7 @@ class Swaps:
         return old
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set `module.name = value` on the instance (a `forward`, a flag, a module, which is then in training if
-        `module` is), shadowing or replacing what is there."""
+        """Sets `module.name = value` on the instance. A `value` that is a module gets the training mode of `module`."""
         had, old = name in vars(module), vars(module).get(name)
         if isinstance(value, nn.Module):
             value.train(module.training)
@@ -52,7 +51,7 @@ class Swaps:
         self._undo.append(lambda: setattr(module, name, old) if had else delattr(module, name))
 
     def hook(self, handle: Any) -> None:
-        """Remember a hook's handle (what `register_forward_hook` returned)."""
+        """Records a hook's handle (the result of `register_forward_hook`)."""
         self._undo.append(handle.remove)
 
     def set_requires_grad(self, parameter: nn.Parameter, flag: bool) -> None:
@@ -64,18 +63,18 @@ class Swaps:
         self._undo.append(action)
 
     def undo(self) -> None:
-        """Take every change back, newest first. A second call does nothing."""
+        """Undoes every change, newest first. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
 
-def stand_alone(model: nn.Module, swaps: Swaps, why: str) -> None:
-    """For a patch that composes with no other: refuse a patched model, and mark this one until the way back."""
-    if getattr(model, ALONE, "") or any(is_patch(module) for module in model.modules()):
+def require_unpatched(model: nn.Module, swaps: Swaps, why: str) -> None:
+    """For a patch that composes with no other: BadInput for a patched model; marks this one until undone."""
+    if getattr(model, EXCLUSIVE, "") or any(is_patch(module) for module in model.modules()):
         raise BadInput("apply it to a patched model", why, "Keep one of the two patches")
-    swaps.set_attribute(model, ALONE, why)
+    swaps.set_attribute(model, EXCLUSIVE, why)
 
 
 def _put(parent: nn.Module, leaf: str, module: nn.Module) -> None:
-    # add_module would re-order the dict of an nn.Module; assignment into _modules keeps the place, and so `str(model)`
+    # add_module would reorder the modules; assignment into _modules keeps their order, and so `str(model)`
     parent._modules[leaf] = module

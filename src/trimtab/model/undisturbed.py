@@ -1,4 +1,4 @@
-"""A pass through a model that leaves no trace: for probes, before training and between steps."""
+"""Passes through a model that leave no trace, for probes before training and between steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .row_steps import RowPatch
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, tables: bool = False) -> Iterator[None]:
-    """Within it the model is in eval mode (no dropout). Afterwards its modes, the random state, and the counters and
-    slots of its tables are as before.
+    """Within it the model is in eval mode. On exit its modes, the random state, and the counters and slots of its
+    tables are restored.
 
     `tables`: whether tables in the slow tier are read. If not, their patches add nothing, so a backward pass changes no
-    row. With them, no backward pass is allowed.
+    rows. If so, gradients are disabled.
     """
     training = [module for module in model.modules() if module.training]
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:

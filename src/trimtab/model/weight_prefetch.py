@@ -1,8 +1,8 @@
-"""A block's mapped weights are read from their files while the block before it computes.
+"""Reads a block's mapped weights from their files while the block before it computes.
 
-A base that is mapped and larger than the free memory is read from the disk in each pass. Which weights come next is
-known: those of the next block in a forward pass, those of the block below in a backward pass. Like rows of a table they
-are requested all at once (tiered/prefetch.py), and only while they have to be read.
+A mapped base larger than the free memory is read from the disk in each pass. The next weights are known: those of the
+next block in a forward pass, those of the previous block in a backward pass. They are requested all at once, as rows of
+a table are (tiered/prefetch.py), and only if they are not in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import anatomy
 from .surgery import Swaps
 
 LARGE = 0.5  # a base larger than this share of the free memory is prefetched
-LOOK = 2**22  # bytes between two pages that are checked, to see whether a block is still in memory
+LOOK = 2**22  # bytes between two pages that are checked for residence in memory
 
 
 class Weights:
@@ -46,14 +46,14 @@ class Weights:
         return sum(length for _, length, _ in self.spans)
 
     def pages(self, rows: Any, kinds: Any) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
-        """As TieredStore.pages: -> what keeps the mapping, and its spans (address, bytes, 1)."""
+        """As TieredStore.pages: -> the tensors that keep the mapping alive, and its spans (address, bytes, 1)."""
         return self.tensors, self.spans
 
 
 def read_weights_ahead(model: Any, swaps: Swaps, reader: Reader | None = None) -> list[Weights]:
-    """Until `swaps` are undone, request each block's mapped weights before the pass reaches it; -> the weights.
+    """Until `swaps` are undone, requests each block's mapped weights before a pass reaches it; -> the weights.
 
-    Empty if they are small compared with the free memory: then nothing is requested.
+    Empty, without requests, if the weights are small compared with the free memory.
     """
     maps = file_ranges()
     stack = anatomy.blocks(model)[1]
@@ -76,7 +76,7 @@ def read_weights_ahead(model: Any, swaps: Swaps, reader: Reader | None = None) -
                 request(number - 1)
             elif number + 1 < len(blocks):
                 request(number + 1)
-            elif not torch.is_grad_enabled():  # another forward pass follows
+            elif not torch.is_grad_enabled():  # the next pass is a forward pass
                 request(0)
 
         def after(module: nn.Module, args: Any, output: Any, number: int = number) -> None:

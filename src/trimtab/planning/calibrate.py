@@ -1,7 +1,7 @@
-"""What plans know of this machine: its rates and a process's overhead, read from the cache or measured and kept.
+"""Rates of this machine and the overhead of a process, measured once and cached for plans.
 
-The overhead is measured with small models of random weights, each trained in a fresh process through the same verb as a
-user's, under the malloc that this process runs under.
+The overhead is measured with small models of random weights, each trained in a new process by `Recipe.train`, under the
+malloc of this process.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ..cost.machine import machine
 from ..cost.overhead import TRANSIENT_SHARE, Overhead
 from ..cost.rates import Rates
 from ..model.hub import cache_root
-from ..quiet import hushed
-from ..subprocess_call import apart
+from ..quiet import silence_libraries
+from ..subprocess_call import subprocess_call
 
 TOKENS, STEPS = 256, 5
 
 
 @dataclass(frozen=True)
 class Training:
-    """One of those that are measured, by what trains: a patch, rows of a batch, activations kept or recomputed."""
+    """One measured training: its patch, the rows of a batch, and whether activations are recomputed."""
 
     patch: str
     rows: int
@@ -40,33 +40,33 @@ class Training:
 
 
 SOME = (Training("lora", 1), Training("lora", 4, True), Training("paca", 4), Training("lora", 10))
-ALL = (*SOME, *SOME, Training("full", 4), *SOME, *SOME)  # repeated, for the same training scatters by up to a third
+ALL = (*SOME, *SOME, Training("full", 4), *SOME, *SOME)  # repeated, since repeats differ by up to a third
 QUICK = SOME[2]
-TIMED = 4  # rows from which on the speed of a training counts
+TIMED = 4  # the speed counts for trainings with at least so many rows
 
 
 def calibrate(
     fresh: bool = False, thorough: bool = False, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Rates, Overhead, bool]:
-    """The rates of this machine, the overhead of a process on it, and whether the rates were kept from before.
+    """-> (the rates of this machine, the overhead of a process on it, whether the rates were cached).
 
-    Measures what is not kept yet: in about 20 seconds, or `thorough`: in about five minutes, with more trainings, which
-    replaces a quick measurement and is never replaced by one. `fresh`: measures again, as thoroughly as before. `say`
-    receives a line for each part.
+    Measures what is not cached: in about 20 seconds, or if `thorough` in about five minutes, with more trainings. A
+    thorough measurement replaces a quick one, and is never replaced by one. `fresh`: measures again, as thoroughly as
+    before. `say` receives a line for each part.
     """
-    kept, beside = known_rates(), known_overhead()
-    thorough = thorough or (fresh and beside.measured and not beside.quick)
-    train = fresh or not beside.measured or (thorough and beside.quick)
-    if fresh or kept is None or train:
+    cached, known = known_rates(), known_overhead()
+    thorough = thorough or (fresh and known.measured and not known.quick)
+    train = fresh or not known.measured or (thorough and known.quick)
+    if fresh or cached is None or train:
         say(f"Measuring this machine, once: about {'five minutes' if thorough else '20 seconds'} if nothing else runs")
-    if fresh or kept is None:
-        say("  products, memory, disk ...")
+    if fresh or cached is None:
+        say("  matrix products, memory, disk ...")
     found = measured_rates(fresh=fresh)
     if train:
-        beside = measure_overhead(thorough, lambda line: say(f"  {line}"))
-        if beside.measured:
-            overhead.save(beside, _key("cpu"), cache_root())
-    return found, beside, kept is not None and not fresh
+        known = measure_overhead(thorough, lambda line: say(f"  {line}"))
+        if known.measured:
+            overhead.save(known, _key("cpu"), cache_root())
+    return found, known, cached is not None and not fresh
 
 
 def known_rates(device: str = "auto") -> Rates | None:
@@ -75,27 +75,27 @@ def known_rates(device: str = "auto") -> Rates | None:
 
 
 def known_overhead() -> Overhead:
-    """What a training process uses beside its tensors on this machine's CPU, or the default where it is not known."""
+    """The memory that a training process uses beside its tensors on this machine's CPU; a default if not measured."""
     return overhead.load(_key("cpu"), cache_root())
 
 
 def measured_rates(device: str = "auto", fresh: bool = False) -> Rates:
-    """The rates that are kept, or those measured now and kept. The disk is that of the cache folder."""
+    """The cached rates, or those measured (and cached) now. The disk is that of the cache folder."""
     if not fresh and (known := known_rates(device)) is not None:
         return known
-    found = Rates(**apart(_measure_rates, _key(device)))
+    found = Rates(**subprocess_call(_measure_rates, _key(device)))
     rates.save(found, cache_root())
     return found
 
 
 def _measure_rates(machine: dict[str, Any]) -> dict[str, Any]:
-    """In its own process: what products leave in an allocator would count against the budget of the caller's run."""
+    """Runs in a subprocess: memory that its allocator keeps would count against the budget of the caller's run."""
     import torch
 
     from ..cost.microbench import measure
 
     torch.set_num_threads(machine["threads"])
-    with hushed():
+    with silence_libraries():
         return asdict(measure(machine, cache_root()))
 
 
@@ -107,9 +107,9 @@ def _key(device: str) -> dict[str, Any]:
 
 
 def measure_overhead(thorough: bool = True, say: Callable[[str], None] = lambda line: None) -> Overhead:
-    """Takes less than five minutes, in one process after the other; returns the default where a training fails.
+    """Measures the overhead in less than five minutes, one process at a time; -> the default if a training fails.
 
-    Not `thorough`: from one training, in some ten seconds. `say` receives a line before each.
+    Not `thorough`: from one training, in about ten seconds. `say` receives a line before each training.
     """
     points: dict[Training, list[tuple[int, int]]] = {}
     processes, efficiencies = [], []
@@ -117,7 +117,7 @@ def measure_overhead(thorough: bool = True, say: Callable[[str], None] = lambda 
         for number, training in enumerate(every := ALL if thorough else (QUICK,)):
             say(f"a small training, {number + 1} of {len(every)} ...")
             try:
-                found = apart(
+                found = subprocess_call(
                     _run_here, asdict(training), f"{folder}/{number}", TRIMTAB_ALLOCATOR="none", HF_HUB_OFFLINE="1"
                 )
             except RuntimeError:
@@ -134,7 +134,7 @@ def measure_overhead(thorough: bool = True, say: Callable[[str], None] = lambda 
 
 
 def _least(points: list[tuple[int, int]]) -> tuple[int, int]:
-    """The smallest of repeated runs: one in four used a third more, depending on when malloc returned memory."""
+    """The repeat with the smallest growth: one in four used a third more, depending on when malloc returned memory."""
     return min(points, key=lambda point: point[1])
 
 
@@ -143,8 +143,8 @@ def _run_here(training: dict[str, Any], folder: str) -> dict[str, float]:
 
 
 def run(training: Training, folder: Path) -> dict[str, float]:
-    """One training. Returns bytes: `process` when it begins, growth of its `tensors`, `growth` of the process without
-    the share of the backward transient; and tokens/s: `speed`, and `expected` from the rates of single operations."""
+    """Runs one training; -> bytes: `process` at its start, growth of its `tensors`, `growth` of the process without the
+    share of the backward transient; and tokens/s: `speed`, and `expected` from the rates of single operations."""
     from ..recipe import Recipe
 
     folder.mkdir(parents=True, exist_ok=True)

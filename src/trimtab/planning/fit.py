@@ -1,4 +1,4 @@
-"""What to change where a plan exceeds its budget: the first change that fits, as a user writes it."""
+"""Finds what to change if a plan exceeds its budget: the first change that fits, as a user writes it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def require_fit(made: Plan, recipe: Recipe) -> None:
     if full:
         requested = f"{gib(made.table_bytes)} of tables in {recipe.place.folder or recipe.output}"
         have, do = f"{gib(made.disk or 0)} are free on that disk", "a smaller table"
-        do = f"Name a folder with room (place: folder), free some, or use {change or do}"
+        do = f"Name a folder with more space (place: folder), free some, or use {change or do}"
     elif made.fast_peak_bytes <= made.fast:
         requested, have = f"{gib(made.budget.slow or 0)} of the slow tier", f"it would use {gib(made.slow_bytes)}"
         do = f"Allow more in the slow tier, or use {change or do}"
@@ -40,8 +40,8 @@ def require_fit(made: Plan, recipe: Recipe) -> None:
 def advice(recipe: Recipe, made: Plan | None, used: int, limit: int | None) -> str:
     """How to continue a run that used `used` bytes where `limit` were allowed, as written on the command line.
 
-    What the run used beyond its plan is added to each alternative's. Without a plan or a limit, the first that uses
-    less is named.
+    Each alternative gets the bytes that the run used beyond its plan. Without a plan or a limit, the result is the
+    first alternative.
     """
     change: str | None = next((written for written, _ in _computed(recipe)), None)
     if made is None or limit is None:
@@ -57,15 +57,16 @@ def advice(recipe: Recipe, made: Plan | None, used: int, limit: int | None) -> s
 def _first_that_fits(
     recipe: Recipe, made: Plan, limit: int, *, tables: bool = False, begun: bool = False
 ) -> tuple[str | None, int]:
-    """-> the first change with which both tiers fit, the fast one within `limit`, and what that one then uses;
-    None: the least of all. `tables`: only tables are too large. `begun`: of a run that can continue with the change."""
+    """-> (the first change with which both tiers fit, the fast one within `limit`; its bytes of the fast tier), or
+    (None, the least bytes found). `tables`: only tables are too large. `begun`: only changes that a started run
+    allows."""
     least = made.fast_peak_bytes
     found = (() if tables else _computed(recipe), () if begun else _smaller(recipe))
     for change, other in itertools.chain(*found):
         rows = min(made.rows, other.training_values()[MICRO])
         try:
             tried = plan(other, rows=rows, tokens=made.tokens, counted=made.counted, process=made.process)
-        except BadInput:  # fields that do not go together
+        except BadInput:  # fields that exclude each other
             continue
         tried = dataclasses.replace(tried, disk=made.disk if tried.disk is not None else None)
         if dataclasses.replace(tried, budget=dataclasses.replace(tried.budget, fast=limit)).fits:
@@ -75,7 +76,7 @@ def _first_that_fits(
 
 
 def _computed(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """(how a user writes it, the changed recipe): the same steps in less memory, the fastest first."""
+    """Yields (how a user writes it, the changed recipe): the same steps in less memory, the fastest first."""
     values = recipe.training_values()
     whole, times = values[MICRO], values.get(TIMES, 1)
 
@@ -83,7 +84,7 @@ def _computed(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         written = " ".join(f"training.{key}={str(value).lower()}" for key, value in changes.items())
         return written, dataclasses.replace(recipe, training={**values, **changes})
 
-    if recipe.engine.lean and recipe.engine.recompute != "ffn":
+    if recipe.engine.fused_ops and recipe.engine.recompute != "ffn":
         engine = dataclasses.replace(recipe.engine, recompute="ffn")
         yield "engine.recompute=ffn", dataclasses.replace(recipe, engine=engine)
     smaller = [{MICRO: size, TIMES: times * (whole // size)} for size in halves(whole)]
@@ -95,7 +96,7 @@ def _computed(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """(how a user writes it, the changed recipe): tables in a file, and smaller patches."""
+    """Yields (how a user writes it, the changed recipe): tables in a file, and smaller patches."""
     patches = recipe.load_patches()
     if any(patch.uses_tables for patch in patches) and recipe.place.slow == "ram":
         yield "place.slow=disk", dataclasses.replace(recipe, place=dataclasses.replace(recipe.place, slow="disk"))
@@ -109,7 +110,7 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 def _lower(value: int | float) -> list[int | float]:
-    """Of a share of memory (a fraction) none; of a count its halves, down to TIMES_HALVED of them."""
+    """Smaller values: 0 for a share of memory (a fraction); for a count its halves, up to TIMES_HALVED times."""
     if isinstance(value, float):
         return [0.0] if value else []
     return [size for k in range(1, TIMES_HALVED + 1) if (size := value >> k)]

@@ -1,7 +1,7 @@
-"""What generating or evaluating will use, before it starts.
+"""Predicts the memory of generation and evaluation before they start.
 
-The model is built without values and patched as for inference. What is run is traced on fake tensors (cost/trace.py): a
-prompt, and the last token of a reply when the KV cache is at its fullest; or a batch that is evaluated.
+The model is built without values and patched as for inference. The trace on fake tensors (cost/trace.py) is of a prompt
+and of the last token of a reply, when the KV cache is largest; or of an evaluated batch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The largest batch. `new`: tokens that are generated after it; 0: it is only evaluated. `lengths`: how many
-    different lengths the batches have."""
+    """The largest batch. `new`: tokens generated after it; 0: evaluation only. `lengths`: how many distinct lengths the
+    batches have."""
 
     rows: int
     tokens: int
@@ -39,9 +39,10 @@ def plan_inference(
     recipe: Recipe, patches: Sequence[Patch], work: Work, head: str = "causal-lm", labels: int | None = None,
     process: int = 0,
 ) -> Plan:  # fmt: skip
-    """`patches`: of the adapter and for inference. `process`: anonymous bytes that the process uses beside tensors.
+    """The plan of `work`. `patches`: those of the adapter and for inference. `process`: anonymous bytes that the
+    process uses beside tensors.
 
-    Untraceable, a BadInput, where the model's own code cannot be followed.
+    Untraceable, a BadInput, if the model's own code cannot be traced.
     """
     import torch
 
@@ -83,18 +84,18 @@ class PlannedInference(PlannedModel):
         return dataclasses.replace(cost, copied_ahead=carried, notes=tuple(self.notes))
 
     def trace(self, work: Work) -> StepCost:
-        """The cost of `work`, not complete yet."""
+        """The cost of `work`, before `complete`."""
         from ..cost.trace import trace_inference
-        from ..engine.prepare import prepared
+        from ..engine.prepare import training_forward
 
         originals = self.originals()
         run = self._reply if work.new else self._evaluate
         ready = contextlib.nullcontext()
         if not work.new and self.head == "causal-lm":
-            ready = prepared(self.model, self.recipe.load_objective(), self.recipe)
+            ready = training_forward(self.model, self.recipe.load_objective(), self.recipe)
         with ready:
             cost = trace_inference(self.model, self.kind_of, lambda trace: run(trace, work))
-        if work.new:  # products of single tokens have the same shapes in all batches
+        if work.new:  # matrix products of single tokens have the same shapes in all batches
             cost = dataclasses.replace(cost, product_shapes=self.prompt_shapes)
         self.with_originals(cost.peaks, originals)
         return cost
@@ -118,7 +119,7 @@ class PlannedInference(PlannedModel):
         cache = self._cache(trace)
         with attending(self.model, cache):
             self._pass(trace, "", work.rows, work.tokens + work.new - 1, cache)
-            trace.peaks.pop("", None)  # such a prompt is never read at once
+            trace.peaks.pop("", None)  # this pass only fills the cache; in a run it does not happen
             trace.heights.pop("", None)
             trace.enter("reply", TEMPORARIES)
             self._pass(trace, "reply", work.rows, 1, cache)
@@ -138,19 +139,19 @@ class PlannedInference(PlannedModel):
         logits.log_softmax(-1)  # as sampling does; greedy search copies them as well
 
     def _cache(self, trace: Trace) -> Any:
-        """A new KV cache, whose tensors count as such."""
+        """A new KV cache whose tensors count as kind CACHE."""
         from transformers import DynamicCache
 
         from ..contracts import cache_of
         from ..cost.trace import CACHE
 
         cache = cache_of(self.surgeries) or DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        update, there = type(cache).update, weakref.ref(cache)  # a cycle would keep the cache
+        update, reference = type(cache).update, weakref.ref(cache)  # a cycle would keep the cache alive
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             before, trace.kind = trace.kind, CACHE
             try:
-                return update(there(), *args, **kwargs)
+                return update(reference(), *args, **kwargs)
             finally:
                 trace.kind = before
 

@@ -1,8 +1,8 @@
-"""`trimtab plan RECIPE.yaml`: what a run will use, before it starts, and whether that fits the budget.
+"""`trimtab plan RECIPE.yaml`: predicts the memory and speed of a run, and whether it fits the budget.
 
-The model is built from its config on the `meta` device, patched as the recipe says, and stepped twice on fake tensors
-(cost/trace.py) through the engine's own forms of the blocks, the objective's loss and the optimizer that the recipe
-names. No weights are read and no method has a formula of its own here.
+The model is built from its config on the `meta` device, patched, and trained for two steps on fake tensors
+(cost/trace.py), with the engine's fused operations, the objective's loss and the recipe's optimizer. No weights are
+read, and no method needs a formula.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..cost.overhead import Overhead
 from ..data.chat import template_of
 from ..errors import BadInput, Untraceable
 from ..memory.budget import Budget, fast_bytes, free_bytes, gib, ram, slow_bytes
-from ..quiet import hushed, no_dataset_bars
+from ..quiet import no_dataset_bars, silence_libraries
 from ..recipe import Recipe
 from ..tiered.mapped_file import require_folder, slow_kind
 from .calibrate import known_overhead, known_rates
@@ -46,31 +46,31 @@ TIERS = "fast: memory that budget.fast limits, of the process or a GPU; slow: la
 
 CUDA = [
     "traced with the CPU's kernels: the workspaces of CUDA kernels and the allocator's rounding are not included",
-    "the fast tier is what PyTorch's allocator reserves; the driver's context (0.3 to 1 GiB) comes on top",
+    "the fast tier is the memory that PyTorch's allocator reserves; the driver's context adds 0.3 to 1 GiB",
     "not yet measured on a GPU",
 ]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will use at its peak. All sizes in bytes."""
+    """The predicted memory of a run at its peak, in bytes, and its speed."""
 
     kinds: dict[str, int]  # kind -> bytes of tensors at the peak (cost/trace.py)
-    phase: str  # where in the step the peak is
+    phase: str  # the phase of the step with the peak
     process: int  # interpreter, libraries, data
     overhead: int  # beside the tensors, from the first step on (cost/overhead.py)
-    backward_transient: int  # what the backward pass of a block allocates and frees; part of it is in the overhead
+    backward_transient: int  # allocated and freed by the backward pass of a block; partly included in the overhead
     budget: Budget
-    machine: int | None  # what the fast tier has; None where this machine has no such device
+    machine: int | None  # size of the fast tier; None if this machine has no such device
     rows: int
     tokens: int
-    counted: int | None = None  # tokens of a row that count in the loss, where that is known
-    tokens_per_second: float | None = None  # where the machine's rates are known (cost/rates.py)
+    counted: int | None = None  # tokens of a row in the loss, if known
+    tokens_per_second: float | None = None  # if the machine's rates are known (cost/rates.py)
     trained: int = 0  # parameters
-    efficiency: float = 1.0  # speed of a step over that of its operations one by one (cost/overhead.py)
-    disk_bytes_per_step: int = 0  # of the mapped base, read again since memory cannot keep them
+    efficiency: float = 1.0  # speed of a step over that of its single operations (cost/overhead.py)
+    disk_bytes_per_step: int = 0  # of the mapped base, if it exceeds free memory
     notes: list[str] = field(default_factory=list)
-    disk: int | None = None  # free on the disk of the tables; None where they are in RAM, or made already
+    disk: int | None = None  # free space on the disk of the tables; None if they are in RAM or allocated already
 
     @property
     def slow_bytes(self) -> int:
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def start_bytes(self) -> int:
-        """What the process uses when training begins: the weights and the adapter are there by then."""
+        """Memory of the process when training begins, with weights and adapter."""
         return self.process + self.kinds.get("weights", 0) + self.kinds.get("adapter", 0)
 
     @property
@@ -100,9 +100,9 @@ class Plan:
 
     @property
     def fast(self) -> int:
-        """What the run may use of the fast tier: the budget, else all that the machine has."""
+        """The limit of the fast tier: the budget, else the size of the fast tier."""
         found = self.machine if self.budget.fast is None else self.budget.fast
-        assert found is not None, "without a device there is a budget"
+        assert found is not None, "a plan for another machine has a budget"
         return found
 
     @property
@@ -131,7 +131,7 @@ class Plan:
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """What `trimtab plan --json` prints."""
+        """The JSON of `trimtab plan --json`."""
         return {
             **{key: value for key, value in self.predicted().items() if key != "bytes"}, "fits": self.fits,
             "budget": dataclasses.asdict(self.budget), "items": self.items, "notes": self.notes,
@@ -160,7 +160,7 @@ class Plan:
         yield f"{'fits' if self.fits else 'does not fit'}: {summary}"
 
 
-@hushed()
+@silence_libraries()
 @no_dataset_bars()
 def plan(
     recipe: Recipe,
@@ -174,15 +174,15 @@ def plan(
     args: Any = None,
     rates: Any = None,
 ) -> Plan:
-    """Trace the recipe's step. `rows`, `tokens`: the largest batch (default: that of `data.train`, or else
-    the recipe's batch size and max_length).
-    `counted`: how many tokens of a row count in the loss, at most (default: all). `filled`: what share of a batch's
-    tokens is no padding; the speed is that of these. `lengths`: how many lengths the batches of a run have.
+    """Plans a run of the recipe. BadInput for a recipe that cannot be run, and for what the planner does not cover.
 
-    `process`: anonymous bytes that the process uses beside the tensors (default: `process_bytes`). `args`: the
-    training arguments, where a trainer has them already (making new ones would take its accelerator from it). `rates`:
-    of a machine (cost/rates.py; default: of this one, where `trimtab doctor` has measured them).
-    BadInput for a recipe that cannot be run, and for what the planner does not cover.
+    `rows`, `tokens`: the largest batch (default: that of `data.train`, or else the recipe's batch size and max_length).
+    `counted`: the largest number of tokens of a row in the loss (default: all). `filled`: the share of tokens that are
+    not padding; only these count for the speed. `lengths`: how many distinct lengths the batches of a run have.
+
+    `process`: anonymous bytes that the process uses beside the tensors (default: `process_bytes`). `args`: the training
+    arguments of an existing trainer (creating new ones would reset its accelerator). `rates`: those of a machine
+    (cost/rates.py; default: this one's, if `trimtab doctor` has measured them).
     """
     import torch
 
@@ -193,24 +193,22 @@ def plan(
 
     place, objective = recipe.load_place(), recipe.load_objective()
     if not recipe.patches:
-        raise BadInput("plan", "the recipe has no patch", "Add one under patches, or let plan_search.search find one")
+        raise BadInput("plan", "the recipe has no patch", "Add one under patches, or use planning.search.search")
     device = place.device
-    _covered(recipe)
+    template_of(recipe.data)  # BadInput for a missing file, as in `train`
     machine = fast_bytes(device)
     if machine is None and not (recipe.budget or {}).get("fast"):
-        raise BadInput(
-            f"plan a run on {device}", "this machine has none", 'Say how much it has: budget: {fast: "24GiB"}'
-        )
+        raise BadInput(f"plan a run on {device}", "this machine has none", 'Set its memory: budget: {fast: "24GiB"}')
     budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder or recipe.output))
     args = args or training_arguments(recipe, arguments_class(objective), Path(recipe.output), device.type == "cpu")
     check_optimizer(recipe, args)
     notes: list[str] = []
     beside = Overhead(fixed=0, share=0.0) if device.type == "cuda" else known_overhead()
     if tokens is None:
-        begins = process_bytes(beside)
+        at_start = process_bytes(beside)
         if (seen := foreseen(recipe, notes)) is not None:
             tokens, counted, filled, lengths = (seen.batch[key] for key in ("tokens", "counted", "filled", "lengths"))
-            rows, process = rows or seen.batch["rows"], begins + seen.nbytes if process is None else process
+            rows, process = rows or seen.batch["rows"], at_start + seen.nbytes if process is None else process
         else:
             tokens = longest_allowed(recipe)
     rows = rows or args.per_device_train_batch_size
@@ -229,7 +227,7 @@ def plan(
             cost = step_cost(recipe, args, rows, tokens, counted, rates)
         except Untraceable as error:
             cost = _real_step(recipe, args, rows, tokens, counted, rates, error)
-            notes.append(f"a real step was run, since {error.have}; where the data decide, other data may use more")
+            notes.append(f"a real step was run, since {error.have}; other data may use more memory")
     phase, kinds = highest(cost.peaks)
     notes += cost.notes
     micro_batches = args.gradient_accumulation_steps
@@ -237,7 +235,7 @@ def plan(
     if recipe.engine.compile:
         notes.append("traced without torch.compile")
     if cost.copied_ahead:
-        notes.append(f"{gib(cost.copied_ahead)} of the overhead are room for rows that are copied ahead of the pass")
+        notes.append(f"the overhead includes {gib(cost.copied_ahead)} for rows that are copied before they are used")
     on_cpu = device.type == "cpu"
     threads = extra_threads() if kinds.get(TABLES) and on_cpu else 0
     transient = cost.backward_transient if on_cpu else 0
@@ -255,12 +253,12 @@ def plan(
 
 
 def foreseen(recipe: Recipe, notes: list[str]) -> Foreseen | None:
-    """The rows that the run will read (engine/inputs.py); None, with a note, where they cannot be read now."""
+    """The largest batch of the run's rows (engine/inputs.py); None, with a note, if the rows cannot be read."""
     from ..engine.inputs import foresee, unread
 
     length = recipe.training_values()["max_length"]
     if why := unread(recipe):
-        notes.append(f"{why}: for rows of {length} tokens (max_length); where all are shorter, the run uses less")
+        notes.append(f"{why}: for rows of {length} tokens (max_length); if all are shorter, the run uses less")
         return None
     seen = foresee(recipe)
     notes.append(f"for the longest rows of data.train: {seen.batch['tokens']} tokens")
@@ -268,21 +266,21 @@ def foreseen(recipe: Recipe, notes: list[str]) -> Foreseen | None:
 
 
 def longest_allowed(recipe: Recipe) -> int:
-    """`max_length`, where the rows are not known."""
+    """`max_length`, for rows that are not known."""
     if (length := recipe.training_values()["max_length"]) is None:
         raise BadInput("plan: max_length: none", "rows may then have any length", "Give training: max_length")
     return length
 
 
 def process_bytes(beside: Overhead) -> int:
-    """Bytes that a run's process uses when it begins: as measured, else what this one uses now."""
+    """Bytes of a run's process at its start: as measured, else those of this process now."""
     from ..memory.meter import process_memory
 
     return beside.process or process_memory()["anon"]
 
 
 def growth(kinds: dict[str, int]) -> int:
-    """Bytes of the tensors that training allocates: all of the fast tier but the weights and the adapter."""
+    """Bytes of the tensors that training allocates: those of the fast tier except weights and adapter."""
     return sum(size for kind, size in kinds.items() if kind not in (*SLOW, "weights", "adapter"))
 
 
@@ -302,35 +300,30 @@ def _speed(
     cost: StepCost, rates: Any, efficiency: float, kinds: dict[str, int], micro_batches: int, tokens: float,
     notes: list[str],
 ) -> tuple[float | None, int]:  # fmt: skip
-    """-> tokens per second (None: not known), bytes read from the disk in a step; adds to `notes`."""
+    """-> (tokens per second (None: unknown), bytes read from the disk per step); appends to `notes`."""
     from ..cost.roofline import read_again, written_back
     from ..cost.trace import MAPPED, live
 
     mapped, tables = kinds.get(MAPPED, 0), kinds.get(TABLES, 0)
-    room = ram().get("MemAvailable", mapped + tables + live(kinds)) - live(kinds)
-    read = read_again(mapped, room, micro_batches)
+    free = ram().get("MemAvailable", mapped + tables + live(kinds)) - live(kinds)
+    read = read_again(mapped, free, micro_batches)
     seconds = cost.step_seconds(micro_batches)
     if read:
         notes.append(f"the mapped base exceeds free memory: {gib(read)} are read from the disk in each step")
     if rates is None:
         notes.append("the speed is predicted once `trimtab doctor` has measured this machine")
     elif seconds is None:
-        notes.append("the speed is predicted of MEFT by tokens, with adam: lazy and moments: fp32 only")
-    elif tables > room:
+        notes.append("the speed of MEFT is predicted only with routing by tokens, adam: lazy and moments: fp32")
+    elif tables > free:
         notes.append("the speed is not predicted: the tables exceed free memory, and rows are read from the disk")
         return None, read
     if seconds is None or (read and not rates.disk.get("read")):
         return None, read
-    if (written := written_back(cost.written, room, rates)) is None:
+    if (written := written_back(cost.written, free, rates)) is None:
         return None, read
     seconds = seconds / efficiency + (read / rates.disk["read"] if read else 0.0)
     if written > seconds:
         notes.append(
-            f"each step changes {gib(cost.written)} of tables: the speed is that of the disk they are written to"
+            f"each step changes {gib(cost.written)} of tables: the speed is limited by writing them to the disk"
         )
     return micro_batches * tokens / max(seconds, written), read
-
-
-def _covered(recipe: Recipe) -> None:
-    """BadInput for what the planner cannot trace yet."""
-    template_of(recipe.data)  # refuses a missing file, as `train` does

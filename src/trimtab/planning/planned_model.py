@@ -1,7 +1,4 @@
-"""A recipe's model without values, patched: what the planner traces.
-
-It is built from its config on the `meta` device. No weights are read.
-"""
+"""The patched model that the planner traces, built from its config on the `meta` device without reading weights."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ if TYPE_CHECKING:
     from ..contracts import Patch, Surgery, When
     from ..cost.trace import Peaks, StepCost
 
-SHALLOW = 2  # the shallow model's blocks; a second, deeper by as many, gives the line on which deeper stacks lie
+SHALLOW = 2  # blocks of the shallow model; a second has twice as many, and deeper ones are extrapolated from the two
 
 
 class PlannedModel:
-    """`blocks`: how deep it is (None: as deep as its config says). `real`: with its weights. `head`: the transformers
-    head, for so many `labels`."""
+    """`blocks`: its depth (None: that of its config). `real`: with its weights. `head`: the transformers head, with
+    `labels` outputs."""
 
     def __init__(
         self, recipe: Recipe, blocks: int | None, real: bool = False, head: str = "causal-lm",
@@ -35,7 +32,7 @@ class PlannedModel:
             self.model = load_model(recipe.model, task=head, labels=labels)[0]
         self.left_dense = left_dense(self.model)
         self.dtype = self.model.dtype
-        # `.data`: the storage, which stays when a patch puts another under the same parameter
+        # `.data` keeps the storage alive when a patch replaces it in the parameter
         self.base = {_key(t): t.data for t in (*self.model.parameters(), *self.model.buffers())}
         fresh = [] if head == "causal-lm" else anatomy.fresh_parameters(self.model).values()
         copies = [*fresh, *assembled(self.model, recipe.model)]
@@ -44,19 +41,19 @@ class PlannedModel:
         self.surgeries: list[Surgery] = []
 
     def patch(self, patches: Iterable[Patch], phase: When, *parts: Any) -> None:
-        """Apply the patches that act in `phase`, and what `parts` (stepper, objective) need."""
+        """Applies the patches that act in `phase`, and the surgeries of `parts` (stepper, objective)."""
         from ..engine.patching import apply_patches, prepare
 
         try:
             self.surgeries += apply_patches(self.model, patches, self.recipe.load_place(), phase)
             self.surgeries += prepare(self.model, *parts)
         except (RuntimeError, NotImplementedError) as error:  # a library's code may read values
-            why = f"the patch cannot be put on a model without values ({' '.join(str(error).split())[:120]})"
+            why = f"the patch cannot be applied to a model without values ({' '.join(str(error).split())[:120]})"
             raise Untraceable(f"plan {', '.join(map(str, self.recipe.patches))}", why, "Remove budget:") from error
 
     @property
     def notes(self) -> list[str]:
-        """What to know of how the patches are applied."""
+        """Notes for the user on how the patches are applied."""
         from ..artifacts.run_folder import place_of
         from ..engine.tables import notes_of
 
@@ -67,12 +64,12 @@ class PlannedModel:
         return [store for surgery in self.surgeries for store in surgery.stores]
 
     def originals(self) -> list[Any]:
-        """The base tensors that a patch replaced and keeps to revert; to be asked before the trace."""
+        """The base tensors that patches replaced and keep for reverting. Call it before the trace."""
         patched = {_key(t) for t in (*self.model.parameters(), *self.model.buffers())}
         return [t for key, t in self.base.items() if key not in patched]
 
     def with_originals(self, peaks: Peaks, originals: list[Any]) -> None:
-        """Add `originals` to each phase."""
+        """Adds `originals` to each phase."""
         from ..cost.trace import MAPPED, WEIGHTS, live
 
         for kinds in peaks.values():
@@ -82,7 +79,7 @@ class PlannedModel:
         assert all(live(kinds) >= 0 for kinds in peaks.values())
 
     def with_tables(self, peaks: Peaks) -> None:
-        """Add, to each phase, the bytes of the tables. They are not linear in the depth: the layers share a cache."""
+        """Adds the bytes of the tables to each phase. They are not linear in the depth: the layers share a cache."""
         from ..cost.trace import ADAPTER, ROWS
 
         for kinds in peaks.values():
@@ -91,7 +88,7 @@ class PlannedModel:
                 kinds[ROWS] = kinds.get(ROWS, 0) + store.nbytes["slow"]
 
     def period(self) -> int:
-        """After how many blocks the kinds of blocks recur: 1 where all are equal, the depth where they never do."""
+        """The number of blocks after which their kinds repeat: 1 if all are equal, the depth if they never repeat."""
         from ..model import anatomy
 
         stack = anatomy.blocks(self.model)[1]
@@ -111,12 +108,12 @@ class PlannedModel:
             return ADAPTER
         if _key(tensor) not in self.in_file:
             return ADAPTER if tensor.requires_grad else WEIGHTS
-        return MAPPED if self.mapped and tensor.is_floating_point() else WEIGHTS  # packed ones are made, not mapped
+        return MAPPED if self.mapped and tensor.is_floating_point() else WEIGHTS  # packed weights are copies
 
 
 def at_whole_depth(make: Callable[[int | None], Any], trace: Callable[[Any], StepCost]) -> StepCost:
-    """The cost that `trace` finds of `make(None)`, the model at its whole depth; from two shallow models where the
-    kinds of blocks recur. `make`: blocks -> a PlannedModel."""
+    """The cost that `trace` finds for `make(None)`, the model at its full depth; extrapolated from two shallow models
+    if the kinds of blocks repeat. `make`: blocks -> a PlannedModel."""
     from ..cost.trace import extend
     from ..model import anatomy
 
@@ -130,5 +127,5 @@ def at_whole_depth(make: Callable[[int | None], Any], trace: Callable[[Any], Ste
 
 
 def _key(tensor: Any) -> int:
-    """Identifies a storage, also one without content."""
+    """Identifies a storage, also one on `meta`."""
     return tensor.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""Keeps the plan that a user was shown before a run, for the run's report to compare with what the run used."""
+"""Stores the plan that a user was shown before a run, so that the run's report can compare it with the run."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from ..recipe import Recipe
 from .plan import Plan
 
 FORM = 1
-KEPT = 50  # plans; older ones are deleted
+MOST = 50  # plans; older ones are deleted
 
 
 def remember(recipe: Recipe, made: Plan) -> None:
-    """Keep what `made` predicts for `recipe`. Where the cache cannot be written, the report goes without it."""
+    """Stores the prediction of `made` for `recipe`, if the cache can be written."""
     path = _path(recipe)
     cache_file.write(path, FORM, {"machine": {}, "predicted": made.predicted()})
     try:
         plans = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
-        for old in plans[:-KEPT]:
+        for old in plans[:-MOST]:
             old.unlink(missing_ok=True)
     except OSError:
-        pass  # another process deletes the same ones
+        pass  # another process deletes the same files
 
 
 def shown(recipe: Recipe) -> dict[str, Any]:
-    """What `Plan.predicted` returned for the plan that was shown last of this recipe; {} where there was none."""
+    """`Plan.predicted` of the plan of this recipe that was shown last; {} if there was none."""
     found = cache_file.read(_path(recipe), FORM, {}) or {}
     predicted = found.get("predicted")
     return predicted if isinstance(predicted, dict) else {}
 
 
 def _path(recipe: Recipe) -> Path:
-    """One file a recipe and output folder: equal recipes of two folders may name different data."""
+    """One file per recipe and output folder: equal recipes in two folders may name different data."""
     name = f"{recipe.hash} {Path(recipe.output).resolve()}"
     return cache_root() / "plans" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"

@@ -1,9 +1,9 @@
-"""What would fit: the search of `trimtab plan` where a recipe names no method, and the first change that helps a run.
+"""`trimtab plan --search`: plans combinations of methods and settings, and ranks those that fit.
 
-Methods of the table, micro-batches (at an equal effective batch), activation checkpointing, precisions of the base and
-the loss's chunk are combined; each combination is traced as any plan is, two processes at a time. What the recipe
-states by itself (a precision, checkpointing, a chunk) is kept. What fits is ranked by predicted speed and by how many
-parameters are trained; how well a method learns is not known here.
+It combines methods, micro-batches (at an equal effective batch), activation checkpointing, precisions of the base and
+chunks of the loss, and plans each combination. Settings in the recipe (a precision, checkpointing, a chunk) are not
+changed. Combinations that fit are ranked by predicted speed, then by the number of trained parameters; how well a
+method learns is not known here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..artifacts.files import write_text
 from ..cost.rates import Rates
 from ..errors import BadInput, DoesNotFit, TrimtabError
 from ..memory.budget import gib
-from ..quiet import hushed
+from ..quiet import silence_libraries
 from ..recipe import Recipe
 from . import calibrate
 from .fit import CHECKPOINTING, MICRO, TIMES, halves
@@ -31,13 +31,13 @@ from .plan import Plan, foreseen, plan, process_bytes
 
 PRECISIONS = ("bf16", "fp32", "nf4", "int8")
 SMALL_CHUNK = 32  # positions; the loss's own choice is 128 or more
-MOST, MOST_CHUNKS = 42, 2  # combinations that are traced, and of these again with the small chunk
-ALIKE = 1.05  # speeds closer than this count as equal, and the more that is trained decides
+MOST, MOST_CHUNKS = 42, 2  # combinations that are planned, and how many of them again with the small chunk
+ALIKE = 1.05  # speeds within this factor count as equal; then the number of trained parameters decides
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One combination: what it changes, its recipe, and its plan (None: refused, and why)."""
+    """One combination: its settings, its recipe, and its plan (None: `refused`, with the reason)."""
 
     method: str
     micro_batch: int
@@ -53,7 +53,6 @@ class Candidate:
         return self.plan is not None and self.plan.fits
 
     def to_dict(self) -> dict[str, Any]:
-        """For a candidate that was planned."""
         assert self.plan is not None
         speed = self.plan.tokens_per_second
         return {
@@ -66,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found, the best first; then what does not fit, the smallest first."""
+    """The result of a search: candidates that fit, best first, then the others, smallest first."""
 
     candidates: list[Candidate]
     refused: list[Candidate]
@@ -100,7 +99,7 @@ class Found:
         yield from self.notes
 
     def require_fit(self) -> Candidate:
-        """The best; DoesNotFit with the smallest that was found where nothing fits."""
+        """The best; DoesNotFit with the smallest if none fits."""
         if self.best is not None:
             return self.best
         if not self.candidates:
@@ -119,7 +118,7 @@ class Found:
         )
 
 
-@hushed()
+@silence_libraries()
 def search(
     recipe: Recipe,
     *,
@@ -128,11 +127,10 @@ def search(
     rates: Rates | None = None,
     workers: int = 1,
 ) -> Found:
-    """Plan many recipes like `recipe` and rank them. `workers`: processes; more than one only from a program that may
-    be imported (`if __name__ == "__main__"`), since each imports it again.
+    """Plans variants of `recipe` and ranks them. `workers`: processes; more than one needs a main program that can be
+    imported (`if __name__ == "__main__"`), since each process imports it.
 
-    `rates`: of the machine (default: this one's, measured now if they were not before). `tokens`, `process`: as `plan`
-    takes them.
+    `rates`: those of the machine (default: this one's, measured now if necessary). `tokens`, `process`: as in `plan`.
     """
     import torch
 
@@ -140,16 +138,16 @@ def search(
     if rates is None and (device == "cpu" or torch.cuda.is_available()):  # a plan for another machine has no speed
         rates = calibrate.measured_rates(device)
     notes: list[str] = []
-    begins = process_bytes(calibrate.known_overhead())  # once for all: a process that plans many grows
+    at_start = process_bytes(calibrate.known_overhead())  # once for all: a process that makes many plans grows
     if tokens is None and (seen := foreseen(recipe, notes)) is not None:
-        tokens, begins = seen.batch["tokens"], begins + seen.nbytes
-    process = begins if process is None else process
+        tokens, at_start = seen.batch["tokens"], at_start + seen.nbytes
+    process = at_start if process is None else process
     wanted = list(_combinations(recipe))
     requested, left_out = wanted[:MOST], len(wanted) - MOST
     options = {"rates": rates, "tokens": tokens, "process": process}
     tried = _plan_all(requested, workers, options)
     chunked: list[Candidate] = []
-    if _chunk_is_free(recipe):  # a smaller one helps only where logits are live at the peak
+    if _chunk_is_free(recipe):  # a smaller chunk helps only if logits are live at the peak
         logits = [c for c in tried if c.plan is not None and c.plan.kinds.get("logits")]
         logits.sort(key=lambda c: (c.fits, c.plan.fast_peak_bytes if c.plan else 0))
         chunked = _plan_all([_with_chunk(c, SMALL_CHUNK) for c in logits[:MOST_CHUNKS]], workers, options)
@@ -164,7 +162,7 @@ def search(
 
 
 def write(found: Found, path: Path, overwrite: bool = False) -> Recipe:
-    """Write the best as a recipe; BadInput where the file exists and may not be replaced."""
+    """Writes the best candidate as a recipe; BadInput if the file exists and may not be replaced."""
     check_free(path, overwrite)
     best = found.require_fit()
     try:
@@ -175,16 +173,16 @@ def write(found: Found, path: Path, overwrite: bool = False) -> Recipe:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """BadInput where `path` exists and may not be replaced."""
+    """BadInput if `path` exists and may not be replaced."""
     if path.exists() and not overwrite:
-        raise BadInput(f"write {path}", "the file is there already", "Name another, or add --overwrite")
+        raise BadInput(f"write {path}", "the file exists already", "Name another, or add --overwrite")
 
 
 # --- what is combined ------------------------------------------------------------------------------------------------
 
 
 def _combinations(recipe: Recipe) -> Iterator[Candidate]:
-    """The extremes first: the whole batch at once, the smallest micro-batch with checkpointing, then the others."""
+    """The extremes first (the whole batch at once, the smallest micro-batch with checkpointing), then the others."""
     values = recipe.training_values()
     whole = values[MICRO] * values.get(TIMES, 1)
     sizes = [whole, *halves(whole)]
@@ -229,7 +227,7 @@ def _with_chunk(candidate: Candidate, chunk: int) -> Candidate:
 
 
 def _rank(candidate: Candidate) -> tuple:
-    """What fits before what does not; then the faster, and among equals what trains more and uses less."""
+    """Sort key: those that fit first, then the faster, among equals those that train more and use less."""
     made = candidate.plan
     assert made is not None
     if not made.fits:
@@ -256,11 +254,11 @@ def _described(candidate: Candidate) -> str:
 
 
 def _plan_all(candidates: list[Candidate], workers: int, options: dict[str, Any]) -> list[Candidate]:
-    """With their plans, made with these `options` in so many processes."""
+    """The candidates with their plans, made with `options` by `workers` processes."""
     one = functools.partial(_planned, options=options)
     if workers == 1 or len(candidates) < 4:
         return list(map(one, candidates))
-    context = multiprocessing.get_context("spawn")  # a fork of a process whose torch has threads may hang
+    context = multiprocessing.get_context("spawn")  # a fork of a process with torch threads may hang
     with ProcessPoolExecutor(workers, context) as pool:
         return list(pool.map(one, candidates))
 

@@ -1,7 +1,7 @@
-"""One training step of a recipe, on a model without values: what the planner traces.
+"""Traces one training step of a recipe on a model without values.
 
-The model is built from its config on the `meta` device and patched as the recipe says; the engine's own forms of the
-blocks, the objective's loss and the optimiser that the recipe names are stepped on fake tensors (cost/trace.py).
+The trace runs the patched model with the engine's fused operations, the objective's loss and the recipe's optimizer on
+fake tensors (cost/trace.py).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def step_cost(
     recipe: Recipe, args: Any, rows: int, tokens: int, counted: int | None, rates: Rates | None = None
 ) -> StepCost:
-    """The cost of a step. `counted`: tokens of a row that count in the loss (None: all). Without `rates` the cost has
-    no seconds."""
+    """The cost of a step. `counted`: tokens of a row in the loss (None: all). Without `rates` the cost has no
+    seconds."""
     return at_whole_depth(
         lambda blocks: PlannedStep(recipe, args, blocks), lambda step: step.trace(rows, tokens, counted, rates)
     )
@@ -50,13 +50,13 @@ class PlannedStep(PlannedModel):
 
     @property
     def trained(self) -> int:
-        """How many parameters are trained, those of rows in the slow tier among them."""
-        from ..engine.tables import row_numbers
+        """The number of trained parameters, including rows in the slow tier."""
+        from ..engine.tables import row_parameters
 
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad) + row_numbers(self.surgeries)
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad) + row_parameters(self.surgeries)
 
     def complete(self, cost: StepCost) -> StepCost:
-        """`cost` with the bytes of the tables, and what is known of a whole model."""
+        """`cost` with the bytes of the tables, and figures of the whole model."""
         self.with_tables(cost.peaks)
         return dataclasses.replace(
             cost, trained=self.trained, autocast=self.autocast is not None,
@@ -68,24 +68,24 @@ class PlannedStep(PlannedModel):
         return math.lcm(super().period(), every if self.args.activation_checkpointing else 1)
 
     def trace(self, rows: int, tokens: int, counted: int | None = None, rates: Rates | None = None) -> StepCost:
-        """The cost of a step, not complete yet."""
+        """The cost of a step, before `complete`."""
         import torch
 
         from ..cost.roofline import Clock
         from ..cost.trace import Step, trace_steps
-        from ..engine.prepare import prepared
+        from ..engine.prepare import training_forward
 
         model, recipe = self.model, self.recipe
         originals = self.originals()
         model.train()
         self._checkpointing()
         clock = None if rates is None else Clock(rates)
-        if not self.real:  # real work on tables is traced
+        if not self.real:  # a real step's work on tables is traced
             for store in self.stores:
                 store.clock = clock
         plain = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compile=False))
-        with prepared(model, self.objective, plain):
-            if recipe.load_place().device.type != "cpu":  # the efficient attention is the CPU's
+        with training_forward(model, self.objective, plain):
+            if recipe.load_place().device.type != "cpu":  # fused attention is for CPUs only
                 model.set_attn_implementation("sdpa")
             cost = trace_steps(Step(
                 model, torch.device("cpu"), functools.partial(self.batch, rows, tokens), self.loss,
@@ -100,8 +100,8 @@ class PlannedStep(PlannedModel):
         return cost
 
     def _with_row_updates(self, cost: StepCost, rates: Rates) -> StepCost:
-        """Adds the seconds in which the rows of tables step, which the trace does not see; where they are not known,
-        those of the whole step are not."""
+        """Adds the seconds of the rows' optimizer step, which the trace does not see. If they are unknown, the result
+        has no seconds."""
         from ..cost.roofline import row_update
         from ..cost.trace import OPTIMISER
         from ..tiered.planned import expected_rows
@@ -109,7 +109,7 @@ class PlannedStep(PlannedModel):
 
         seconds, written = dict(cost.seconds or {}), 0.0
         for store in self.stores:
-            tokens, probes = store.asked
+            tokens, probes = store.used
             if not tokens or not store.optimizer.plain:
                 return dataclasses.replace(cost, seconds=None)
             many = expected_rows(store, tokens, probes, self.args.gradient_accumulation_steps)
@@ -120,12 +120,12 @@ class PlannedStep(PlannedModel):
 
     def batch(self, rows: int, tokens: int) -> dict[str, Any]:
         made = self.objective.example_batch(rows, tokens, self.args)
-        if self.real:  # where values decide which operations run, ids should differ
+        if self.real:  # values may decide which operations run, so ids should differ
             made["input_ids"].random_(self.model.config.get_text_config().vocab_size)
         return made
 
     def _evaluation(self, tokens: int) -> Any:
-        """A batch of evaluation; its rows are taken to be as long as those of training."""
+        """A function that returns an evaluation batch, with rows as long as in training; None: no evaluation."""
         if not self.recipe.data.test or self.args.eval_strategy == "no":
             return None
         return functools.partial(self.batch, self.args.per_device_eval_batch_size, tokens)
@@ -150,14 +150,14 @@ class PlannedStep(PlannedModel):
         if not cls.__module__.startswith("torch.optim"):
             raise BadInput(
                 f"plan training: optim: {self.args.optim}",
-                "the planner follows PyTorch's own optimisers only",
+                "the planner supports PyTorch's own optimizers only",
                 "Remove budget:, or train with adamw_torch",
             )
         return cls(trained, **options)
 
     @property
     def autocast(self) -> Any:
-        """The type that autocast computes the step in, or None."""
+        """The dtype of autocast, or None."""
         from ..engine.prepare import autocast_dtype
 
         return autocast_dtype(self.surgeries, self.dtype, self.args.bf16)
@@ -169,7 +169,7 @@ class PlannedStep(PlannedModel):
         every = options.pop("every_n_layers", 1)
         if options.pop("offload", False):
             raise BadInput(
-                "plan activation checkpointing with offload", "the planner does not know it yet", "Remove it"
+                "plan activation checkpointing with offload", "the planner does not support it yet", "Remove it"
             )
         self.model.activation_checkpointing_enable(
             activation_checkpointing_kwargs=options or None, every_n_layers=every

@@ -53,7 +53,7 @@ class Rates:
         if not isinstance(optimizer, torch.optim.Adam) or odd:  # AdamW is a subclass
             raise BadInput(
                 f"step the rows of a table with {type(optimizer).__name__}{' and ' + odd[0] if odd else ''}",
-                "only Adam and AdamW can step rows in the slow tier", "Take torch.optim.AdamW",
+                "only Adam and AdamW can step rows in the slow tier", "Use torch.optim.AdamW",
             )  # fmt: skip
         decoupled = bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))
         beta1, beta2 = map(float, group["betas"])
@@ -65,11 +65,11 @@ class RowAdam:
 
     def __init__(self, store: TieredStore, mode: str = "lazy"):
         if mode not in MODES:
-            raise BadInput(f'row Adam "{mode}"', "there is no such mode", f"Say one of {', '.join(MODES)}")
+            raise BadInput(f'row Adam "{mode}"', "there is no such mode", f"Set one of {', '.join(MODES)}")
         if mode == "exact" and store.ranks is not None:
             raise BadInput(
                 "adam: exact with several processes", "each would make up for missed steps on its own",
-                "Say adam: lazy, or start one process",
+                "Set adam: lazy, or start one process",
             )  # fmt: skip
         self.store, self.mode = store, mode
         self.steps = 0

@@ -140,7 +140,7 @@ def _sums_of(tensors: Mapping[str, Pieces]) -> dict[str, Pieces]:
 def load_rows(store: TieredStore, folder: Path) -> None:
     """Load the checkpoint in `folder` into `store`; rows that it does not name get their initial values."""
     if not (deltas := _deltas(folder)):
-        raise BadInput(f"rows of {store.name}", f"there are none in {folder}", "Take an intact checkpoint")
+        raise BadInput(f"rows of {store.name}", f"there are none in {folder}", "Use an intact checkpoint")
     held = [_open(store, path) for path in deltas]
     store.flush()
     named = {row for tensors in held for row in tensors["rows"].tolist()}
@@ -169,7 +169,7 @@ def _open(store: TieredStore, path: Path) -> dict[str, Tensor]:
         if name not in held or _sums(held, name) != [zlib.crc32(bytes_of(held[name]))]:
             raise _damaged(store, path, f"{name} is not what was written")
     if rows.dtype != torch.int64 or rows.dim() != 1 or any(not 0 <= row < store.rows for row in rows.tolist()):
-        raise _damaged(store, path, "it names rows that are none of this table's")
+        raise _damaged(store, path, "it names rows that this table does not have")
     if store.optimizer is not None and not store.optimizer.fits(_state_in(held)):
         raise _of_another(store, path, "another optimizer stepped them")
     for kind, part in _kept(store).items():
@@ -206,11 +206,11 @@ def _sums(held: Mapping[str, Tensor], name: str) -> list[int]:
 
 
 def _damaged(store: TieredStore, path: Path, how: str) -> BadInput:
-    return BadInput(f"rows of {store.name} in {path}", f"the file is damaged ({how})", "Take a checkpoint without it")
+    return BadInput(f"rows of {store.name} in {path}", f"the file is damaged ({how})", "Use a checkpoint without it")
 
 
 def _of_another(store: TieredStore, path: Path, which: str) -> BadInput:
-    return BadInput(f"rows of {store.name} in {path}", which, "Resume with the recipe that the run was begun with")
+    return BadInput(f"rows of {store.name} in {path}", which, "Resume with the recipe that the run was started with")
 
 
 def _deltas(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import BadInput
-from .mapped_file import MappedFile, require_room
+from .mapped_file import MappedFile, require_space
 from .planned import PlannedStore
 from .store import GRADS, TieredStore
 from .threads import parallel_map
@@ -71,9 +71,9 @@ class Ranks:
     def every(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, (processes, *shape), on the CPU."""
         mine = tensor.cpu().contiguous()
-        given = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(given, mine, group=self.group)
-        return torch.stack(given)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine, group=self.group)
+        return torch.stack(every)
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over all processes; equal in each to the last bit."""
@@ -116,7 +116,7 @@ class Ranks:
             raise BadInput(
                 f"{size / 2**30:.2f} GiB for {what} in {folder}, shared by several processes",
                 error.strerror or str(error),
-                "Name a folder with room that all processes of a host see (place: folder, slow: disk)",
+                "Name a folder with enough space that all processes of a host see (place: folder, slow: disk)",
             ) from None
         finally:
             if descriptor >= 0:
@@ -148,7 +148,7 @@ class SharedStore(TieredStore):
         if fields.get("cache_bytes"):
             raise BadInput(
                 "hot rows (cache) with several processes", "a copy in one process would miss another one's steps",
-                "Say cache: 0, or start one process",
+                "Set cache: 0, or start one process",
             )  # fmt: skip
         self.ranks = ranks
         self._others = torch.empty(0, dtype=torch.uint8)  # gradients of the host's processes after the first
@@ -165,7 +165,7 @@ class SharedStore(TieredStore):
             return self._map(MEMORY if Path(MEMORY).is_dir() else tempfile.gettempdir())[1]
         if more:
             size = self.rows * self.record_bytes + self._others_bytes
-            require_room(size * (1 + more), folder, f"{1 + more} shared tables")
+            require_space(size * (1 + more), folder, f"{1 + more} shared tables")
         self._file, table = self._map(folder or tempfile.gettempdir())
         return table
 
@@ -184,9 +184,9 @@ class SharedStore(TieredStore):
     @property
     def nbytes(self) -> dict[str, int]:
         """Of the host's one table."""
-        held = super().nbytes
-        tier = "slow" if held["slow"] else "fast"
-        return {**held, tier: held[tier] + self._others_bytes}
+        sizes = super().nbytes
+        tier = "slow" if sizes["slow"] else "fast"
+        return {**sizes, tier: sizes[tier] + self._others_bytes}
 
     def _position(self, kind: str) -> tuple[int, int]:
         if kind == GRADS and not self._exchanged and self.ranks.local:

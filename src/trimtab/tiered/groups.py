@@ -38,13 +38,13 @@ class Groups:
         return (sizes.cumsum(0) - sizes).to(self.tokens)
 
     @property
-    def room(self) -> int:
+    def chunk_rows(self) -> int:
         """How many rows a chunk has at most: as many as are no larger than the tokens' hidden states, or a few."""
         return min(self.store.rows, max(FEW, self.shape[0] // (2 * self.store.shape[0])))
 
     def chunks(self) -> Iterator[Groups]:
-        """The rows a few at a time: at most `room` rows, and at most T pairs unless one row alone has more."""
-        most, pairs, first, start = self.room, max(self.shape[0], FEW), 0, 0
+        """The rows a few at a time: at most `chunk_rows` rows, and at most T pairs unless one row alone has more."""
+        most, pairs, first, start = self.chunk_rows, max(self.shape[0], FEW), 0, 0
         while first < len(self.rows):
             last, end = first + 1, start + self.sizes[first]
             while last < len(self.rows) and last - first < most and end + self.sizes[last] - start <= pairs:

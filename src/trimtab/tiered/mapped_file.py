@@ -1,7 +1,7 @@
-"""Files of the slow tier: whether there is room for them, and mapped files without a name.
+"""Files of the slow tier: checks of free space, and mapped files without a name.
 
-Free space is checked before any file is made, and a file's space is reserved when it is made. A disk that is too small
-is therefore an error before the start; in the middle of a run the kernel could only kill the process.
+Free space is checked before any file is created, and a file's space is reserved when it is created. A disk that is too
+small is therefore an error before the start; during a run the kernel could only kill the process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, DoesNotFit
-from ..memory.budget import free_bytes, gib, nearest_folder, room
+from ..memory.budget import available_memory, free_bytes, gib, nearest_folder
 
 RAM = ("tmpfs", "ramfs")  # file systems in memory
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -28,30 +28,30 @@ def slow_kind(slow: str, device: Any) -> str:
     return slow if slow != "auto" else "ram" if device.type == "cuda" else "disk"
 
 
-def require_room(size: int, folder: str | Path | None, what: str) -> None:
-    """DoesNotFit if the disk of `folder` (None: of temporary files) has no room for another `size` bytes of `what`."""
+def require_space(size: int, folder: str | Path | None, what: str) -> None:
+    """DoesNotFit if the disk of `folder` (None: that of temporary files) has no space for `size` bytes of `what`."""
     where = folder or tempfile.gettempdir()
     if (free := free_bytes(where)) < size:
         raise _too_small(size, where, what, f"{gib(free)} are free there")
 
 
 def require_memory(size: int, what: str) -> None:
-    """DoesNotFit if RAM has no room for another `size` bytes of `what`: the kernel would kill the process."""
-    if (left := room()) is not None and size > left:
+    """DoesNotFit if RAM has no space for another `size` bytes of `what`: the kernel would kill the process."""
+    if (left := available_memory()) is not None and size > left:
         raise DoesNotFit(
-            f"{gib(size)} of RAM for {what}", f"{gib(left)} are free", "Say place: slow: disk, or take a smaller table"
+            f"{gib(size)} of RAM for {what}", f"{gib(left)} are free", "Set place: slow: disk, or use a smaller table"
         )
 
 
 def require_folder(folder: str) -> None:
-    """BadInput if tables cannot be made in `folder`."""
+    """BadInput if tables cannot be created in `folder`."""
     if not os.path.isdir(folder):
-        why = "it is no folder" if os.path.exists(folder) else "there is no such folder"
+        why = "it is not a folder" if os.path.exists(folder) else "there is no such folder"
     elif not os.access(folder, os.W_OK | os.X_OK):
         why = "it cannot be written"
     else:
         return
-    raise BadInput(f"place: folder: {folder}", why, "Make it, or name another")
+    raise BadInput(f"place: folder: {folder}", why, "Create it, or name another")
 
 
 def in_ram(folder: str | Path) -> bool:
@@ -103,7 +103,7 @@ def map_file(size: int, folder: str | None, what: str) -> MappedFile:
             why = "its file system does not map files"
         raise BadInput(
             f"{gib(size)} for {what} in {where}", why,
-            "Name another folder on a local disk (place: folder), or say place: slow: ram",
+            "Name another folder on a local disk (place: folder), or set place: slow: ram",
         ) from None  # fmt: skip
 
 
@@ -124,5 +124,5 @@ def _reserve(file: Any, size: int) -> None:
 def _too_small(size: int, folder: str | Path, what: str, why: str) -> DoesNotFit:
     return DoesNotFit(
         f"{gib(size)} for {what} in {folder}", why,
-        "Name a folder with room (place: folder), make room, or take a smaller table",
+        "Name a folder with more space (place: folder), free some, or use a smaller table",
     )  # fmt: skip

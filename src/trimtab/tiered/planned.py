@@ -30,12 +30,12 @@ QUANTILES = [NormalDist().inv_cdf((at + 0.5) / 32) for at in range(32)]
 class PlannedStore(TieredStore):
     """A table of a model on the meta device. It takes no memory, and no row of it ever changes.
 
-    `clock`: counts the seconds of work on it (cost/roofline.Clock), if the planner has set one. `asked`: how many
-    tokens of a backward pass used rows, and how many rows each.
+    `clock`: counts the seconds of work on it (cost/roofline.Clock), if the planner has set one. `used`: how many tokens
+    of a backward pass used rows, and how many rows each.
     """
 
     clock: Any = None
-    asked = (0, 0)
+    used = (0, 0)
     needs_transfer = False
     model_device = torch.device("meta")
 
@@ -70,7 +70,7 @@ class PlannedStore(TieredStore):
 
     def accumulate(self, rows: Sequence[int], grads: Sequence[Tensor] | Tensor) -> None:
         if self.clock is not None:
-            self.clock.moved(2 * len(rows) * self.parts[GRADS].nbytes, operations=len(rows))
+            self.clock.transfer(2 * len(rows) * self.parts[GRADS].nbytes, operations=len(rows))
 
     def whole(self, kind: str = VALUES) -> Tensor:
         part = self.parts[kind]
@@ -100,10 +100,10 @@ class PlannedGroups(Groups):
         if store.clock is None:
             return
         size = max(1, round(len(self.order) / self.times))
-        few = max(1, min(self.room, max(tokens, FEW) // size, round(self.times)))
+        few = max(1, min(self.chunk_rows, max(tokens, FEW) // size, round(self.times)))
         at = slice(0, few * size)
         with store.repeated(self.times / few):
-            store.clock.moved(few * store.parts[VALUES].nbytes / 2)  # their keys or values are read
+            store.clock.transfer(few * store.parts[VALUES].nbytes / 2)  # their keys or values are read
             yield PlannedGroups(*batch, self.tokens[at], [0] * few, [size] * few, at=at)
 
     def each(self, rows: Iterable[Any], *parts_XY: Tensor, turned_YX: Sequence[Tensor] = ()) -> Iterator[tuple]:
@@ -113,7 +113,7 @@ class PlannedGroups(Groups):
             yield next(iter(rows)), *first
 
     def accumulate(self, grads: Tensor) -> None:
-        self.store.asked = self.shape
+        self.store.used = self.shape
         with self.store.repeated(self.times):
             self.store.accumulate(self.rows, grads[: len(self.rows)])
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..foreign import foreach_copy
-from .mapped_file import MappedFile, map_file, require_memory, require_room
+from .mapped_file import MappedFile, map_file, require_memory, require_space
 from .record import GRADS, VALUES, adjacent_parts, layout
 from .rows import Rows
 
@@ -74,7 +74,7 @@ class Table:
         size, tables = self.rows * self.record_bytes, f"{1 + more} tables of {self.rows} rows"
         if self.slow == "disk":
             if more:
-                require_room(size * (1 + more), folder, tables)
+                require_space(size * (1 + more), folder, tables)
             self._file = map_file(size, folder, self.name)
             return torch.frombuffer(self._file.map, dtype=torch.uint8).view(self.rows, self.record_bytes)
         require_memory(size * (1 + more), tables)

@@ -1,1 +1,1 @@
-"""Training as a user sees it: the verb, the patched model it trains, and the progress it shows."""
+"""`trimtab train`: the verb, the session with the patched model, and the progress display."""

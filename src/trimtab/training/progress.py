@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on, and the lines it leaves in metrics.jsonl."""
+"""Callbacks of a run: the progress display, metrics.jsonl, counts per step, and stopping."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from ..memory.guard import Guard
 from ..memory.meter import GIB, Meter
 
 Say = Callable[[str], None]
-NEAR = 0.85, 0.97  # shares of the budget from which on the bar is yellow, and red
+NEAR = 0.85, 0.97  # shares of the budget at which the bar becomes yellow and red
 
 
 def speaker(quiet: bool = False) -> Say:
-    """A function that tells the user one line: on standard error, styled on a terminal, plain elsewhere."""
+    """A function that prints one line on standard error; with `quiet` it prints nothing."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     return lambda line: None if quiet else console.print(line, markup=False)
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON line per log: step, seconds since training began (or went on), loss, learning rate, tokens.
+    """Writes one JSON line per log: step, seconds since training began or resumed, loss, learning rate, tokens.
 
-    A resumed run first drops lines past its checkpoint, and the summary of the part before.
+    A resumed run first removes lines after its checkpoint, and the earlier summary.
     """
 
     def __init__(self, path: Path):
@@ -67,7 +67,7 @@ def _step_of(line: str) -> int:
 
 
 class Steps(TrainerCallback):
-    """Counts tokens and seconds per step, calls the surgeries around each step, and watches one step's live tensors."""
+    """Counts tokens and seconds per step, calls the surgeries around steps, and measures one step's live tensors."""
 
     def __init__(self, surgeries: Sequence[Surgery], meter: Meter, model: Any, as_loaded: Sequence[Any] = ()):
         self.surgeries, self.meter, self.model = surgeries, meter, model
@@ -77,7 +77,7 @@ class Steps(TrainerCallback):
         self.trace: Trace | None = None  # while a step is metered
         self._metering = contextlib.ExitStack()
         self.live_peak = self.live_mapped = 0
-        self.live_phase, self.live_bytes = "", {}  # where in the step the peak was, and what was held then, by kind
+        self.live_phase, self.live_bytes = "", {}  # the phase of the step with the peak, and its bytes by kind
         self.trainer: Any = None
         self.first = 0
         self._counted = 0
@@ -85,7 +85,7 @@ class Steps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first = state.global_step
-        if self.first and args.process_index == 0:  # resumed: the checkpoint's count is that of all processes
+        if self.first and args.process_index == 0:  # resumed: the checkpoint's count covers all processes
             self.trainer._total_train_tokens = state.num_input_tokens_seen
         self._counted = self.trainer._total_train_tokens
         self.meter.mark("train")
@@ -93,8 +93,8 @@ class Steps(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         for surgery in self.surgeries:
             surgery.before_step(state.global_step)
-        if state.global_step == self.first + 1:  # the second step: optimiser state is there, warm-up is over
-            # naming a table's tensors would bring its rows up to date, and this step would no longer be like the others
+        if state.global_step == self.first + 1:  # the second step: optimizer state exists, warm-up is over
+            # `own_tensors` of a table would bring its rows up to date, which other steps do not do
             own = [t for surgery in self.surgeries if not surgery.stores for t in surgery.own_tensors().values()]
             tables = [t for surgery in self.surgeries for store in surgery.stores for t in store.mapped()]
             inner = getattr(optimizer, "optimizer", optimizer)
@@ -116,7 +116,7 @@ class Steps(TrainerCallback):
         self.end_live()
         tokens = self.trainer._total_train_tokens - self._counted
         self._counted += tokens
-        # the first and the metered step are no measure of speed
+        # the first and the metered step do not count for the speed
         if not was_metered and state.global_step > self.first + 1:
             self.seconds.append(time.monotonic() - self._began)
             self.tokens.append(tokens)
@@ -144,10 +144,10 @@ class Steps(TrainerCallback):
 
 
 class Live(TrainerCallback):
-    """What a user watches: step, loss, tokens/s, time left, and the fast tier beside what it may hold.
+    """Shows step, loss, tokens/s, time left, and the use of the fast tier.
 
-    Two lines with a bar each on a terminal; plain lines elsewhere, ever more seldom, up to one a minute. `limit`: the
-    budget in bytes, if there is one.
+    On a terminal two lines with a bar each; elsewhere plain lines, less and less often, down to one per minute.
+    `limit`: the budget in bytes, if there is one.
     """
 
     def __init__(self, steps: Steps, say: Say, quiet: bool, limit: int | None = None):
@@ -159,7 +159,7 @@ class Live(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.step, self.last = state.global_step, state.max_steps
         if not self.quiet and sys.stderr.isatty():
-            # no thread of its own: it is drawn when a step ends
+            # no refresh thread: redrawn when a step ends
             self.live = LiveDisplay(self, console=Console(stderr=True), auto_refresh=False)
             self.live.start()
 
@@ -182,7 +182,7 @@ class Live(TrainerCallback):
 
     @property
     def speed(self) -> str:
-        """Nothing until a step has been timed: the first two are no measure."""
+        """Tokens per second; "" until a step has been timed (from the third on)."""
         rate = self.steps.tokens_per_second
         return f"{rate:,.0f} tokens/s" if rate else ""
 
@@ -193,7 +193,7 @@ class Live(TrainerCallback):
 
     @property
     def left(self) -> str:
-        """Time left, from the steps that were timed; nothing until there are some."""
+        """Time left, from the timed steps; "" until there are some."""
         taken = self.steps.seconds
         if not taken:
             return ""
@@ -201,7 +201,7 @@ class Live(TrainerCallback):
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The two lines, in the width there is: what matters least goes first."""
+        """The two lines, fitted to the terminal's width by dropping the least important figures."""
         figures = [text for text in (self.loss, self.left, self.speed) if text]
         name = f"step {self.step}/{self.last}"
         of = self.limit or self.steps.meter.total
@@ -213,13 +213,13 @@ class Live(TrainerCallback):
             figures.pop()
         second = max(len("  ".join(figures)), len(memory))
         table = Table.grid(padding=(0, 1))
-        room = options.max_width - first - second - 2
+        free = options.max_width - first - second - 2
         for label, done, whole, style, text in (
             (name, self.step, self.last, "cyan", "  ".join(figures)),
             ("fast tier", min(share, 1.0), 1.0, colour, Text(memory, style=colour if share >= NEAR[0] else "")),
         ):
-            bar = [ProgressBar(total=whole, completed=done, width=min(32, room), complete_style=style,
-                               finished_style=style)] if room >= 4 else []  # fmt: skip
+            bar = [ProgressBar(total=whole, completed=done, width=min(32, free), complete_style=style,
+                               finished_style=style)] if free >= 4 else []  # fmt: skip
             table.add_row(label, *bar, text)
         yield table
 
@@ -234,37 +234,37 @@ class Live(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C (or SIGTERM): the step is finished, a checkpoint written, the run ends. A second one ends it at once."""
+    """On Ctrl-C (or SIGTERM), finishes the step, writes a checkpoint and ends the run. A second one ends it at once."""
 
     def __init__(self, say: Say):
-        self.say, self.asked = say, False
+        self.say, self.requested = say, False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnInterrupt:
-        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+        if threading.current_thread() is threading.main_thread():  # Python handles signals only there
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._ask)
+                self._old[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         self.say("Stopping: finishing this step and writing a checkpoint (again to stop at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.asked = _any_process(self.asked, args)
-        if self.asked:
+        self.requested = _any_process(self.requested, args)
+        if self.requested:
             control.should_save = control.should_training_stop = True
         return control
 
 
 class StopAtLimit(TrainerCallback):
-    """The guard has tripped: the step is finished, a checkpoint written, the run ends."""
+    """When the guard has tripped, finishes the step, writes a checkpoint and ends the run."""
 
     def __init__(self, guard: Guard, meter: Meter):
         self.guard, self.meter = guard, meter
@@ -272,13 +272,13 @@ class StopAtLimit(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.meter.sample()
         if _any_process(bool(self.guard.why), args):
-            self.guard.why = self.guard.why or "machine"  # another process's
+            self.guard.why = self.guard.why or "machine"  # another process's guard tripped
             control.should_save = control.should_training_stop = True
         return control
 
 
 def _any_process(flag: bool, args: Any) -> bool:
-    """Whether `flag` is set in one of the processes: all of them stop after the same step."""
+    """Whether `flag` is set in any process, so that all stop after the same step."""
     if args.world_size > 1:
         flags = torch.tensor(float(flag), device=args.device)
         torch.distributed.all_reduce(flags)

@@ -1,7 +1,7 @@
-"""A run's parts, from the loaded model to the trainer that steps it, and the way back.
+"""A training session: the loaded model, its patches and its trainer.
 
-`Session` loads what a recipe names (what is cheap to refuse first), applies the patches when it is entered, trains when
-told to, and leaves the model as it was. Limits and the report are train.py's.
+`Session` loads what a recipe names (cheap checks first), applies the patches on entry, trains in `fit`, and restores
+the model on exit. train.py adds limits and the report.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from ..engine.divergence import Diverged, StopIfDiverged, chance_of
 from ..engine.inputs import calibration_batches, largest_batch, make_trainer, read_inputs
 from ..engine.objectives import arguments_class
 from ..engine.patching import apply_patches, prepare, revert
-from ..engine.prepare import as_it_was, autocast_dtype, prepared
+from ..engine.prepare import autocast_dtype, restore_model, training_forward
 from ..engine.start import checked, loss_compared
 from ..engine.tables import notes_of
-from ..engine.trainers import Job
-from ..engine.trainers import quiet as hush
+from ..engine.trainers import Job, remove_printing
 from ..errors import BadInput
 from ..memory.guard import Guard, hard_limit, ran_out
 from ..memory.meter import Meter
@@ -46,13 +45,13 @@ class Ended:
 
     step: int
     wanted: int
-    why: str = ""  # "" (done), "interrupt", "budget", "machine", "diverged", or "refused": an allocation was
+    why: str = ""  # "" (done), "interrupt", "budget", "machine", "diverged", or "refused" (an allocation failed)
     mean_loss: float = 0.0
     diverged: Diverged | None = None
 
 
 class Session:
-    """What a recipe names, loaded. Within `with`: patched, with a trainer."""
+    """A recipe's model, data and training arguments. Within `with`, the model is patched and has a trainer."""
 
     def __init__(self, recipe: Recipe, output: Path, say: Say, quiet: bool):
         self.recipe, self.output, self.say, self.quiet = recipe, output, say, quiet
@@ -65,9 +64,9 @@ class Session:
         set_seed(self.args.seed)
         self.objective = weighed(self.objective, self.args)
         if self.rows.regression and getattr(self.objective, "smoothing", 0.0):
-            raise BadInput("label smoothing", "the labels of data.train are numbers, not classes", "Take it out")
+            raise BadInput("label smoothing", "the labels of data.train are numbers, not classes", "Remove it")
         self.model = self._model()
-        self.main = self.args.process_index == 0  # of several processes one writes and speaks
+        self.main = self.args.process_index == 0  # only this process writes and prints
         if not self.main:
             self.say, self.quiet = (lambda line: None), True
         head, spec = self.objective.head, recipe.model
@@ -81,13 +80,13 @@ class Session:
 
     def __enter__(self) -> Session:
         dtype = self.model.dtype
-        with contextlib.ExitStack() as way_back:
-            way_back.callback(self._revert)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._revert)
             self.meter.start()
-            way_back.callback(self.meter.stop)
-            held = (*self.model.parameters(), *self.model.buffers())
-            self.as_loaded = [weakref.ref(t.untyped_storage()) for t in held]  # a patch may keep some of it aside
-            require_unchanged = way_back.enter_context(loss_compared(self.model, self.objective))
+            undo.callback(self.meter.stop)
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            self.as_loaded = [weakref.ref(t.untyped_storage()) for t in tensors]  # patches may keep some to revert
+            require_unchanged = undo.enter_context(loss_compared(self.model, self.objective))
             batches = calibration_batches(self.recipe, self.inputs, self.args, self.place.device)
             self.surgeries += apply_patches(self.model, self.patches, self.place, When.TRAIN, batches)
             half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
@@ -95,26 +94,26 @@ class Session:
             if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
                 raise BadInput(
                     f"train {', '.join(map(str, self.recipe.patches))} with {sharder}",
-                    "it cuts up the parameters beside a table in the slow tier, which cannot be stepped then",
-                    "Start plain data parallelism, with torchrun",
+                    "it shards the parameters beside a table in the slow tier, whose rows cannot be stepped then",
+                    "Use plain data parallelism, with torchrun",
                 )
             self.surgeries += prepare(self.model, self.stepper, self.objective)
             for note in notes_of(self.surgeries, str(self.place.folder)):
                 self.say(note)
-            way_back.enter_context(as_it_was(self.model))
-            way_back.enter_context(_folder(self.output))
+            undo.enter_context(restore_model(self.model))
+            undo.enter_context(_folder(self.output))
             job = Job(
                 self.objective, self.stepper, self.surgeries, self.base, dtype, self.recipe.data.too_long, self.say
             )
             self.trainer = make_trainer(job, self.recipe, self.model, self.args, self.inputs)
-            hush(self.trainer)
+            remove_printing(self.trainer)
             self.recipe = checked(self.trainer, self.recipe, self.say, gradients=True, autocast=half)
             self.objective = job.objective = weighed(self.recipe.load_objective(), self.args)
-            self._way_back = way_back.pop_all()
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._way_back.__exit__(*error)
+        self._undo.__exit__(*error)
 
     def _revert(self) -> None:
         revert(self.surgeries)
@@ -129,7 +128,7 @@ class Session:
         return args
 
     def _reply_form(self) -> ReplyForm:
-        """The form of reply that the rows teach, which the adapter's folder keeps."""
+        """The format of replies in the training rows, which is stored in the adapter folder."""
         from ..data.chat import reply_form
 
         return reply_form(self.rows, self.recipe.data, self.tokenizer, getattr(self.args, "eos_token", None))
@@ -153,11 +152,11 @@ class Session:
     # --- training ------------------------------------------------------------------------------------------------
 
     def largest_batch(self) -> dict[str, Any]:
-        """Of the rows that it trains on (engine/inputs.py)."""
+        """The size of the largest training batch (engine/inputs.py)."""
         return largest_batch(self.trainer)
 
     def fit(self, checkpoint: Path | None, limit: int | None, hard: bool = False) -> Ended:
-        """Train, from `checkpoint` on where one is given, within `limit` bytes of the fast tier."""
+        """Trains, from `checkpoint` on if one is given, within `limit` bytes of the fast tier."""
         trainer, meter = self.trainer, self.meter
         self.guard = Guard.of(limit, self.place.device)
         self.steps = Steps(self.surgeries, meter, self.model, self.as_loaded)
@@ -174,7 +173,7 @@ class Session:
         if self.recipe.engine.stop_if_diverged:
             trainer.add_callback(StopIfDiverged(trainer, chance_of(self.model, self.rows.labels, self.rows.regression)))
         why, loss, diverged = "", 0.0, None
-        with prepared(self.model, self.objective, self.recipe), interrupt:
+        with training_forward(self.model, self.objective, self.recipe), interrupt:
             try:
                 with hard_limit(limit, self.place.device, meter) if hard and limit else contextlib.nullcontext():
                     loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
@@ -190,11 +189,11 @@ class Session:
                 meter.stop_watching(self.guard.see)
         done, wanted = trainer.state.global_step, trainer.state.max_steps
         if not why and done < wanted:
-            why = "interrupt" if interrupt.asked else self.guard.why
+            why = "interrupt" if interrupt.requested else self.guard.why
         return Ended(done, wanted, why, loss, diverged)
 
     def _reached(self, checkpoint: Path) -> Ended:
-        """No step is left after `checkpoint`: the run was killed before it wrote what it had trained. Load that."""
+        """Loads `checkpoint`, after which no step is left: the run was killed before it saved the adapter."""
         trainer = self.trainer
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
@@ -207,23 +206,23 @@ class Session:
 
 
 def sharded_by(args: Any) -> str:
-    """ "FSDP" or "DeepSpeed" where the arguments or the launcher ask for one of them, else ""."""
-    for name, asked in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
-        if asked or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true", "yes"):
+    """ "FSDP" or "DeepSpeed" if the arguments or the launcher request it, else ""."""
+    for name, requested in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
+        if requested or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true", "yes"):
             return name
     return ""
 
 
 @contextlib.contextmanager
 def _folder(output: Path) -> Any:
-    """The folder, made; a run that never began leaves no empty one behind."""
+    """Creates the folder; on exit, removes it if it is empty and did not exist before."""
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(
-                f"output: {output}", error.strerror or str(error), "Name a folder that can be made"
+                f"output: {output}", error.strerror or str(error), "Name a folder that can be created"
             ) from None
         yield
     finally:

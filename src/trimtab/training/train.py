@@ -1,8 +1,8 @@
-"""`trimtab train RECIPE.yaml`: read, load, patch, train, save, report.
+"""`trimtab train RECIPE.yaml`: reads, loads, patches, trains, saves and reports.
 
-The order is chosen so that what is cheap to refuse is refused first: the recipe, then the output folder, then the
-data, then the model. Nothing is written before all of them are found good. A run whose plan exceeds its budget does not
-start; one that holds too much as it goes on is stopped with a checkpoint (memory/guard.py).
+Cheap checks come first: the recipe, then the output folder, the data, the model. Nothing is written before all of them
+pass. A run whose plan exceeds its budget does not start; one that uses too much is stopped with a checkpoint
+(memory/guard.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..artifacts.run_folder import begin_run, checkpoints, finished_run, lock_ru
 from ..cost.machine import machine, now, versions
 from ..errors import BadInput, Interrupted, Stopped
 from ..memory.meter import GIB
-from ..quiet import hushed, no_dataset_bars
+from ..quiet import no_dataset_bars, silence_libraries
 from ..recipe import Recipe
 
 if TYPE_CHECKING:
@@ -30,29 +30,29 @@ if TYPE_CHECKING:
     from .session import Ended, Session
 
 
-@hushed()
+@silence_libraries()
 @no_dataset_bars()
 def train(
     recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None = None, hard: bool = False
 ) -> dict[str, Any]:
-    """Run a recipe; returns what run.json holds. `hard`: its budget of the fast tier is a limit of the process too.
+    """Runs a recipe; -> the content of run.json. `hard`: its budget of the fast tier also limits the process.
 
-    Raises BadInput for what the user must mend, DoesNotFit before a run that its budget does not hold, Stopped for one
-    that held too much on the way, and Interrupted after Ctrl-C (a checkpoint is then in the folder).
+    Raises BadInput for a mistake in the recipe or the data, DoesNotFit before a run that would exceed its budget,
+    Stopped during a run that exceeds it, and Interrupted after Ctrl-C (with a checkpoint in the folder).
     """
     began = time.monotonic()
     if not recipe.trains:
         have = "the recipe has no patch" + (" that is trained" if recipe.patches else "")
         raise BadInput("train", have, f"Add one under patches: {', '.join(methods.names('patch', 'train'))}")
     if hard and not (recipe.budget or {}).get("fast"):
-        raise BadInput("train --hard", "the recipe states no budget.fast", "Say, for example, budget.fast=2GiB")
+        raise BadInput("train --hard", "the recipe has no budget.fast", "Set it, for example budget.fast=2GiB")
     from .progress import speaker
 
     say = say or speaker(quiet)
     with lock_run(recipe.output, f"train into {recipe.output}"):
         output, checkpoint = open_run(recipe)
         if recipe.resume and (done := finished_run(recipe, checkpoint)):
-            say(f"{output} is finished after {done['steps']} steps: nothing is left to train, and nothing was changed")
+            say(f"{output} finished after {done['steps']} steps: there is nothing left to train")
             return done
         if checkpoint is not None:
             check_files(checkpoint)
@@ -63,24 +63,24 @@ def _run(
     recipe: Recipe, output: Path, checkpoint: Path | None, quiet: bool, say: Callable[[str], None], hard: bool,
     began: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Load, train from `checkpoint` on, and save; -> what run.json holds."""
+    """Loads, trains (from `checkpoint` on) and saves; -> the content of run.json."""
     from ..artifacts.adapter import save_adapter
-    from ..engine.tables import row_numbers
+    from ..engine.tables import row_parameters
     from ..planning.remembered import shown
     from .session import Session  # imports TRL: after the cheap checks
 
     session = Session(recipe, output, say, quiet)
-    _possible(session)
-    with _trouble_writing_told(output), session:
+    _check_shortest(session)
+    with _write_errors(output), session:
         say = session.say
         made = _planned(session)
         if session.main:  # nothing is written before this line
             begin_run(output, recipe, resumed=checkpoint is not None)
         trainable = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
-        trainable += row_numbers(session.surgeries)
+        trainable += row_parameters(session.surgeries)
         total = sum(t.numel() for s in session.surgeries for t in s.own_tensors().values())
         patches = " + ".join(map(methods.name_of, session.patches))
-        say(f"{patches} on {recipe.model.name}: {trainable:,} numbers are trained")
+        say(f"{patches} on {recipe.model.name}: {trainable:,} trained parameters")
         ended = session.fit(checkpoint, made.budget.fast if made else None, hard)
         if ended.why:
             raise _stopped(session, ended, made, hard)
@@ -96,31 +96,32 @@ def _run(
         if session.main:
             save_adapter(output / "adapter", session.surgeries, session.base)
             write_json(output / "run.json", trained)
-        _tell(trained, output, say)
+        _report(trained, output, say)
         return trained
 
 
 @contextlib.contextmanager
-def _trouble_writing_told(output: Path) -> Iterator[None]:
+def _write_errors(output: Path) -> Iterator[None]:
+    """BadInput for a folder that was removed or cannot be written."""
     try:
         yield
     except OSError as error:
         if error.errno == errno.ENOENT and not output.is_dir():
             raise BadInput(
-                f"write into {output}", "the folder has gone since the run began",
-                "Start the run anew, and leave its folder where it is until it ends",
+                f"write into {output}", "the folder was removed during the run",
+                "Start the run again, and leave its folder in place until it ends",
             ) from error  # fmt: skip
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         raise BadInput(
-            f"write into {output}", error.strerror or str(error), "Make room, or name another output"
+            f"write into {output}", error.strerror or str(error), "Free some space, or name another output"
         ) from error
 
 
-def _possible(session: Session) -> None:
-    """Refuse a run whose budget would not hold its shortest batch before tables are made: they may be large.
+def _check_shortest(session: Session) -> None:
+    """DoesNotFit if even the shortest batch exceeds the budget, before tables are allocated: they may be large.
 
-    How long its rows are is known only when there is a trainer; `_planned` refuses what the longest would exceed.
+    The lengths of rows are known only with a trainer; `_planned` checks the longest.
     """
     from ..memory.meter import process_memory
     from ..planning.fit import require_fit
@@ -129,14 +130,14 @@ def _possible(session: Session) -> None:
     recipe = session.recipe
     if recipe.budget and session.args.world_size == 1 and any(patch.uses_tables for patch in session.patches):
         made = plan(recipe, args=session.args, rows=1, tokens=2, process=0)
-        here = max(0, process_memory()["anon"] - made.kinds.get("weights", 0))  # they are loaded by now
+        here = max(0, process_memory()["anon"] - made.kinds.get("weights", 0))  # the weights are loaded already
         require_fit(dataclasses.replace(made, process=here, phase="with one row of two tokens"), recipe)
 
 
 def _planned(session: Session) -> Plan | None:
-    """What the plan predicts for the longest rows. A run over its `budget:` is refused here.
+    """The plan for the longest rows. DoesNotFit if it exceeds the recipe's budget.
 
-    Without a budget, a run that the planner does not cover goes on without a prediction.
+    None, without a budget, for a run that the planner does not cover.
     """
     from ..planning.fit import require_fit
     from ..planning.plan import plan
@@ -144,7 +145,7 @@ def _planned(session: Session) -> Plan | None:
     recipe = session.recipe
     if session.args.world_size > 1:
         if recipe.budget:
-            raise BadInput("budget: with several processes", "the planner knows runs of one process", "Take it out")
+            raise BadInput("budget: with several processes", "only runs of one process can be planned", "Remove it")
         return None
     try:
         made = plan(recipe, args=session.args, **session.largest_batch())
@@ -152,8 +153,8 @@ def _planned(session: Session) -> Plan | None:
         if recipe.budget:
             raise
         return None
-    held = made.start_bytes - made.process
-    made = dataclasses.replace(made, process=max(0, session.meter.rebase() - held), disk=None)  # tables are made by now
+    loaded = made.start_bytes - made.process
+    made = dataclasses.replace(made, process=max(0, session.meter.rebase() - loaded), disk=None)  # tables exist already
     if recipe.budget:
         require_fit(made, recipe)
         session.say(f"planned: {made.fast_peak_bytes / GIB:.2f} GiB of the fast tier at the peak")
@@ -161,44 +162,44 @@ def _planned(session: Session) -> Plan | None:
 
 
 def _stopped(session: Session, ended: Ended, made: Plan | None, hard: bool) -> Exception:
-    """The error that a run ends with which did not come to its end."""
+    """The exception for a run that stopped early."""
     from ..planning.fit import advice
 
     output, guard = session.output, session.guard
     at = f"step {ended.step} of {ended.wanted}"
     left = checkpoints(output)
     if ended.why == "interrupt":
-        return Interrupted(f"stopped after {at}", f"{left[-1]} holds everything", "Go on with resume=true")
+        return Interrupted(f"stopped after {at}", f"{left[-1]} is complete", "Continue with resume=true")
     if ended.diverged:
         good = [path for path in left if int(path.name.split("-")[-1]) <= ended.diverged.good]
         have = f"{ended.diverged.what}; "
         have += f"{good[-1]} is from before that" if good else "no checkpoint is from before that"
         rate = session.args.learning_rate
-        how = f"Begin again with overwrite=true and training.learning_rate={rate / 4:.1e} (it was {rate:.1e})"
-        return Stopped(f"step {ended.step + 1} of {ended.wanted}", have, f"{how}, or say engine.stop_if_diverged=false")
+        how = f"Start again with overwrite=true and training.learning_rate={rate / 4:.1e} (it was {rate:.1e})"
+        return Stopped(f"step {ended.step + 1} of {ended.wanted}", have, f"{how}, or set engine.stop_if_diverged=false")
     limit = guard.budget
     if ended.why == "refused":
         asked = f"step {ended.step + 1} of {ended.wanted}"
         asked += f" within {guard.budget / GIB:.2f} GiB (--hard)" if hard and guard.budget else ""
-        have = "an allocation was refused" if guard.budget else "the memory ran out"
-        held = max(guard.most, (limit or 0) + 1)
+        have = "an allocation failed" if guard.budget else "the memory ran out"
+        used = max(guard.most, (limit or 0) + 1)
     else:
         asked, have = guard.describe()
-        have, held = f"{have} up to {at}, where it was stopped", guard.most
+        have, used = f"{have} up to {at}, where it was stopped", guard.most
         if ended.why == "machine":
             limit = None
     have += f"; {left[-1]} is complete" if left else "; no checkpoint had been written yet"
-    how = "Go on with resume=true and" if left else "Begin again with overwrite=true and"
-    return Stopped(asked, have, f"{how} {advice(session.recipe, made, held, limit)}")
+    how = "Continue with resume=true and" if left else "Start again with overwrite=true and"
+    return Stopped(asked, have, f"{how} {advice(session.recipe, made, used, limit)}")
 
 
 def _record(session: Session, began: float) -> dict[str, Any]:
-    """What the run did and held: the measured part of run.json."""
+    """The measured part of run.json."""
     from ..engine.tables import traffic
 
     trainer, steps = session.trainer, session.steps
     tokens = trainer.tokens()
-    share = trainer._total_train_tokens / max(tokens, 1)  # what this process saw of them
+    share = trainer._total_train_tokens / max(tokens, 1)  # this process's share of them
     return {
         "steps": trainer.state.global_step,
         "tokens": tokens,
@@ -226,13 +227,13 @@ def _kept_step(trainer: Any) -> int:
 
 
 def _newest(trainer: Any, key: str) -> dict[str, Any]:
-    """The newest line of the log with `key` up to the step whose weights were kept."""
-    kept = _kept_step(trainer)
-    return next((row for row in reversed(trainer.state.log_history) if key in row and row["step"] <= kept), {})
+    """The newest line of the log with `key` up to the step whose weights the adapter has."""
+    last = _kept_step(trainer)
+    return next((row for row in reversed(trainer.state.log_history) if key in row and row["step"] <= last), {})
 
 
 def _evaluation(trainer: Any) -> dict[str, float]:
-    """The `eval_*` figures of the weights that were kept, where the recipe asked for evaluation on the way."""
+    """The `eval_*` figures of the adapter's weights, if the recipe evaluates during training."""
     return {key: value for key, value in _newest(trainer, "eval_loss").items() if key.startswith("eval_")}
 
 
@@ -241,19 +242,19 @@ def _final_loss(trainer: Any) -> float | None:
     return None if loss is None else float(loss)
 
 
-def _tell(run: dict[str, Any], output: Path, say: Callable[[str], None]) -> None:
+def _report(run: dict[str, Any], output: Path, say: Callable[[str], None]) -> None:
     measured = run["measured"]
     loss = "" if run["final_loss"] is None else f", loss {run['final_loss']:.3f}"
     if run["kept_step"] != run["steps"]:
         loss += f" at step {run['kept_step']}, the best, whose weights are kept"
-    rate = measured["tokens_per_second"]  # 0 where no step was timed
+    rate = measured["tokens_per_second"]  # 0 if no step was timed
     speed = f", {rate:,.0f} tokens/s" if rate else ""
     say(f"{run['steps']} steps, {run['tokens']:,} tokens{loss}{speed}")
     growth = measured["fast_growth_bytes"] / GIB
     say(f"fast tier: {measured['fast_peak_bytes'] / GIB:.2f} GiB at the peak, {growth:.2f} GiB of it for this run")
     if "store_up_bytes_per_step" in measured:
-        moved = measured["store_up_bytes_per_step"] + measured["store_down_bytes_per_step"]
+        transferred = measured["store_up_bytes_per_step"] + measured["store_down_bytes_per_step"]
         share = measured.get("store_prefetch_hit_rate")
-        ahead = "" if share is None else f", {share:.0%} of the rows read ahead in time"
-        say(f"tables: {moved / GIB:.2f} GiB moved a step{ahead}")
+        ahead = "" if share is None else f", {share:.0%} of the rows prefetched in time"
+        say(f"tables: {transferred / GIB:.2f} GiB transferred per step{ahead}")
     say(f"{output / 'adapter'}: the adapter    {output / 'run.json'}: all figures")

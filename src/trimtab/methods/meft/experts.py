@@ -126,7 +126,7 @@ def back(
     sorted_XB = fired_TC.view(-1, store.shape[0]).index_select(0, groups.order)
     gates_X = None if gate_TP is None else gate_TP.flatten()[groups.order].unsqueeze(1)
     all_XB = torch.empty_like(sorted_XB)
-    grads_EBD = h_TD.new_empty(groups.room, *store.shape)
+    grads_EBD = h_TD.new_empty(groups.chunk_rows, *store.shape)
     of_keys_BD, of_values_BD = grads_EBD[..., :D].unbind(), grads_EBD[..., D:].unbind()
     rows = store.fetch(groups.rows, (VALUES, GRADS))
     keys_BD = cut(rows, lambda row: row[..., :D], h_TD.dtype)

@@ -153,15 +153,15 @@ class Meft(Patch):
                 raise BadInput(f'meft: {field}: "{value}"', "there is no such choice", nearest(value, words))
         for field, least in {**LEAST, "cap": self.cap and self.probes}.items():
             if not least <= (value := getattr(self, field)) < math.inf:  # which no NaN is
-                raise BadInput(f"meft: {field}: {value}", f"a number of at least {least} is needed",
-                               f"Say {field}: {getattr(Meft, field)}")  # fmt: skip
+                raise BadInput(f"meft: {field}: {value}", f"it must be {least} or more",
+                               f"Set {field}: {getattr(Meft, field)}")  # fmt: skip
         if not 0 < self.scale < math.inf:
-            raise BadInput(f"meft: scale: {self.scale}", "a number above 0 is needed", f"Say scale: {Meft.scale}")
+            raise BadInput(f"meft: scale: {self.scale}", "it must be above 0", f"Set scale: {Meft.scale}")
         if self.semantics == "union" and self.router == "gate":
             raise BadInput("meft: semantics: union with router: gate", "algorithm 1 has no gate: a token uses pairs of "
-                           "experts that it did not probe", "Say router: centroid")  # fmt: skip
+                           "experts that it did not probe", "Set router: centroid")  # fmt: skip
         if self.experts is not None and not 1 <= self.experts <= self.r:
-            raise BadInput(f"meft: experts: {self.experts}", f"there are {self.r} pairs", "Say fewer, or none at all")
+            raise BadInput(f"meft: experts: {self.experts}", f"there are {self.r} pairs", "Use fewer, or omit it")
         if self.experts:
             block = math.ceil(self.r / self.experts)
         else:  # fine enough that a large batch touches less than half, and K candidates a token

@@ -7,8 +7,8 @@ import torch
 import transformers as T
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab.model.efficient import lean
-from trimtab.model.efficient_experts import EXPERTS, LAST, pieces, rows_by_expert
+from trimtab.model.fused_experts import EXPERTS, LAST, pieces, rows_by_expert
+from trimtab.model.fused_ops import fuse_ops
 
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -46,7 +46,7 @@ def test_pieces_cover_the_rows_and_have_few_sizes(rows):
 def test_the_numbers_are_the_librarys(family):
     model = mixture(family)
     own = passed(model)
-    swaps = lean(model, forms=("experts",))
+    swaps = fuse_ops(model, ops=("experts",))
     assert model.config._experts_implementation == EXPERTS
     ours = passed(model)
     swaps.undo()
@@ -80,7 +80,7 @@ class Rows(TorchDispatchMode):
 
 def test_products_have_few_shapes_whatever_the_routing():
     model = mixture("Mixtral")
-    swaps = lean(model, forms=("experts",))
+    swaps = fuse_ops(model, ops=("experts",))
     with torch.no_grad(), Rows() as rows:
         for seed in range(6):
             ids = torch.randint(0, 128, (3, 50), generator=torch.Generator().manual_seed(seed))
@@ -95,7 +95,7 @@ def test_others_are_left_to_the_library(case):
     model = mixture("Mixtral", torch.float32 if case == "fp32" else torch.bfloat16)
     if case == "trained":
         model.model.layers[0].mlp.experts.requires_grad_(True)
-    swaps = lean(model, forms=("experts",))
+    swaps = fuse_ops(model, ops=("experts",))
     passed(model)
     swaps.undo()
     assert case == "fp32" or model.model.layers[0].mlp.experts.down_proj.grad is not None
@@ -104,6 +104,6 @@ def test_others_are_left_to_the_library(case):
 def test_a_model_without_experts_keeps_its_setting():
     model = T.LlamaForCausalLM(T.LlamaConfig(**SMALL)).bfloat16()
     had = getattr(model.config, "_experts_implementation", None)
-    swaps = lean(model)
+    swaps = fuse_ops(model)
     assert getattr(model.config, "_experts_implementation", None) == had
     swaps.undo()

@@ -1,4 +1,4 @@
-"""The lean forms against the modules they stand for, and what they must not touch."""
+"""The fused operations against the modules they stand for, and what they must not touch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conftest import MODELS, logits, tiny_batch
 from test_laws import same, snapshot, values
-from trimtab.model import efficient as module
-from trimtab.model.efficient import ATTENTION, lean, lean_attention
+from trimtab.model import fused_ops as module
+from trimtab.model.fused_ops import ATTENTION, fuse_ops, fused_attention
 
 
 def both(stock, ours, *inputs, leaves=()):
@@ -60,12 +60,12 @@ def test_other_norms_are_left_alone():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mistral"])
 def test_a_block_gives_the_same(family):
-    """The whole model, norms and gated FFNs lean (fp32: attention stays stock): logits and all gradients."""
+    """The whole model, norms and gated FFNs fused (fp32: attention stays stock): logits and all gradients."""
     model = MODELS[family]()
     batch, grads, losses = tiny_batch(model), [], []
     weights, before, attention = values(model), snapshot(model), model.config._attn_implementation
-    for lean_too in (False, True):
-        swaps = lean(model) if lean_too else None
+    for fused in (False, True):
+        swaps = fuse_ops(model) if fused else None
         if swaps:
             changed = [m for m in model.modules() if "forward" in vars(m)]
             norms = sum("Norm" in type(m).__name__ for m in changed)
@@ -96,8 +96,8 @@ def test_in_bf16_with_padding(family, padding):
     if batch["labels"].dim() == 2:
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     half, found = copy.deepcopy(truth).to(torch.bfloat16), []
-    for model, lean_too in ((truth, False), (half, False), (half, True)):
-        swaps = lean(model) if lean_too else None
+    for model, fused in ((truth, False), (half, False), (half, True)):
+        swaps = fuse_ops(model) if fused else None
         model.zero_grad()
         out = model(**batch)
         out.loss.backward()
@@ -141,7 +141,7 @@ def test_attention(heads, kind):
     weight = (torch.randn(B, T, H, D) * count[:, :, None, None]).to(torch.bfloat16)
     found, calls = [], []
     real = module._Attention.apply
-    for function in (sdpa_attention_forward, lean_attention):
+    for function in (sdpa_attention_forward, fused_attention):
         leaves = [t.clone().requires_grad_() for t in (query, key, value)]
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(module._Attention, "apply", lambda *a: (calls.append(1), real(*a))[1])
@@ -163,7 +163,7 @@ def test_attention_under_autocast(masked):
     mask = torch.ones(T, T, dtype=torch.bool).tril().expand(B, 1, T, T) if masked else None
     weight, found, calls = torch.randn(B, T, H, D), [], []
     real = module._Attention.apply
-    for function, on in ((sdpa_attention_forward, False), (sdpa_attention_forward, True), (lean_attention, True)):
+    for function, on in ((sdpa_attention_forward, False), (sdpa_attention_forward, True), (fused_attention, True)):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
         with pytest.MonkeyPatch.context() as patched, torch.autocast("cpu", torch.bfloat16, enabled=on):
             patched.setattr(module._Attention, "apply", lambda *a: (calls.append(a), real(*a))[1])
@@ -189,12 +189,12 @@ def test_what_stays_with_sdpa(why, monkeypatch):
         q = q[:, :, :1]
     mask = torch.ones(1, 1, q.shape[2], 6, dtype=torch.bool) if why == "cache" else None
     more = {"window": {"sliding_window": 3}, "sink": {"s_aux": torch.zeros(2)}}.get(why, {})
-    lean_attention(Layer, q, k, v, mask, dropout=0.1 if why == "dropout" else 0.0, **more)
+    fused_attention(Layer, q, k, v, mask, dropout=0.1 if why == "dropout" else 0.0, **more)
 
 
 def test_masks_are_not_kept_after_their_pass():
     model = MODELS["llama"]().to(torch.bfloat16)
-    swaps = lean(model)
+    swaps = fuse_ops(model)
     batch = tiny_batch(model)
     model(**batch).loss.backward()
     assert module._biases.mask is None and module._biases.bias is None
@@ -205,13 +205,13 @@ def test_two_masks_in_turn():
     """A mask that takes the place of another must not be served the other's bias."""
     model = MODELS["llama"]().to(torch.bfloat16)
     batch = tiny_batch(model)
-    swaps = lean(model)
+    swaps = fuse_ops(model)
     for rows in ([0, 1], [1, 2], [2], [0, 2]):
         part = {k: v[rows] for k, v in batch.items()}
         loss = model(**part).loss
         swaps.undo()
         assert loss.item() == pytest.approx(model(**part).loss.item(), rel=2e-2)
-        swaps = lean(model)
+        swaps = fuse_ops(model)
     swaps.undo()
 
 
@@ -219,13 +219,13 @@ def test_other_attention_is_left_alone():
     model = MODELS["llama"]()
     model.set_attn_implementation("eager")
     batch, outputs = tiny_batch(model), logits(model, tiny_batch(model))
-    swaps = lean(model)
+    swaps = fuse_ops(model)
     assert model.config._attn_implementation == "eager"
     assert torch.allclose(logits(model, batch), outputs, atol=1e-5)
     swaps.undo()
     assert model.config._attn_implementation == "eager"
     other = MODELS["llama"]()
-    swaps = lean(other)
+    swaps = fuse_ops(other)
     assert other.config._attn_implementation == ATTENTION
     swaps.undo()
 

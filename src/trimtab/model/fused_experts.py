@@ -1,9 +1,9 @@
-"""Stacked experts of a mixture, frozen, on a CPU in 16 bits: few shapes of products, however the tokens are routed.
+"""Frozen stacked experts (MoE) on a CPU in 16 bits, computed by matrix products of few distinct shapes.
 
-oneDNN keeps code for each number of rows that a product meets, and each expert has another number of tokens in each
-step: a run grows by tens of MiB a step (docs/LOG.md). Here an expert's rows are multiplied in pieces whose sizes are
-powers of two. What is left below 64 rows of an expert that has more is computed with the rows before it, once more; so
-there are some dozen sizes, and no padding.
+oneDNN caches code for each number of rows of a product, and the number of tokens per expert differs in each step, so a
+run's memory grows by tens of MiB per step (docs/LOG.md). Here an expert's rows are multiplied in pieces whose sizes are
+powers of two. A rest of less than 64 rows is computed as part of the last 64 rows, so some rows are computed twice.
+This needs about a dozen sizes and no padding.
 
 Legend: N tokens, K experts of each, S = N K rows sorted by expert, E experts, I and O in and out of a product.
 """
@@ -20,12 +20,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from .surgery import Swaps
 
-EXPERTS = "trimtab_lean_experts"
-LAST = 64  # rows of the last piece of an expert that has as many
+EXPERTS = "trimtab_fused_experts"
+LAST = 64  # rows of the last piece, if the expert has that many
 
 
-def lean_experts(model: PreTrainedModel, swaps: Swaps) -> None:
-    """Put them into a model whose experts go through the library's interface; others stay as they are."""
+def fuse_experts(model: PreTrainedModel, swaps: Swaps) -> None:
+    """Puts them into a model whose experts use the library's interface; other models stay unchanged."""
     had = getattr(model.config, "_experts_implementation", None)
     if had != "grouped_mm" or not any(hasattr(module, "_is_expert_parallel") for module in model.modules()):
         return
@@ -35,7 +35,7 @@ def lean_experts(model: PreTrainedModel, swaps: Swaps) -> None:
 
 
 def experts_forward(experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, share_NK: Tensor) -> Tensor:
-    """The library's interface of an experts module; weights that are trained, or not 16 bits on a CPU, are its own."""
+    """The library's interface of an experts module; trained weights, and any but 16-bit on a CPU, go to the library."""
     rising = experts.gate_up_proj if experts.has_gate else experts.up_proj
     ours = rising.device.type == "cpu" and rising.element_size() == 2 and hidden_NH.dtype == rising.dtype
     if not ours or rising.requires_grad or experts.down_proj.requires_grad or experts._is_expert_parallel:
@@ -60,7 +60,7 @@ def _linear(experts: nn.Module, name: str, x_SI: Tensor, ends_E: Tensor, expert_
 
 
 def pieces(start: int, end: int) -> Iterator[slice]:
-    """The rows from `start` to `end` in slices of powers of two; the last of 64 and more may overlap the one before."""
+    """Slices of power-of-two sizes that cover rows `start` to `end`; a last slice of 64 may overlap those before."""
     first = start
     while start < end:
         if end - start < LAST <= end - first:
@@ -73,7 +73,7 @@ def pieces(start: int, end: int) -> Iterator[slice]:
 
 @torch.library.custom_op("trimtab::rows_by_expert", mutates_args=())
 def rows_by_expert(x_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """-> (S, O): rows `ends[e - 1]` to `ends[e]` of x times weight e. No gradient goes to the weights."""
+    """-> (S, O): rows `ends[e - 1]` to `ends[e]` of x times weight e. The weights get no gradient."""
     out_SO = x_SI.new_empty(x_SI.shape[0], weight_EIO.shape[2])
     start = 0
     for expert, end in enumerate(ends_E.tolist()):

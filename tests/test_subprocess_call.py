@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from trimtab.subprocess_call import apart
+from trimtab.subprocess_call import subprocess_call
 
 
 def tell(*words: str) -> list[object]:
@@ -23,7 +23,7 @@ def die(code: str) -> None:
 
 
 def test_it_runs_elsewhere_and_what_it_gives_comes_back():
-    process, tree, *words = apart(tell, "a lake", "two", TREE="oak")
+    process, tree, *words = subprocess_call(tell, "a lake", "two", TREE="oak")
     assert process != os.getpid() and (tree, words) == ("oak", ["a lake", "two"])
     assert "TREE" not in os.environ
 
@@ -31,4 +31,4 @@ def test_it_runs_elsewhere_and_what_it_gives_comes_back():
 @pytest.mark.parametrize(("work", "told", "said"), [(fail, "no lake", "ValueError: no lake"), (die, "7", "code 7")])
 def test_what_fails_there_is_said_here(work, told, said):
     with pytest.raises(RuntimeError, match=said):
-        apart(work, told)
+        subprocess_call(work, told)

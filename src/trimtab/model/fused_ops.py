@@ -1,15 +1,15 @@
-"""Frozen parts of a block, computed so that backward keeps less and the CPU moves less: norms, gated FFNs, attention.
+"""Norms, gated FFNs and attention that save fewer activations for the backward pass and use less memory bandwidth.
 
-These change no weights and (to rounding) no outputs; they are put in for the length of a training run and taken out
-after it. Nothing is recognised by a model's name: a module is replaced only if, on a probe, ours gives what it gives.
+They change no weights and (except for rounding) no outputs. They are in a model only during training. No module is
+recognised by its name: it is replaced only if the fused form returns the same output on a probe.
 
     RMSNorm    saves its input and one number per token, instead of several fp32 copies
-    gated FFN  act(g) * u saves g and u, not act(g); with `recompute` it saves the FFN's input alone and multiplies by
-               the gate and up weights once more in backward: 1/8 more work, three fifths of a block's activations less
-    attention  three batched products and a softmax in 16 bits (the weights' type or autocast's), again in backward:
-               for the short sequences of fine-tuning on a CPU about twice as fast as the fused kernel. The scores are
-               rounded to 16 bits before the softmax, as transformers' eager attention does. Long sequences, CUDA,
-               inference, fp32, dropout and special kinds (sinks, soft caps) stay with transformers' SDPA.
+    gated FFN  act(g) * u saves g and u, not act(g); with `recompute` it saves only the FFN's input, and multiplies by
+               the gate and up weights again in backward: 1/8 more work, three fifths less activation memory of a block
+    attention  three batched products and a softmax in 16 bits (the weights' dtype or autocast's), recomputed in
+               backward: about twice as fast as the fused kernel for the short sequences of fine-tuning on a CPU. The
+               scores are rounded to 16 bits before the softmax, as in transformers' eager attention. Long sequences,
+               CUDA, inference, fp32, dropout and special kinds (sinks, soft caps) use transformers' SDPA.
 
 Legend: B batch, H query heads, K key/value heads, T tokens, D head width.
 """
@@ -31,41 +31,41 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..foreign import softmax_backward
-from .efficient_experts import lean_experts
+from .fused_experts import fuse_experts
 from .surgery import Swaps, is_patch
 
-ATTENTION = "trimtab_lean"
-FORMS = ("norm", "ffn", "attention", "experts")
-SCORES_BYTES = 32 * 2**20  # above this many bytes of attention probabilities the fused kernel holds less
+ATTENTION = "trimtab_fused"
+FUSED_OPS = ("norm", "ffn", "attention", "experts")
+SCORES_BYTES = 32 * 2**20  # above this many bytes of attention probabilities the fused kernel uses less memory
 
 
-def lean(model: PreTrainedModel, recompute: bool = False, forms: Collection[str] = FORMS) -> Swaps:
-    """Put the lean forms into `model`; `undo()` of what is returned takes them out.
+def fuse_ops(model: PreTrainedModel, recompute: bool = False, ops: Collection[str] = FUSED_OPS) -> Swaps:
+    """Puts the fused operations `ops` into `model`; `undo()` of the result removes them.
 
-    `recompute`: gated FFNs keep only their input for backward. `forms`: which of them.
+    `recompute`: gated FFNs save only their input for backward.
     """
     swaps = Swaps(model)
     fits: dict[tuple, str | None] = {}
     for module in model.modules():
-        if is_patch(module):  # to ask one for its weight may cost what the weight costs
+        if is_patch(module):  # reading its weight may compute it
             continue
         kind = (type(module), getattr(getattr(module, "weight", None), "dtype", None))
         if _looks_like_norm(module):
-            if "norm" in forms and kind not in fits:
+            if "norm" in ops and kind not in fits:
                 fits[kind] = _which_norm(module)
             if fits.get(kind):
                 swaps.set_attribute(module, "forward", _norm_forward(module, fits[kind] == "shifted"))
         elif all(isinstance(getattr(module, leaf, None), nn.Module) for leaf in ("gate_proj", "up_proj", "down_proj")):
-            act = _which_activation(getattr(module, "act_fn", None)) if "ffn" in forms else None
+            act = _which_activation(getattr(module, "act_fn", None)) if "ffn" in ops else None
             if act and type(module).__name__.endswith("MLP") and _is_gated(module):
                 swaps.set_attribute(module, "forward", _gated_forward(module, act, recompute))
-    if "attention" in forms and model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(ATTENTION, lean_attention)
-        AttentionMaskInterface.register(ATTENTION, lean_mask)
+    if "attention" in ops and model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(ATTENTION, fused_attention)
+        AttentionMaskInterface.register(ATTENTION, fused_mask)
         model.set_attn_implementation(ATTENTION)
         swaps.on_undo(lambda: model.set_attn_implementation("sdpa"))
-    if "experts" in forms:
-        lean_experts(model, swaps)
+    if "experts" in ops:
+        fuse_experts(model, swaps)
     return swaps
 
 
@@ -101,7 +101,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
     return (
         isinstance(weight, Tensor) and weight.dim() == 1 and getattr(module, "bias", None) is None
         and _eps(module) is not None and not isinstance(module, nn.LayerNorm) and not list(module.children())
-        and len(inspect.signature(type(module).forward).parameters) == 2  # itself and x: some take a gate as well
+        and len(inspect.signature(type(module).forward).parameters) == 2  # self and x: some norms also take a gate
     )  # fmt: skip
 
 
@@ -114,14 +114,14 @@ def _eps(module: nn.Module) -> float | None:
 def _which_norm(module: nn.Module) -> str | None:
     """ "plain" or "shifted" if `module` computes that RMS norm (outputs compared on a probe), else None."""
     random = torch.Generator().manual_seed(0)
-    twin, old = copy.deepcopy(module), module.weight  # with weights at which no other form gives the same
+    twin, old = copy.deepcopy(module), module.weight  # random weights: "plain" and "shifted" then differ
     weight = (torch.rand(old.shape, generator=random) + 0.25).to("cpu" if old.is_meta else old.device, old.dtype)
     twin.weight = nn.Parameter(weight, requires_grad=False)
     probe = torch.randn(3, weight.shape[0], generator=random).to(weight.device, weight.dtype) * 3
     with torch.no_grad():
         try:
             wanted = twin(probe)
-        except Exception:  # one that takes more, or another shape, is not the one we replace
+        except Exception:  # its forward needs other inputs: not an RMS norm
             return None
         for name, shifted in (("plain", False), ("shifted", True)):
             got = _RMSNorm.apply(probe, weight, _eps(module), shifted)
@@ -156,7 +156,7 @@ ACTIVATIONS = {"silu": (F.silu, _silu_slope), "gelu_tanh": (_gelu_tanh, _gelu_ta
 
 
 class _Gated(torch.autograd.Function):
-    """act(gate) * up, keeping gate and up only."""
+    """act(gate) * up; saves gate and up only."""
 
     @staticmethod
     def forward(ctx, gate, up, act: str):
@@ -180,7 +180,7 @@ def _which_activation(act) -> str | None:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    """Whether the class's own forward is down(act(gate(x)) * up(x)): asked with three toy functions for its linears."""
+    """Whether the class's forward is down(act(gate(x)) * up(x)), tested with three toy functions for its linears."""
     toy = _Toy()
     toy.act_fn = module.act_fn
     x = torch.linspace(-2, 2, 5)
@@ -188,7 +188,7 @@ def _is_gated(module: nn.Module) -> bool:
         with torch.no_grad():
             got = type(module).forward(toy, x)
             return torch.allclose(got, toy.down_proj(module.act_fn(toy.gate_proj(x)) * toy.up_proj(x)))
-    except Exception:  # a forward that needs more than these parts is not the one we replace
+    except Exception:  # its forward needs other parts too
         return False
 
 
@@ -214,7 +214,7 @@ def _gated_forward(module: nn.Module, act: str, recompute: bool):
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q k^T s + bias) v with grouped heads; the probabilities are computed again in backward."""
+    """softmax(q k^T s + bias) v with grouped heads; backward recomputes the probabilities."""
 
     @staticmethod
     def forward(ctx, query_BHTD, key_BKTD, value_BKTD, bias, scale: float):
@@ -242,7 +242,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float, batch: int) -> Tensor:
-    """-> (B K, H/K T, T). `bias` is (1, H/K T, T) for a mask that all rows share, or (B, 1, 1, T, T)."""
+    """-> (B K, H/K T, T). `bias`: (1, H/K T, T) for a mask that all rows share, or (B, 1, 1, T, T)."""
     if bias.dim() == 3:
         return torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale).softmax(-1)
     T = key.shape[1]
@@ -252,7 +252,7 @@ def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float, batch
 
 
 class _Biases:
-    """The additive form of the masks of one forward pass: made once, shared by all layers, dropped with the mask."""
+    """Additive masks of one forward pass, created once for all layers and freed with the mask."""
 
     def __init__(self, full_rows: bool = False):
         self.full_rows = full_rows
@@ -276,7 +276,7 @@ class _Biases:
         return self.causal[key]
 
     def of_mask(self, mask_B1TT: Tensor, like: Tensor) -> Tensor | None:
-        """None where a token may see nothing at all (left padding): SDPA gives zeros there, an added bias cannot."""
+        """None if a token sees no other (left padding): SDPA returns zeros there, which an added bias cannot."""
         if mask_B1TT.dtype == like.dtype:
             return mask_B1TT[:, :, None]
         same = self.mask is not None and self.mask() is mask_B1TT
@@ -296,27 +296,27 @@ _biases = _Biases()
 
 
 @contextlib.contextmanager
-def biases_apart(full_rows: bool = False) -> Iterator[None]:
-    """For tensors without content: no mask made before is used inside, and none made inside is used after.
+def fresh_biases(full_rows: bool = False) -> Iterator[None]:
+    """Within it, no mask from outside is reused; on exit, those from inside are dropped. For tensors without values.
 
-    `full_rows`: masks mask nothing, which transformers cannot see there.
+    `full_rows`: the masks mask no padding, which transformers cannot detect on such tensors.
     """
-    kept = vars(_biases).copy()
+    before = vars(_biases).copy()
     vars(_biases).update(vars(_Biases(full_rows)))
     try:
         yield
     finally:
-        vars(_biases).update(kept)
+        vars(_biases).update(before)
 
 
-def lean_mask(*args, **kwargs) -> Tensor | None:
+def fused_mask(*args, **kwargs) -> Tensor | None:
     """transformers' mask interface: as for SDPA."""
     local, length = kwargs.get("local_size"), kwargs.get("kv_length")
     causal = kwargs.get("allow_is_causal_skip") and (local is None or (length is not None and length < local))
     return None if _biases.full_rows and causal else sdpa_mask(*args, **kwargs)
 
 
-def lean_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+def fused_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
     """transformers' attention interface: (B, H, T, D) queries -> ((B, T, H, D), None)."""
     B, H, T, D = query.shape
     query, key, value = (_autocast(tensor) for tensor in (query, key, value))
@@ -341,10 +341,10 @@ def lean_attention(module, query, key, value, attention_mask, dropout=0.0, scali
         )
     with torch.autocast("cpu", enabled=False):
         out = _Attention.apply(query, key, value, bias, D**-0.5 if scaling is None else scaling)
-    return out.transpose(1, 2).contiguous(), None  # some models view it
+    return out.transpose(1, 2).contiguous(), None  # some models call `view` on it
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    """What autocast makes of an attention's input: rotated queries and keys of an fp32 base are fp32, values 16-bit."""
+    """Casts an attention input as autocast would: with an fp32 base, queries and keys are fp32 and values 16-bit."""
     cast = tensor.dtype == torch.float32 and tensor.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     return tensor.to(torch.get_autocast_dtype("cpu")) if cast else tensor
