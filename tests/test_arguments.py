@@ -70,7 +70,7 @@ def test_what_would_be_ignored_is_refused(name):
     ("adam_beta1", 1.0), ("max_length", 0), ("save_total_limit", 0), ("logging_steps", 0), ("weight_decay", -0.1),
 ])  # fmt: skip
 def test_numbers_out_of_range_are_refused(name, value):
-    with pytest.raises(BadInput, match=f"{name}.* needed"):
+    with pytest.raises(BadInput, match=f"{name}.* it must be"):
         made(**OTHER, **{name: value})
 
 

@@ -30,9 +30,9 @@ def test_sizes(text, size):
 @pytest.mark.parametrize(
     "text,said",
     [
-        ("plenty", "no size"), ("", "no size"), ("GiB", "no size"), ("1e3MiB", "no"), ("6", "no unit"),
-        ("6Gib/s", "no size"), ("6Gigs", 'Did you mean "GiB"'), ("6 XB", "no unit"), ("0GiB", "nothing"),
-        ("0%", "nothing"), (0, "nothing"), ("120%", "0 to 100"), ("-20%", "0 to 100"),
+        ("plenty", "not a size"), ("", "not a size"), ("GiB", "not a size"), ("1e3MiB", "no"), ("6", "no unit"),
+        ("6Gib/s", "not a size"), ("6Gigs", 'Did you mean "GiB"'), ("6 XB", "not a unit"), ("0GiB", "zero"),
+        ("0%", "zero"), (0, "zero"), ("120%", "0 to 100"), ("-20%", "0 to 100"),
         ("-16GiB", "nothing would be left of 16.00 GiB"), ("17GiB", "this machine has 16.00 GiB"), (True, "a number"),
         (1.5, "a number"), (None, "a number"), (["6GiB"], "a number"),
     ],

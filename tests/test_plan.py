@@ -347,7 +347,7 @@ def test_what_would_fit_is_named(folders):
     "change,said",
     [
         ({"place": "cuda"}, "this machine has none"), ({"patches": []}, "no patch"),
-        ({"training": {"optim": "adafactor"}}, "PyTorch's own"), ({"budget": {"fast": "6 potatoes"}}, "no unit"),
+        ({"training": {"optim": "adafactor"}}, "PyTorch's own"), ({"budget": {"fast": "6 potatoes"}}, "not a unit"),
         ({"budget": {"fast": "900TiB"}}, "this machine has"), ({"training": {"max_length": None}}, "any length"),
     ],
 )  # fmt: skip
