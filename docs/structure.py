@@ -17,7 +17,7 @@ from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parents[1] / "src/trimtab"
 FLOORS = (  # from the ground up; a module belongs to the first line that fits
-    r"errors|foreign|quiet|subprocess_call|supervise|interrupt|validation|artifacts\.files",
+    r"errors|foreign|files|quiet|validation|process(\..+)?",
     r"memory(\..+)?",
     r"tiered(\..+)?",
     r"(model|data)(\..+)?",
@@ -96,21 +96,21 @@ def picture() -> str:
         for box, other in sorted(reduced(graph)):
             (x1, y1), (x2, y2) = at[box], at[other]
             style = {"arrowstyle": "-|>", "color": "#94a3b8", "lw": 0.9, "shrinkA": 0, "shrinkB": 0}
-            if y1 == y2:
-                side = 0.62 if x2 > x1 else -0.62
-                axes.annotate("", (x2 - side, y2), (x1 + side, y1), arrowprops=style)
+            if y1 == y2:  # above the boxes between them
+                style["connectionstyle"] = f"arc3,rad={-0.13 if x2 > x1 else 0.13}"
+                axes.annotate("", (x2, y2 + 0.27), (x1, y1 + 0.27), arrowprops=style, zorder=1)
             else:
-                axes.annotate("", (x2, y2 + 0.27), (x1, y1 - 0.27), arrowprops=style)
+                axes.annotate("", (x2, y2 + 0.27), (x1, y1 - 0.27), arrowprops=style, zorder=1)
         for box, (x, y) in at.items():
             count = sum(name.split(".")[0] == box for name in FILES)
             room = count > 1 or box in ("bases",)
             face = "#e0f2fe" if room else "#f1f5f9"
-            axes.add_patch(
-                FancyBboxPatch((x - 0.55, y - 0.2), 1.1, 0.4, boxstyle="round,pad=0.06", fc=face, ec="#334155")
-            )
-            axes.text(x, y + 0.02, f"{box}/" if room else box, ha="center", va="center", fontsize=9)
+            shape = FancyBboxPatch((x - 0.55, y - 0.2), 1.1, 0.4, boxstyle="round,pad=0.06", fc=face, ec="#334155")
+            axes.add_patch(shape)
+            shape.set_zorder(2)
+            axes.text(x, y + 0.02, f"{box}/" if room else box, ha="center", va="center", fontsize=9, zorder=3)
             if room:
-                axes.text(x, y - 0.2, f"{count} files", ha="center", va="center", fontsize=6, color="#475569")
+                axes.text(x, y - 0.2, f"{count} files", ha="center", va="center", fontsize=6, color="#475569", zorder=3)
         axes.set_xlim(0, 10)
         axes.set_ylim(-0.5, len(ranks) - 0.5)
         axes.axis("off")

@@ -37,8 +37,8 @@ def evaluate(
 
     A run's folder keeps it: `eval.json`, or `eval_base.json` for the base. With another `adapter`, nothing is written.
     """
-    from ..artifacts.files import write_json
     from ..engine.objectives import evaluator
+    from ..files import write_json
     from .session import Inference
 
     if not recipe.data.test and not tasks:

@@ -34,8 +34,8 @@ def generate(
 
     Raises DoesNotFit before a reply that `budget.fast` does not hold, and Stopped where too much is used on the way.
     """
-    from ..artifacts.files import write_json
     from ..engine.tables import summary
+    from ..files import write_json
     from ..model.sampling import check_generation, prompt_ids, sample
 
     settings = check_generation(settings)
