@@ -318,7 +318,10 @@ def test_a_full_disk_at_the_end(where, world, tmp_path, monkeypatch):
 
 def test_a_folder_that_is_taken_away(world, tmp_path):
     keys = tree(world, tmp_path / "run", PATCHES["paca"], max_steps=4, logging_steps=1)
-    with at_step(2, lambda: shutil.rmtree(tmp_path / "run")), pytest.raises(BadInput, match="run: the folder was removed"):
+    with (
+        at_step(2, lambda: shutil.rmtree(tmp_path / "run")),
+        pytest.raises(BadInput, match="the folder was removed"),
+    ):
         run(keys)
     assert not (tmp_path / "run").exists()
 

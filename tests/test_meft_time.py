@@ -96,7 +96,9 @@ def test_rows_step_once_for_accumulated_micro_batches(folders):  # noqa: F811
 @pytest.mark.parametrize("fields", [{"semantics": "union", "router": "fixed"}, {"adam": "exact"}, {"moments": "int8"}])
 def test_what_is_not_counted_has_no_speed(fields, folders):  # noqa: F811
     made = plan(recipe_of(folders("llama", torch.float32), {"meft": {**MEFT, **fields}}), process=0, rates=flat())
-    assert made.tokens_per_second is None and any("routing by tokens, adam: lazy and moments: fp32" in note for note in made.notes)
+    assert made.tokens_per_second is None and any(
+        "routing by tokens, adam: lazy and moments: fp32" in note for note in made.notes
+    )
 
 
 def test_the_update_of_rows_by_hand():

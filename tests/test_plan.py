@@ -290,7 +290,10 @@ def test_rows_that_go_to_a_device_are_counted(folders):
     assert wide.live_peak_bytes - plain.live_peak_bytes >= 63 * layer
     assert plain.slow_bytes == 2 * 4 * (layer + 16 * 64 * 4), "values, moments and gradients of pairs and routers"
     assert not any("a real step was run" in note for note in plain.notes)
-    assert [any("copied before they are used" in note for note in made.notes) for made in (plain, ahead)] == [False, True]
+    assert [any("copied before they are used" in note for note in made.notes) for made in (plain, ahead)] == [
+        False,
+        True,
+    ]
 
 
 def test_what_cannot_be_traced_is_stepped_for_real(folders, monkeypatch):

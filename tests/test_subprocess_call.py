@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from trimtab.subprocess_call import subprocess_call
+from trimtab.process.call import subprocess_call
 
 
 def tell(*words: str) -> list[object]:

@@ -37,8 +37,8 @@ def evaluate(
 
     The result is saved in the run's folder as `eval.json`, or `eval_base.json` for the base; not for another `adapter`.
     """
-    from ..artifacts.files import write_json
     from ..engine.objectives import evaluator
+    from ..files import write_json
     from .session import Inference
 
     if not recipe.data.test and not tasks:

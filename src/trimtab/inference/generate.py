@@ -35,8 +35,8 @@ def generate(
 
     Raises DoesNotFit before replies that would exceed `budget.fast`, and Stopped while generating if it is exceeded.
     """
-    from ..artifacts.files import write_json
     from ..engine.tables import summary
+    from ..files import write_json
     from ..model.sampling import check_generation, prompt_ids, sample
 
     settings = check_generation(settings)

@@ -21,9 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..artifacts.files import whole_folder
 from ..errors import BadInput, nearest
-from ..subprocess_call import subprocess_call
+from ..files import whole_folder
+from ..process.call import subprocess_call
 
 Say = Callable[[str], None]
 HUB_SECONDS = 2.0  # timeout of the hub's first answer

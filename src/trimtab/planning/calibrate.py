@@ -20,8 +20,8 @@ from ..cost.machine import machine
 from ..cost.overhead import TRANSIENT_SHARE, Overhead
 from ..cost.rates import Rates
 from ..model.hub import cache_root
+from ..process.call import subprocess_call
 from ..quiet import silence_libraries
-from ..subprocess_call import subprocess_call
 
 TOKENS, STEPS = 256, 5
 
