@@ -97,7 +97,7 @@ def test_rows_step_once_for_accumulated_micro_batches(folders):  # noqa: F811
 def test_what_is_not_counted_has_no_speed(fields, folders):  # noqa: F811
     made = plan(recipe_of(folders("llama", torch.float32), {"meft": {**MEFT, **fields}}), process=0, rates=flat())
     assert made.tokens_per_second is None and any(
-        "routing by tokens, adam: lazy and moments: fp32" in note for note in made.notes
+        "semantics: per_token, adam: lazy, moments: fp32" in note for note in made.notes
     )
 
 

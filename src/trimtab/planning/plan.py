@@ -314,7 +314,7 @@ def _speed(
     if rates is None:
         notes.append("the speed is predicted once `trimtab doctor` has measured this machine")
     elif seconds is None:
-        notes.append("the speed of MEFT is predicted only with routing by tokens, adam: lazy and moments: fp32")
+        notes.append("the speed of MEFT is predicted only with semantics: per_token, adam: lazy, moments: fp32")
     elif tables > free:
         notes.append("the speed is not predicted: the tables exceed free memory, and rows are read from the disk")
         return None, read
