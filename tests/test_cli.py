@@ -256,7 +256,7 @@ def test_export_to_peft_and_merged(call, ran, world, tmp_path):
         assert torch.allclose(stock(input_ids=ids).logits, wanted, atol=1e-5)
         assert torch.allclose(plain(input_ids=ids).logits, wanted, atol=1e-5)
     assert str(world) not in (tmp_path / "merged" / "config.json").read_text()
-    refused(call("export", ran, "--to", "merged", "--out", tmp_path / "merged"), ["there already"])
+    refused(call("export", ran, "--to", "merged", "--out", tmp_path / "merged"), ["exists already"])
     assert call("export", ran, "--to", "merged", "--out", tmp_path / "merged", "--overwrite")[0] == 0
     refused(call("export", ran, "--to", "mergd"), ["mergd", "merged"])
 

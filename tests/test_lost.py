@@ -154,7 +154,7 @@ STATES = {  # damage whose checksums agree: the file was written so
     "scheduler elsewhere": ("scheduler.pt", states(lambda held: held.update(last_epoch=7)), "step 4"),
     "scheduler of NaN": ("scheduler.pt", states(lambda held: held.update(_last_lr=[float("nan")])), "NaN"),
     "no scheduler": ("scheduler.pt", states(lambda held: held.clear()), "no state of a scheduler"),
-    "random numbers": ("rng_state.pth", lambda path: torch.save({"python": 1}, path), "random numbers"),
+    "random numbers": ("rng_state.pth", lambda path: torch.save({"python": 1}, path), "random state"),
 }
 
 

@@ -47,7 +47,7 @@ def test_documents_stay_apart(name, dtype):
     rows = PackedRows(pad_token_id=259)
     random = torch.get_rng_state()
     if becomes == "refused":
-        with pytest.raises(BadInput, match="Take packing out"):
+        with pytest.raises(BadInput, match="Remove packing"):
             pack_apart(model, rows, 64)
         return
     note = pack_apart(model, rows, 64)

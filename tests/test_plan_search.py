@@ -96,7 +96,7 @@ def test_what_is_written_loads_and_plans_the_same(found, tmp_path):
     again = plan(Recipe.load(path), process=0, rates=flat())
     assert again.predicted() == found.best.plan.predicted()
     before = path.read_text()
-    with pytest.raises(BadInput, match="there already"):
+    with pytest.raises(BadInput, match="exists already"):
         search.write(found, path)
     assert path.read_text() == before
     search.write(found, path, overwrite=True)
