@@ -95,6 +95,8 @@ def _file_system(folder) -> str:
 @pytest.mark.parametrize(
     "kind,why", [("missing", "no such folder"), ("a file", "not a folder"), ("locked", "be written")]
 )
+    "kind,why", [("missing", "no such folder"), ("a file", "not a folder"), ("locked", "be written")]
+)
 def test_a_folder_that_cannot_hold_tables(kind, why, recipe, tmp_path, monkeypatch):
     folder = tmp_path / "tables"
     if kind == "a file":
