@@ -76,7 +76,7 @@ class PlannedStep(PlannedModel):
         from ..engine.prepare import prepared
 
         model, recipe = self.model, self.recipe
-        originals = self.originals()
+        kept = self.kept()
         model.train()
         self._checkpointing()
         clock = None if rates is None else Clock(rates)
@@ -96,7 +96,7 @@ class PlannedStep(PlannedModel):
             ), fake=not self.real)  # fmt: skip
         if rates is not None and not self.real:
             cost = self._with_row_updates(cost, rates)
-        self.with_originals(cost.peaks, originals)
+        self.with_kept(cost.peaks, kept)
         return cost
 
     def _with_row_updates(self, cost: StepCost, rates: Rates) -> StepCost:
