@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from conftest import MODELS, tiny_batch
-from test_laws import gradients
 from trimtab.contracts import Place
 from trimtab.engine.tables import traffic
 from trimtab.methods.meft import Meft
@@ -24,6 +23,7 @@ from trimtab.tiered.checkpoint import load_rows, save_rows
 from trimtab.tiered.prefetch import PATIENCE, WAITING, Reader
 from trimtab.tiered.record import PAGE, layout, spans
 from trimtab.tiered.store import GRADS, SAMPLED, VALUES, TieredStore
+from world import gradients
 
 SHAPE = (4, 256)  # a page of values
 DISK = Place(fast="cpu", slow="disk")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -23,15 +22,15 @@ from transformers import TrainerCallback
 import trimtab
 from conftest import MODELS, logits, tiny_batch
 from helpers_run import films, forked, left, make_world, metrics, rows, same, tree, write_rows
-from test_laws import snapshot, values
 from trimtab.artifacts import adapter, adapter_weights
 from trimtab.artifacts.adapter_weights import WEIGHTS
 from trimtab.engine import trainers as engine
 from trimtab.errors import BadInput, DoesNotFit, Interrupted
 from trimtab.model.load import load_model
 from trimtab.tiered import checkpoint, mapped_file
-from trimtab.training import progress, session
+from trimtab.training import session
 from trimtab.training import train as train_verb
+from world import at_step, snapshot, values
 
 STEPS = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
 TABLES = {"r": 64, "k": 16, "scale": 1.0}
@@ -73,21 +72,6 @@ class At(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             self.action()
-
-
-@contextlib.contextmanager
-def at_step(step: int, action):
-    """Within it, each run does `action()` at the end of step `step`, before it is logged or saved."""
-    made = progress.StopOnInterrupt.on_step_end
-
-    def hooked(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            action()
-        return made(self, args, state, control, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(progress.StopOnInterrupt, "on_step_end", hooked)
-        yield
 
 
 def interrupt():

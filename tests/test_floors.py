@@ -86,6 +86,19 @@ def test_files_stay_small(name):
     assert len(FILES[name].read_text().splitlines()) <= limit
 
 
+@pytest.mark.parametrize("folder,pattern", [("tests", "test_*.py"), ("benchmarks", "*.py")])
+def test_tests_and_benchmarks_import_helpers_not_each_other(folder, pattern):
+    """What several of them use stands in modules of its own."""
+    paths = sorted((Path(__file__).parents[1] / folder).glob(pattern))
+    run = {path.stem for path in paths if folder == "tests" or "def main(" in path.read_text()}
+    assert len(run) > 10
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not run & set(names), f"{path.name} imports {run & set(names)}"
+
+
 def test_importing_trimtab_loads_no_torch():
     heavy = ("torch", "transformers", "peft", "trl", "datasets")
     code = f"import sys, trimtab, trimtab.methods; print([name for name in {heavy} if name in sys.modules])"
