@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 import trimtab
 from conftest import MODELS, logits, tiny_batch
-from helpers_run import films, forked, left, make_world, metrics, rows, same, tree, write_rows
+from helpers_run import die, films, forked, left, make_world, metrics, rows, same, tree, write_rows
 from trimtab.artifacts import adapter, adapter_weights
 from trimtab.artifacts.adapter_weights import WEIGHTS
 from trimtab.engine import trainers as engine
@@ -175,10 +175,6 @@ INSTANTS = [
     (engine, "discard", 2, True), (engine, "discard", 2, False), (engine.shutil, "rmtree", 13, True),
     (engine.shutil, "rmtree", 15, True), (engine.shutil, "rmtree", 20, True),
 ]  # fmt: skip
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dying(owner, name: str, nth: int, before: bool):
