@@ -85,9 +85,11 @@ def test_finding_one(tmp_path, monkeypatch):
         assert allocator.find(name) == (name, str(folder / file)), "the packaged one comes before the system's"
     assert allocator.find() == ("mimalloc", str(folder / "libmimalloc.so.3")), "the first of ORDER"
     assert allocator.find("nomalloc") is None
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setattr(allocator.glob, "glob", lambda pattern: [str(folder)])  # what the system has
-    assert allocator.find("tcmalloc") == ("tcmalloc", str(folder / "libtcmalloc_minimal.so.4"))
+    system = tmp_path / "lib"
+    system.mkdir()
+    (folder / files["tcmalloc"]).rename(system / files["tcmalloc"])
+    monkeypatch.setattr(allocator.glob, "glob", lambda pattern: [str(system)])
+    assert allocator.find("tcmalloc") == ("tcmalloc", str(system / files["tcmalloc"]))
 
 
 def test_under_a_hard_budget_it_maps_what_it_needs(starts, monkeypatch):
