@@ -26,12 +26,12 @@ from transformers import PreTrainedModel
 from .. import __version__, methods
 from ..contracts import Patch, Place, Surgery
 from ..errors import BadInput
+from ..files import whole_folder, writing
 from ..model.hub import ordinary_modes
 from ..model.reply import ReplyForm
 from ..tiered.checkpoint import load_rows, save_rows
 from ..validation import build, read_json
 from .adapter_weights import read_weights, write_weights
-from .files import whole_folder, writing
 
 CONFIG, OURS = "adapter_config.json", "trimtab.json"
 ROWS = "rows"  # in a checkpoint: the tables, by what changed
