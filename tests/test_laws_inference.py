@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import test_laws as trained_laws
 from conftest import MODELS, logits, tiny_batch
-from test_laws import PLACE, same, snapshot, values
 from trimtab import methods
 from trimtab.contracts import When
 from trimtab.errors import BadInput
 from trimtab.model.kv_cache import attending
 from trimtab.recipe import Recipe
+from world import PLACE, same, snapshot, values
 
 CASES = {"streaming_llm": {"window": 5, "sinks": 2}}
 WIDE = {"streaming_llm": {"window": 1000}}  # nothing is ever evicted

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import test_laws as trained_laws
 from conftest import MODELS, logits, quantise, tiny_batch
-from test_laws import PLACE, same, snapshot, values
 from trimtab import methods
 from trimtab.artifacts.adapter import Base, load_adapter, save_adapter
 from trimtab.contracts import When
 from trimtab.errors import BadInput
 from trimtab.model.load import base_hash
+from world import PLACE, same, snapshot, values
 
 CASES = {  # a name of one's own -> the table's name, fields
     "magnitude": ("pruning", {}),
