@@ -140,7 +140,7 @@ def test_what_a_patch_writes_into_a_mapped_base_is_fast(folders):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_path):
-    folder = deeper(folders("llama", torch.bfloat16), tmp_path, 12)
+    folder = deeper(folders("llama", torch.bfloat16), tmp_path, 7)
     recipe = recipe_of(folder, {name: CASES[name]}, training={"activation_checkpointing": checkpointing})
     args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
     step = PlannedStep(recipe, args, None)
