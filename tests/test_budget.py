@@ -56,7 +56,9 @@ def test_a_budget_of_two_tiers():
         Budget.of({"slow": "101GiB"}, TOTAL, 100 * GIB)
 
 
-@pytest.mark.parametrize("limit", ["max\n", f"{GIB // 4}\n", f"{2**60}\n", None])
+@pytest.mark.parametrize(
+    "limit", ["max\n", f"{GIB // 4}\n", f"{2**60}\n", None], ids=["max", "less", "more", "no file"]
+)
 def test_this_machine(limit, monkeypatch, tmp_path):
     """RAM is what the kernel says, or less if the control group has a limit; the slow tier is the folder's disk."""
     physical, read = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path.read_text
