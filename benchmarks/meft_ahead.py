@@ -25,8 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import alternate, conclude, itself, options, ratios, say, spread, table_arguments  # noqa: E402
-from sft_speed import city_text  # noqa: E402
+from common import alternate, city_text, conclude, itself, options, ratios, say, spread, table_arguments  # noqa: E402
 
 SIDES = ("none", "known")
 PROMPT, TOKENS = 32, 32  # tokens of the prompt, of a training step's row

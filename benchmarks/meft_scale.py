@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import (  # noqa: E402
     Clock,
     alternate,
+    city_text,
     conclude,
     follow,
     itself,
@@ -26,8 +27,8 @@ from common import (  # noqa: E402
     spread,
     table_arguments,
     told_of_experts,
+    training,
 )
-from sft_speed import city_text, training  # noqa: E402
 
 LAYERS, WIDTH, GIB = 30, 576, 2**30
 WIDTHS = (1024, 4096, 16384, 32768)

@@ -17,12 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import conclude, options, trimtab  # noqa: E402
-from plan_accuracy import (  # noqa: E402
+from planned_runs import (  # noqa: E402
     ADAPTER,
     AGAIN,
     DORA,
     ENCODER,
     FULL,
+    GIB,
     LORA,
     PACA,
     QWEN,
@@ -34,7 +35,7 @@ from plan_accuracy import (  # noqa: E402
     write_data,
 )
 
-GIB, STEPS = 2**30, 5
+STEPS = 5
 CASES = [
     case(SMOL, PACA, 2, 256), case(SMOL, PACA, 4, 256, **AGAIN), case(SMOL, PACA, 2, 128, "fp32"),
     case(SMOL, PACA, 2, 256, "nf4"), case(SMOL, LORA, 2, 256), case(SMOL, LORA, 1, 512),

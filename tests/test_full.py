@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from conftest import MODELS, logits, quantise, tiny_batch
-from test_laws import PLACE, same, snapshot, train, values
 from trimtab.errors import BadInput
 from trimtab.methods.full import Full
 from trimtab.methods.lora import LoRA
+from world import PLACE, same, snapshot, train, values
 
 
 @pytest.mark.parametrize("dtype,held", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("keep", torch.bfloat16)])

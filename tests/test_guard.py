@@ -17,7 +17,6 @@ from rich.console import Console
 
 import trimtab
 from helpers_run import forked, left, make_world, metrics, same, tree
-from test_engine import at_step
 from trimtab.data.order import LongestFirst, filled
 from trimtab.engine import trainers as engine
 from trimtab.errors import BadInput, Stopped
@@ -26,6 +25,7 @@ from trimtab.memory.guard import Guard, ran_out, reserve_bytes
 from trimtab.memory.meter import GIB, Meter, Sample, process_memory, worker_memory
 from trimtab.recipe import Recipe
 from trimtab.training import progress
+from world import at_step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MIB = 2**20

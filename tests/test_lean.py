@@ -12,9 +12,9 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conftest import MODELS, logits, tiny_batch
-from test_laws import same, snapshot, values
 from trimtab.model import efficient as module
 from trimtab.model.efficient import ATTENTION, lean, lean_attention
+from world import same, snapshot, values
 
 
 def both(stock, ours, *inputs, leaves=()):

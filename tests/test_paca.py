@@ -10,10 +10,10 @@ from torch import nn
 
 import trimtab
 from conftest import MODELS, logits, quantise, tiny_batch
-from test_laws import same, train, values
 from trimtab.errors import BadInput
 from trimtab.methods.paca import PaCA, PartialLinear
 from trimtab.model import quant
+from world import same, train, values
 
 PLACE = trimtab.Place(fast="cpu")
 FORMS = pytest.mark.parametrize("form", ["side", "live"])

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from conftest import MODELS, tiny_batch
 from helpers_run import make_world, tree
-from test_laws import PLACE
 from trimtab.errors import BadInput
 from trimtab.inference.evaluate import evaluate
 from trimtab.inference.export import export
@@ -20,6 +19,7 @@ from trimtab.methods.pruning import Pruning, _packed, _unpacked
 from trimtab.model import anatomy
 from trimtab.recipe import Recipe
 from trimtab.training.train import train
+from world import PLACE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -8,22 +8,13 @@ import pytest
 import torch
 
 from trimtab.cost import rates as rates_file
-from trimtab.cost.rates import SMALL, Rates
+from trimtab.cost.rates import SMALL
 from trimtab.cost.roofline import Clock, read_again, work
 from trimtab.cost.trace import StepCost, extend
 from trimtab.model import efficient_experts as efficient_experts  # makes an operation
+from world import MACHINE, flat
 
-MACHINE = rates_file.key({"cpu": "a processor", "cores": 2, "threads": 2, "allocator": "system"}, "2.13.0", "cpu")
 ATEN = torch.ops.aten
-
-
-def flat(**more) -> Rates:
-    """1 GFLOP/s in fp32 and 2 in bf16, 1 GB/s, 10 million random numbers/s; a microsecond for each operation."""
-    products = {"float32": [1e9, 1e9], "bfloat16": [2e9, 2e9]}
-    return Rates(
-        **{"machine": MACHINE, "products": products, "attention": {"float32": 1e9}, "bandwidth": 1e9, "random": 1e7,
-           "update": 7e8, "overhead": 1e-6, **more}
-    )  # fmt: skip
 
 
 def seconds(func, *args, **kwargs) -> float:

@@ -17,16 +17,7 @@ from trimtab.tiered.adam import Rates, RowAdam
 from trimtab.tiered.planned import PlannedStore
 from trimtab.tiered.record import BLOCK, SCALES
 from trimtab.tiered.store import GRADS, VALUES, M, TieredStore, V
-
-SHAPE = (3, 10)
-
-
-def store(rows: int = 12, slots: int = 0, **fields) -> TieredStore:
-    one = TieredStore("one", 1, SHAPE, **{key: value for key, value in fields.items() if key == "moments"})
-    made = TieredStore("table", rows, SHAPE, cache_bytes=slots * one.record_bytes, **fields)
-    made.whole().normal_(generator=torch.Generator().manual_seed(0))
-    return made
-
+from world import SHAPE, store
 
 BACKINGS = {
     "ram": {},
