@@ -1,11 +1,11 @@
-"""A MEFT run that is killed at any instant goes on bit for bit: 50 kills of a tiny run, each resumed and compared.
+"""A MEFT run that is killed at any instant resumes bit for bit: 50 kills of a tiny run, each resumed and compared.
 
-A Llama of two blocks of 64 with random weights, its tables in files, a checkpoint every second step. A process that has
-all libraries loaded forks each run; the run gets SIGKILL at a random time after a random one of its checkpoints (or
-after its start), and is started again as a user would (`resume=true`, or anew where no checkpoint was whole). What it
-then leaves is compared with what the undisturbed run left: the adapter's files byte by byte; of the last checkpoint the
-tables' rows with their moments, the optimiser's and schedule's state, the random states, and the position in the data;
-and the loss, learning rate and tokens of every step.
+The model is a Llama of two blocks (hidden size 64) with random weights, its tables in files, a checkpoint every second
+step. A process with all libraries loaded forks each run. The run gets SIGKILL at a random time after a random
+checkpoint (or after its start), and is started again as a user would (`resume=true`, or from the start if no checkpoint
+was complete). Its files are then compared with those of an undisturbed run: the adapter's files byte by byte; in the
+last checkpoint the tables' rows with their moments, the states of optimizer and schedule, the random states, and the
+position in the data; and the loss, learning rate and tokens of every step.
 
     python benchmarks/meft_kill.py [--quick] [--kills 50] [--seed 0] [--folder FOLDER] [--json FILE]
 """
@@ -213,7 +213,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     }  # fmt: skip
     targets = {"kills": [">=", 50], "resumed_equal": [">=", summary["kills"]]}
     conclude(
-        "meft_kill", args, summary, targets, title="A killed run goes on bit for bit", claim=CLAIM, rows=rows,
+        "meft_kill", args, summary, targets, title="A killed run resumes bit for bit", claim=CLAIM, rows=rows,
         notes=NOTES,
     )  # fmt: skip
 
@@ -225,15 +225,17 @@ def remove(output: Path) -> None:
 
 
 CLAIM = (
-    "A MEFT run that is killed (SIGKILL) at a random instant and started again leaves what an undisturbed one leaves, "
-    "bit for bit: adapter, tables with Adam's moments, router, optimiser, schedule, random states, data order, losses."
+    "A MEFT run that is killed (SIGKILL) at a random instant and resumed leaves what an undisturbed one leaves, bit "
+    "for bit: adapter, tables with Adam's moments, router, optimizer, schedule, random states, data order, losses."
 )
 NOTES = [
-    "A tiny Llama with random weights, tables in files, 10 steps, a checkpoint every second one; instants are drawn in "
-    "two steps: after which checkpoint (or the start), and how long, up to what an undisturbed run takes between two.",
-    "The runs' folder was in RAM (tmpfs): other work kept the disk busy, and a kill of the process cannot tell.",
-    "The kill ends the process, not the machine: that a checkpoint also outlives a loss of power rests on fsync before "
-    "each rename, which this does not test.",
+    "A tiny Llama with random weights, tables in files, 10 steps, a checkpoint every second one. An instant is drawn "
+    "as a checkpoint (or the start) and a delay after it, up to what an undisturbed run takes between two "
+    "checkpoints.",
+    "The runs' folder was in RAM (tmpfs), since other work kept the disk busy; for killing a process this makes no "
+    "difference.",
+    "The kill ends the process, not the machine: surviving a loss of power depends on fsync before each rename, which "
+    "this does not test.",
     "Other work ran on the machine; no figure here is a speed.",
 ]
 
