@@ -110,7 +110,7 @@ def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | 
 
 
 def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The shortest names by which peft finds exactly the modules `names`: the last part, if no other module shares it."""
+    """The shortest names by which peft finds exactly the modules `names`: the last part, if it is unique."""
     wanted = set(names)
     leaves: dict[str, set[str]] = {}
     for path, module in model.named_modules():
