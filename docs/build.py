@@ -7,6 +7,7 @@
     docs/methods/*.md   the fields of each patch
     docs/architectures.md  which patch works on which model, from docs/architectures.json
     docs/results.md     the whole page, from benchmarks/results/*.json (their format: benchmarks/README.md)
+    docs/architecture.svg  the packages and their imports, from src/trimtab (docs/structure.py)
     docs/knowledge.svg  learning curves, from benchmarks/results/knowledge.json
 
 A generated part of a page is between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
@@ -30,6 +31,7 @@ from trimtab.model.spec import ModelSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
 from curves import knowledge  # noqa: E402
+from structure import picture  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -62,6 +64,7 @@ def build(root: Path = ROOT) -> dict[Path, str]:
     curves = root / "benchmarks/results/knowledge.json"
     if curves.is_file():
         pages[root / "docs/knowledge.svg"] = knowledge(json.loads(curves.read_text(encoding="utf-8")))
+    pages[root / "docs/architecture.svg"] = picture()
     pages[root / "docs/results.md"] = results(sorted((root / "benchmarks/results").glob("*.json")))
     return pages
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import Interrupted, TrimtabError
-from trimtab.interrupt import stopped_by_interrupt
 from trimtab.memory.allocator import restart_under
+from trimtab.process.interrupt import stopped_by_interrupt
 
 MODEL = "smollm2-135m"
 FACTS = 120  # cities; each is asked about in five wordings, so five times as many rows

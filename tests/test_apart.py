@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from trimtab.subprocess_call import apart
+from trimtab.process.call import apart
 
 
 def tell(*words: str) -> list[object]:

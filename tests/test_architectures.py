@@ -244,7 +244,7 @@ def test_right_or_refused(name):
 @pytest.mark.skipif(SAID.get("transformers") != transformers.__version__, reason="the table is of another transformers")
 def test_the_table_leaves_nothing_out():
     assert list(SAID["outcomes"]) == NAMES and SAID["left_out"] == LEFT_OUT and SAID["classes"] == classes()
-    assert all(list(row) == list(FIELDS) == methods.names("patch") for row in SAID["outcomes"].values())
+    assert all(list(row) == list(FIELDS) == methods.names("patch", "train") for row in SAID["outcomes"].values())
 
 
 @pytest.mark.parametrize("name", ["bamba", "granitemoehybrid", "mamba2", "jetmoe", "falcon", "falcon_h1", "nemotron_h"])

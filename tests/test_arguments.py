@@ -112,7 +112,7 @@ def test_in_a_strangers_loop_too(optimizer):
     try:
         stepped = optimizer([p for p in model.parameters() if p.requires_grad])
         model(**tiny_batch(model)).loss.backward()
-        with pytest.raises(BadInput, match="rows in the slow tier are stepped by Adam"):
+        with pytest.raises(BadInput, match="only Adam and AdamW can step rows in the slow tier"):
             stepped.step()
     finally:
         surgery.revert()
@@ -154,8 +154,9 @@ def test_defaults_are_the_methods_own():
     def rate(*patches, **training):
         return Recipe(model="x", patches=list(patches), training=training).training_values()["learning_rate"]
 
-    for name in methods.names("patch"):
-        assert rate(name) == methods.find(name).defaults.get("learning_rate", 1e-3), name
+    for name in methods.names("patch", "train"):
+        assert rate(name) == methods.find(name).defaults["learning_rate"], name
+    assert rate("paca", "pruning", "streaming_llm") == rate("paca")
     assert rate("paca", "meft") == rate("meft", "paca") == rate("meft") < rate("paca")
     assert rate("meft", learning_rate=1.0) == 1.0
 

@@ -87,7 +87,7 @@ def test_a_recipe_says_only_what_exists(path, tmp_path):
 
 @recipes
 def test_a_recipe_runs(path, folders, tmp_path, capfd):
-    task = Recipe.load(path).load_objective().task
+    task = Recipe.load(path).load_objective().head
     orders = [f"model.name={folders[task]}", "training.max_steps=2", "training.per_device_train_batch_size=2"]
     orders += [f"output={tmp_path / 'run'}"]
     if path.parent.name == "meft":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
@@ -11,52 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import trimtab
-
-ROOT = Path(trimtab.__file__).parent
-FLOORS = (  # from the ground up; a module belongs to the first line that fits
-    r"errors|quiet|subprocess_call|supervise|interrupt|validation|foreign|artifacts\.files",
-    r"memory(\..+)?",
-    r"tiered(\..+)?",
-    r"(model|data)(\..+)?",
-    r"cost(\..+)?",
-    r"contracts",
-    r"bases(\..+)?",
-    r"methods(\..+)?",
-    r"recipe|artifacts(\..+)?|integrations(\..+)?",
-    r"engine(\..+)?",
-    r"doctor|(planning|training|inference|report)(\..+)?",
-    r"cli|__main__",
-)
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
-
-
-def imports(name: str) -> set[str]:
-    """The modules of trimtab that `name` imports, anywhere in it, also inside functions."""
-    path = FILES[name]
-    package = ["trimtab", *path.relative_to(ROOT).parent.parts]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            below = {f"{source}.{alias.name}" for alias in node.names}
-            found |= {path if path.removeprefix("trimtab.") in FILES else source for path in below}
-    ours = {path.removeprefix("trimtab").removeprefix(".") for path in found if re.match(r"trimtab(\.|$)", path)}
-    return (ours & FILES.keys()) - {name}
-
-
-def floor(name: str) -> int:
-    return next((rank for rank, pattern in enumerate(FLOORS) if re.fullmatch(pattern, name)), -1)
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+from structure import FILES, ROOT, floor, imports  # noqa: E402
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name])

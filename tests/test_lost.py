@@ -286,7 +286,7 @@ def test_a_second_interrupt_in_training_exits_with_130(call, world, tmp_path):
 def test_an_interrupt_that_a_library_swallows_is_asked_for_again():
     code = """
 import signal, sys
-from trimtab.interrupt import stopped_by_interrupt
+from trimtab.process.interrupt import stopped_by_interrupt
 with stopped_by_interrupt("stopped"):
     for _ in range(2):
         try:

@@ -141,7 +141,7 @@ def test_what_would_fit_names_fields_of_the_patch(recipe):
     wide = Recipe(**{**vars(wide), "engine": {"recompute": "ffn"}})  # nothing else is left to save
     need = plan(wide, process=0)
     slow = Recipe(**{**vars(wide), "budget": {"slow": need.slow_bytes * 6 // 10}})
-    with pytest.raises(DoesNotFit, match=r"or take patches\.meft\.r=128"):
+    with pytest.raises(DoesNotFit, match=r"or use patches\.meft\.r=128"):
         require_fit(plan(slow, process=0), slow)
     fast = Recipe(**{**vars(wide), "budget": {"fast": need.fast_peak_bytes - 1}})
     with pytest.raises(DoesNotFit, match=r"It would fit with patches\.meft\.(probes|r)=\d+ "):

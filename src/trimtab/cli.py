@@ -15,8 +15,8 @@ import typer
 
 from . import __version__, methods
 from .errors import Stopped, TrimtabError
-from .interrupt import INTERRUPTED, stopped_by_interrupt
-from .supervise import in_a_child
+from .process.interrupt import INTERRUPTED, stopped_by_interrupt
+from .process.supervise import in_a_child
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Fine-tune and run language models inside a memory budget.")  # fmt: skip

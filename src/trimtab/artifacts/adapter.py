@@ -27,12 +27,12 @@ from transformers import PreTrainedModel
 from .. import __version__, methods
 from ..contracts import Patch, Place, Surgery
 from ..errors import BadInput
+from ..files import whole_folder, writing
 from ..model.hub import ordinary_modes
 from ..model.reply import ReplyForm
 from ..tiered.checkpoint import load_rows, save_rows
 from ..validation import build, read_json
 from .adapter_weights import read_weights, write_weights
-from .files import whole_folder, writing
 
 CONFIG, OURS = "adapter_config.json", "trimtab.json"
 ROWS = "rows"  # in a checkpoint: the changed rows of the tables
@@ -110,7 +110,7 @@ def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | 
 
 
 def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The shortest names by which peft finds exactly the modules `names`: the last part, if it is unique."""
+    """The shortest names by which peft finds exactly the modules `names`: last parts, unless other modules share them."""
     wanted = set(names)
     leaves: dict[str, set[str]] = {}
     for path, module in model.named_modules():

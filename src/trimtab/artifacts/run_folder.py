@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
+from ..files import write_text, writing
 from ..memory.budget import nearest_folder
 from ..recipe import Recipe
 from ..validation import read_json
 from .checkpoint_files import STATE, read_state
-from .files import write_text, writing
 from .folder_lock import NAME as LOCK
 from .folder_lock import locked
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..artifacts.files import write_text
+from ..files import write_text
 from ..validation import read_json
 
 

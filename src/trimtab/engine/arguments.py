@@ -9,7 +9,6 @@ from typing import Any, get_type_hints
 import torch
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from transformers import TrainingArguments, get_scheduler
-from trl import SFTConfig
 
 from ..contracts import Objective, Stepper
 from ..errors import BadInput, nearest
@@ -39,10 +38,9 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
             "training: activation_offloading: true", "on a CPU activations are where they would be moved to",
             "Say activation_checkpointing: true",
         )  # fmt: skip
-    if cls is SFTConfig:
-        values.setdefault("bf16", False)
-        if values.get("packing") and values["max_length"] is None and values.get("completion_only_loss") is None:
-            raise BadInput("training: packing: true", "max_length is None", "Give max_length")
+    values.setdefault("bf16", False)
+    if values.get("packing") and values["max_length"] is None and values.get("completion_only_loss") is None:
+        raise BadInput("training: packing: true", "max_length is None", "Give max_length")
     try:
         made = cls(**{**values, **{k: v for k, v in ours.items() if k not in values}})
         if values.get("pad_to_multiple_of", "auto") == "auto":
@@ -90,7 +88,7 @@ def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
         name = type(stepper).__name__
         if "optim" in recipe.training:
             asked = f"training: optim: {recipe.training['optim']} with {name}"
-            raise BadInput(asked, f"{name} has an optimiser of its own", "Take optim out")
+            raise BadInput(asked, f"{name} has an optimizer of its own", "Take optim out")
         if tables:
             asked = f"{name} with {type(tables[0]).__name__}"
             raise BadInput(asked, "rows in the slow tier are stepped by Adam only", "Say stepper: backprop")

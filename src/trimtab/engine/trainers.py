@@ -24,12 +24,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..artifacts import adapter
 from ..artifacts.checkpoint_files import EARLIER, STATE, check_optimizer, check_scheduler, write_sums
-from ..artifacts.files import discard, replace_folder, sync, sync_entry, writing
 from ..artifacts.run_folder import PARTIAL, checkpoints
 from ..contracts import Stepper, penalty_of
 from ..data.order import longest_first
 from ..data.rows import check_lengths, tokenize_classification
 from ..errors import BadInput
+from ..files import discard, replace_folder, sync, sync_entry, writing
 from ..foreign import admit_quantised
 from ..model.limits import check_dataset, learned_positions
 from ..model.sampling import refused_by_template

@@ -37,8 +37,8 @@ def evaluate(
 
     A run's folder keeps it: `eval.json`, or `eval_base.json` for the base. With another `adapter`, nothing is written.
     """
-    from ..artifacts.files import write_json
     from ..engine.objectives import evaluator
+    from ..files import write_json
     from .session import Inference
 
     if not recipe.data.test and not tasks:
@@ -91,7 +91,7 @@ def answer(made: Inference, limit: int | None = None) -> dict[str, Any]:
         prompts, tools = [prompt for prompt, _ in pairs], row_tools(rows)[:size]
         lengths = [len(prompt_ids(tokenizer, *asked)) for asked in zip(prompts, tools or [None] * size, strict=True)]
         replies = sample(
-            model, tokenizer, prompts, batch_size=made.replies(max(lengths), room, size), form=form, tools=tools,
+            model, tokenizer, prompts, batch_size=made.replies(lengths, room), form=form, tools=tools,
             cut=cut, cache=made.cache, on_token=made.on_token, max_new_tokens=room,
         )  # fmt: skip
         for (prompt, accepted), reply in zip(pairs, replies, strict=True):
@@ -171,7 +171,8 @@ def classify(made: Inference, limit: int | None = None) -> dict[str, Any]:
     collate = DataCollatorWithPadding(tokenizer)
     scores, truth, lengths = [], [], row_lengths(dataset)[:size]
     at_once = min(BATCH, size)
-    made.evaluation(at_once, int(lengths.max()), -(-size // at_once))
+    widths = [int(lengths[start : start + at_once].max()) for start in range(0, size, at_once)]
+    made.evaluation(at_once, max(widths), len(set(widths)))
     with torch.no_grad():
         for start in range(0, size, at_once):
             made.check()

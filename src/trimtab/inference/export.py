@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, methods
-from ..artifacts.files import beside, whole_folder, writing
 from ..artifacts.folder_lock import locked
 from ..artifacts.run_folder import lock_run
 from ..errors import BadInput, nearest
+from ..files import beside, whole_folder, writing
 from ..foreign import admit_quantised
 from ..model.hub import SHORT_NAMES, cached_folder, ordinary_modes
 from ..model.reply import stop_ids

@@ -34,11 +34,13 @@ def generate(
 
     Raises DoesNotFit before a reply that `budget.fast` does not hold, and Stopped where too much is used on the way.
     """
-    from ..artifacts.files import write_json
     from ..engine.tables import summary
+    from ..files import write_json
     from ..model.sampling import check_generation, prompt_ids, sample
 
     settings = check_generation(settings)
+    if not prompts:
+        return
     with hushed():
         made = _language_model(recipe, adapter, base_only, say)
         form = _form(recipe, made.base.reply, made.tokenizer)
@@ -49,8 +51,8 @@ def generate(
             settings.setdefault("max_new_tokens", form.room(recipe.data.reply_tokens, LEAST))
         cut: set[int] = set()
         with made:
-            longest = max((len(prompt_ids(made.tokenizer, prompt)) for prompt in asked), default=0)
-            size = made.replies(longest, _new(settings, longest), len(asked), settings.get("num_beams", 1))
+            lengths = [len(prompt_ids(made.tokenizer, prompt)) for prompt in asked]
+            size = made.replies(lengths, _new(settings, max(lengths)), settings.get("num_beams", 1))
             replies = list(sample(
                 made.model, made.tokenizer, asked, batch_size=size, form=form, cut=cut, cache=made.cache,
                 on_token=made.on_token, **settings,
@@ -106,7 +108,7 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
             limited = within_positions(model, ids.shape[1], settings)
             if recipe.budget and ids.shape[1] > planned:
                 planned = ids.shape[1]
-                made.replies(planned, _new(limited, planned), 1)
+                made.replies([planned], _new(limited, planned))
             reply = complete(
                 model, tokenizer, ids, torch.ones_like(ids), streamer=streamer, cache=made.cache(),
                 on_token=made.on_token, **limited,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +76,18 @@ class Inference:
 
     # --- before --------------------------------------------------------------------------------------------------
 
-    def replies(self, tokens: int, new: int, prompts: int, beams: int = 1, most: int = 16) -> int:
-        """Plan replies of `new` tokens to `prompts` prompts, the longest of `tokens`; -> how many to answer at once."""
-        sizes = [min(most >> k, prompts) for k in range(most.bit_length()) if most >> k < 2 * prompts]
-        works = [Work(size * beams, tokens, new, -(-prompts // size)) for size in sizes]
+    def replies(self, lengths: Sequence[int], new: int, beams: int = 1, most: int = 16) -> int:
+        """Plan replies of `new` tokens to prompts of these lengths (tokens); -> how many to answer at once."""
+        longest = sorted(lengths, reverse=True)
+        sizes = [min(most >> k, len(longest)) for k in range(most.bit_length()) if most >> k < 2 * len(longest)]
+        works = [Work(size * beams, longest[0], new, len(set(longest[::size]))) for size in sizes]
         do = "Allow more, let replies be shorter (max_new_tokens), or bound the KV cache (patches: streaming_llm)"
-        return self._first_that_fits(works, f"reply to a prompt of {tokens} tokens", do).rows // beams
+        return self._first_that_fits(works, f"reply to a prompt of {longest[0]} tokens", do).rows // beams
 
-    def evaluation(self, rows: int, tokens: int, batches: int) -> None:
-        """Plan the evaluation of so many batches of `rows` rows, the longest of `tokens` tokens."""
+    def evaluation(self, rows: int, tokens: int, lengths: int) -> None:
+        """Plan the evaluation of batches of `rows` rows of so many different lengths, the longest of `tokens`."""
         do = "Allow more, or lower training.per_device_train_batch_size"
-        self._first_that_fits([Work(rows, tokens, 0, batches)], f"evaluate {rows} rows of {tokens} tokens at once", do)
+        self._first_that_fits([Work(rows, tokens, 0, lengths)], f"evaluate {rows} rows of {tokens} tokens at once", do)
 
     def _first_that_fits(self, works: list[Work], what: str, do: str) -> Work:
         """DoesNotFit where the plan of none fits. Without a budget, work that cannot be planned goes on unplanned."""

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..artifacts.files import whole_folder
 from ..errors import BadInput, nearest
-from ..subprocess_call import apart
+from ..files import whole_folder
+from ..process.call import apart
 
 Say = Callable[[str], None]
 HUB_SECONDS = 2.0  # how long the hub may take to answer at all

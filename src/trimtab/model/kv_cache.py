@@ -146,13 +146,15 @@ def require_exact(model: PreTrainedModel, method: str, layers: int) -> None:
 
     So it is with sliding windows, soft caps, ALiBi and other attention that SDPA with a plain causal mask is not.
     """
+    asked = f"{method} on {type(model).__name__}"
+    if not model.can_generate():
+        raise BadInput(asked, "it does not generate text, and has no KV cache", "Leave the patch out")
     words = model.config.get_text_config().vocab_size
     ids = torch.randint(words // 4, words // 2 + 1, (2, 12), generator=torch.Generator().manual_seed(0))
     ids, mask = ids.to(model.device), torch.ones_like(ids, device=model.device)
     mask[1, :3] = 0
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = BoundedCache(layers, ids.shape[1], lambda layer: layer.positions.float())
-    asked = f"{method} on {type(model).__name__}"
     with undisturbed(model):
         own = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).logits
         try:

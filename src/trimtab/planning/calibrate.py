@@ -20,8 +20,8 @@ from ..cost.machine import machine
 from ..cost.overhead import TRANSIENT_SHARE, Overhead
 from ..cost.rates import Rates
 from ..model.hub import cache_root
+from ..process.call import apart
 from ..quiet import hushed
-from ..subprocess_call import apart
 
 TOKENS, STEPS = 256, 5
 

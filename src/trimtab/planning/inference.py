@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The largest batch. `new`: tokens that are generated after it; 0: it is only evaluated. `batches`: how many there
-    are, of different lengths perhaps."""
+    """The largest batch. `new`: tokens that are generated after it; 0: it is only evaluated. `lengths`: how many
+    different lengths the batches have."""
 
     rows: int
     tokens: int
     new: int = 0
-    batches: int = 1
+    lengths: int = 1
 
 
 def plan_inference(
@@ -56,7 +56,7 @@ def plan_inference(
             lambda blocks: PlannedInference(recipe, blocks, patches, head, labels), lambda model: model.trace(work)
         )
     phase, kinds = highest(cost.peaks)
-    shapes = cost.product_shapes * (work.batches - 1)
+    shapes = cost.product_shapes * (work.lengths - 1)
     beside = 0 if device.type == "cuda" else overhead.of(growth(kinds), 0, False, 0, shapes)
     return Plan(
         kinds, phase, 0 if device.type == "cuda" else process, beside + cost.copied_ahead, 0, budget, machine,
@@ -94,6 +94,8 @@ class PlannedInference(PlannedModel):
             ready = prepared(self.model, self.recipe.load_objective(), self.recipe)
         with ready:
             cost = trace_inference(self.model, self.kind_of, lambda trace: run(trace, work))
+        if work.new:  # products of single tokens have the same shapes in all batches
+            cost = dataclasses.replace(cost, product_shapes=self.prompt_shapes)
         self.with_originals(cost.peaks, originals)
         return cost
 
@@ -112,6 +114,7 @@ class PlannedInference(PlannedModel):
         from ..model.kv_cache import attending
 
         self._pass(trace, "prompt", work.rows, work.tokens, None)
+        self.prompt_shapes = len(trace.products)
         cache = self._cache(trace)
         with attending(self.model, cache):
             self._pass(trace, "", work.rows, work.tokens + work.new - 1, cache)

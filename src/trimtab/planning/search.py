@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import methods
-from ..artifacts.files import write_text
 from ..cost.rates import Rates
 from ..errors import BadInput, DoesNotFit, TrimtabError
+from ..files import write_text
 from ..memory.budget import gib
 from ..quiet import hushed
 from ..recipe import Recipe

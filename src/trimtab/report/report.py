@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from ..artifacts.files import beside, write_text, writing
 from ..artifacts.folder_lock import NAME as LOCK
 from ..artifacts.folder_lock import locked
 from ..errors import BadInput
+from ..files import beside, write_text, writing
 from .figures import number
 from .page import page
 

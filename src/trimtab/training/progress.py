@@ -20,9 +20,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from ..artifacts.files import write_text
 from ..contracts import Surgery
 from ..cost.trace import ADAPTER, MAPPED, OPTIMISER, WEIGHTS, Trace, highest, live, metered
+from ..files import write_text
 from ..memory.guard import Guard
 from ..memory.meter import GIB, Meter
 

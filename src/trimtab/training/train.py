@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from .. import methods
 from ..artifacts.checkpoint_files import check_files
-from ..artifacts.files import write_json
 from ..artifacts.run_folder import begin_run, checkpoints, finished_run, lock_run, open_run
 from ..cost.machine import machine, now, versions
 from ..errors import BadInput, Interrupted, Stopped
+from ..files import write_json
 from ..memory.meter import GIB
 from ..quiet import hushed, no_dataset_bars
 from ..recipe import Recipe
