@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import BadInput
+from .errors import BadInput
 
 
 def write_text(path: Path, text: str) -> None:

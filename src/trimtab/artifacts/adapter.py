@@ -110,7 +110,7 @@ def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | 
 
 
 def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The shortest names by which peft finds exactly the modules `names`: last parts, unless other modules share them."""
+    """The shortest names by which peft finds exactly the modules `names`: last parts, if no others share them."""
     wanted = set(names)
     leaves: dict[str, set[str]] = {}
     for path, module in model.named_modules():
