@@ -246,7 +246,7 @@ def table_arguments(
 
 
 def itself(file: str, job: dict[str, Any], **how: Any) -> dict[str, Any]:
-    """What the worker of the benchmark `file` says of a job, in a process of its own."""
+    """The result of a job from the worker of the benchmark `file`, in its own process."""
     return child([file, "--worker", json.dumps(job)], **how)
 
 

@@ -46,7 +46,7 @@ class Rows:
 
 
 def kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Bytes that autograd saves for the pass back of `loss()`: each storage once, weights apart."""
+    """Bytes that autograd saves for the backward pass of `loss()`: each storage once, without weights."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     found: dict[int, int] = {}
 

@@ -177,7 +177,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
             raise SystemExit(f"{name}: two undisturbed runs differ: {[k for k in whole if whole[k] != again.get(k)]}")
         between = (min(seconds for _, seconds in times) - min(began)) * SAVE / STEPS
         share = range(kills * index // len(VARIANTS), kills * (index + 1) // len(VARIANTS))
-        tally = {"kills": 0, "done before": 0, "began anew": 0, "resumed": 0, "equal": 0}
+        tally = {"kills": 0, "finished before": 0, "restarted": 0, "resumed": 0, "equal": 0}
         at: list[str] = []
         for number in share:
             while True:
@@ -189,14 +189,14 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
                     break
                 if code:
                     raise SystemExit(f"{name}: a run failed with {code} before it was killed")
-                tally["done before"] += 1
+                tally["finished before"] += 1
                 remove(output)
             tally["kills"] += 1
             newest = max((int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")), default=0)
             half = (output / ".checkpoint.partial").is_dir()
             at.append(f"{newest}{'+' if half else ''}")
             going = {"resume": True} if newest else {"overwrite": True}
-            tally["resumed" if newest else "began anew"] += 1
+            tally["resumed" if newest else "restarted"] += 1
             with_checkpoint += newest > 0
             code, _ = forked(recipe(folder, output.name, fields, **going).train)
             found = left(output) if code == 0 else {}
