@@ -102,7 +102,7 @@ TARGETS = {
     "held_out_rows": [">=", 12], "held_out_process_median_error": ["<=", 0.05],
     "held_out_process_worst_error": ["<=", 0.10],
 }  # fmt: skip
-CLAIM = "The plan is right for models and rows that its constants were not chosen on. Each pair is predicted / measured."
+CLAIM = "The plan is right for models and rows on which no constant was chosen. Each pair is predicted / measured."
 NOTES = [
     "live, growth, process error, peak: as in plan_accuracy.",
     "Many lengths: texts of 30 to 240 words; batches are padded to multiples of 16 tokens.",

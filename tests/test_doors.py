@@ -64,7 +64,7 @@ def test_its_options_state_and_checkpoints(world, tmp_path):
     whole["output"] = str(tmp_path / "parts")
     run(whole, stepper=momentum, resume=True)
     assert same(tmp_path / "whole", tmp_path / "parts")
-    with pytest.raises(BadInput, match="begun with"):
+    with pytest.raises(BadInput, match="started with"):
         run({**whole, "training": {**whole["training"], "max_steps": 6}}, resume=True)
 
 
