@@ -16,7 +16,7 @@ HOWS = {  # the key in run.json -> what the page calls it
 }  # fmt: skip
 THIN = 0.06  # of an axis' height: the band for the memory of the process before the run
 COLOURS = {  # distinguishable with colour blindness; readable on white and on near-black
-    "process": "#8c96a3", "weights": "#4477aa", "adapter": "#228833", "gradients": "#ccbb44", "optimiser": "#aa3377",
+    "process": "#8c96a3", "weights": "#4477aa", "adapter": "#228833", "gradients": "#ccbb44", "optimizer": "#aa3377",
     "activations": "#ee6677", REST: "#ee6677", "logits": "#f79646", "temporaries": "#66ccee",
     "mapped weights": "#9aa7d6",
 }  # fmt: skip
@@ -106,7 +106,7 @@ def timeline(run: Any, limit: float | None) -> dict[str, Any] | None:
         last = now
         seconds.append(round(before + now, 2))
     known = next((row["parts"] for row in run.memory if isinstance(row.get("parts"), dict)), {})
-    parts = {kind: number(known.get(kind)) or 0 for kind in ("process", "weights", "adapter", "optimiser")}
+    parts = {kind: number(known.get(kind)) or 0 for kind in ("process", "weights", "adapter", "optimizer")}
     stacked: dict[str, list[float]] = {kind: [] for kind in (*parts, REST)}
     for row in run.memory:
         rest = float(row["anon"])
