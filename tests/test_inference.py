@@ -11,6 +11,7 @@ from helpers_run import films, make_world, tree
 from trimtab.errors import BadInput, DoesNotFit, Stopped
 from trimtab.inference import session
 from trimtab.inference.evaluate import evaluate
+from trimtab.inference.export import export
 from trimtab.inference.generate import generate
 from trimtab.inference.session import Inference
 from trimtab.memory.guard import Guard
@@ -144,6 +145,19 @@ def test_a_recipe_that_trains_nothing_needs_no_adapter(runs, tmp_path):
         train(recipe)
     with pytest.raises(BadInput, match="Train first"):
         list(generate(with_keys(runs["lora"], output=str(tmp_path / "none")), [ASK]))
+
+
+def test_what_a_recipe_that_trains_nothing_plans_and_exports(runs, call, tmp_path):
+    recipe = with_keys(runs["lora"], patches=[STREAMING], output=str(tmp_path / "none"), budget={"fast": "20GiB"})
+    made = recipe.plan()
+    assert made.fits and made.trained == 0 and made.kinds["cache"] > 0 and "optimiser" not in made.kinds
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    code, out, _ = call("plan", tmp_path / "r.yaml")
+    assert code == 0 and "nothing is trained" in out and "trained  " not in out
+    assert call("plan", tmp_path / "r.yaml", "budget.fast=50MiB")[0] == 3
+    for form in ("merged", "peft"):
+        with pytest.raises(BadInput, match="changes no weight"):
+            export(recipe, form)
 
 
 def test_an_adapter_of_another_task_is_refused(runs):

@@ -105,7 +105,7 @@ def plan(
         _search(loaded, as_json, write, overwrite)
         return
     from .planning.fit import require_fit
-    from .planning.plan import plan as run
+    from .planning.inference import plan_recipe as run
     from .planning.remembered import remember
 
     made = run(loaded)

@@ -192,20 +192,20 @@ class Recipe(Block):
 
     def plan(self, **options: Any) -> Any:
         """Predict its memory and speed (`trimtab.planning.plan`)."""
-        return self._verb("planning.plan")(self, **options)
+        return self._verb("planning.inference", "plan_recipe")(self, **options)
 
     def train(self, **options: Any) -> dict[str, Any]:
         """Run it; returns the content of run.json (`trimtab.training.train`)."""
-        return self._verb("training.train")(self, **options)
+        return self._verb("training.train", "train")(self, **options)
 
     def evaluate(self, **options: Any) -> dict[str, Any]:
         """Measure it on data.test (`trimtab.inference.evaluate`)."""
-        return self._verb("inference.evaluate")(self, **options)
+        return self._verb("inference.evaluate", "evaluate")(self, **options)
 
     @staticmethod
-    def _verb(name: str) -> Any:
-        # A door for Python users to the floor above; the recipe itself knows none of the verbs.
-        return getattr(import_module(f"{__package__}.{name}"), name.split(".")[-1])
+    def _verb(module: str, name: str) -> Any:
+        # For Python users only: the verbs import this module, so it finds them when they are called.
+        return getattr(import_module(f"{__package__}.{module}"), name)
 
     @staticmethod
     def _class(value: Part, kind: str) -> Any:

@@ -47,6 +47,8 @@ def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str 
         _replaceable(out, overwrite)
         run = load_run(recipe, adapter, generates=False)
         model, tokenizer, surgeries, base = run.model, run.tokenizer, run.surgeries, run.base
+        if not surgeries:
+            raise BadInput(f"export to {to}", "the recipe changes no weight of the model", "Use the model itself")
         with writing(f"write {out}", "Free some space, or name another folder"), whole_folder(out) as folder:
             {"peft": _peft, "merged": _merged}[to](folder, recipe, model, tokenizer, surgeries, base)
             ordinary_modes(folder)

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from ..memory.budget import Budget, fast_bytes, slow_bytes
 from ..recipe import Recipe
 from .calibrate import known_overhead
-from .plan import Plan, growth
+from .plan import Plan, growth, longest_allowed, plan, process_bytes
 from .planned_model import PlannedModel, at_whole_depth
 
 if TYPE_CHECKING:
     from ..contracts import Patch
     from ..cost.trace import StepCost, Trace
+
+
+NEW = 256  # tokens of the reply that a plan without prompts is for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,19 @@ def plan_inference(
         kinds, phase, 0 if device.type == "cuda" else process, beside + cost.copied_ahead, 0, budget, machine,
         work.rows, work.tokens, notes=list(cost.notes),
     )  # fmt: skip
+
+
+def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
+    """What `trimtab plan` shows: the plan of training, or of a reply where the recipe trains nothing."""
+    if recipe.trains or not recipe.patches:
+        return plan(recipe, **options)
+    length = longest_allowed(recipe)
+    process = process_bytes(known_overhead())
+    head = recipe.load_objective().head
+    work = Work(1, length, NEW if head == "causal-lm" else 0)
+    made = plan_inference(recipe, recipe.load_patches(), work, head, None, process)
+    made.notes.append(f"nothing is trained: for a prompt of {length} tokens (max_length) and a reply of {work.new}")
+    return made
 
 
 class PlannedInference(PlannedModel):

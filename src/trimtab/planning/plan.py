@@ -148,7 +148,8 @@ class Plan:
         if self.tokens_per_second:
             speed = f"{self.tokens_per_second:,.0f} t/s"
             yield f"{'speed':<{width}}  {'':<5} {speed:>12}  predicted, for rows of this length"
-        yield f"{'trained':<{width}}  {'':<5} {self.trained:>12,}  parameters"
+        if self.trained:
+            yield f"{'trained':<{width}}  {'':<5} {self.trained:>12,}  parameters"
         yield TIERS
         yield from self.notes
         fast = "this machine's memory" if self.budget.fast is None else "the budget"
