@@ -235,7 +235,7 @@ def fields_table(cls: type) -> str:
             needed = field.default_factory is dataclasses.MISSING
         else:
             needed = False
-        rows.append([f"`{field.name}`", kind_of(field.type), "needed" if needed else shown(default),
+        rows.append([f"`{field.name}`", kind_of(field.type), "required" if needed else shown(default),
                      comments.get(field.name, "")])  # fmt: skip
     if not any(row[3] for row in rows):
         return table(["key", "type", "default"], [row[:3] for row in rows])
@@ -243,12 +243,12 @@ def fields_table(cls: type) -> str:
 
 
 def kind_of(annotation: Any) -> str:
-    """`Literal["a", "b"] | None` becomes: "a", "b" or nothing."""
+    """`Literal["a", "b"] | None` becomes: "a", "b" or null."""
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
     text = re.sub(r"Literal\[(.*?)\]", r"\1", text)
-    plain = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "None": "nothing",
-             "FileName": "text", "Count": "whole number", "dict[str, str]": "keys", "dict[Column, str]": "keys",
-             **dict.fromkeys(("list[str]", "list[FileName]", "list[Metric]"), "list of texts")}  # fmt: skip
+    plain = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "None": "null",
+             "FileName": "text", "Count": "integer", "dict[str, str]": "mapping", "dict[Column, str]": "mapping",
+             **dict.fromkeys(("list[str]", "list[FileName]", "list[Metric]"), "list of text")}  # fmt: skip
     return " or ".join(plain.get(part.strip(), part.strip()) for part in text.split(" | "))
 
 
@@ -288,15 +288,15 @@ def recipe_keys() -> str:
 
 def whole() -> list[list[str]]:
     said = {
-        "model": ("a name or keys", "the base model, see below"),
-        "data": ("a file or keys", "training and test rows, see below"),
-        "patches": ("list", "what is trained: `- paca: {r: 8}`; keys on the page of each method"),
+        "model": ("name or mapping", "the base model, see below"),
+        "data": ("file or mapping", "training and test rows, see below"),
+        "patches": ("list", "the methods: `- paca: {r: 8}`; each method's page lists its keys"),
         "objective": ("name", "; ".join(methods.names("objective"))),
         "stepper": ("name", "; ".join(methods.names("stepper"))),
-        "training": ("keys", "fields of the libraries' training arguments, see below"),
-        "budget": ("keys", "`{fast: 2GiB, slow: 40GiB}`, also `80%` or `-2GiB`; [planner.md](planner.md)"),
-        "place": ("keys", "which device computes, see below"),
-        "engine": ("keys", "how steps are computed, see below"),
+        "training": ("mapping", "fields of the libraries' training arguments, see below"),
+        "budget": ("mapping", "`{fast: 2GiB, slow: 40GiB}`, also `80%` or `-2GiB`; [planner.md](planner.md)"),
+        "place": ("mapping", "which memory is used, see below"),
+        "engine": ("mapping", "how steps are computed, see below"),
         "output": ("text", "the folder of the run"),
         "resume": ("true or false", "continue from the newest checkpoint in `output`"),
         "overwrite": ("true or false", "replace the run in `output`"),
