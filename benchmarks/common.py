@@ -1,8 +1,8 @@
-"""What the benchmarks share: children in fresh processes, their memory read from outside, medians with spread, results.
+"""Shared by the benchmarks: child processes, their memory read from outside, medians with spread, result files.
 
-A benchmark starts each side in a process of its own, in turn (A B A B ...), and reads the child's anonymous memory from
-the kernel's account, the same way for both. A child says `@mark "load"` before it loads its model and `@mark "train"`
-when the model is there and nothing is trained yet (growth counts from a mark), and `@result {...}` at its end.
+A benchmark starts each side in its own process, alternating (A B A B ...), and reads the child's anonymous memory from
+the kernel, in the same way for both. A child prints `@mark "load"` before it loads its model, `@mark "train"` when the
+model is loaded and training has not begun (growth is measured from a mark), and `@result {...}` at its end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def child(
 ) -> dict[str, Any]:
     """Run `python command...`; its @result with `anon_peak`, `rss_peak` and their growth since each mark (bytes).
 
-    `through`: a command to start it under; `threads`: how many it may compute with (0: as many as it likes).
+    `through`: a command to start it under; `threads`: how many threads it may use (0: no limit).
     """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRIMTAB_ALLOCATOR": "none", "HF_HUB_OFFLINE": "1"}
     found = allocator.find(malloc) if malloc != "none" else None
@@ -274,7 +274,7 @@ def table_arguments(
 
 
 def itself(file: str, job: dict[str, Any], **how: Any) -> dict[str, Any]:
-    """What the worker of the benchmark `file` says of a job, in a process of its own."""
+    """The result of a job from the worker of the benchmark `file`, in its own process."""
     return child([file, "--worker", json.dumps(job)], **how)
 
 

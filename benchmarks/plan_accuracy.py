@@ -1,9 +1,9 @@
 """Predicted beside measured: the memory and speed that `trimtab plan` predicts, and those of the run.
 
-Each configuration is trained for real, a few steps in a fresh process under the chosen allocator. Predicted is what the
-planner wrote before the first step (run.json); measured are the live tensors of a step (the meter), the growth of the
-process's anonymous memory since training began (read from outside, the kernel's account) and tokens/s. Each
-configuration has its turn in every round; medians of the rounds.
+Each configuration is trained for real, a few steps in a fresh process under the chosen allocator. The prediction is
+what the planner wrote before the first step (run.json). Measured are the live tensors of a step (by the meter), the
+growth of the process's anonymous memory since training began (read from outside, from the kernel) and tokens/s. Each
+configuration runs once per round; the figures are medians of the rounds.
 
     python benchmarks/plan_accuracy.py [--quick] [--rounds 3] [--only WORD] [--json FILE]
 """
@@ -90,13 +90,14 @@ TARGETS = {
 CLAIM = "A run uses what its plan predicted before it began. Each pair in the table is predicted / measured."
 NOTES = [
     "live: bytes of live tensors at the peak of a step, by the planner's trace and by the meter.",
-    "growth, process error: growth of the process's anonymous memory from the first step on, read from outside it.",
+    "growth, process error: growth of the process's anonymous memory from the first step on, read from outside.",
     "peak: anonymous memory of the whole process at its peak.",
-    "Constants of the plan were chosen on these configurations; plan_held_out has others, used for none.",
+    "Constants of the plan were chosen on these configurations; plan_held_out has configurations used for none of "
+    "them.",
     "speed: tokens/s from the rates that `trimtab doctor` measured on this machine once.",
     "Process: beside the tensors, what the doctor's small trainings used on this machine once, and 15 % of what the "
-    "backward pass of a block allocates and frees. malloc returns freed memory by the clock, so the same run scatters.",
-    "Speed: the rates are measured once, and this machine's speed drifts by a third within hours.",
+    "backward pass of a block allocates and frees. malloc returns freed memory after a delay, so repeated runs differ.",
+    "Speed: the rates are measured once, and this machine's speed changes by a third within hours.",
 ]
 
 

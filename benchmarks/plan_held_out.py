@@ -1,7 +1,7 @@
 """Predicted beside measured on configurations that no constant of the planner was chosen on.
 
-Families that plan_accuracy does not have, at shapes whose growth exceeds 200 MiB, and SmolLM2 on texts of many lengths,
-packed and not; measured as in plan_accuracy.
+These are model families that plan_accuracy does not have, at shapes whose growth exceeds 200 MiB, and SmolLM2 on texts
+of many lengths, packed and not. They are measured as in plan_accuracy.
 
     python benchmarks/plan_held_out.py [--quick] [--rounds 1] [--only WORD] [--json FILE]
 """
@@ -101,11 +101,11 @@ TARGETS = {
     "held_out_rows": [">=", 12], "held_out_process_median_error": ["<=", 0.05],
     "held_out_process_worst_error": ["<=", 0.10],
 }  # fmt: skip
-CLAIM = "The plan is right on models and rows that no constant of it was chosen on. Each pair is predicted / measured."
+CLAIM = "The plan is right for models and rows on which no constant was chosen. Each pair is predicted / measured."
 NOTES = [
     "live, growth, process error, peak: as in plan_accuracy.",
     "Many lengths: texts of 30 to 240 words; batches are padded to multiples of 16 tokens.",
-    "Speed was not looked at: tokens/s are of the same runs.",
+    "The speed of the same runs is shown, but no claim is made about it.",
 ]
 
 

@@ -83,7 +83,7 @@ def left(output: Path) -> dict[str, Any]:
 
 
 def table_of(folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint of a table, its deltas laid over each other: each row's parts, and the optimiser's state."""
+    """A checkpoint of a table, its deltas laid over each other: each row's parts, and the optimizer's state."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.iterdir(), key=lambda p: int(p.stem)):
         held = load_file(path)

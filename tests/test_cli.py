@@ -79,7 +79,7 @@ WRONG = {  # what is wrong in the recipe -> what the message must say
     "training save": ({"training.save_strategy": "sometimes"}, ["sometimes"]),
     "training output": ({"training.output_dir": "elsewhere"}, ["output"]),
     "training list": ({"training": [1]}, ["training"]),
-    "optimiser": ({"training.optim": "adamz"}, ["adamz"]),
+    "optimizer": ({"training.optim": "adamz"}, ["adamz"]),
     "objective": ({"objective": "causal"}, ["causal", 'Did you mean "causal_lm"']),
     "objective kind": ({"objective": 5}, ["objective"]),
     "objective twice": ({"objective": {"causal_lm": {}, "classification": {}}}, ["objective"]),
@@ -176,10 +176,10 @@ def test_unknown_verbs_and_options(arguments, call):
 
 def test_a_folder_that_holds_a_run(call, ran, world):
     before = {p: p.stat().st_mtime_ns for p in (world / "ran").rglob("*")}
-    refused(call("train", ran), ["already holds a run", "resume=true", "overwrite=true"])
+    refused(call("train", ran), ["already has a run", "resume=true", "overwrite=true"])
     for changed in ("patches.paca.r=8", "training.learning_rate=0.5", "training.seed=3", "objective=classification",
                     "model.precision=bf16", "data.limit=4"):  # fmt: skip
-        refused(call("train", ran, "resume=true", changed), ["resume", "begun with"])
+        refused(call("train", ran, "resume=true", changed), ["resume", "started with"])
     assert before == {p: p.stat().st_mtime_ns for p in (world / "ran").rglob("*")}
 
 

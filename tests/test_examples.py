@@ -161,10 +161,10 @@ def test_demo(measured, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "know_machine", lambda: None)  # a minute of measuring
     demo.main()
     printed = capsys.readouterr()
-    assert "recall on wordings never trained on: " in printed.out
+    assert "recall on a wording never trained on: " in printed.out
     assert "tokens/s" in printed.out and "   fits: " in printed.out
     speed = r" and [\d,]+ tokens/s" if measured else ""
-    assert re.search(rf"planned for the longest rows there are: \d.\d\d GiB{speed}; held: \d.\d\d GiB", printed.out)
+    assert re.search(rf"predicted for the longest rows: \d.\d\d GiB{speed}; used: \d.\d\d GiB", printed.out)
     table = printed.out[printed.out.index("city  ") :].splitlines()
     assert len(table[1 : 1 + demo.SHOWN]) == demo.SHOWN and all(table[1 : 1 + demo.SHOWN])
     assert f"generate {tmp_path / 'demo'}" in printed.out

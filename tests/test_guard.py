@@ -77,7 +77,7 @@ def test_it_goes_on_in_smaller_micro_batches(world, tmp_path):
     run({**parts, "training": {**parts["training"], **halves}}, resume=True)
     for (_, a, *_), (_, b, *_) in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
-    with pytest.raises(BadInput, match="begun with"):
+    with pytest.raises(BadInput, match="started with"):
         run({**parts, "training": {**parts["training"], "per_device_train_batch_size": 1}}, resume=True)
 
 
@@ -234,7 +234,7 @@ def test_the_longest_row_comes_first_and_every_row_once(world, tmp_path, monkeyp
     theirs = widths({**keys, "output": str(tmp_path / "theirs")}, monkeypatch)
     flat = [[n for batch in order for n in batch] for order in (ours, theirs)]
     assert max(ours[0]) == max(flat[0]) and flat[0][15:] == flat[1][15:] and len(flat[0]) == 30
-    assert max(ours[1]) == max(n for batch in ours[1:8] for n in batch), "the second step has the optimiser's state too"
+    assert max(ours[1]) == max(n for batch in ours[1:8] for n in batch), "the second step has the optimizer's state too"
     assert sum(a != b for a, b in zip(*flat, strict=True)) <= 4
     assert sorted(flat[0][:15]) == sorted(flat[1][:15])
 

@@ -10,7 +10,7 @@ import torch
 from tiny import ROWS, TOKENS, recipe_of
 from trimtab.cost import roofline
 from trimtab.cost.roofline import row_update, written_back
-from trimtab.cost.trace import OPTIMISER
+from trimtab.cost.trace import OPTIMIZER
 from trimtab.engine.arguments import training_arguments
 from trimtab.engine.objectives import arguments_class
 from trimtab.planning.plan import plan
@@ -21,7 +21,7 @@ from world import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MEFT = {"r": 256, "probes": 4, "k": 16, "scale": 1.0}
-PLACES, NEAR = ("ram", "disk"), 0.75  # the optimiser: a real trace lacks the rows' norm, writes, views made at once
+PLACES, NEAR = ("ram", "disk"), 0.75  # the optimizer: a real trace lacks the rows' norm, writes, views made at once
 FIELDS = [MEFT, {**MEFT, "k": 64, "router": "fixed"}, {**MEFT, "experts": 64, "probes": 2}]
 
 
@@ -69,8 +69,8 @@ def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, plac
     assert mean > 4, "there is something to stand for"
     monkeypatch.setattr(tables, "touched", lambda *asked: mean)
     planned, seconds = traced(recipe, real=False)
-    assert seconds - planned[OPTIMISER] == pytest.approx(real - phases[OPTIMISER], rel=0.05)
-    assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=NEAR)
+    assert seconds - planned[OPTIMIZER] == pytest.approx(real - phases[OPTIMIZER], rel=0.05)
+    assert planned[OPTIMIZER] == pytest.approx(phases[OPTIMIZER], rel=NEAR)
     monkeypatch.setattr(tables, "touched", lambda *asked: 1.0)
     assert traced(recipe, real=False)[1] < 0.75 * seconds
 

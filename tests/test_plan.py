@@ -34,7 +34,7 @@ def measured(recipe: Recipe, padded: bool = True, counted: int = TOKENS) -> int:
     """Live bytes at the peak of the second step, by the meter, on real tensors."""
     objective = recipe.load_objective()
     args = training_arguments(recipe, arguments_class(objective), "out", True)
-    step = PlannedStep(recipe, args, None, real=True)  # its model, batch, loss and optimiser
+    step = PlannedStep(recipe, args, None, real=True)  # its model, batch, loss and optimizer
     model = step.model
     held = [*step.base.values(), *quantised_state(model)]
     model.train()
@@ -175,7 +175,7 @@ def test_tables_that_step_at_once_are_planned_so(folders, tmp_path, monkeypatch)
     held, beside = {}, {}
     for threads in (1, 2, 8):
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
-        held[threads] = trace.live(PlannedStep(recipe, args, None).trace(ROWS, TOKENS).peaks["optimiser"])
+        held[threads] = trace.live(PlannedStep(recipe, args, None).trace(ROWS, TOKENS).peaks["optimizer"])
         beside[threads] = plan(recipe).overhead
     rows, parts = 1024 * 2 * 64 * 4, len(("values", "grads", "m", "v"))
     assert held[2] - held[1] == parts * min(rows, 2**20), "a piece of the second of two tables"
@@ -191,7 +191,7 @@ def test_what_a_block_makes_and_drops_on_its_way_back(folders):
         traced.enter("backward of the blocks between")
         more = torch.empty(100)
         torch.empty(50)
-        traced.enter("optimiser")
+        traced.enter("optimizer")
         del more
         torch.empty(5000)
         traced.enter("end")

@@ -74,18 +74,18 @@ def test_attention_and_update_by_hand():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             seen.append(func._schema.name)
-            clock.add("optimiser", func, args, kwargs or {}, out)
+            clock.add("optimizer", func, args, kwargs or {}, out)
             return out
 
     with Watch():
         optimizer.step()
     assert "aten::_fused_adamw_" in seen
-    assert clock.phases["optimiser"] == pytest.approx(28_000 / 7e8 + clock.operations * 1e-6, rel=0.02)
+    assert clock.phases["optimizer"] == pytest.approx(28_000 / 7e8 + clock.operations * 1e-6, rel=0.02)
 
 
 def test_a_deep_stack_lies_on_the_line_and_micro_batches_share_the_update():
     shallow, deep = (
-        StepCost({}, seconds={"blocks": float(n), "backward": back, "optimiser": 0.5 * n, "evaluation": 9.0})
+        StepCost({}, seconds={"blocks": float(n), "backward": back, "optimizer": 0.5 * n, "evaluation": 9.0})
         for n, back in ((2, 3.0), (4, 5.0))
     )
     cost = extend(shallow, deep, (2, 4), 10)

@@ -56,7 +56,7 @@ def test_rows_train_in_a_strangers_loop(loop, tmp_path, monkeypatch):
         before = after
 
 
-def test_only_the_optimiser_that_has_their_parameter_steps_rows():
+def test_only_the_optimizer_that_has_their_parameter_steps_rows():
     model = MODELS["llama"]()
     surgery = Meft(r=64, scale=1.0).apply(model, PLACE)
     model(**tiny_batch(model)).loss.backward()

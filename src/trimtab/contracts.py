@@ -124,7 +124,7 @@ class Surgery(ABC):
         )
 
     def penalty(self) -> Tensor | None:
-        """A term of the loss, shape (), that does not depend on the batch; added once to each optimiser step."""
+        """A term of the loss, shape (), that does not depend on the batch; added once to each optimizer step."""
         return None
 
     def cache(self) -> Cache | None:
@@ -132,10 +132,10 @@ class Surgery(ABC):
         return None
 
     def before_step(self, step: int) -> None:  # noqa: B027
-        """Called by the engine before optimiser step `step` (0, 1, ...), for parts that change on a schedule."""
+        """Called by the engine before optimizer step `step` (0, 1, ...), for parts that change on a schedule."""
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
-        """Called by the engine after optimiser step `step`, while the gradients are still there."""
+        """Called by the engine after optimizer step `step`, while the gradients are still there."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: PreTrainedModel, batch: Batch, count: Tensor | int | None = None) -> Loss:
-        """-> mean loss, shape (). `count`: how many items the whole optimiser step averages over (accumulation)."""
+        """-> mean loss, shape (). `count`: how many items the whole optimizer step averages over (accumulation)."""
 
     def example_batch(self, rows: int, tokens: int, args: Any) -> Batch:
         """A batch of zeros, as the trainer's collator would make it under `args`; the planner traces it."""
@@ -193,7 +193,7 @@ class Objective(ABC):
 
 
 class Stepper:
-    """How losses become gradients, and gradients a step. As it stands: the ordinary backward pass, and the optimiser
+    """How losses become gradients, and gradients a step. As it stands: the ordinary backward pass, and the optimizer
     that `training.optim` names."""
 
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
@@ -201,11 +201,11 @@ class Stepper:
         return None
 
     def optimizer(self, parameters: Sequence[nn.Parameter], args: Any) -> torch.optim.Optimizer | None:
-        """The optimiser for the trained `parameters` under the training arguments; None: transformers makes it."""
+        """The optimizer for the trained `parameters` under the training arguments; None: transformers makes it."""
         return None
 
     def backward(self, loss: Callable[[], Tensor], back: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
-        """One micro-batch: compute `loss`, leave what the optimiser needs (`.grad`), return the loss, detached.
+        """One micro-batch: compute `loss`, leave what the optimizer needs (`.grad`), return the loss, detached.
 
         `loss` runs the forward pass anew each time it is called. `back`: runs a backward pass from a loss.
         """

@@ -82,7 +82,7 @@ def unweighed(objective: Objective) -> Objective:
 
 
 def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
-    """BadInput for an optimiser that would not be used, or that the rows of a patch's tables cannot be stepped with."""
+    """BadInput for an optimizer that would not be used, or that the rows of a patch's tables cannot be stepped with."""
     stepper, tables = recipe.load_stepper(), [patch for patch in recipe.load_patches() if patch.uses_tables]
     if type(stepper).optimizer is not Stepper.optimizer:
         name = type(stepper).__name__

@@ -3,7 +3,7 @@
 Guessing evenly among V words costs ln V nats a token (V labels of a classifier: ln V a row). A run whose loss, having
 been below it, is above twice that value and three times its own median for two steps in a row has diverged: such runs
 do not come back at the same learning rate. A loss or a gradient that is not finite stops the run at once, before the
-optimiser step that would spread it to every weight.
+optimizer step that would spread it to every weight.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Diverged(Exception):
 
 
 class StopIfDiverged(TrainerCallback):
-    """Raises `Diverged` before an optimiser step. `chance`: nats of a uniform guess; None where there is no such thing
+    """Raises `Diverged` before an optimizer step. `chance`: nats of a uniform guess; None where there is no such thing
     (regression), and only what is not finite counts."""
 
     def __init__(self, trainer: Any, chance: float | None):

@@ -104,7 +104,7 @@ NEEDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "metric_for_best_model": ("load_best_model_at_end", bool, "Say load_best_model_at_end: true"),
     "greater_is_better": ("load_best_model_at_end", bool, "Say load_best_model_at_end: true"),
     "packing_strategy": ("packing", bool, "Say packing: true"),
-    "optim_target_modules": ("optim", lambda v: "galore" in v or "apollo" in v, "Take a GaLore or APOLLO optimiser"),
+    "optim_target_modules": ("optim", lambda v: "galore" in v or "apollo" in v, "Take a GaLore or APOLLO optimizer"),
 }  # fmt: skip
 
 DEPRECATED_DEFAULTS = {"disable_tqdm": (None, True), "do_eval": (False, None)}  # values that change nothing

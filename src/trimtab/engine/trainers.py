@@ -2,7 +2,7 @@
 
 Ours are only: the loss (the objective's), what a checkpoint holds (what the patches own, not the model), that a
 checkpoint appears whole or not at all, that long rows are counted before anything is cut, that the longest come first,
-and that packed rows stay rows. Formats, schedulers, optimisers, trackers, evaluation, distribution are the libraries'.
+and that packed rows stay rows. Formats, schedulers, optimizers, trackers, evaluation, distribution are the libraries'.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _OurTrainer(ClipsRows):
         return super().create_optimizer(model)  # type: ignore[misc]
 
     def step_loss(self) -> float:
-        """The mean loss of the optimiser step whose gradients are ready, over all processes (each must call this)."""
+        """The mean loss of the optimizer step whose gradients are ready, over all processes (each must call this)."""
         loss = mean_of(self.step_losses, self.step_summed)
         self.step_losses = []
         if self.args.world_size > 1:
@@ -319,7 +319,7 @@ class ClassifierTrainer(_OurTrainer, Trainer):
         self.model_accepts_loss_kwargs = True  # the mean is over all rows of a step, however they are cut into batches
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """Rows of the whole optimiser step; the library would count labels, and take -100.0 for no label."""
+        """Rows of the whole optimizer step; the library would count labels, and take -100.0 for no label."""
         rows = torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
         return self.accelerator.gather(rows).sum() if self.args.average_tokens_across_devices else rows
 

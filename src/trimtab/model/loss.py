@@ -136,7 +136,7 @@ def next_token_loss(
     """-> mean loss over the counted next tokens (shape ()), how many the argmax hit, how many there were.
 
     Runs the model's own forward up to its last linear, drops the positions whose next label is -100, and projects only
-    the rest. `count` is the number of tokens that the whole optimiser step averages over (default: those of this
+    the rest. `count` is the number of tokens that the whole optimizer step averages over (default: those of this
     batch). `smoothing`, `dft`: as in `chunked_cross_entropy`. `whole`: all logits at once, as the model makes them; so
     too where the head is of no known form (head.py).
 

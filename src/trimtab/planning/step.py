@@ -1,7 +1,7 @@
 """One training step of a recipe, on a model without values: what the planner traces.
 
 The model is built from its config on the `meta` device and patched as the recipe says; the engine's own forms of the
-blocks, the objective's loss and the optimiser that the recipe names are stepped on fake tensors (cost/trace.py).
+blocks, the objective's loss and the optimizer that the recipe names are stepped on fake tensors (cost/trace.py).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class PlannedStep(PlannedModel):
         """Adds the seconds in which the rows of tables step, which the trace does not see; where they are not known,
         those of the whole step are not."""
         from ..cost.roofline import row_update
-        from ..cost.trace import OPTIMISER
+        from ..cost.trace import OPTIMIZER
         from ..tiered.planned import expected_rows
         from ..tiered.record import VALUES
 
@@ -114,7 +114,7 @@ class PlannedStep(PlannedModel):
                 return dataclasses.replace(cost, seconds=None)
             many = expected_rows(store, tokens, probes, self.args.gradient_accumulation_steps)
             update = row_update(rates, store.parts[VALUES].nbytes, many, store.optimizer.copies)
-            seconds[OPTIMISER] = seconds.get(OPTIMISER, 0.0) + update
+            seconds[OPTIMIZER] = seconds.get(OPTIMIZER, 0.0) + update
             written += many * store.record_bytes if store.slow == "disk" else 0.0
         return dataclasses.replace(cost, seconds=seconds, written=written)
 
@@ -150,7 +150,7 @@ class PlannedStep(PlannedModel):
         if not cls.__module__.startswith("torch.optim"):
             raise BadInput(
                 f"plan training: optim: {self.args.optim}",
-                "the planner follows PyTorch's own optimisers only",
+                "the planner follows PyTorch's own optimizers only",
                 "Remove budget:, or train with adamw_torch",
             )
         return cls(trained, **options)
