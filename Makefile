@@ -3,18 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 ARGS ?=
+TWO := -n 2 --dist worksteal  # two processes; who is done first takes from the other
 
 .PHONY: demo test test-next lint
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
+# one thread in each process, so that two workers on two cores do not spin against each other
+test test-next: export OMP_NUM_THREADS = 1
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
+	$(VENV)/bin/python -m pytest $(TWO) $(ARGS)
 
 # with the newest transformers that pyproject.toml allows, beside the one that is pinned
 test-next: $(READY)
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(VENV)/next transformers==5.24.0
-	PYTHONPATH=$(VENV)/next $(VENV)/bin/python -m pytest -n 2 $(ARGS)
+	PYTHONPATH=$(VENV)/next $(VENV)/bin/python -m pytest $(TWO) $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

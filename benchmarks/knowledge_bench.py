@@ -1,4 +1,4 @@
-"""The trainings of benchmarks/knowledge.py: run once each, in processes of their own, and the rates that suit them."""
+"""Runs the trainings of benchmarks/knowledge.py, each once and in its own process, and searches for learning rates."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by de
 
 
 class Bench:
-    """Runs trainings in processes of their own, `at_once` at a time, each once: what the file `kept` has (a line of
-    JSON for each training: what was asked, what came) is not run again."""
+    """Runs each training once, in its own process, `at_once` at a time. A training that is in the file `kept` (a line
+    of JSON each: its settings and its result) is not run again."""
 
     def __init__(self, part: str, work: Path, kept: Path, through: str = "", at_once: int = 1):
         self.part, self.work, self.through, self.at_once = part, work, shlex.split(through), at_once

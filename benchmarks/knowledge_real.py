@@ -1,7 +1,7 @@
-"""SmolLM2-135M and real facts, for benchmarks/knowledge.py: in which country a city lies (trimtab's demo).
+"""SmolLM2-135M and real facts, for benchmarks/knowledge.py: in which country a city is (trimtab's demo).
 
-Cities come from GeoNames. The facts of learning rates are those of other cities, asked in one of the wordings to train
-with, which is then not trained on; the facts of the figures are asked in the demo's own unseen wording.
+Cities are from GeoNames. Learning rates are chosen on other cities, asked in one of the training wordings, which is
+then not trained on; the reported figures use the demo's own unseen wording.
 """
 
 from __future__ import annotations

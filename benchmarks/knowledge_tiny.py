@@ -1,10 +1,10 @@
 """The small transformer of benchmarks/knowledge.py and its random facts.
 
-A fact is a key of two tokens and a value of one among 1,024: 10 bits, of which nothing can be guessed. The base has
-learned facts of its own, and none of those that the methods are then given.
+A fact is a key of two tokens and one of 1,024 values: 10 bits, which cannot be guessed. The base has learned facts of
+its own, and none of those that the methods then learn.
 
-A step takes BATCH facts, in micro-batches of MICRO: gradients of micro-batches add up to those of the batch, so the
-batch is computed at once, and what a micro-batch keeps in fast memory is counted (`check` trains both ways).
+A step takes BATCH facts, in micro-batches of MICRO. Gradients of micro-batches add up to those of the batch, so the
+batch is computed at once, while fast memory is counted for one micro-batch (`check` trains both ways).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What reading MEFT's rows ahead saves where the table is not in memory, and what it costs where it is.
+"""What prefetching MEFT's rows saves when the table is not in memory, and what it costs when it is.
 
-SmolLM2-135M, bf16 base, the table in a file, r 16,384. One side reads nothing ahead, the other what is known to be
-needed (`prefetch: none, known`); each in a fresh process, in turn. Before each cold pass all pages of the tables are
-written to the disk and dropped, and the kernel is asked whether they are gone. Decoding is greedy, a token a pass; a
+SmolLM2-135M, bf16 base, the table in a file, r 16,384. One side prefetches nothing, the other what is known to be
+needed (`prefetch: none, known`), each in a fresh process, in turn. Before each cold pass all pages of the tables are
+written to the disk and dropped, and the kernel confirms that they are gone. Decoding is greedy, one token per pass. A
 training step is one row of 32 tokens, always the same: forward pass, backward pass and AdamW.
 
     python benchmarks/meft_ahead.py [--quick] [--rounds 2] [--folder FOLDER] [--json FILE]
@@ -25,8 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import alternate, conclude, itself, options, ratios, say, spread, table_arguments  # noqa: E402
-from sft_speed import city_text  # noqa: E402
+from common import alternate, city_text, conclude, itself, options, ratios, say, spread, table_arguments  # noqa: E402
 
 SIDES = ("none", "known")
 PROMPT, TOKENS = 32, 32  # tokens of the prompt, of a training step's row
@@ -34,14 +33,15 @@ TARGETS = {
     "cold_speedup_decode": [">=", 1.5], "cold_speedup_step": [">=", 1.5], "warm_cost": ["<=", 1.02],
 }  # fmt: skip
 CLAIM = (
-    "SmolLM2-135M, bf16 base, MEFT r 16,384 with its table in a file: where no page of the table is in memory, reading "
-    "ahead makes decoding and training steps faster; where all are, it costs next to nothing."
+    "SmolLM2-135M, bf16 base, MEFT r 16,384 with its table in a file: if no page of the table is in memory, "
+    "prefetching makes decoding and training steps faster; if all are, it costs next to nothing."
 )
 NOTES = [
-    "cold: before each pass no page of the tables is in memory (the kernel is asked); warm: all that it needs are.",
-    "cold_speedup: known, the default, against none.",
-    "warm_cost: passes of known with its reader against passes without, in turn within the same process; the worse of "
-    "decoding and of steps.",
+    "cold: before each pass no page of the tables is in memory (the kernel confirms it); warm: all pages that the pass "
+    "needs are.",
+    "cold_speedup: `known`, the default, against `none`.",
+    "warm_cost: passes of `known` with its reader thread against passes without it, in turn within the same process; "
+    "the worse of decoding and training steps.",
 ]
 
 
@@ -180,7 +180,7 @@ def main() -> None:
     for row in rows:
         print(row)
     conclude(
-        "meft_ahead", args, summary, TARGETS, title="Rows read ahead", claim=CLAIM, rows=rows, notes=NOTES
+        "meft_ahead", args, summary, TARGETS, title="Prefetched rows", claim=CLAIM, rows=rows, notes=NOTES
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""What saving and loading a tall MEFT adapter take of a process's memory, whatever the adapter's size.
+"""How much memory a process uses to save and to load a large MEFT adapter, for several adapter sizes.
 
-SmolLM2-135M, bf16, tables in files; r = 4,096 to 16,384 pairs a layer (the widest: 2.1 GiB of numbers). Each size is
-saved in one fresh process and loaded in another; anonymous memory is read from outside, and its growth counts from
-where the model (to save: with its tables) is there. Needs 11 GiB of disk, which is given back.
+SmolLM2-135M, bf16, tables in files; r = 4,096 to 16,384 pairs per layer (the widest: 2.1 GiB of parameters). Each size
+is saved in one fresh process and loaded in another. Anonymous memory is read from outside, and its growth is measured
+from when the model is loaded (to save: with its tables). Needs 11 GiB of disk, which is freed.
 
     python benchmarks/meft_files.py [--quick] [--folder FOLDER] [--json FILE]
 """
@@ -85,7 +85,7 @@ def main() -> None:
         "widest_adapter_gib": rows[-1]["adapter, GiB"],
     }  # fmt: skip
     conclude(
-        "meft_files", args, summary, TARGETS, title="Saving and loading a tall adapter", claim=CLAIM, rows=rows,
+        "meft_files", args, summary, TARGETS, title="Saving and loading a large adapter", claim=CLAIM, rows=rows,
         notes=NOTES,
     )  # fmt: skip
 
@@ -95,9 +95,9 @@ CLAIM = (
     "adapter's size (SmolLM2-135M, tables in files)."
 )
 NOTES = [
-    "Growth of anonymous memory, read from outside, from where the model is there; to save: with its tables drawn.",
-    "Loading makes the tables, draws them, and copies the file's rows into them, checksums compared on the way.",
-    "Other work ran on the machine: memory does not depend on it, the seconds do and are no claim.",
+    "Growth of anonymous memory, read from outside, from when the model is loaded; to save: with initialised tables.",
+    "Loading makes the tables, initialises them, and copies the file's rows into them while it compares checksums.",
+    "Other work ran on the machine: memory does not depend on it, but the seconds do, so they support no claim.",
 ]
 
 

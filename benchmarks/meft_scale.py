@@ -1,7 +1,7 @@
 """Memory and speed of MEFT against the width of its adapter, and against the dense Parallel Adapter with AdamW.
 
-SmolLM2-135M, bf16 base, 4 x 256 tokens a step, the same text, AdamW; r = 1,024 to 32,768 pairs a layer, the table in a
-file. Each side runs in a fresh process; its anonymous memory is read from outside.
+SmolLM2-135M, bf16 base, 4 x 256 tokens per step, the same text, AdamW; r = 1,024 to 32,768 pairs per layer, the table
+in a file. Each side runs in a fresh process; its anonymous memory is read from outside.
 
     python benchmarks/meft_scale.py [--quick] [--rounds 3] [--folder FOLDER] [--json FILE]
 """
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import (  # noqa: E402
     Clock,
     alternate,
+    city_text,
     conclude,
     follow,
     itself,
@@ -26,8 +27,8 @@ from common import (  # noqa: E402
     spread,
     table_arguments,
     told_of_experts,
+    training,
 )
-from sft_speed import city_text, training  # noqa: E402
 
 LAYERS, WIDTH, GIB = 30, 576, 2**30
 WIDTHS = (1024, 4096, 16384, 32768)
@@ -38,19 +39,20 @@ TARGETS = {
 }  # fmt: skip
 
 CLAIM = (
-    "SmolLM2-135M, bf16 base, 4 x 256 tokens a step, AdamW: MEFT's fast memory hardly grows with its width, and its "
+    "SmolLM2-135M, bf16 base, 4 x 256 tokens per step, AdamW: MEFT's fast memory hardly grows with its width, and its "
     f"step is no slower than that of the dense Parallel Adapter (r {DENSE})."
 )
 NOTES = [
-    "growth, peak: anonymous memory over the loaded model and of the whole process, read from outside.",
-    "moved_to_formula: bytes counted by the store over those of the experts probed and fired; moved_to_all: over all.",
-    f"step_widest_to_narrowest_to_root: how much longer a step of r {WIDTHS[-1]} takes than one of r {WIDTHS[0]}, over "
-    "the square root of how much wider it is.",
+    "growth, peak: anonymous memory beyond the loaded model, and of the whole process, read from outside.",
+    "moved_to_formula: bytes transferred, as counted, over those of the experts probed and fired; moved_to_all: over "
+    "all.",
+    f"step_widest_to_narrowest_to_root: how many times longer a step of r {WIDTHS[-1]} takes than one of r "
+    f"{WIDTHS[0]}, over the square root of the ratio of the widths.",
 ]
 
 
 def worker(job: dict[str, Any]) -> None:
-    """trimtab through its own verb's code, counting the experts that its passes bring up."""
+    """Trains with the code of `trimtab train`, and counts the experts that its passes fetch."""
     from trimtab import Recipe
 
     clock, moves = Clock(warm=1), {"probed": 0, "fired": 0, "all": 0}

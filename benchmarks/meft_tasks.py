@@ -1,12 +1,12 @@
-"""MEFT's own data sets on SmolLM2-135M: the base as it comes, LoRA, the dense Parallel Adapter and MEFT.
+"""The data sets of MEFT's paper on SmolLM2-135M: the base before training, LoRA, the dense Parallel Adapter and MEFT.
 
-Natural Questions and SQuAD without a text to look in (exact match after SQuAD's normalisation, and whether the answer
-occurs), ToolBench (names of APIs as sets: shared over all) and GSM8K (the final number). The same rows, steps and
-prompts for each; the learning rate of each is the one with the lowest loss on training rows set apart, after as many
-steps (a shorter training wants a higher rate), sought beyond the first ones where the best is at an end. The Parallel
-Adapter has MEFT's scale, with which it learns more than with its own (benchmarks/knowledge.py). `--data FOLDER` holds
-nq_open, squad, toolbench and gsm8k, each with train.jsonl.gz and test.jsonl.gz in the form that the recipes in
-examples/meft say (ToolBench as upstream has it). No rows are kept in the result. What each training gave is kept in
+Natural Questions and SQuAD without a context (exact match after SQuAD's normalisation, and whether the answer occurs),
+ToolBench (names of APIs as sets: shared over all) and GSM8K (the final number). Rows, steps and prompts are the same
+for each method. Its learning rate is the one with the lowest loss on training rows set apart, after as many steps (a
+shorter training needs a higher rate); if the best rate is the first or last one, the search goes on. The Parallel
+Adapter has MEFT's scale, with which it learns more than with its own (benchmarks/knowledge.py). `--data FOLDER` has
+nq_open, squad, toolbench and gsm8k, each with train.jsonl.gz and test.jsonl.gz in the format of the recipes in
+examples/meft (ToolBench in its original format). The result contains no rows. Each training's result is kept in
 results/meft_tasks_trainings.jsonl, and it is not run again.
 
     python benchmarks/meft_tasks.py --data FOLDER [--quick] [--sets nq,gsm8k] [--seeds 1] [--json FILE]
@@ -179,12 +179,13 @@ CLAIM = (
     "data sets of MEFT's paper."
 )
 NOTES = [
-    "The rows of each set are a part of the original ones, and steps are few: the figures compare methods, not papers. "
+    "Each set is a part of the original one, and steps are few: the figures compare methods, not papers. "
     + " ".join(f"{name}: {of.steps} steps of {of.batch} rows." for name, of in SETS.items()),
     "Standard error of a share p of n questions: sqrt(p (1 - p) / n), 7 points at most for 48 questions, 4 for 200.",
-    "contains: the base replies at length, and so names an answer more often than it gives one (exact_match).",
+    "contains: the base writes long replies, so an answer occurs in them more often than it is the reply "
+    "(exact_match).",
     "summary: points of `contains` (nq, squad), `set_iou` (toolbench) and `final_number` (gsm8k).",
-    "growth: anonymous memory of the process over the loaded model, by trimtab's meter.",
+    "growth: anonymous memory of the process beyond the loaded model, by trimtab's meter.",
 ]
 
 

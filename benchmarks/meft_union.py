@@ -1,10 +1,10 @@
-"""Which share of MEFT's pairs a batch fetches: by random keys alone, by its router, by its router once trained.
+"""What share of MEFT's pairs a batch fetches: with random keys alone, with its router, with its trained router.
 
-SmolLM2-135M, bf16 base, r 16,384. For batches of 64 to 6,144 tokens, rows of 256 from prose that is not trained on: in
-the mean over the layers, the pairs that are among the K best of any token if all keys are matched with all tokens (the
+SmolLM2-135M, bf16 base, r 16,384. Batches have 64 to 6,144 tokens, in rows of 256 from prose that is not trained on.
+Averaged over the layers: the pairs that are among the K best of any token if all keys are matched with all tokens (the
 union of algorithm 1 without experts); the experts that any token probes, which the forward pass fetches; and those of
-them with a pair that fired, which the backward pass fetches again. The last two before and after some steps of 4 x 256
-tokens.
+them with a pair that fired, which the backward pass fetches again. The last two are measured before and after some
+steps of 4 x 256 tokens.
 
     python benchmarks/meft_union.py --text FILE [--quick] [--steps 12] [--folder FOLDER] [--json FILE]
 
@@ -29,11 +29,11 @@ from common import conclude, itself, options, say, table_arguments, told_of_expe
 
 R, LENGTH, ROWS, RATE = 16384, 256, 4, 2.2e-4
 BATCHES = (64, 256, 1024, 6144)  # tokens
-CLAIM = f"SmolLM2-135M, MEFT r {R}: the larger a batch, the more of the adapter it brings up; which share, on prose."
+CLAIM = f"SmolLM2-135M, MEFT r {R}: the larger a batch, the more of the adapter it fetches; the share, on prose."
 NOTES = [
-    "without experts: the pairs among the 64 best of any token, over all pairs, with keys as they are drawn.",
+    "without experts: the pairs among the 64 best of any token, over all pairs, with the initial keys.",
     "probed: experts that any token probes, over all; fired: those of them with a pair that counts. "
-    "Mean over the 30 layers, prose that was not trained on.",
+    "Mean over the 30 layers, on prose that was not trained on.",
 ]
 
 
@@ -138,7 +138,7 @@ def main() -> None:
         print(rows[-1])
     print(f"loss: {found['first_loss']:.3f}, after {job['steps']} steps {found['last_loss']:.3f}")
     conclude(
-        "meft_union", args, summary, {}, title="How much of an adapter a batch brings up", claim=CLAIM, rows=rows,
+        "meft_union", args, summary, {}, title="How much of an adapter a batch fetches", claim=CLAIM, rows=rows,
         notes=NOTES,
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
-"""Runs right at the edge of their budget: the plan's peak and 5 % (they must finish, under --hard), and 15 % less.
+"""Runs at the edge of their budget: 5 % above the plan's peak (they must finish, under --hard), and 15 % below.
 
-Each configuration is planned by `trimtab plan`, then trained by `trimtab train --hard` with 1.05 of the predicted peak
-as its budget, then started with 0.85 of it (exit 3 is wanted). All through the command line, in fresh processes.
+Each configuration is planned by `trimtab plan`, then trained by `trimtab train --hard` with a budget of 1.05 times the
+predicted peak, then started with 0.85 times the peak (which must end with exit code 3). All runs use the command line,
+in fresh processes.
 
     python benchmarks/plan_edges.py [--quick] [--json FILE]
 """
@@ -17,12 +18,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import conclude, options, trimtab  # noqa: E402
-from plan_accuracy import (  # noqa: E402
+from planned_runs import (  # noqa: E402
     ADAPTER,
     AGAIN,
     DORA,
     ENCODER,
     FULL,
+    GIB,
     LORA,
     PACA,
     QWEN,
@@ -34,7 +36,7 @@ from plan_accuracy import (  # noqa: E402
     write_data,
 )
 
-GIB, STEPS = 2**30, 5
+STEPS = 5
 CASES = [
     case(SMOL, PACA, 2, 256), case(SMOL, PACA, 4, 256, **AGAIN), case(SMOL, PACA, 2, 128, "fp32"),
     case(SMOL, PACA, 2, 256, "nf4"), case(SMOL, LORA, 2, 256), case(SMOL, LORA, 1, 512),
@@ -83,7 +85,7 @@ def measure(args: argparse.Namespace) -> None:
 TARGETS = {"plans": [">=", 20], "finished_at_plus_5": [">=", 19], "refused_at_minus_15": [">=", 20]}
 CLAIM = "A run whose budget is 5 % above its plan finishes within it; one whose budget is 15 % below does not start."
 NOTES = [
-    "The budget is a limit of the process (`--hard`); exit 0: finished, 3: refused before the start, 4: stopped.",
+    "The budget is a limit of the process (`--hard`). Exit 0: finished, 3: refused before the start, 4: stopped.",
     "used: anonymous memory of the whole process at its peak, by the run's own meter.",
 ]
 

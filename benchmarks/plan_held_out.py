@@ -1,7 +1,7 @@
 """Predicted beside measured on configurations that no constant of the planner was chosen on.
 
-Families that plan_accuracy does not have, at shapes whose growth exceeds 200 MiB, and SmolLM2 on texts of many lengths,
-packed and not; measured as in plan_accuracy.
+These are model families that plan_accuracy does not have, at shapes whose growth exceeds 200 MiB, and SmolLM2 on texts
+of many lengths, packed and not. They are measured as in plan_accuracy.
 
     python benchmarks/plan_held_out.py [--quick] [--rounds 1] [--only WORD] [--json FILE]
 """
@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import plan_accuracy  # noqa: E402
 from common import alternate, conclude, options  # noqa: E402
-from plan_accuracy import AGAIN, LORA, PACA, SMOL, case, name_of, row_of, run  # noqa: E402
+from planned_runs import AGAIN, LORA, PACA, SMOL, case, name_of, row_of, run, write_data  # noqa: E402
 
 SIZES = {"vocab_size": 49152, "hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 8,
          "num_attention_heads": 10, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
@@ -77,7 +76,7 @@ def write_models(folder: Path, names: set[str]) -> None:
 def measure(args: argparse.Namespace) -> None:
     jobs = [CASES[i] for i in QUICK] if args.quick else [job for job in CASES if args.only in titled(job)]
     with tempfile.TemporaryDirectory() as folder:
-        plan_accuracy.write_data(Path(folder))
+        write_data(Path(folder))
         write_lengths(Path(folder))
         write_models(Path(folder), {job["model"] for job in jobs})
         turns = {titled(job): (lambda job=job: run({**job, "folder": folder})) for job in jobs}
@@ -102,11 +101,11 @@ TARGETS = {
     "held_out_rows": [">=", 12], "held_out_process_median_error": ["<=", 0.05],
     "held_out_process_worst_error": ["<=", 0.10],
 }  # fmt: skip
-CLAIM = "The plan is right on models and rows that no constant of it was chosen on. Each pair is predicted / measured."
+CLAIM = "The plan is right for models and rows on which no constant was chosen. Each pair is predicted / measured."
 NOTES = [
     "live, growth, process error, peak: as in plan_accuracy.",
     "Many lengths: texts of 30 to 240 words; batches are padded to multiples of 16 tokens.",
-    "Speed was not looked at: tokens/s are of the same runs.",
+    "The speed of the same runs is shown, but no claim is made about it.",
 ]
 
 

@@ -1,6 +1,7 @@
-"""How long a plan takes: SmolLM2's trace, shapes of 7B and 70B from their config alone, and a search.
+"""How long a plan takes: a trace of SmolLM2, shapes of 7B and 70B from their config alone, and a search.
 
-The trace is timed inside a fresh process, after the imports; the others are whole commands. Medians of the rounds.
+The trace is timed inside a fresh process, after the imports; the others are whole commands. Figures are medians of the
+rounds.
 
     python benchmarks/plan_time.py [--quick] [--rounds 3] [--json FILE]
 """
@@ -86,10 +87,10 @@ TARGETS = {
     "trace_seconds": ["<=", 5], "7b_seconds": ["<=", 15], "70b_seconds": ["<=", 15], "search_seconds": ["<=", 60],
     "search_candidates": [">=", 40],
 }  # fmt: skip
-CLAIM = "A plan is there in seconds, also of a model whose weights are not at hand."
+CLAIM = "A plan takes seconds, even for a model whose weights are not on the machine."
 NOTES = [
     "Whole commands include Python's start and all imports; the machine's rates had been measured before.",
-    "search_candidates counts the combinations that were planned; those that are refused with a reason come on top.",
+    "search_candidates counts the combinations that were planned, without those that were refused.",
 ]
 
 

@@ -1,7 +1,7 @@
 """A model of LLaMA-7B's shape with a MEFT adapter of 10 % trains on a machine without a GPU, inside a budget of 6 GiB.
 
-Weights are random and in bf16, mapped from safetensors files; the text has a word for each id, so that hidden states
-are as unlike as words are. The adapter's table lies in a file. One process trains through the command's own code under
+Weights are random bf16, mapped from safetensors files; the text has one word per token id, so that hidden states differ
+as words do. The adapter's table is in a file. One process trains with the code of `trimtab train` under
 `budget: {fast: 6GiB}`; its anonymous memory is read from outside. Some 28 GiB of disk are used and freed.
 
     python benchmarks/seven_b.py [--quick] [--folder FOLDER] [--steps 4] [--json FILE]
@@ -22,13 +22,14 @@ from common import Clock, conclude, follow, itself, options, say, table_argument
 GIB, BUDGET, TOKENS, PAIRS = 2**30, "6GiB", 256, 3200
 TARGETS = {"anon_peak_gib": ["<=", 6.0]}
 CLAIM = (
-    "A model of LLaMA-7B's shape (bf16, mapped from its files) with a MEFT adapter of 3,200 pairs a layer trains on "
+    "A model of LLaMA-7B's shape (bf16, mapped from its files) with a MEFT adapter of 3,200 pairs per layer trains on "
     "rows of 256 tokens with less than 6 GiB of anonymous memory, without a GPU."
 )
 NOTES = [
-    "anon_peak_gib: the process's anonymous memory at its peak, read from outside; predicted: by the plan before it.",
-    "read, written: what the process's passes had the disk do, by the kernel's account, start and loading included; "
-    "reads that the page cache answers are not among them.",
+    "anon_peak_gib: the process's peak anonymous memory, read from outside; predicted: by the plan made before the "
+    "run.",
+    "read, written: disk traffic of the process, as counted by the kernel, including start and loading, and without "
+    "reads from the page cache.",
 ]
 
 
@@ -121,7 +122,7 @@ def main() -> None:
     }  # fmt: skip
     moved = measured["store_up_bytes_per_step"] + measured["store_down_bytes_per_step"]
     row = {
-        "blocks": blocks, "adapter, numbers": f"{run['parameters']:,}", "steps": args.steps,
+        "blocks": blocks, "adapter, parameters": f"{run['parameters']:,}", "steps": args.steps,
         "s/step": f"{run['seconds']:.1f}", "anonymous, GiB": f"{summary['anon_peak_gib']:.2f}",
         "planned, GiB": f"{summary['predicted_anon_peak_gib']:.2f}",
         "table, GiB": f"{measured['store_slow_bytes'] / GIB:.1f}",

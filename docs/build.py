@@ -1,16 +1,16 @@
-"""Writes what the documents say by rule: `python docs/build.py` (`--check` only tells whether they are up to date).
+"""Writes the generated parts of the documents: `python docs/build.py` (`--check` only says whether they are current).
 
     README.md           the table of methods; the demo's output, from docs/demo.txt
     docs/index.md       the table of methods, with links
     docs/which-method.md  what a search found, from benchmarks/results/plan_time.json
     docs/recipe.md      the keys of a recipe, from the dataclasses
     docs/methods/*.md   the fields of each patch
-    docs/architectures.md  which patch is right on which model, from docs/architectures.json
-    docs/results.md     all of it, from benchmarks/results/*.json (benchmarks/README.md says how these look)
+    docs/architectures.md  which patch works on which model, from docs/architectures.json
+    docs/results.md     the whole page, from benchmarks/results/*.json (their format: benchmarks/README.md)
     docs/architecture.svg  the packages and their imports, from src/trimtab (docs/structure.py)
-    docs/knowledge.svg  curves of what is learned, from benchmarks/results/knowledge.json
+    docs/knowledge.svg  learning curves, from benchmarks/results/knowledge.json
 
-A generated part of a page stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+A generated part of a page is between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from structure import picture  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 PLAIN, CHECKPOINTING = "TRL + PEFT LoRA r 8", "TRL + PEFT LoRA r 8, checkpointing"  # sides of benchmarks/sft_speed.py
-NAMED = ("name", "title", "claim", "date", "machine", "versions", "summary", "rows")  # what each result must hold
+NAMED = ("name", "title", "claim", "date", "machine", "versions", "summary", "rows")  # required in each result
 
 
 def build(root: Path = ROOT) -> dict[Path, str]:
-    """-> every generated page and what it must hold, from the pages in `root` as they are now."""
+    """-> every generated page and its text, from the pages in `root` as they are now."""
     pages: dict[Path, str] = {}
     for path, regions in {
         root / "README.md": {
@@ -70,7 +70,7 @@ def build(root: Path = ROOT) -> dict[Path, str]:
 
 
 def replace(text: str, name: str, content: str | None, path: Path) -> str:
-    """`text` with the region `name` filled; None leaves it as it is."""
+    """`text` with the region `name` replaced by `content`; None leaves it unchanged."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise SystemExit(f"{path}: one {begin} and one {end} are needed")
@@ -108,7 +108,7 @@ def demo(root: Path) -> str | None:
 
 
 def headline(root: Path) -> str | None:
-    """The first figures a reader meets, those that flatter least first, out of the result files of three benchmarks."""
+    """The README's figures, the least flattering first, from the result files of three benchmarks."""
     paths = [root / f"benchmarks/results/{name}.json" for name in ("sft_speed", "meft_scale", "knowledge")]
     if not all(path.is_file() for path in paths):
         return None
@@ -126,7 +126,7 @@ def headline(root: Path) -> str | None:
 def against_trl(found: dict[str, Any]) -> str:
     """Speed and memory against TRL with activation checkpointing, then without.
 
-    A result without ratios to TRL with checkpointing has them from those without, and TRL's medians in both settings.
+    If a result has no ratios to TRL with checkpointing, they are derived from the ratios without and TRL's two medians.
     """
     growth = "growth of anonymous memory, GiB"
     sides, summary = {row["side"]: row for row in found["rows"]}, found["summary"]
@@ -145,9 +145,9 @@ def against_trl(found: dict[str, Any]) -> str:
     head = ["against TRL + PEFT LoRA r 8 (SmolLM2-135M, bf16, 4 x 256 tokens, CPU, same malloc)", "TRL",
             "tokens/s", "growth of memory"]  # fmt: skip
     below = (
-        f"TRL checkpoints activations by default. Tokens/s of it: {median(strict['tokens/s']):.0f} with "
-        f"(runs: {strict['runs']}), {median(plain['tokens/s']):.0f} without (runs: {plain['runs']}). trimtab ran "
-        "without it in both comparisons."
+        f"TRL checkpoints activations by default. It reaches {median(strict['tokens/s']):.0f} tokens/s with "
+        f"checkpointing (runs: {strict['runs']}) and {median(plain['tokens/s']):.0f} without (runs: {plain['runs']}). "
+        "trimtab ran without checkpointing in both comparisons."
     )
     return f"{table(head, rows['with'] + rows['without'])}\n\n{below}"
 
@@ -158,50 +158,53 @@ def median(spread: str) -> float:
 
 
 def interval(summary: dict[str, Any], key: str, form: str) -> tuple[str, str]:
-    """Mean and 95 % interval of a figure; the file holds its lower end, and Student's t is symmetric."""
+    """Mean and 95 % interval of a figure; the file has the lower end, and Student's t is symmetric."""
     mean, low = summary[key], summary[f"{key}_low"]
     return format(mean, form), f"{format(low, form)} to {format(2 * mean - low, form)}"
 
 
 def random_facts(found: dict[str, Any]) -> str:
     summary, first = found["summary"], {}
-    for row in found["rows"]:  # a method's first line that says how many facts it holds
-        if "facts held at 95 % recall" in row:
+    for row in found["rows"]:  # a method's first row with its number of facts
+        if "facts learned at 95 % recall" in row:
             first.setdefault(row["side"].split(" (")[0], row)
     lora, dense = (interval(summary, key, ".2f") for key in ("facts_meft_to_lora", "facts_meft_to_dense"))
     ours = first["MEFT"]
     small = [first[name]["parameters"] for name in ("LoRA", "PaCA")]
     exposures = sorted({row["exposures"] for row in found["rows"] if row["side"].startswith(("LoRA", "PaCA"))
-                        and "facts held at 95 % recall" in row})  # fmt: skip
-    head = ["random facts that MEFT holds at 95 % recall, against", "facts", "95 % interval", "conditions"]
+                        and "facts learned at 95 % recall" in row})  # fmt: skip
+    head = ["random facts that MEFT learns at 95 % recall, against", "facts", "95 % interval", "conditions"]
     rows = [
         ["the better of LoRA and PaCA", f"{lora[0]} x", lora[1],
          f"equal fast memory; MEFT trains {ours['parameters']:,} parameters in {ours['slow, KiB'] / 1024:.0f} MiB of "
-         f"slow memory, LoRA {small[0]:,}, PaCA {small[1]:,}; MEFT meets each fact {ours['exposures']} times, they "
-         f"{' or '.join(map(str, exposures))}, whichever is better"],
+         f"slow memory, LoRA {small[0]:,}, PaCA {small[1]:,}; MEFT sees each fact {ours['exposures']} times, LoRA and "
+         f"PaCA {' or '.join(map(str, exposures))}, whichever is better"],
         ["the dense Parallel Adapter of the same width", f"{dense[0]} x", dense[1],
          f"as many parameters; MEFT uses {ours['fast, KiB']:,} KiB of fast memory, the dense adapter "
-         f"{first['Parallel Adapter']['fast, KiB']:,}; it meets each fact {first['Parallel Adapter']['exposures']} "
-         "times"],
+         f"{first['Parallel Adapter']['fast, KiB']:,}, and the dense adapter sees each fact "
+         f"{first['Parallel Adapter']['exposures']} times"],
     ]  # fmt: skip
-    below = "The model is a transformer of two blocks (hidden 64); three seeds. The next table is of a real model."
+    below = (
+        "The model is a transformer of two blocks (hidden size 64), with three seeds. The next table is for a real "
+        "model."
+    )
     return f"{table(head, rows)}\n\n{below}"
 
 
 def real_facts(summary: dict[str, Any]) -> str:
-    """On a real model the methods hardly differ; an interval that spans zero is said to."""
+    """On a real model the methods hardly differ; the table says so where an interval spans zero."""
     rows = []
-    for many, part in (("4,000 cities, with more pairs a token", "real_4000"), ("1,000 cities", "real")):
+    for many, part in (("4,000 cities, with more pairs per token", "real_4000"), ("1,000 cities", "real")):
         mean, span = interval(summary, f"{part}_meft_minus_best_points", "+.1f")
         low, high = (float(end) for end in span.split(" to "))
         rows.append([many, mean, span, "no difference shown" if low <= 0 <= high else "a difference"])
-    head = ["countries of cities in SmolLM2-135M: right answers of MEFT less those of the best other method at equal "
-            "fast memory", "points", "95 % interval", ""]  # fmt: skip
+    head = ["countries of cities in SmolLM2-135M: correct answers of MEFT minus those of the best other method at "
+            "equal fast memory", "points", "95 % interval", ""]  # fmt: skip
     return table(head, rows)
 
 
 def search(root: Path) -> str | None:
-    """The ends of a search: the whole batch at once and the smallest micro-batch, on a bf16 base and an nf4 one."""
+    """The extremes of a search: the whole batch at once and the smallest micro-batch, on a bf16 and an nf4 base."""
     path = root / "benchmarks/results/plan_time.json"
     if not path.is_file():
         return None
@@ -221,7 +224,7 @@ def search(root: Path) -> str | None:
 
 
 def fields_table(cls: type) -> str:
-    """Key, type, default and the comment that stands beside the field in the source."""
+    """Key, type, default and the field's comment in the source."""
     sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]  # fields inherit
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "\n".join(sources), re.MULTILINE))
     rows = []
@@ -232,7 +235,7 @@ def fields_table(cls: type) -> str:
             needed = field.default_factory is dataclasses.MISSING
         else:
             needed = False
-        rows.append([f"`{field.name}`", kind_of(field.type), "needed" if needed else shown(default),
+        rows.append([f"`{field.name}`", kind_of(field.type), "required" if needed else shown(default),
                      comments.get(field.name, "")])  # fmt: skip
     if not any(row[3] for row in rows):
         return table(["key", "type", "default"], [row[:3] for row in rows])
@@ -240,12 +243,12 @@ def fields_table(cls: type) -> str:
 
 
 def kind_of(annotation: Any) -> str:
-    """`Literal["a", "b"] | None` reads as: "a", "b" or nothing."""
+    """`Literal["a", "b"] | None` becomes: "a", "b" or null."""
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
     text = re.sub(r"Literal\[(.*?)\]", r"\1", text)
-    plain = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "None": "nothing",
-             "FileName": "text", "Count": "whole number", "dict[str, str]": "keys", "dict[Column, str]": "keys",
-             **dict.fromkeys(("list[str]", "list[FileName]", "list[Metric]"), "list of texts")}  # fmt: skip
+    plain = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "None": "null",
+             "FileName": "text", "Count": "integer", "dict[str, str]": "mapping", "dict[Column, str]": "mapping",
+             **dict.fromkeys(("list[str]", "list[FileName]", "list[Metric]"), "list of text")}  # fmt: skip
     return " or ".join(plain.get(part.strip(), part.strip()) for part in text.split(" | "))
 
 
@@ -254,7 +257,7 @@ def shown(value: Any) -> str:
 
 
 def recipe_keys() -> str:
-    parts = ["## The whole\n\n" + table(["key", "type", "default", "meaning"], whole())]
+    parts = ["## Top level\n\n" + table(["key", "type", "default", "meaning"], whole())]
     for name, cls in (("model", ModelSpec), ("data", DataSpec), ("place", recipe.PlaceSpec),
                       ("engine", recipe.EngineSpec)):  # fmt: skip
         parts.append(f"## {name}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
@@ -270,13 +273,13 @@ def recipe_keys() -> str:
     ]  # fmt: skip
     parts += [
         "## training",
-        "Any field of TRL's `SFTConfig` (of transformers' `TrainingArguments` for classification) under its own name;\n"
-        "`gradient_checkpointing` and its new name `activation_checkpointing` are both taken. Where their defaults\n"
-        "would surprise on a small machine, ours are:",
+        "Any field of TRL's `SFTConfig` (for classification, of transformers' `TrainingArguments`) under its own\n"
+        "name; `gradient_checkpointing` and its new name `activation_checkpointing` are both accepted. These defaults\n"
+        "differ from the libraries', to suit small machines:",
         table(["key", "default here"], defaults),
-        "A method may want others; of several patches the smallest learning rate counts:",
+        "Some methods have other defaults; of several patches, the smallest learning rate applies:",
         table(["method", "defaults"], of_methods),
-        "These fields are refused, since they would do nothing here or something else than they say: "
+        "These fields are refused, since they would have no effect here, or another effect than their name says: "
         + ", ".join(f"`{name}`" for name in REFUSED)
         + ".",
     ]
@@ -285,18 +288,18 @@ def recipe_keys() -> str:
 
 def whole() -> list[list[str]]:
     said = {
-        "model": ("a name or keys", "the base model, see below"),
-        "data": ("a file or keys", "training and test rows, see below"),
-        "patches": ("list", "what is trained: `- paca: {r: 8}`; keys on the page of each method"),
+        "model": ("name or mapping", "the base model, see below"),
+        "data": ("file or mapping", "training and test rows, see below"),
+        "patches": ("list", "the methods: `- paca: {r: 8}`; each method's page lists its keys"),
         "objective": ("name", "; ".join(methods.names("objective"))),
         "stepper": ("name", "; ".join(methods.names("stepper"))),
-        "training": ("keys", "fields of the libraries' training arguments, see below"),
-        "budget": ("keys", "`{fast: 2GiB, slow: 40GiB}`, also `80%` or `-2GiB`; [planner.md](planner.md)"),
-        "place": ("keys", "which device computes, see below"),
-        "engine": ("keys", "how steps are computed, see below"),
+        "training": ("mapping", "fields of the libraries' training arguments, see below"),
+        "budget": ("mapping", "`{fast: 2GiB, slow: 40GiB}`, also `80%` or `-2GiB`; [planner.md](planner.md)"),
+        "place": ("mapping", "which memory is used, see below"),
+        "engine": ("mapping", "how steps are computed, see below"),
         "output": ("text", "the folder of the run"),
-        "resume": ("true or false", "go on from the newest checkpoint in `output`"),
-        "overwrite": ("true or false", "replace the run that `output` holds"),
+        "resume": ("true or false", "continue from the newest checkpoint in `output`"),
+        "overwrite": ("true or false", "replace the run in `output`"),
     }
     rows = []
     for field in dataclasses.fields(recipe.Recipe):
@@ -324,19 +327,18 @@ def architectures(said: dict[str, Any]) -> str:
     parts = [
         "# Architectures",
         "Generated by `docs/build.py` from `docs/architectures.json`, which `tests/test_architectures.py` checks:\n"
-        f"each causal language model of transformers {said['transformers']}, built tiny with random weights, under\n"
+        f"each causal language model of transformers {said['transformers']}, built tiny with random weights, with\n"
         "each trained patch.",
-        "**Right** means: the patch changes no output at first; the loss and each gradient of what is trained,\n"
-        "computed as a run computes them, equal those of another way (whole weights, plain autograd) to 1e-5 (Gemma 4\n"
-        "and Qwen 3.5's mixture: 5e-5, since rounding alone moves their gradients by 1e-5); and\n"
-        "reverting restores the model bit for bit. **Refused** means that a sentence says so before training starts.\n"
-        "On any other model the checks before training ([data.md](data.md)) ask the same of the loss and the fused\n"
-        "forms.",
-        f"{right} of {len(outcomes) * len(patches)} pairs are right, the others are refused.",
+        "**Right** means: the patch changes no output at first; the loss and the gradient of each trained parameter,\n"
+        "computed as in a run, equal those of a reference (whole weights, plain autograd) to 1e-5 (Gemma 4 and\n"
+        "Qwen 3.5's mixture of experts: 5e-5, since rounding alone changes their gradients by 1e-5); and reverting\n"
+        "restores the model bit for bit. **Refused** means that an error message says so before training starts. On\n"
+        "any other model, the checks before training ([data.md](data.md)) compare the loss and the fused operations.",
+        f"{right} of {len(outcomes) * len(patches)} pairs are right; the others are refused.",
         table(["model type", "class", *(f"`{patch}`" for patch in patches)], rows),
         "## Why refused",
         "\n".join(f"{number}. {why}" for why, number in reasons.items()),
-        "## Not built here",
+        "## Not tested",
         table(["model type", "why"], [[f"`{name}`", why] for name, why in said["left_out"].items()]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -348,8 +350,8 @@ def architectures(said: dict[str, Any]) -> str:
 def results(files: list[Path]) -> str:
     parts = [
         "# Results",
-        "Generated by `docs/build.py` from `benchmarks/results/`. Each file there is one claim, measured against a\n"
-        "peer on the same work; targets that were missed are shown as missed. A claim without a file is not made.",
+        "Generated by `docs/build.py` from `benchmarks/results/`. Each file there supports one claim, measured\n"
+        "against a peer on the same work. Missed targets are shown as missed. We make no claim without a file.",
     ]
     if not files:
         parts.append("No results have been recorded yet.")
@@ -359,7 +361,7 @@ def results(files: list[Path]) -> str:
 def one_result(path: Path) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     if missing := [key for key in NAMED if key not in found]:
-        raise SystemExit(f"{path}: no {', '.join(missing)} (benchmarks/README.md says what a result holds)")
+        raise SystemExit(f"{path}: no {', '.join(missing)} (benchmarks/README.md describes a result's keys)")
     targets = found.get("targets", {})
     if astray := sorted(targets.keys() - found["summary"].keys()):
         raise SystemExit(f"{path}: targets without a figure in the summary: {', '.join(astray)}")
@@ -377,7 +379,7 @@ def one_result(path: Path) -> str:
         head = list(dict.fromkeys(key for row in found["rows"] for key in row))
         parts.append(table(head, [[number(row.get(key, "")) for key in head] for row in found["rows"]]))
     if found["name"] == "knowledge":
-        parts.append("![Recall against the number of random facts, and against how often each was met](knowledge.svg)")
+        parts.append("![Recall against the number of random facts, and against how often each was seen](knowledge.svg)")
     parts += ["\n".join(f"- {note}" for note in found["notes"])] if found.get("notes") else []
     parts.append(f"`benchmarks/{found['name']}.py`, {found['date']}; {machine(found['machine'])}; {versions}.")
     return "\n\n".join(parts)

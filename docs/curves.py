@@ -15,7 +15,7 @@ RECALL = re.compile(r"([\d.e-]+) \(([\d.e-]+) \.\. ([\d.e-]+)\)")  # a median an
 
 
 def knowledge(found: dict[str, Any]) -> str:
-    """Random facts: recall against how many (each side at its exposures), and against exposures (at one number)."""
+    """Random facts: recall against their number (each side at its exposures), and against exposures (at one number)."""
     points: dict[tuple[str, int, int], tuple[float, ...]] = {}  # (side, facts, exposures): recall, least, most
     for row in found["rows"]:
         if row["side"] in COLOURS and (told := RECALL.fullmatch(str(row.get("recall", "")))):
@@ -34,8 +34,8 @@ def knowledge(found: dict[str, Any]) -> str:
                   if (name, facts) == (side, same)]  # fmt: skip
             line(right, of, side, side, "-")
         left.axhline(0.95, color="#94a3b8", linewidth=0.8, linestyle=":")
-        left.set(title="More facts, each met so many times", xlabel="facts", ylabel="recall", xscale="log")
-        right.set(title=f"{same:,} random facts", xlabel="times each was met", xscale="log")
+        left.set(title="More facts, each seen this many times", xlabel="facts", ylabel="recall", xscale="log")
+        right.set(title=f"{same:,} random facts", xlabel="times each was seen", xscale="log")
         for axes in (left, right):
             axes.set_ylim(-0.03, 1.03)
             axes.legend(frameon=False, fontsize=8, handlelength=3.5)
@@ -53,7 +53,7 @@ def ordered(point: tuple[str, int, int]) -> tuple[int, int]:
 
 
 def line(axes: Axes, of: list[tuple[int, tuple[float, ...]]], side: str, label: str, style: str) -> None:
-    """A line through the medians over the seeds, with a bar from the least to the most."""
+    """A line through the medians over the seeds, with a bar from the lowest to the highest."""
     at, recall = [x for x, _ in of], [y for _, (y, _, _) in of]
     reach = [[y - low for _, (y, low, _) in of], [high - y for _, (y, _, high) in of]]
     axes.errorbar(at, recall, yerr=reach, label=label, color=COLOURS[side], linestyle=style, marker="o", markersize=4,

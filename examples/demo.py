@@ -1,7 +1,7 @@
-"""What `make demo` runs: a small model learns 120 facts about the world's cities, inside the memory of a small machine.
+"""Run by `make demo`: a small model learns 120 facts about the world's cities, in the memory of a small machine.
 
-What it learns with is an adapter of more numbers than the model has, which lies in a file with its optimiser state. The
-model is asked about each fact before and after, in a wording that is not among those it is trained on.
+It trains an adapter with more parameters than the model, which is in a file together with its optimizer state. The
+model is asked about each fact before and after training, in a wording that it is not trained on.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from trimtab.process.interrupt import stopped_by_interrupt
 
 MODEL = "smollm2-135m"
 FACTS = 120  # cities; each is asked about in five wordings, so five times as many rows
-STEPS = 37  # one pass over them, but for a few rows: a fact is met in four wordings or five
+STEPS = 37  # one pass over all but a few rows: a fact is seen in four or five wordings
 BATCH = 16
 LONGEST = 64  # tokens; the rows are shorter
-BUDGET = "1.25GiB"  # of the fast tier: all that the process may hold, interpreter and libraries included
-PAIRS = 4096  # key-value pairs that MEFT puts beside the FFN of each layer
+BUDGET = "1.25GiB"  # of the fast tier: what the whole process may use, including interpreter and libraries
+PAIRS = 4096  # key-value pairs that MEFT adds to the FFN of each layer
 LEARNING_RATE = 5e-4  # as chosen on other cities (benchmarks/knowledge.py)
 TESTED = 60  # of the held-out questions, one for each city; None: all of them
 FOLDER = Path("runs/demo")
@@ -58,13 +58,13 @@ def main() -> None:
         output=str(FOLDER),
         overwrite=True,
     )  # fmt: skip
-    print(f"2  {MODEL} as it comes ...", flush=True)
+    print(f"2  {MODEL} before training ...", flush=True)
     before = recipe.evaluate(base_only=True, limit=TESTED)
     print(f"   answers {before['metrics']['contains']:.0%} of the test questions")
 
     planned = recipe.plan()
     remember(recipe, planned)
-    print(f"3  MEFT trains {PAIRS} pairs beside each FFN, in a file: {planned.trained:,} numbers; memory: {BUDGET}.")
+    print(f"3  MEFT trains {PAIRS} pairs beside each FFN, in a file: {planned.trained:,} parameters; budget: {BUDGET}.")
     print(f"   The plan, for rows of {LONGEST} tokens:")
     print("\n".join(f"   {line}" for line in planned.lines()))
     print(f"4  {STEPS} steps of {BATCH} rows ...", flush=True)
@@ -73,8 +73,8 @@ def main() -> None:
     gib = 2**30
     print(f"   {run['tokens']:,} tokens in {measured['seconds']:.0f} s, {measured['tokens_per_second']:,.0f} tokens/s")
     speed = f" and {predicted['tokens_per_second']:,.0f} tokens/s" if predicted["tokens_per_second"] else ""
-    print(f"   planned for the longest rows there are: {predicted['fast_peak_bytes'] / gib:.2f} GiB{speed}; "
-          f"held: {measured['fast_peak_bytes'] / gib:.2f} GiB")  # fmt: skip
+    print(f"   predicted for the longest rows: {predicted['fast_peak_bytes'] / gib:.2f} GiB{speed}; "
+          f"used: {measured['fast_peak_bytes'] / gib:.2f} GiB")  # fmt: skip
 
     print("5  the same questions again ...", flush=True)
     after = recipe.evaluate(limit=TESTED)
@@ -86,9 +86,9 @@ def main() -> None:
     ])  # fmt: skip
 
     metrics = [result["metrics"]["contains"] for result in (before, after)]
-    print(f"\nrecall on wordings never trained on: {metrics[0]:.1%} before, {metrics[1]:.1%} after")
-    print(f"{time.monotonic() - began:.0f} s in all; {FOLDER / 'adapter'}: {adapter_size():.1f} MiB, "
-          f"{report([FOLDER])}: all of it on one page")  # fmt: skip
+    print(f"\nrecall on a wording never trained on: {metrics[0]:.1%} before, {metrics[1]:.1%} after")
+    print(f"{time.monotonic() - began:.0f} s in total; {FOLDER / 'adapter'}: {adapter_size():.1f} MiB, "
+          f"{report([FOLDER])}: the report on one page")  # fmt: skip
     print("\nNext:")
     for verb, what in [
         (f"generate {FOLDER}", "talk to it"),
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def know_machine() -> None:
-    """How fast the machine is, and what a process uses on it: measured once, quickly, and kept."""
+    """Measure once, quickly, how fast the machine is and what a process uses on it; keep the result."""
     from trimtab.planning.calibrate import calibrate
 
     calibrate(say=progress)
@@ -133,7 +133,7 @@ def progress(line: str) -> None:
 
 
 def steps(line: str) -> None:
-    """Of what `train` reports only the steps: the demo tells the outcome itself."""
+    """Print only the steps of what `train` reports; the demo prints the result itself."""
     if line.startswith("step"):
         progress(line)
 
@@ -150,7 +150,7 @@ def command() -> str:
 
 
 if __name__ == "__main__":
-    with stopped_by_interrupt("the demo was stopped; it starts anew next time"):
+    with stopped_by_interrupt("the demo was stopped; next time it starts from the beginning"):
         restart_under()  # a malloc can only be chosen before a process starts
         try:
             main()

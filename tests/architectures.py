@@ -159,22 +159,22 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config(name)).eval()
 
 
-MULTIMODAL = "a model of several modalities: its text model is the row of `{}`"
-SAME = "its class is that of `{}`"
+MULTIMODAL = "a multimodal model; its text model has the row `{}`"
+SAME = "has the same class as `{}`"
 LEFT_OUT: dict[str, str] = {
     "dots3_note": MULTIMODAL.format("dots3_note_text"),
-    "emu3": "an image generator: its encoder of pictures cannot be built tiny",
-    "gemma3n": "needs the package timm; its text model is the row of `gemma3n_text`",
-    "gemma4_assistant": "drafts tokens for another model, whose states it needs",
-    "gemma4_unified_assistant": "drafts tokens for another model, whose states it needs",
+    "emu3": "an image generator, whose image encoder cannot be built tiny",
+    "gemma3n": "needs the package timm; its text model has the row `gemma3n_text`",
+    "gemma4_assistant": "a draft model, which needs the hidden states of another model",
+    "gemma4_unified_assistant": "a draft model, which needs the hidden states of another model",
     "gpt-sw3": SAME.format("gpt2"),
     "internlm3": SAME.format("llama"),
     "iquestcoder": SAME.format("llama"),
     "llama4": SAME.format("llama4_text"),
-    "moss_transcribe_diarize": "hears: its encoder of sound cannot be built tiny",
-    "musicgen": "makes sound from a text model of its own",
-    "musicgen_melody": "makes sound from a text model of its own",
-    "phi4_multimodal": "sees and hears: its encoders cannot be built tiny",
+    "moss_transcribe_diarize": "an audio model, whose encoder cannot be built tiny",
+    "musicgen": "an audio generator with a text model inside",
+    "musicgen_melody": "an audio generator with a text model inside",
+    "phi4_multimodal": "a multimodal model, whose encoders cannot be built tiny",
     "qwen3_5": SAME.format("qwen3_5_text"),
     "qwen3_5_moe": SAME.format("qwen3_5_moe_text"),
     "qwen4_exp": SAME.format("qwen4_exp_text"),

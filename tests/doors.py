@@ -23,9 +23,9 @@ from trimtab.methods.parallel_adapter import ParallelAdapter
 
 @dataclass(frozen=True)
 class PlainSGD(Stepper):
-    """w <- w - lr g, by a backward pass and an optimiser of its own."""
+    """w <- w - lr g, by a backward pass and an optimizer of its own."""
 
-    seen: ClassVar[list[float]] = []  # the losses of micro-batches since an optimiser was made, a plan's among them
+    seen: ClassVar[list[float]] = []  # the losses of micro-batches since an optimizer was made, a plan's among them
 
     momentum: float = 0.0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +59,23 @@ def films(world: Path, output: Path, patch: dict[str, Any], **training: Any) -> 
 def left(output: Path) -> dict[str, Any]:
     """What a finished run left that must not depend on how often it was interrupted."""
     found: dict[str, Any] = {}
-    for path in sorted((output / "adapter").rglob("*.safetensors")):
-        found |= {f"{path.parent.name}/{key}": tensor for key, tensor in load_file(path).items()}
+    for path in sorted(path for path in (output / "adapter").rglob("*") if path.is_file()):
+        name = str(path.relative_to(output))
+        tensors = load_file(path) if path.suffix == ".safetensors" else {}
+        found |= {name: path.read_bytes()} | {f"{name}/{key}": tensor for key, tensor in tensors.items()}
     last = max(output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), default=None)
     if last is not None:
         state = torch.load(last / "optimizer.pt", weights_only=True)["state"]
         found |= {f"optimizer/{i}/{key}": t for i, slots in state.items() for key, t in slots.items()}
         states = torch.load(last / "rng_state.pth", weights_only=False)
-        found["rng"] = states["cpu"]
+        found |= {
+            "rng": states["cpu"],
+            "rng of python": states["python"],
+            "rng of numpy": pickle.dumps(states["numpy"]),
+        }
+        found["schedule"] = torch.load(last / "scheduler.pt", weights_only=False)
+        trainer = json.loads((last / "trainer_state.json").read_text())
+        found |= {key: trainer[key] for key in ("global_step", "epoch", "max_steps", "num_input_tokens_seen")}
         for table in (last / "rows").glob("*"):
             found |= {f"{table.name}/{key}": tensor for key, tensor in table_of(table).items()}
     found["metrics"] = metrics(output)
@@ -72,7 +83,7 @@ def left(output: Path) -> dict[str, Any]:
 
 
 def table_of(folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint of a table, its deltas laid over each other: each row's parts, and the optimiser's state."""
+    """A checkpoint of a table, its deltas laid over each other: each row's parts, and the optimizer's state."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.iterdir(), key=lambda p: int(p.stem)):
         held = load_file(path)
@@ -95,6 +106,11 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> None:
             assert value.dtype == two[key].dtype and torch.equal(value, two[key]), key
         else:
             assert value == two[key], key
+
+
+def die() -> None:
+    """End this process as a kill does."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def forked(work: Any) -> int:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import trimtab
 from conftest import MODELS, logits, tiny_batch
-from test_laws import CASES, make, snapshot, train
 from trimtab.artifacts import adapter_weights
 from trimtab.artifacts.adapter import CONFIG, OURS, Base, load_adapter, save_adapter
 from trimtab.artifacts.adapter_weights import CHECKSUMS, INDEX, WEIGHTS, read_weights
@@ -22,6 +21,7 @@ from trimtab.errors import BadInput
 from trimtab.memory.meter import Meter
 from trimtab.model.load import base_hash
 from trimtab.tiered import checkpoint
+from world import CASES, make, snapshot, train
 
 PLACE = trimtab.Place(fast="cpu")
 

@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from conftest import MODELS, tiny_batch
-from test_laws import gradients
 from trimtab.contracts import Place
 from trimtab.engine.tables import traffic
 from trimtab.methods.meft import Meft
@@ -24,6 +23,7 @@ from trimtab.tiered.checkpoint import load_rows, save_rows
 from trimtab.tiered.prefetch import PATIENCE, WAITING, Reader
 from trimtab.tiered.record import PAGE, layout, spans
 from trimtab.tiered.store import GRADS, SAMPLED, VALUES, TieredStore
+from world import gradients
 
 SHAPE = (4, 256)  # a page of values
 DISK = Place(fast="cpu", slow="disk")
@@ -245,14 +245,37 @@ def test_the_thread_starts_when_asked_and_ends_when_closed_or_forgotten():
 
 
 def test_dropping_stores_while_the_thread_reads():
-    reader = Reader()
+    class Cold(prefetch._Pages):
+        """As if no page were ever in memory."""
+
+        asked = 0
+
+        def resident(self, start, length):
+            return False
+
+        def request(self, start, length):
+            self.asked += 1
+            super().request(start, length)
+
+    before, reader = running(), Reader()
+    pages = reader._work.pages = Cold()
     for round_ in range(60):
         made = store(rows=40, reader=reader)
+        plain = made.whole().clone()
         made.prefetch(range(40))
         if round_ % 2:
-            made.fetch([1, 39])
+            assert all(torch.equal(row, plain[at]) for at, row in zip([1, 39], made.fetch([1, 39]), strict=True))
         made.drop()
+    kept = store(rows=40, reader=reader)
+    asked = reader.request(kept, range(40))
+    (thread,) = set(running()) - set(before)
+    for _ in range(10**6):
+        if asked.done == 40 or not thread.is_alive():
+            break
+        thread.join(0.001)
+    assert asked.done == 40 and pages.asked >= 40, "the thread still reads"
     reader.close()
+    assert not thread.is_alive()
 
 
 LEFT = """

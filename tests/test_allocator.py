@@ -77,11 +77,19 @@ def test_none_found_or_another_system(starts, monkeypatch):
 def test_finding_one(tmp_path, monkeypatch):
     folder = tmp_path / "site-packages" / "cmeel.prefix" / "lib"
     folder.mkdir(parents=True)
-    (folder / "libmimalloc.so.3").touch()
+    files = {"jemalloc": "libjemalloc.so.2", "tcmalloc": "libtcmalloc_minimal.so.4", "mimalloc": "libmimalloc.so.3"}
+    for file in files.values():
+        (folder / file).touch()
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
-    assert allocator.find() == ("mimalloc", str(folder / "libmimalloc.so.3"))
-    assert allocator.find("mimalloc") == ("mimalloc", str(folder / "libmimalloc.so.3"))
-    assert (allocator.find("jemalloc") or ("jemalloc",))[0] == "jemalloc"
+    for name, file in files.items():
+        assert allocator.find(name) == (name, str(folder / file)), "the packaged one comes before the system's"
+    assert allocator.find() == ("mimalloc", str(folder / "libmimalloc.so.3")), "the first of ORDER"
+    assert allocator.find("nomalloc") is None
+    system = tmp_path / "lib"
+    system.mkdir()
+    (folder / files["tcmalloc"]).rename(system / files["tcmalloc"])
+    monkeypatch.setattr(allocator.glob, "glob", lambda pattern: [str(system)])
+    assert allocator.find("tcmalloc") == ("tcmalloc", str(system / files["tcmalloc"]))
 
 
 def test_under_a_hard_budget_it_maps_what_it_needs(starts, monkeypatch):

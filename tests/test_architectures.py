@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from architectures import LEFT_OUT, NAMES, build, classes
 from byte_model import byte_folder, tiny
-from test_laws import same, snapshot, values
 from trimtab import Recipe, methods
 from trimtab.contracts import Place
 from trimtab.engine.prepare import apply_fused_ops
@@ -34,6 +33,7 @@ from trimtab.model.stock_peft import require_loadable
 from trimtab.planning.plan import plan
 from trimtab.tiered.store import GRADS
 from trimtab.training.train import train
+from world import same, snapshot, values
 
 TABLE = Path(__file__).parents[1] / "docs/architectures.json"
 FIELDS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,6 @@ from trl import SFTConfig
 
 from conftest import MODELS, tiny_batch
 from helpers_run import films, make_world, tree, write_rows
-from test_laws import PLACE
 from trimtab import methods
 from trimtab.engine.arguments import training_arguments
 from trimtab.engine.divergence import Diverged, StopIfDiverged
@@ -23,6 +22,7 @@ from trimtab.errors import BadInput, Stopped
 from trimtab.methods.meft import Meft
 from trimtab.recipe import Recipe
 from trimtab.tiered.adam import Rates
+from world import PLACE
 
 FIELDS = {f.name: f for cls in (TrainingArguments, SFTConfig) for f in dataclasses.fields(cls) if f.init}
 OTHER = {"eval_strategy": "steps", "save_strategy": "steps", "packing": True}  # so that it is not these that refuse

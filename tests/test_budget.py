@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from trimtab.errors import BadInput
-from trimtab.memory.budget import Budget, fast_bytes, gib, parse, ram, slow_bytes
+from trimtab.memory.budget import Budget, fast_bytes, free_bytes, gib, parse, ram, slow_bytes
 
 GIB = 2**30
 TOTAL = 16 * GIB
@@ -52,9 +56,26 @@ def test_a_budget_of_two_tiers():
         Budget.of({"slow": "101GiB"}, TOTAL, 100 * GIB)
 
 
-def test_this_machine():
-    assert 0 < fast_bytes() < 2**50 and 0 < slow_bytes() < 2**60
-    assert ram().get("MemAvailable", 0) <= ram().get("MemTotal", 0)
+@pytest.mark.parametrize(
+    "limit", ["max\n", f"{GIB // 4}\n", f"{2**60}\n", None], ids=["max", "less", "more", "no file"]
+)
+def test_this_machine(limit, monkeypatch, tmp_path):
+    """RAM is what the kernel says, or less if the control group has a limit; the slow tier is the folder's disk."""
+    physical, read = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path.read_text
+
+    def limited(path: Path, *args, **kwargs) -> str:
+        if path != Path("/sys/fs/cgroup/memory.max"):
+            return read(path, *args, **kwargs)
+        if limit is None:
+            raise FileNotFoundError(path)
+        return limit
+
+    monkeypatch.setattr(Path, "read_text", limited)
+    assert fast_bytes() == (GIB // 4 if limit == f"{GIB // 4}\n" else physical)
+    assert ram()["MemTotal"] == physical and 0 < ram()["MemAvailable"] < physical
+    assert slow_bytes(folder=str(tmp_path / "not" / "there")) == shutil.disk_usage(tmp_path).total
+    assert 0 < free_bytes(tmp_path / "not" / "there") <= slow_bytes(folder=str(tmp_path))
+    assert slow_bytes(torch.device("cuda")) == fast_bytes(), "under a GPU, RAM is the slow tier"
 
 
 def test_sizes_are_shown_in_gib():

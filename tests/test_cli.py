@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 import trimtab
 from helpers_load import tiny_llama
 from helpers_run import make_world, tree, write_rows
-from test_rates import flat
 from trimtab.artifacts import adapter
 from trimtab.cost.overhead import Overhead
 from trimtab.model.load import load_model
+from world import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -59,7 +59,8 @@ WRONG = {  # what is wrong in the recipe -> what the message must say
     "model key": ({"model": {"name": "x", "precison": "nf4"}}, ["precison", 'Did you mean "precision"']),
     "data key": ({"data.trian": "x"}, ["trian", 'Did you mean "train"']),
     "place key": ({"place": {"fats": "cpu"}}, ["fats", 'Did you mean "fast"']),
-    "engine key": ({"engine.laen": True}, ["laen", 'Did you mean "fused_ops"']),
+    "engine key": ({"engine.fuse_ops": True}, ['"fuse_ops"', 'Did you mean "fused_ops"']),
+    "renamed key": ({"engine.lean": True}, ['"lean": there is no such key', "fused_ops"]),
     "patch": ({"patches": [{"pacca": {}}]}, ["pacca", 'Did you mean "paca"']),
     "patch field": ({"patches": [{"paca": {"rnak": 4, "selecton": "block"}}]}, ["rnak"]),
     "patch value": ({"patches": [{"paca": {"r": "four"}}]}, ["four"]),
@@ -79,7 +80,7 @@ WRONG = {  # what is wrong in the recipe -> what the message must say
     "training save": ({"training.save_strategy": "sometimes"}, ["sometimes"]),
     "training output": ({"training.output_dir": "elsewhere"}, ["output"]),
     "training list": ({"training": [1]}, ["training"]),
-    "optimiser": ({"training.optim": "adamz"}, ["adamz"]),
+    "optimizer": ({"training.optim": "adamz"}, ["adamz"]),
     "objective": ({"objective": "causal"}, ["causal", 'Did you mean "causal_lm"']),
     "objective kind": ({"objective": 5}, ["objective"]),
     "objective twice": ({"objective": {"causal_lm": {}, "classification": {}}}, ["objective"]),
@@ -176,10 +177,10 @@ def test_unknown_verbs_and_options(arguments, call):
 
 def test_a_folder_that_holds_a_run(call, ran, world):
     before = {p: p.stat().st_mtime_ns for p in (world / "ran").rglob("*")}
-    refused(call("train", ran), ["already holds a run", "resume=true", "overwrite=true"])
+    refused(call("train", ran), ["already has a run", "resume=true", "overwrite=true"])
     for changed in ("patches.paca.r=8", "training.learning_rate=0.5", "training.seed=3", "objective=classification",
                     "model.precision=bf16", "data.limit=4"):  # fmt: skip
-        refused(call("train", ran, "resume=true", changed), ["resume", "begun with"])
+        refused(call("train", ran, "resume=true", changed), ["resume", "started with"])
     assert before == {p: p.stat().st_mtime_ns for p in (world / "ran").rglob("*")}
 
 

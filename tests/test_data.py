@@ -139,7 +139,7 @@ def test_text_parts_are_joined(tmp_path):
     rows = read(write(tmp_path / "d.jsonl", [{"messages": talk}]), tiny_tokenizer())
     assert rows.dataset[0] == {"prompt": [user("hello")], "completion": [assistant("hel")]}
     for part, words in (({"type": "image", "url": "x"}, 'a part of the type "image"'), ("x", "has a str"),
-                        ({"type": "text"}, "is null, not a text")):  # fmt: skip
+                        ({"type": "text"}, "is null, not text")):  # fmt: skip
         path = write(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": [part]}, *talk[1:]]}])
         with pytest.raises(BadInput, match=f"line 1: messages .*{words}"):
             read(path, tiny_tokenizer())
@@ -161,7 +161,7 @@ def test_text_csv_and_parquet(tmp_path):
     for name in ("d.csv", "d.parquet"):
         found = read(str(tmp_path / name))
         assert found.form == "text" and found.dataset.to_list() == [{"text": row["text"]} for row in rows]
-    with pytest.raises(BadInput, match="hold no answers"):
+    with pytest.raises(BadInput, match="have no answers"):
         eval_pairs(found)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.csv", "d.parquet"]
 
@@ -245,7 +245,7 @@ def test_regression(tmp_path):
 
 
 @pytest.mark.parametrize("values, words", [([0, 0], "every row has the label 0"), ([0, None], "line 2.*null"),
-                                           ([0, "x"], "line 2.*unlike"), ([0, -1], "line 2.*without one"),
+                                           ([0, "x"], "line 2.*unlike"), ([0, -1], "line 2.*without a label"),
                                            ([0, [1]], "line 2.*list"), ([0.5, float("nan")], "finite")])  # fmt: skip
 def test_bad_labels(tmp_path, values, words):
     path = write(tmp_path / "d.jsonl", [{"sentence": "a", "label": value} for value in values])
@@ -295,14 +295,14 @@ FILES = {
     "not JSON": (GOOD + b"{text}\n", "d.jsonl, line 2: it is not JSON"),
     "not an object": (GOOD + b"\n[1]\n", "line 3: it is a list, not an object"),
     "no column": (GOOD + b'{"txt": "b"}\n', "line 2: it has no column text, only txt"),
-    "wrong type": (GOOD + b'{"text": 5}\n', "line 2: text is a int .5., not a text"),
+    "wrong type": (GOOD + b'{"text": 5}\n', "line 2: text is an int .5., not text"),
     "null": (GOOD + b'{"text": null}\n', "line 2: text is null"),
     "not UTF-8": (GOOD + b'{"text": "\xe9"}\n', "line 2: it is not UTF-8"),
-    "surrogate": (GOOD + b'{"text": "\\ud800"}\n', "line 2: text holds half a surrogate"),
+    "surrogate": (GOOD + b'{"text": "\\ud800"}\n', "line 2: text has half a surrogate"),
     "deep": (b"[" * 10**5 + b"\n", "line 1: it is not JSON"),
     "huge number": (b'{"text": ' + b"9" * 5000 + b"}\n", "line 1: it is not JSON"),
-    "empty": (b"", "holds no rows"),
-    "blank": (b"\n\n", "holds no rows"),
+    "empty": (b"", "has no rows"),
+    "blank": (b"\n\n", "has no rows"),
     "no known columns": (b'{"instruction": "a"}\n', "its columns are instruction"),
     "empty object": (b"{}\n", r"its columns are \(none\)"),
     "no role": (b'{"messages": [{"by": "human", "value": "a"}]}\n', "line 1: messages has a message without a role"),
@@ -314,7 +314,7 @@ FILES = {
         "line 1: tools is a str",
     ),
     "no answers": (b'{"question": "a", "answer": []}\n', "line 1: answer is an empty list"),
-    "answer a number": (b'{"question": "a", "answer": 7}\n', "line 1: answer is a int"),
+    "answer a number": (b'{"question": "a", "answer": 7}\n', "line 1: answer is an int"),
 }
 
 
@@ -327,13 +327,13 @@ def test_bad_rows(tmp_path, case):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("d.jsonl.gz", GOOD, "not sound gzip"),
-    ("d.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-20], "not sound gzip"),
+    ("d.jsonl.gz", GOOD, "not intact gzip"),
+    ("d.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-20], "not intact gzip"),
     ("d.csv", b"text\n\xe9\n", "line 2: it is not UTF-8"),
     ("d.csv", b"text,label\na,1\nb,2,3\n", "it is not CSV"),
-    ("d.csv", b"", "holds no rows"),
-    ("d.csv", b"text\n", "holds no rows"),
-    ("d.parquet", b"PAR1 but no", "not a sound Parquet"),
+    ("d.csv", b"", "has no rows"),
+    ("d.csv", b"text\n", "has no rows"),
+    ("d.parquet", b"PAR1 but no", "not an intact Parquet"),
     ("d.txt", b"text", "ends in none of"),
 ])  # fmt: skip
 def test_bad_files(tmp_path, name, content, words):
@@ -356,7 +356,7 @@ def test_missing_things(tmp_path):
         DataSpec(path, too_long="skip")
     with pytest.raises(BadInput, match="limit"):
         DataSpec(path, limit=0)
-    with pytest.raises(BadInput, match="names none"):
+    with pytest.raises(BadInput, match="does not name it"):
         read_rows(DataSpec(path), "test")
     with pytest.raises(BadInput, match="no chat template"):
         read(path, tiny_tokenizer(None), chat=True)
@@ -371,7 +371,7 @@ def test_a_hub_that_does_not_answer(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("datasets.get_dataset_split_names", fail)
-    with pytest.raises(BadInput, match="the hub does not give it .*no route"):
+    with pytest.raises(BadInput, match="the hub does not return it .*no route"):
         read("nobody/nothing")
 
 

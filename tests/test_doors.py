@@ -64,21 +64,21 @@ def test_its_options_state_and_checkpoints(world, tmp_path):
     whole["output"] = str(tmp_path / "parts")
     run(whole, stepper=momentum, resume=True)
     assert same(tmp_path / "whole", tmp_path / "parts")
-    with pytest.raises(BadInput, match="begun with"):
+    with pytest.raises(BadInput, match="started with"):
         run({**whole, "training": {**whole["training"], "max_steps": 6}}, resume=True)
 
 
-def test_its_plan_has_its_optimiser(world, tmp_path):
+def test_its_plan_has_its_optimizer(world, tmp_path):
     keys = tree(world, tmp_path / "run", PACA, max_steps=2)
     adam, sgd, momentum = (
         plan(Recipe.from_dict({**keys, "stepper": stepper}))
         for stepper in ("backprop", "plain_sgd", {"plain_sgd": {"momentum": 0.9}})
     )
-    state = [made.kinds.get("optimiser", 0) for made in (sgd, momentum, adam)]
+    state = [made.kinds.get("optimizer", 0) for made in (sgd, momentum, adam)]
     assert state[1] - state[0] == 4 * momentum.trained and state[1] < state[2]
 
 
-def test_an_optimiser_that_would_not_be_used_is_refused(world, tmp_path):
+def test_an_optimizer_that_would_not_be_used_is_refused(world, tmp_path):
     keys = tree(world, tmp_path / "run", PACA, max_steps=2, optim="adamw_torch")
     with pytest.raises(BadInput, match="an optimizer of its own"):
         run(keys, stepper="plain_sgd")

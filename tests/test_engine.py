@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -22,16 +18,16 @@ from transformers import TrainerCallback
 
 import trimtab
 from conftest import MODELS, logits, tiny_batch
-from helpers_run import films, forked, left, make_world, metrics, rows, same, tree, write_rows
-from test_laws import snapshot, values
+from helpers_run import die, films, forked, left, make_world, metrics, same, tree, write_rows
 from trimtab.artifacts import adapter, adapter_weights
 from trimtab.artifacts.adapter_weights import WEIGHTS
 from trimtab.engine import trainers as engine
 from trimtab.errors import BadInput, DoesNotFit, Interrupted
 from trimtab.model.load import load_model
 from trimtab.tiered import checkpoint, mapped_file
-from trimtab.training import progress, session
+from trimtab.training import session
 from trimtab.training import train as train_verb
+from world import at_step, snapshot, values
 
 STEPS = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
 TABLES = {"r": 64, "k": 16, "scale": 1.0}
@@ -73,21 +69,6 @@ class At(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             self.action()
-
-
-@contextlib.contextmanager
-def at_step(step: int, action):
-    """Within it, each run does `action()` at the end of step `step`, before it is logged or saved."""
-    made = progress.StopOnInterrupt.on_step_end
-
-    def hooked(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            action()
-        return made(self, args, state, control, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(progress.StopOnInterrupt, "on_step_end", hooked)
-        yield
 
 
 def interrupt():
@@ -191,10 +172,6 @@ INSTANTS = [
     (engine, "discard", 2, True), (engine, "discard", 2, False), (engine.shutil, "rmtree", 13, True),
     (engine.shutil, "rmtree", 15, True), (engine.shutil, "rmtree", 20, True),
 ]  # fmt: skip
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dying(owner, name: str, nth: int, before: bool):
@@ -586,47 +563,3 @@ def test_stock_trainers(stranger, world, tmp_path):
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(frozen[k], p) for k, p in model.named_parameters() if k in frozen)
     surgery.revert()
-
-
-# --- two processes ---------------------------------------------------------------------------------------------------
-
-RANKS = """
-import json, sys, torch
-torch.set_num_threads(1)
-import trimtab
-for keys in json.load(open(sys.argv[1])):
-    trimtab.Recipe.from_dict(keys).train()
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_do_what_one_does_on_twice_the_batch(world, tmp_path):
-    wide = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="sgd", learning_rate=0.1, logging_steps=1)
-    patches = {"paca": {"paca": {"r": 4}}, "lora": {"lora": {"r": 4}}, "head": {"paca": {"r": 4, "reselect_every": 3}}}
-    make = {"paca": tree, "lora": tree, "head": films}
-    alone = [make[n](world, tmp_path / f"{n}-1", p, per_device_train_batch_size=4, **wide) for n, p in patches.items()]
-    pair = [make[n](world, tmp_path / f"{n}-2", p, per_device_train_batch_size=2, **wide) for n, p in patches.items()]
-    even = str(write_rows(tmp_path / "even.jsonl", rows(16)))
-    for keys in alone[:2] + pair[:2]:
-        keys["data"]["train"] = even
-    (tmp_path / "pair.json").write_text(json.dumps(pair))
-    (tmp_path / "ranks.py").write_text(RANKS)
-    source = str(Path(trimtab.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               str(tmp_path / "ranks.py"), str(tmp_path / "pair.json")]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for keys in alone:
-        run(keys)
-    for name in patches:
-        one, two = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
-        files = [{str(p.relative_to(f)) for p in f.rglob("*") if "rng_state" not in p.name} for f in (one, two)]
-        assert files[0] == files[1]
-        assert len(metrics(two)) == 4, "one process writes"
-        for (_, a, _, m), (_, b, _, n) in zip(metrics(one), metrics(two), strict=True):
-            assert a == pytest.approx(b, abs=1e-5) and m == n
-        for path in (one / "adapter").rglob("*.safetensors"):
-            mine, theirs = adapter.read_tensors(path.parent), adapter.read_tensors(two / path.parent.relative_to(one))
-            assert all(torch.allclose(mine[k].float(), theirs[k].float(), atol=1e-5) for k in mine)
-        assert json.loads((two / "run.json").read_text())["processes"] == 2

@@ -15,7 +15,6 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from test_rates import flat
 from tiny import tiny_folder
 from trimtab import Recipe
 from trimtab.engine.arguments import training_arguments
@@ -23,6 +22,7 @@ from trimtab.errors import BadInput
 from trimtab.inference.evaluate import evaluate
 from trimtab.quiet import NOISE, no_dataset_bars, silence_libraries
 from trimtab.training.train import train
+from world import flat
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted(EXAMPLES.glob("**/*.yaml"))
@@ -161,10 +161,10 @@ def test_demo(measured, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "know_machine", lambda: None)  # a minute of measuring
     demo.main()
     printed = capsys.readouterr()
-    assert "recall on wordings never trained on: " in printed.out
+    assert "recall on a wording never trained on: " in printed.out
     assert "tokens/s" in printed.out and "   fits: " in printed.out
     speed = r" and [\d,]+ tokens/s" if measured else ""
-    assert re.search(rf"planned for the longest rows there are: \d.\d\d GiB{speed}; held: \d.\d\d GiB", printed.out)
+    assert re.search(rf"predicted for the longest rows: \d.\d\d GiB{speed}; used: \d.\d\d GiB", printed.out)
     table = printed.out[printed.out.index("city  ") :].splitlines()
     assert len(table[1 : 1 + demo.SHOWN]) == demo.SHOWN and all(table[1 : 1 + demo.SHOWN])
     assert f"generate {tmp_path / 'demo'}" in printed.out

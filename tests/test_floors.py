@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -39,6 +40,19 @@ def test_few_files_stand_in_the_hall():
 def test_files_stay_small(name):
     limit = 250 if name == "contracts" else 320 if re.fullmatch(r"methods\.\w+", name) else 400
     assert len(FILES[name].read_text().splitlines()) <= limit
+
+
+@pytest.mark.parametrize("folder,pattern", [("tests", "test_*.py"), ("benchmarks", "*.py")])
+def test_tests_and_benchmarks_import_helpers_not_each_other(folder, pattern):
+    """What several of them use stands in modules of its own."""
+    paths = sorted((Path(__file__).parents[1] / folder).glob(pattern))
+    run = {path.stem for path in paths if folder == "tests" or "def main(" in path.read_text()}
+    assert len(run) > 10
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not run & set(names), f"{path.name} imports {run & set(names)}"
 
 
 def test_importing_trimtab_loads_no_torch():

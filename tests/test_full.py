@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from conftest import MODELS, logits, quantise, tiny_batch
-from test_laws import PLACE, same, snapshot, train, values
 from trimtab.errors import BadInput
 from trimtab.methods.full import Full
 from trimtab.methods.lora import LoRA
+from world import PLACE, same, snapshot, train, values
 
 
 @pytest.mark.parametrize("dtype,held", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("keep", torch.bfloat16)])
@@ -109,7 +109,7 @@ def test_the_dense_part_of_a_quantised_base_can_be_trained():
 def test_it_stands_alone():
     model = MODELS["llama"]()
     surgery = Full().apply(model, PLACE)
-    with pytest.raises(BadInput, match="moves the base"):
+    with pytest.raises(BadInput, match="changes the base"):
         LoRA(r=2).apply(model, PLACE)
     surgery.revert()
     LoRA(r=2).apply(model, PLACE).revert()

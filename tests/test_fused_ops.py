@@ -12,9 +12,9 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conftest import MODELS, logits, tiny_batch
-from test_laws import same, snapshot, values
 from trimtab.model import fused_ops as module
 from trimtab.model.fused_ops import ATTENTION, fuse_ops, fused_attention
+from world import same, snapshot, values
 
 
 def both(stock, ours, *inputs, leaves=()):

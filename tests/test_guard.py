@@ -17,7 +17,6 @@ from rich.console import Console
 
 import trimtab
 from helpers_run import forked, left, make_world, metrics, same, tree
-from test_engine import at_step
 from trimtab.data.order import LongestFirst, filled
 from trimtab.engine import trainers as engine
 from trimtab.errors import BadInput, Stopped
@@ -26,6 +25,7 @@ from trimtab.memory.guard import Guard, ran_out, reserve_bytes
 from trimtab.memory.meter import GIB, Meter, Sample, process_memory, worker_memory
 from trimtab.recipe import Recipe
 from trimtab.training import progress
+from world import at_step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MIB = 2**20
@@ -77,7 +77,7 @@ def test_it_goes_on_in_smaller_micro_batches(world, tmp_path):
     run({**parts, "training": {**parts["training"], **halves}}, resume=True)
     for (_, a, *_), (_, b, *_) in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
-    with pytest.raises(BadInput, match="begun with"):
+    with pytest.raises(BadInput, match="started with"):
         run({**parts, "training": {**parts["training"], "per_device_train_batch_size": 1}}, resume=True)
 
 
@@ -145,7 +145,7 @@ def test_an_allocation_over_a_hard_budget_ends_with_4(take, world, tmp_path, cap
     with at_step(5, take), pytest.raises(Stopped) as stopped:
         run(keys, hard=True, **within(512))
     said = str(stopped.value)
-    for words in ("step 6 of 6 within", "--hard", "refused", "checkpoint-4 is complete", "resume=true"):
+    for words in ("step 6 of 6 within", "--hard", "allocation failed", "checkpoint-4 is complete", "resume=true"):
         assert words in said, said
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     assert [p.name for p in engine.checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
@@ -234,7 +234,7 @@ def test_the_longest_row_comes_first_and_every_row_once(world, tmp_path, monkeyp
     theirs = widths({**keys, "output": str(tmp_path / "theirs")}, monkeypatch)
     flat = [[n for batch in order for n in batch] for order in (ours, theirs)]
     assert max(ours[0]) == max(flat[0]) and flat[0][15:] == flat[1][15:] and len(flat[0]) == 30
-    assert max(ours[1]) == max(n for batch in ours[1:8] for n in batch), "the second step has the optimiser's state too"
+    assert max(ours[1]) == max(n for batch in ours[1:8] for n in batch), "the second step has the optimizer's state too"
     assert sum(a != b for a, b in zip(*flat, strict=True)) <= 4
     assert sorted(flat[0][:15]) == sorted(flat[1][:15])
 

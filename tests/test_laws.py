@@ -1,6 +1,6 @@
 """What holds for every trained patch in the table, on every family of models (DESIGN 7, promises 1, 2, 4, 6, 7 and 8).
 
-A new patch adds one row to CASES, and all of this is asked of it.
+A new patch adds one row to CASES (world.py), and all of this is asked of it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from conftest import MODELS, logits, quantise, tiny_batch
 from trimtab import methods
 from trimtab.artifacts.adapter import Base, load_adapter, save_adapter
-from trimtab.contracts import Place
 from trimtab.errors import BadInput
 from trimtab.model.load import base_hash
-from trimtab.tiered.store import GRADS
+from world import CASES, EVERY, PLACE, STORED, gradients, make, same, snapshot, train, values
 
-# name -> fields that suit a hidden size of 64. "pair" gives the fields under which a patch shares a model with others.
-CASES = {
-    "paca": {"r": 4},
-    "lora": {"r": 4},
-    "parallel_adapter": {"r": 16},
-    "meft": {"r": 64, "k": 16, "scale": 1.0},
-    "full": {},
-}
+# fields under which a patch shares a model with others
 PAIR = {"paca": {"targets": "q_proj,v_proj"}, "lora": {"targets": "up_proj,down_proj"}}
-PLACE = Place(fast="cpu")
-STORED = {  # tables elsewhere than in a file: name -> patch, more fields, place
-    "meft in ram": ("meft", {}, Place(fast="cpu", slow="ram")),
-    "meft with hot rows": ("meft", {"cache": 2e-5}, PLACE),
-}
-EVERY = {name: (name, {}, PLACE) for name in CASES} | STORED
 UNMERGED, UNPORTABLE = (
     {name for name, (patch, *_) in EVERY.items() if form not in methods.TABLE[patch].exports}
     for form in ("merged", "peft")
@@ -48,59 +34,14 @@ UNMERGED, UNPORTABLE = (
 WHOLE = {"experts": 4, "probes": 4, "k": 64}  # no choice is made that a step along a gradient could change
 SMOOTH = dict.fromkeys(["meft", *STORED], WHOLE)
 QUANTISED = ("paca", "lora", "parallel_adapter", "meft", *STORED)
-LEARNING_RATE = 2e-2
 
 patches = pytest.mark.parametrize("name", EVERY)
 families = pytest.mark.parametrize("family", MODELS)
 
 
-def make(name: str, **fields):
-    patch, more, _ = EVERY[name]
-    return methods.find(patch)(**{**CASES[patch], **more, **fields})
-
-
 def put(name: str, model: nn.Module, **fields):
     """Apply it where its tables are to lie."""
     return make(name, **fields).apply(model, EVERY[name][2])
-
-
-def snapshot(model: nn.Module) -> dict:
-    """All that a revert must bring back."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
-             "_load_state_dict_pre_hooks", "_state_dict_pre_hooks")  # fmt: skip
-    return {
-        "text": str(model),
-        "modules": [(name, id(module), sorted(vars(module))) for name, module in model.named_modules()],
-        "hooks": sum(len(getattr(module, kind)) for module in model.modules() for kind in hooks),
-        "flags": [(name, p.requires_grad, id(p)) for name, p in model.named_parameters(remove_duplicate=False)],
-    }
-
-
-def values(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Bit for bit, dtypes and order included."""
-    return list(left) == list(right) and all(
-        a.dtype == b.dtype and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
-        for a, b in zip((t.contiguous() for t in left.values()), (t.contiguous() for t in right.values()), strict=True)
-    )
-
-
-def train(model: nn.Module, surgery, steps: int, rate: float = LEARNING_RATE) -> list[float]:
-    batch = tiny_batch(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.01)
-    losses = []
-    for step in range(steps):
-        surgery.before_step(step)
-        loss = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        surgery.after_step(step, optimizer)
-        losses.append(loss.item())
-    return losses
 
 
 def trained(name: str, family: str, steps: int = 3, **fields):
@@ -327,19 +268,6 @@ def test_one_linear_takes_one_patch(first, second):
         with pytest.raises(BadInput):
             make(second, targets=targets).apply(model, PLACE)
     assert snapshot(model) == patched
-
-
-def gradients(model: nn.Module, surgery, batch) -> dict[str, torch.Tensor]:
-    """By name: of the parameters, and of the rows of stores."""
-    model.zero_grad()
-    model(**batch).loss.backward()
-    found = {k: t.grad.clone() for k, t in surgery.own_tensors().items() if t.requires_grad and t.grad is not None}
-    for store in surgery.stores:
-        found[store.name] = torch.zeros(store.whole().shape)
-        for row in store.pending():
-            found[store.name][row] = store.part(GRADS, row)
-        store.stepped()
-    return found
 
 
 @patches

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import test_laws as trained_laws
 from conftest import MODELS, logits, tiny_batch
-from test_laws import PLACE, same, snapshot, values
 from trimtab import methods
 from trimtab.contracts import When
 from trimtab.errors import BadInput
 from trimtab.model.kv_cache import attending
 from trimtab.recipe import Recipe
+from world import CASES as TRAINED
+from world import PLACE, same, snapshot, train, values
 
 CASES = {"streaming_llm": {"window": 5, "sinks": 2}}
 WIDE = {"streaming_llm": {"window": 1000}}  # nothing is ever evicted
@@ -142,11 +142,11 @@ def test_attention_of_another_kind_is_refused(name, family):
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("name,patch", itertools.product(CASES, trained_laws.CASES))
+@pytest.mark.parametrize("name,patch", itertools.product(CASES, TRAINED))
 def test_it_serves_a_trained_model(name, patch):
     model = MODELS["llama"]()
-    trained = methods.find(patch)(**trained_laws.CASES[patch]).apply(model, PLACE)
-    trained_laws.train(model, trained, 2)
+    trained = methods.find(patch)(**TRAINED[patch]).apply(model, PLACE)
+    train(model, trained, 2)
     model.eval()
     own = generate(model, *prompts())
     assert torch.equal(generate(model, *prompts(), put(name, model, WIDE[name]).cache()), own)

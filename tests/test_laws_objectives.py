@@ -9,7 +9,6 @@ import torch
 
 from conftest import MODELS, tiny_batch
 from helpers_run import films, make_world, tree
-from test_laws import PLACE
 from trimtab import methods
 from trimtab.contracts import Stepper
 from trimtab.engine.arguments import training_arguments
@@ -18,6 +17,7 @@ from trimtab.engine.job import Job
 from trimtab.engine.objectives import arguments_class, evaluator, trainer_class
 from trimtab.model.load import load_model
 from trimtab.recipe import Recipe
+from world import PLACE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OBJECTIVES = {"causal_lm": ("llama", tree), "classification": ("bert", films)}  # name -> family, a recipe's keys

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import test_laws as trained_laws
 from conftest import MODELS, logits, quantise, tiny_batch
-from test_laws import PLACE, same, snapshot, values
 from trimtab import methods
 from trimtab.artifacts.adapter import Base, load_adapter, save_adapter
 from trimtab.contracts import When
 from trimtab.errors import BadInput
 from trimtab.model.load import base_hash
+from world import CASES as TRAINED
+from world import PLACE, same, snapshot, train, values
 
 CASES = {  # a name of one's own -> the table's name, fields
     "magnitude": ("pruning", {}),
@@ -99,16 +99,16 @@ def test_merged_is_a_plain_model(name, family, tmp_path):
     assert torch.equal(logits(auto.from_pretrained(tmp_path).eval(), batch), outputs)
 
 
-@pytest.mark.parametrize("name,patch", itertools.product(CASES, trained_laws.CASES))
+@pytest.mark.parametrize("name,patch", itertools.product(CASES, TRAINED))
 def test_a_trained_patch_goes_on_top(name, patch):
     """It starts at what the slimmed model computes, is trained, and both are undone."""
     model = MODELS["llama"]()
     batch, before, weights = tiny_batch(model), snapshot(model), values(model)
     below = put(name, model)
     outputs = logits(model, batch)
-    above = methods.find(patch)(**trained_laws.CASES[patch]).apply(model, PLACE)
+    above = methods.find(patch)(**TRAINED[patch]).apply(model, PLACE)
     assert torch.allclose(logits(model, batch), outputs, atol=1e-5)
-    losses = trained_laws.train(model, above, 4)
+    losses = train(model, above, 4)
     assert losses[-1] < losses[0]
     above.revert()
     assert torch.equal(logits(model, batch), outputs)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from conftest import MODELS, logits, quantise, tiny_batch
-from test_laws import PLACE, same, snapshot, train, values
 from trimtab.errors import BadInput
 from trimtab.methods.lora import LoRA
+from world import PLACE, same, snapshot, train, values
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ import yaml
 
 import trimtab
 from helpers_run import forked, left, make_world, same, tree
-from test_engine import at_step
 from trimtab.artifacts import run_folder
 from trimtab.artifacts.checkpoint_files import SUMS, write_sums
 from trimtab.artifacts.folder_lock import locked
 from trimtab.errors import BadInput, Interrupted
 from trimtab.recipe import Recipe
+from world import at_step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}

@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from conftest import MODELS, logits, tiny_batch
-from test_laws import PLACE, train
 from trimtab.contracts import Place
 from trimtab.errors import BadInput
 from trimtab.methods.meft.patch import Adapter, Meft
 from trimtab.methods.parallel_adapter import ParallelAdapter
 from trimtab.model import anatomy
 from trimtab.tiered.store import GRADS, VALUES, TieredStore
+from world import PLACE, train
 
 WIDTH = 8
 

@@ -95,8 +95,6 @@ def _file_system(folder) -> str:
 @pytest.mark.parametrize(
     "kind,why", [("missing", "no such folder"), ("a file", "not a folder"), ("locked", "be written")]
 )
-    "kind,why", [("missing", "no such folder"), ("a file", "not a folder"), ("locked", "be written")]
-)
 def test_a_folder_that_cannot_hold_tables(kind, why, recipe, tmp_path, monkeypatch):
     folder = tmp_path / "tables"
     if kind == "a file":
@@ -205,7 +203,7 @@ def test_tables_of_another_base_are_refused(stopped, tmp_path):
 
 def test_tables_of_another_shape_are_refused(stopped, tmp_path):
     wider = {**stopped, "patches": [{"meft": {**MEFT, "r": 128, "experts": 43}}], "resume": True}
-    with pytest.raises(BadInput, match="the run was begun with"):
+    with pytest.raises(BadInput, match="the run was started with"):
         Recipe.from_dict(wider).train()
     (tmp_path / "run" / "recipe.yaml").unlink()  # nothing says how it was begun
     with pytest.raises(BadInput, match=r"they are of a table of 32 rows of 2 x 128, and this one has 43 rows of 3 x"):

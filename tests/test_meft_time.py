@@ -7,21 +7,21 @@ import statistics
 import pytest
 import torch
 
-from test_plan import ROWS, TOKENS, folders, recipe_of  # noqa: F401 (a fixture)
-from test_rates import flat
+from tiny import ROWS, TOKENS, recipe_of
 from trimtab.cost import roofline
 from trimtab.cost.roofline import row_update, written_back
-from trimtab.cost.trace import OPTIMISER
+from trimtab.cost.trace import OPTIMIZER
 from trimtab.engine.arguments import training_arguments
 from trimtab.engine.objectives import arguments_class
 from trimtab.planning.plan import plan
 from trimtab.planning.step import PlannedStep
 from trimtab.tiered import planned as tables
 from trimtab.tiered.store import TieredStore
+from world import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MEFT = {"r": 256, "probes": 4, "k": 16, "scale": 1.0}
-PLACES, NEAR = ("ram", "disk"), 0.75  # the optimiser: a real trace lacks the rows' norm, writes, views made at once
+PLACES, NEAR = ("ram", "disk"), 0.75  # the optimizer: a real trace lacks the rows' norm, writes, views made at once
 FIELDS = [MEFT, {**MEFT, "k": 64, "router": "fixed"}, {**MEFT, "experts": 64, "probes": 2}]
 
 
@@ -52,7 +52,7 @@ def traced(recipe, real: bool) -> tuple[dict[str, float], float]:
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 @pytest.mark.parametrize("place", PLACES)
-def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, place, folders, counted_alike, monkeypatch):  # noqa: F811
+def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, place, folders, counted_alike, monkeypatch):
     folder = folders("llama", torch.float32)
     recipe = recipe_of(folder, {"meft": fields}, engine={"recompute": "none"}, place={"slow": place})
     at_work, group = [], TieredStore.group
@@ -69,13 +69,13 @@ def test_the_seconds_of_a_plan_are_those_of_a_real_steps_operations(fields, plac
     assert mean > 4, "there is something to stand for"
     monkeypatch.setattr(tables, "touched", lambda *asked: mean)
     planned, seconds = traced(recipe, real=False)
-    assert seconds - planned[OPTIMISER] == pytest.approx(real - phases[OPTIMISER], rel=0.05)
-    assert planned[OPTIMISER] == pytest.approx(phases[OPTIMISER], rel=NEAR)
+    assert seconds - planned[OPTIMIZER] == pytest.approx(real - phases[OPTIMIZER], rel=0.05)
+    assert planned[OPTIMIZER] == pytest.approx(phases[OPTIMIZER], rel=NEAR)
     monkeypatch.setattr(tables, "touched", lambda *asked: 1.0)
     assert traced(recipe, real=False)[1] < 0.75 * seconds
 
 
-def test_no_more_experts_are_expected_at_work_than_the_cap(folders, monkeypatch):  # noqa: F811
+def test_no_more_experts_are_expected_at_work_than_the_cap(folders, monkeypatch):
     """A pass of which 6 experts are expected takes as long as one that is capped at 6, whatever is expected."""
     seconds = []
     for cap, rows in ((0, 6.0), (6, 60.0), (0, 60.0)):
@@ -85,7 +85,7 @@ def test_no_more_experts_are_expected_at_work_than_the_cap(folders, monkeypatch)
     assert seconds[0] == pytest.approx(seconds[1], rel=1e-6) and seconds[2] > 1.2 * seconds[1]
 
 
-def test_rows_step_once_for_accumulated_micro_batches(folders):  # noqa: F811
+def test_rows_step_once_for_accumulated_micro_batches(folders):
     once, twice = (
         plan(recipe_of(folders("llama", torch.float32), {"meft": MEFT}, training=training), process=0, rates=flat())
         for training in ({}, {"gradient_accumulation_steps": 8})
@@ -94,7 +94,7 @@ def test_rows_step_once_for_accumulated_micro_batches(folders):  # noqa: F811
 
 
 @pytest.mark.parametrize("fields", [{"semantics": "union", "router": "fixed"}, {"adam": "exact"}, {"moments": "int8"}])
-def test_what_is_not_counted_has_no_speed(fields, folders):  # noqa: F811
+def test_what_is_not_counted_has_no_speed(fields, folders):
     made = plan(recipe_of(folders("llama", torch.float32), {"meft": {**MEFT, **fields}}), process=0, rates=flat())
     assert made.tokens_per_second is None and any(
         "semantics: per_token, adam: lazy, moments: fp32" in note for note in made.notes
@@ -107,7 +107,7 @@ def test_the_update_of_rows_by_hand():
     assert row_update(flat(), 700, 10, True) == pytest.approx(10 * (8 * 700 / 7e8 + 1e-6 + copied))
 
 
-def test_changed_pages_wait_for_the_disk_once_memory_may_not_hold_them(folders, monkeypatch):  # noqa: F811
+def test_changed_pages_wait_for_the_disk_once_memory_may_not_hold_them(folders, monkeypatch):
     rates = flat(disk={"write": 100.0})
     assert written_back(200, 1000, rates) == 0.0 and written_back(700, 1000, rates) == 5.0
     assert written_back(700, -5, rates) == 7.0 and written_back(700, 1000, flat()) is None

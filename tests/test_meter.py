@@ -55,16 +55,16 @@ def test_live_tensors_see_views_of_views_and_splits():
 
 
 def test_mapped_tensors_are_counted_apart(tmp_path):
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
-    save_file({"a": torch.ones(64 * KIB)}, tmp_path / "x.safetensors")
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        tensor = file.get_tensor("a")
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(64 * KIB)}, path)
+    mapped = torch.from_file(str(path), shared=False, size=64 * KIB)
     ours = torch.zeros(KIB)
-    with LiveTensors([tensor, ours]) as live:
-        pass
-    assert live.mapped + live.live == 260 * KIB and live.mapped in (0, 256 * KIB)
+    with LiveTensors([mapped, ours]) as live:
+        assert (live.mapped, live.live) == (256 * KIB, 4 * KIB)
+        copy = mapped.clone()
+        assert (live.mapped, live.live, copy.numel()) == (256 * KIB, 260 * KIB, 64 * KIB), "a copy is not in the file"
 
 
 def test_the_peak_is_at_least_what_was_held(tmp_path):

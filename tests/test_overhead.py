@@ -95,8 +95,8 @@ def test_in_a_hurry_one_training_counts(monkeypatch):
 
 def test_what_was_measured_thoroughly_stays(monkeypatch):
     """Quick measures only what is missing; thorough replaces quick; fresh is as thorough as what it replaces."""
-    from test_rates import flat
     from trimtab.cost import rates
+    from world import flat
 
     measured: list[str] = []
 

@@ -10,10 +10,10 @@ from torch import nn
 
 import trimtab
 from conftest import MODELS, logits, quantise, tiny_batch
-from test_laws import same, train, values
 from trimtab.errors import BadInput
 from trimtab.methods.paca import PaCA, PartialLinear
 from trimtab.model import quant
+from world import same, train, values
 
 PLACE = trimtab.Place(fast="cpu")
 FORMS = pytest.mark.parametrize("form", ["side", "live"])
@@ -149,7 +149,7 @@ def test_side_and_live_are_equal(selection):
 
 
 class Raw(torch.optim.Optimizer):
-    """An optimiser that writes behind autograd's back, as old ones and kernels of their own do."""
+    """An optimizer that writes behind autograd's back, as old ones and kernels of their own do."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
@@ -161,7 +161,7 @@ class Raw(torch.optim.Optimizer):
                     p.data.add_(p.grad.data, alpha=-group["lr"])
 
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1), "foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
     "fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
     "loop": lambda p: torch.optim.Adam(p, lr=0.1, foreach=False),
@@ -169,14 +169,14 @@ OPTIMISERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_no_forward_sees_stale_columns(optimiser, accumulate):
+def test_no_forward_sees_stale_columns(optimizer, accumulate):
     models = {form: MODELS["llama"]() for form in ("side", "live")}
     batch, ends = tiny_batch(models["side"]), {}
     for form, model in models.items():
         PaCA(r=4, form=form).apply(model, PLACE)
-        chosen = OPTIMISERS[optimiser]([p for p in model.parameters() if p.requires_grad])
+        chosen = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
         losses = []
         for _ in range(3):
             for _ in range(accumulate):
@@ -279,15 +279,15 @@ def test_reselection_keeps_what_was_learned(form):
 def test_adam_starts_anew_with_the_columns():
     model = MODELS["llama"]()
     surgery = PaCA(r=4, reselect_every=2).apply(model, PLACE)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(**tiny_batch(model)).loss.backward()
-        optimiser.step()
-        surgery.after_step(step, optimiser)
+        optimizer.step()
+        surgery.after_step(step, optimizer)
     for made in surgery.layers.values():
         assert not made.delta.any() and made.held_indices.numel() == 4
-        assert all(not moment.any() for moment in optimiser.state[made.delta].values())
+        assert all(not moment.any() for moment in optimizer.state[made.delta].values())
 
 
 def test_the_reselection_log_is_a_lora():

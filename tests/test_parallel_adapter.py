@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from conftest import MODELS, logits, quantise, tiny_batch
-from test_laws import PLACE, train
 from trimtab.errors import BadInput
 from trimtab.methods.parallel_adapter import NAME, Adapter, ParallelAdapter
 from trimtab.model import anatomy
+from world import PLACE, train
 
 
 def adapter(width: int = 8, r: int = 12, scale: float = 1.5, values: bool = True) -> Adapter:

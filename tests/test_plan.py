@@ -11,8 +11,7 @@ import torch
 import yaml
 
 from helpers_run import make_world, tree
-from test_laws import CASES
-from tiny import tiny_folder
+from tiny import ROWS, TOKENS, recipe_of
 from trimtab.cost import trace
 from trimtab.cost.overhead import THREAD, TRANSIENT_SHARE
 from trimtab.engine.arguments import training_arguments
@@ -26,35 +25,16 @@ from trimtab.planning.fit import require_fit
 from trimtab.planning.plan import plan
 from trimtab.planning.step import PlannedStep
 from trimtab.recipe import Recipe
+from world import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROWS, TOKENS = 4, 32
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """(family, dtype) -> a tiny model's folder."""
-    root, made = tmp_path_factory.mktemp("models"), {}
-
-    def get(family: str, dtype: torch.dtype) -> str:
-        if (family, dtype) not in made:
-            made[family, dtype] = tiny_folder(root / f"{family}-{dtype}", family, dtype)
-        return made[family, dtype]
-
-    return get
-
-
-def recipe_of(folder: str, patch: dict, **more) -> Recipe:
-    training = {"per_device_train_batch_size": ROWS, "max_length": TOKENS, **more.pop("training", {})}
-    kind = "classification" if "bert" in folder or "mpnet" in folder else "causal_lm"
-    return Recipe(model=folder, patches=[patch], training=training, **{"objective": kind, **more})
 
 
 def measured(recipe: Recipe, padded: bool = True, counted: int = TOKENS) -> int:
     """Live bytes at the peak of the second step, by the meter, on real tensors."""
     objective = recipe.load_objective()
     args = training_arguments(recipe, arguments_class(objective), "out", True)
-    step = PlannedStep(recipe, args, None, real=True)  # its model, batch, loss and optimiser
+    step = PlannedStep(recipe, args, None, real=True)  # its model, batch, loss and optimizer
     model = step.model
     held = [*step.base.values(), *quantised_state(model)]
     model.train()
@@ -160,7 +140,7 @@ def test_what_a_patch_writes_into_a_mapped_base_is_fast(folders):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_path):
-    folder = deeper(folders("llama", torch.bfloat16), tmp_path, 12)
+    folder = deeper(folders("llama", torch.bfloat16), tmp_path, 7)
     recipe = recipe_of(folder, {name: CASES[name]}, training={"activation_checkpointing": checkpointing})
     args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
     step = PlannedStep(recipe, args, None)
@@ -195,7 +175,7 @@ def test_tables_that_step_at_once_are_planned_so(folders, tmp_path, monkeypatch)
     held, beside = {}, {}
     for threads in (1, 2, 8):
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
-        held[threads] = trace.live(PlannedStep(recipe, args, None).trace(ROWS, TOKENS).peaks["optimiser"])
+        held[threads] = trace.live(PlannedStep(recipe, args, None).trace(ROWS, TOKENS).peaks["optimizer"])
         beside[threads] = plan(recipe).overhead
     rows, parts = 1024 * 2 * 64 * 4, len(("values", "grads", "m", "v"))
     assert held[2] - held[1] == parts * min(rows, 2**20), "a piece of the second of two tables"
@@ -211,7 +191,7 @@ def test_what_a_block_makes_and_drops_on_its_way_back(folders):
         traced.enter("backward of the blocks between")
         more = torch.empty(100)
         torch.empty(50)
-        traced.enter("optimiser")
+        traced.enter("optimizer")
         del more
         torch.empty(5000)
         traced.enter("end")
@@ -401,7 +381,7 @@ def test_tables_need_room_on_their_disk(folders, tmp_path, monkeypatch, call):
 
 
 def test_a_run_is_told_the_speed_of_tokens_that_are_no_padding(tmp_path, monkeypatch):
-    from test_rates import flat
+    from world import flat
 
     monkeypatch.setattr("trimtab.planning.plan.known_rates", lambda device: flat())
     keys = tree(make_world(tmp_path, torch.bfloat16), tmp_path / "out", {"paca": {"r": 4}}, max_steps=2)

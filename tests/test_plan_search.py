@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 
-from test_rates import flat
 from tiny import tiny_folder
 from trimtab import methods
 from trimtab.errors import BadInput, DoesNotFit
@@ -17,6 +16,7 @@ from trimtab.memory.budget import Budget
 from trimtab.planning import calibrate, search
 from trimtab.planning.plan import Plan, plan
 from trimtab.recipe import Recipe
+from world import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

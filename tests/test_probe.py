@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from byte_model import byte_folder, tiny
 from conftest import MODELS
 from helpers_run import make_world, tree
-from test_laws import snapshot
 from trimtab import Recipe
 from trimtab.contracts import Place
 from trimtab.engine import probe as module
@@ -30,6 +29,7 @@ from trimtab.model import fused_ops, head
 from trimtab.planning.plan import plan
 from trimtab.tiered.adam import Rates
 from trimtab.training.train import train
+from world import snapshot
 
 RECIPE = Recipe(model="any")
 MPT = {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "logit_scale": 0.5}

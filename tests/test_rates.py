@@ -8,22 +8,13 @@ import pytest
 import torch
 
 from trimtab.cost import rates as rates_file
-from trimtab.cost.rates import SMALL, Rates
+from trimtab.cost.rates import SMALL
 from trimtab.cost.roofline import Clock, read_again, work
 from trimtab.cost.trace import StepCost, extend
 from trimtab.model import fused_experts as fused_experts  # makes an operation
+from world import MACHINE, flat
 
-MACHINE = rates_file.key({"cpu": "a processor", "cores": 2, "threads": 2, "allocator": "system"}, "2.13.0", "cpu")
 ATEN = torch.ops.aten
-
-
-def flat(**more) -> Rates:
-    """1 GFLOP/s in fp32 and 2 in bf16, 1 GB/s, 10 million random numbers/s; a microsecond for each operation."""
-    products = {"float32": [1e9, 1e9], "bfloat16": [2e9, 2e9]}
-    return Rates(
-        **{"machine": MACHINE, "products": products, "attention": {"float32": 1e9}, "bandwidth": 1e9, "random": 1e7,
-           "update": 7e8, "overhead": 1e-6, **more}
-    )  # fmt: skip
 
 
 def seconds(func, *args, **kwargs) -> float:
@@ -83,18 +74,18 @@ def test_attention_and_update_by_hand():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             seen.append(func._schema.name)
-            clock.add("optimiser", func, args, kwargs or {}, out)
+            clock.add("optimizer", func, args, kwargs or {}, out)
             return out
 
     with Watch():
         optimizer.step()
     assert "aten::_fused_adamw_" in seen
-    assert clock.phases["optimiser"] == pytest.approx(28_000 / 7e8 + clock.operations * 1e-6, rel=0.02)
+    assert clock.phases["optimizer"] == pytest.approx(28_000 / 7e8 + clock.operations * 1e-6, rel=0.02)
 
 
 def test_a_deep_stack_lies_on_the_line_and_micro_batches_share_the_update():
     shallow, deep = (
-        StepCost({}, seconds={"blocks": float(n), "backward": back, "optimiser": 0.5 * n, "evaluation": 9.0})
+        StepCost({}, seconds={"blocks": float(n), "backward": back, "optimizer": 0.5 * n, "evaluation": 9.0})
         for n, back in ((2, 3.0), (4, 5.0))
     )
     cost = extend(shallow, deep, (2, 4), 10)

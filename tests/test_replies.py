@@ -214,7 +214,7 @@ SETTINGS = {
     "num_return_sequences": (2, "each prompt gets one reply"), "max_new_tokens": (0, "it is below 1 or not whole"),
     "max_length": ("x", "it is below 1 or not whole"), "temperature": (-1, "it must be 0 or more"),
     "top_p": (5, "it must be above 0 and at most 1"),
-    "stop_strings": ([""], "no list of texts"), "output_scores": (True, "replies are texts"),
+    "stop_strings": ([""], "not a list of texts"), "output_scores": (True, "only the texts of replies"),
     "num_beams": (0, "it is below 1 or not whole"),
     "early_stopping": ("often", "early_stopping"), "penalty_alpha": (0.6, "from the hub"),
     "max_new_token": (4, 'Did you mean "max_new_tokens"'),

@@ -237,7 +237,7 @@ def test_a_killed_run_and_damaged_files(ran, tmp_path):
     whole = (folder / "metrics.jsonl").read_bytes()
     (folder / "metrics.jsonl").write_bytes(whole[: whole.rindex(b'"loss"')] + b"\xff\xfe")
     page = Page(report([folder]))
-    assert "did not come to its end" in page.text and "1 line of metrics.jsonl could not be read" in page.text
+    assert "the run did not finish" in page.text and "1 line of metrics.jsonl could not be read" in page.text
     (folder / "run.json").write_text('{"steps": 3, "measured": [1, 2], "predicted": {"bytes": 7}, "final_loss": NaN,')
     assert "run.json could not be read" in Page(report([folder])).text
     (folder / "run.json").write_text(

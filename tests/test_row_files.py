@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from test_store import SHAPE, store
 from trimtab.errors import BadInput
 from trimtab.tiered.adam import Rates, RowAdam
 from trimtab.tiered.checkpoint import PIECE, SUMS, cut, load_rows, pieces_of, save_rows, write_tensors
 from trimtab.tiered.checksums import bytes_of, of_parts
 from trimtab.tiered.store import GRADS, VALUES, M, TieredStore
+from world import SHAPE, store
 
 
 def trained(mode: str = "exact", **fields) -> TieredStore:

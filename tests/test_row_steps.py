@@ -10,11 +10,9 @@ import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from conftest import MODELS, tiny_batch
-from test_laws import PLACE
 from trimtab.methods.meft import Meft
 from trimtab.methods.parallel_adapter import ParallelAdapter
-
-ADAM = {"lr": 1e-2, "eps": 1e-6, "weight_decay": 0.01}
+from world import PLACE, plain
 
 
 def twins():
@@ -27,18 +25,6 @@ def twins():
         for name, tensor in theirs.own_tensors().items():
             own[name].copy_(tensor.view(1, 16, 64))
     return (dense, theirs), (sparse, ours)
-
-
-def plain(model, surgery) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAM)
-    for step in range(6):
-        for micro in range(2):
-            model(**tiny_batch(model, seed=10 * step + micro)).loss.backward()
-        if step == 2:
-            optimizer.zero_grad()  # gradients that no step uses
-            continue
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def stock(model, surgery) -> None:
@@ -70,7 +56,7 @@ def test_rows_train_in_a_strangers_loop(loop, tmp_path, monkeypatch):
         before = after
 
 
-def test_only_the_optimiser_that_has_their_parameter_steps_rows():
+def test_only_the_optimizer_that_has_their_parameter_steps_rows():
     model = MODELS["llama"]()
     surgery = Meft(r=64, scale=1.0).apply(model, PLACE)
     model(**tiny_batch(model)).loss.backward()

@@ -1,4 +1,4 @@
-"""Tables that two processes train together: they do what one does on twice the batch, in the engine and without it."""
+"""What two processes train together, with tables and without: they do what one does on twice the batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 import trimtab
 from helpers_ranks import FIELDS, REFUSED, loop
-from helpers_run import make_world, metrics, rows, tree, write_rows
+from helpers_run import films, make_world, metrics, rows, tree, write_rows
+from trimtab.artifacts import adapter
 from trimtab.errors import BadInput
 from trimtab.methods.meft import Meft
 from trimtab.tiered.checkpoint import load_rows
@@ -27,9 +29,12 @@ TRAINING = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accum
                 max_grad_norm=0.1, lr_scheduler_type="constant", adam_epsilon=1e-4)  # fmt: skip
 
 
+OTHERS = {"paca": {"paca": {"r": 4}}, "lora": {"lora": {"r": 4}}, "head": {"paca": {"r": 4, "reselect_every": 3}}}
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
-    """A folder in which two processes have trained: `two`, `again` (resumed after two steps), and FIELDS's loops."""
+    """A folder where two processes have trained `two`, `again` (resumed after two steps), OTHERS and FIELDS's loops."""
     folder = tmp_path_factory.mktemp("pair")
     world = folder / "world"
     world.mkdir()
@@ -43,6 +48,7 @@ def pair(tmp_path_factory) -> Path:
 
     half = recipe("again", 2, max_steps=2)
     jobs = [recipe("two", 2), half, {**recipe("again", 2), "resume": True}]
+    jobs += [other(folder, name, 2, 2) for name in OTHERS]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     tests = str(Path(__file__).parent)
     paths = os.pathsep.join([str(Path(trimtab.__file__).parents[1]), tests])
@@ -51,8 +57,21 @@ def pair(tmp_path_factory) -> Path:
                f"{tests}/helpers_ranks.py", str(folder / "jobs.json"), str(folder)]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    trimtab.Recipe.from_dict(recipe("one", 4)).train()
+    for keys in (recipe("one", 4), *(other(folder, name, 1, 4) for name in OTHERS)):
+        trimtab.Recipe.from_dict(keys).train()
     return folder
+
+
+def other(folder: Path, name: str, processes: int, batch: int) -> dict[str, Any]:
+    """A recipe without tables, `batch` rows a process."""
+    training = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="sgd", learning_rate=0.1, logging_steps=1,
+                    per_device_train_batch_size=batch)  # fmt: skip
+    made = (films if name == "head" else tree)(
+        folder / "world", folder / f"{name}-{processes}", OTHERS[name], **training
+    )
+    if name != "head":
+        made["data"]["train"] = str(folder / "even.jsonl")
+    return made
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
@@ -79,6 +98,20 @@ def test_two_processes_train_rows_as_one_does_on_twice_the_batch(pair):
     one, two = (json.loads((pair / name / "run.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2 and two["measured"]["store_down_bytes_per_step"] > 0
     assert two["measured"]["store_slow_bytes"] == one["measured"]["store_slow_bytes"] * 5 / 4, "a second region"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_two_processes_do_what_one_does_on_twice_the_batch(name, pair):
+    one, two = pair / f"{name}-1", pair / f"{name}-2"
+    files = [{str(p.relative_to(f)) for p in f.rglob("*") if "rng_state" not in p.name} for f in (one, two)]
+    assert files[0] == files[1]
+    assert len(metrics(two)) == 4, "one process writes"
+    for (_, a, _, m), (_, b, _, n) in zip(metrics(one), metrics(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-5) and m == n
+    for path in (one / "adapter").rglob("*.safetensors"):
+        mine, theirs = adapter.read_tensors(path.parent), adapter.read_tensors(two / path.parent.relative_to(one))
+        assert all(torch.allclose(mine[k].float(), theirs[k].float(), atol=1e-5) for k in mine)
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
 
 
 def test_a_checkpoint_of_two_processes_is_gone_on_with(pair):

@@ -17,16 +17,7 @@ from trimtab.tiered.adam import Rates, RowAdam
 from trimtab.tiered.planned import PlannedStore
 from trimtab.tiered.record import BLOCK, SCALES
 from trimtab.tiered.store import GRADS, VALUES, M, TieredStore, V
-
-SHAPE = (3, 10)
-
-
-def store(rows: int = 12, slots: int = 0, **fields) -> TieredStore:
-    one = TieredStore("one", 1, SHAPE, **{key: value for key, value in fields.items() if key == "moments"})
-    made = TieredStore("table", rows, SHAPE, cache_bytes=slots * one.record_bytes, **fields)
-    made.whole().normal_(generator=torch.Generator().manual_seed(0))
-    return made
-
+from world import SHAPE, store
 
 BACKINGS = {
     "ram": {},
@@ -232,7 +223,7 @@ def test_a_planned_store_has_shapes_and_no_memory():
 
 # --- Adam -----------------------------------------------------------------------------------------------------------
 
-OPTIMISERS = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+OPTIMIZERS = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 
 
 def touched(steps: int, share: float, seed: int = 0) -> list[list[int]]:
@@ -253,7 +244,7 @@ def touched(steps: int, share: float, seed: int = 0) -> list[list[int]]:
 def test_exact_rows_equal_dense_adam(fields, name, decay, steps, share):
     made = store(**fields)
     plain = made.whole().clone().requires_grad_()
-    dense = OPTIMISERS[name]([plain], lr=1.0, betas=(0.9, 0.99), weight_decay=decay)
+    dense = OPTIMIZERS[name]([plain], lr=1.0, betas=(0.9, 0.99), weight_decay=decay)
     rows = RowAdam(made, "exact")
     for step, chosen in enumerate(touched(steps, share)):
         for group in dense.param_groups:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from conftest import MODELS, tiny_batch
-from test_laws import PLACE, train
 from trimtab.engine.tables import ClipsRows, reading, row_parameters, summary, traffic
 from trimtab.methods.meft import Meft
 from trimtab.tiered.store import GRADS
+from world import PLACE, train
 
 
 def after_a_backward_pass(limit: float):

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from conftest import MODELS
-from test_laws import PLACE
-from test_row_steps import plain
 from trimtab import Place
 from trimtab.methods.meft import Meft
 from trimtab.tiered import threads
 from trimtab.tiered.threads import parallel_map
+from world import PLACE, plain
 
 
 @pytest.fixture

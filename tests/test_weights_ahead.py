@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from conftest import tiny_batch
-from test_laws import snapshot
 from tiny import tiny_folder
 from trimtab.memory.meter import file_ranges, is_mapped
 from trimtab.model import anatomy, weight_prefetch
@@ -15,6 +14,7 @@ from trimtab.model.surgery import Swaps
 from trimtab.model.weight_prefetch import LOOK, Weights, read_weights_ahead
 from trimtab.tiered.prefetch import Reader
 from trimtab.tiered.record import PAGE
+from world import snapshot
 
 
 class Told(Reader):

@@ -9,7 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import MODELS
+from trimtab.recipe import Recipe
 
+ROWS, TOKENS = 4, 32  # of a step of `recipe_of`
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = "which country is the city of in where does a name its user assistant ? . : was".split()
 CHAT = (
@@ -36,3 +38,9 @@ def tiny_folder(folder: Path, family: str = "llama", dtype: torch.dtype = torch.
     MODELS[family]().to(dtype).save_pretrained(folder)
     tiny_tokenizer(chat=causal).save_pretrained(folder)
     return str(folder)
+
+
+def recipe_of(folder: str, patch: dict, **more) -> Recipe:
+    training = {"per_device_train_batch_size": ROWS, "max_length": TOKENS, **more.pop("training", {})}
+    kind = "classification" if "bert" in folder or "mpnet" in folder else "causal_lm"
+    return Recipe(model=folder, patches=[patch], training=training, **{"objective": kind, **more})

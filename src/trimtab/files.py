@@ -1,7 +1,7 @@
-"""Files and folders that appear on disk complete or not at all. Imports no torch; the floors above all use it.
+"""Files and folders that appear on disk complete or not at all. Imports no torch.
 
-What is being written or thrown away lies beside its place under a hidden name, `.NAME.partial` or `.NAME.old`; a killed
-process may leave one, and the next writer of the same place removes it.
+While something is written or removed it has a hidden name in the same folder, `.NAME.partial` or `.NAME.old`. A killed
+process may leave one; the next writer of the same name removes it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill, which then takes the place of `folder`; after an error it is removed."""
+    """Yields an empty folder to fill, which then replaces `folder`; after an error it is removed."""
     partial = beside(folder, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -46,7 +46,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """`new` takes the place of `folder` by one rename; what was there is removed afterwards, or put back."""
+    """Replace `folder` by `new` with one rename; the old folder is then removed, or restored after an error."""
     old = _aside(folder)
     try:
         os.replace(new, folder)
@@ -58,7 +58,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Hide the folder at once, then remove it: a process killed in between leaves no folder that lacks a part."""
+    """Hide the folder at once, then remove it, so that a process killed in between leaves no incomplete folder."""
     shutil.rmtree(_aside(folder), ignore_errors=True)
 
 
@@ -76,7 +76,7 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def sync(folder: Path) -> None:
-    """Write the folder's bytes through to the disk, before the rename that makes them count."""
+    """Flush the folder's files to the disk (fsync), before it is renamed."""
     for path in (*folder.rglob("*"), folder):
         sync_entry(path)
 
@@ -91,7 +91,7 @@ def sync_entry(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(asked: str, do: str) -> Iterator[None]:
-    """Within it, a file that cannot be written raises BadInput; other errors pass.
+    """A context in which a file that cannot be written raises BadInput; other errors are unchanged.
 
     A full disk is an OSError to Python, a SafetensorError to safetensors and a RuntimeError to torch.save.
     """

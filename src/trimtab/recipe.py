@@ -51,7 +51,8 @@ Part = str | dict[str, dict[str, Any] | None]  # an objective or a stepper: "nam
 
 @dataclass(frozen=True)
 class PlaceSpec(Block):
-    """Where things are kept: `fast` (auto, cpu, cuda), `slow` (auto, ram, disk), `folder` for the slow tier's files."""
+    """The two tiers of memory. `fast`: the device that computes (auto, cpu, cuda). `slow`: the larger memory below it
+    (auto, ram, disk). `folder`: where the slow tier's files are."""
 
     short: ClassVar[str] = "fast"
 
@@ -62,14 +63,14 @@ class PlaceSpec(Block):
 
 @dataclass(frozen=True)
 class EngineSpec(Block):
-    """How steps are computed; none of it changes what is computed beyond rounding."""
+    """How steps are computed. None of these changes the results beyond rounding."""
 
     recompute: Literal["auto", "none", "ffn"] = "auto"  # recompute gated FFNs in backward; auto: on a 4/8-bit base
     fused_ops: bool | list[Literal["norm", "ffn", "attention", "experts"]] = True  # memory-saving forms of all or some
     compile: bool = False  # torch.compile each block
-    prefetch: bool = True  # read a mapped base too large for memory ahead, by blocks; not with compile
-    stop_if_diverged: bool = True  # end a run whose loss is not finite, or far above a uniform guess's
-    allocator: Literal["auto", "none", "mimalloc", "jemalloc", "tcmalloc"] = "auto"  # a malloc that gives memory back
+    prefetch: bool = True  # prefetch a mapped base, by blocks, if it is too large for memory; not with compile
+    stop_if_diverged: bool = True  # end a run if its loss is not finite, or far above that of a uniform guess
+    allocator: Literal["auto", "none", "mimalloc", "jemalloc", "tcmalloc"] = "auto"  # a malloc that returns memory
 
 
 # What `training:` may hold besides the fields of TRL's SFTConfig or transformers' TrainingArguments: nothing.

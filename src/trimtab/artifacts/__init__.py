@@ -1,1 +1,1 @@
-"""What runs leave on disk: run folders, checkpoints and adapters, each written whole or not at all."""
+"""The files of runs: run folders, checkpoints and adapters, each written completely or not at all."""

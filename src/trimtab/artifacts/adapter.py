@@ -1,13 +1,14 @@
 """The adapter folder: write it, read it, check it against the base.
 
     adapter/adapter_config.json         what PEFT reads (a LoRA is a plain PEFT LoRA)
-    adapter/adapter_model.safetensors   the patch's own tensors, `base_model.model.<path>`, nothing of the base;
-    adapter/checksums.json              in several files where they are large (artifacts/adapter_weights.py)
-    adapter/trimtab.json                the patch, its fields, the base's name and hash, labels, the form of replies
+    adapter/adapter_model.safetensors   the patch's tensors, `base_model.model.<path>`, without the base's; in several
+                                        files if they are large (artifacts/adapter_weights.py)
+    adapter/checksums.json              their checksums
+    adapter/trimtab.json                the patch, its fields, the base's name and hash, labels, the format of replies
     adapter/README.md                   a model card
 
-Several patches lie in sub-folders, `adapter/0-paca`, `adapter/1-head`, each as above. Everything is JSON or
-safetensors; what comes from others is checked and never executed.
+Several patches are in sub-folders, `adapter/0-paca`, `adapter/1-head`, each as above. All files are JSON or
+safetensors; files from others are checked and never executed.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from ..validation import build, read_json
 from .adapter_weights import read_weights, write_weights
 
 CONFIG, OURS = "adapter_config.json", "trimtab.json"
-ROWS = "rows"  # in a checkpoint: the tables, by what changed
+ROWS = "rows"  # in a checkpoint: the changed rows of the tables
 PREFIX = "base_model.model."
-RANK = 4096  # ranks up to here are believed without looking at the tensors
+RANK = 4096  # larger ranks are checked against the tensors
 
 
 @dataclass(frozen=True)
 class Base:
     """The base that an adapter was trained on: its name as the user wrote it, hash, task, precision and class labels,
-    and the form in which it was trained to reply."""
+    and the format of replies that it was trained on."""
 
     name: str
     hash: str
@@ -54,7 +55,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Meta:
-    """What trimtab.json holds: the base, and the patch with its fields or the sub-folders of several patches."""
+    """The content of trimtab.json: the base, and the patch with its fields or the sub-folders of several patches."""
 
     base: Base
     trimtab: str = ""  # the version that wrote it
@@ -64,7 +65,7 @@ class Meta:
 
 
 def save_adapter(folder: str | Path, surgeries: Sequence[Surgery], base: Base) -> Path:
-    """Write the surgeries' own tensors. The folder appears whole or not at all and replaces an earlier one."""
+    """Write the surgeries' own tensors. The folder appears complete or not at all, and replaces an earlier one."""
     folder = Path(folder)
     with writing(f"write the adapter to {folder}", "Free some space and resume"), whole_folder(folder) as partial:
         write_adapter(partial, surgeries, base)
@@ -74,9 +75,9 @@ def save_adapter(folder: str | Path, surgeries: Sequence[Surgery], base: Base) -
 def write_adapter(
     folder: Path, surgeries: Sequence[Surgery], base: Base, before: tuple[Path | None] | None = None
 ) -> None:
-    """Write into `folder` in place, as a part of a folder that itself appears whole or not at all.
+    """Write into `folder` in place, as a part of a folder that itself appears complete or not at all.
 
-    `before`: for a checkpoint, a tuple of the previous one or None; it saves the rows of tables that changed since.
+    `before`: for a checkpoint, a tuple of the previous one (or None); only rows that changed since then are saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if len(surgeries) == 1:
@@ -109,7 +110,7 @@ def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | 
 
 
 def short_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The shortest names by which peft finds exactly the modules `names`: the last part where no other shares it."""
+    """The shortest names by which peft finds exactly the modules `names`: last parts, if no others share them."""
     wanted = set(names)
     leaves: dict[str, set[str]] = {}
     for path, module in model.named_modules():
@@ -140,7 +141,7 @@ Load it with `trimtab.load_adapter(model, folder)`, or convert it with `trimtab 
 
 
 def front_matter(library: str, base: str, *tags: str) -> str:
-    """The head of a model card. `base`: its hub id, "" where it has none."""
+    """The front matter of a model card. `base`: its hub id, or ""."""
     lines = [f"base_model: {base}"] * bool(base) + [f"library_name: {library}", "tags:"]
     return "\n".join(["---", *lines, *(f"- {tag}" for tag in ("trimtab", *tags)), "---", ""])
 
@@ -157,7 +158,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_meta(folder: str | Path) -> Meta:
-    """The content of trimtab.json; BadInput unless it is one of ours."""
+    """The content of trimtab.json; BadInput unless trimtab wrote it."""
     path = Path(folder) / OURS
     if not path.is_file():
         raise BadInput(f"adapter {folder}", f"it has no {OURS}", "Name the adapter/ folder of a trimtab run")
@@ -172,14 +173,15 @@ def load_adapter(
 ) -> list[Surgery]:
     """Apply the adapter's patches to `model` and load their tensors; returns the surgeries, in order.
 
-    BadInput unless the base is the one the adapter was trained on, by its hash (`hash_of_base`: the model's, if known).
+    BadInput unless `model` has the hash of the base that the adapter was trained on (`hash_of_base`: the hash, if
+    known).
     """
     from ..model.load import base_hash
 
     folder = Path(folder)
     meta = read_meta(folder)
     _require_base(f"adapter {folder}", meta.base, hash_of_base or base_hash(model))
-    with contextlib.ExitStack() as undo:  # where one part fails, the others are taken out again
+    with contextlib.ExitStack() as undo:  # if one part fails, the others are reverted
         surgeries = [_load_one(model, part, place or Place(), undo) for part in _parts(folder, meta)]
         undo.pop_all()
     return surgeries
@@ -189,7 +191,7 @@ def _parts(folder: Path, meta: Meta) -> list[Path]:
     parts = [folder / part for part in meta.parts] or [folder]
     for part in parts:
         if part != folder and part.resolve().parent != folder.resolve():
-            raise BadInput(f"adapter {folder}", f"it names {part}, outside itself", "Do not use this adapter")
+            raise BadInput(f"adapter {folder}", f"it names {part}, outside its folder", "Do not use this adapter")
     return parts
 
 
@@ -219,7 +221,7 @@ def _load_one(model: PreTrainedModel, folder: Path, place: Place, undo: contextl
 
 
 def load_into(surgeries: Sequence[Surgery], folder: str | Path, base: Base | None = None) -> None:
-    """Load saved tensors into patches that are already applied (resume). `base`: theirs, where it is known."""
+    """Load saved tensors into patches that are already applied (resume). `base`: that of the patches, if known."""
     folder = Path(folder)
     meta = read_meta(folder)
     asked = f"resume from {folder}"
@@ -227,7 +229,7 @@ def load_into(surgeries: Sequence[Surgery], folder: str | Path, base: Base | Non
         _require_base(asked, meta.base, base.hash)
     parts = _parts(folder, meta)
     if len(parts) != len(surgeries):
-        raise BadInput(asked, f"it holds {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same")
+        raise BadInput(asked, f"it has {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same patches")
     for surgery, part in zip(surgeries, parts, strict=True):
         _fill(surgery, part, read_tensors(part))
 
@@ -236,7 +238,7 @@ def _require_base(asked: str, made_for: Base, actual: str) -> None:
     if made_for.hash != actual:
         raise BadInput(
             f"{asked}, made for {made_for.name} (hash {made_for.hash})", f"this model is another one (hash {actual})",
-            f"Load {made_for.name}, or train the adapter anew on this model",
+            f"Load {made_for.name}, or train the adapter again on this model",
         )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""The tensors of an adapter folder: written and read piece by piece, in one file or several, with checksums beside.
+"""The tensors of an adapter folder: written and read piece by piece, in one file or several, with checksums.
 
-    adapter_model.safetensors                   all tensors, where they are less than SHARD bytes; else
+    adapter_model.safetensors                   all tensors, if they are less than SHARD bytes; else
     adapter_model-00001-of-00003.safetensors    some of them
-    adapter_model.safetensors.index.json        which file holds which: the layout of transformers' large models
-    checksums.json                              CRC-32 of each tensor, of a table's row by row
+    adapter_model.safetensors.index.json        which file has which: the layout of transformers' large models
+    checksums.json                              CRC-32 of each tensor, for tables of each row
 
-Tensors that are read are mapped from the files: at most one piece at a time is in anonymous memory.
+Tensors are mapped from the files when they are read: at most one piece at a time is in anonymous memory.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Hex = Annotated[str, Field(pattern="^([0-9a-f]{8})*$")]  # CRC-32s, one after th
 def write_weights(
     folder: Path, tensors: Mapping[str, Tensor], is_table: Callable[[Tensor], bool], shard: int | None = None
 ) -> None:
-    """Write `tensors` into `folder`. Those that `is_table` have a checksum for each of their rows."""
+    """Write `tensors` into `folder`. Those for which `is_table` is true get a checksum for each row."""
     shapes = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern="adapter_model{suffix}.safetensors", max_shard_size=shard or SHARD
     )
     sums = {key: of_parts(t, len(t) if is_table(t) else 1) for key, t in tensors.items()}
-    files = split.filename_to_tensors or {WEIGHTS: []}  # a checkpoint may hold all it has in tables
+    files = split.filename_to_tensors or {WEIGHTS: []}  # a checkpoint may have all its tensors in tables
     for file, keys in files.items():
         write_tensors(folder / file, {key: pieces_of(tensors[key], sums[key]) for key in keys}, {"format": "pt"})
     if split.is_sharded:
@@ -54,9 +54,9 @@ def write_weights(
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors in `folder`, mapped from its files, whose checksums are compared where there are any.
+    """The tensors in `folder`, mapped from its files; checksums are compared if there are any.
 
-    BadInput names the file, and the rows of a table, that are damaged; a tensor with NaN or infinity is refused too.
+    BadInput names the damaged file, and the damaged rows of a table. A tensor with NaN or infinity is refused too.
     """
     kept = _checksums(folder)
     tensors: dict[str, Tensor] = {}
@@ -66,18 +66,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise _damaged(folder, f"{file} is damaged ({error})") from None
         if keys is not None and held.keys() != set(keys):
-            raise _damaged(folder, f"{file} holds other tensors than {INDEX} says")
+            raise _damaged(folder, f"{file} has other tensors than {INDEX} says")
         for key, tensor in held.items():
             _check(folder, file, key, tensor, kept.get(key) if kept is not None else None)
         tensors |= held
     if kept is not None and kept.keys() != tensors.keys():
         odd = sorted(kept.keys() ^ tensors.keys())[0]
-        raise _damaged(folder, f"{odd} is in {CHECKSUMS} or in {WEIGHTS}, but not in both")
+        raise _damaged(folder, f"{odd} is in only one of {CHECKSUMS} and {WEIGHTS}")
     return tensors
 
 
 def _files(folder: Path) -> dict[str, list[str] | None]:
-    """The files that hold tensors, and which ones where an index says."""
+    """The files of tensors, and the names of their tensors if there is an index."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return {_inside(folder, WEIGHTS): None}
     found = read_json(folder / INDEX, dict[str, dict[str, Any]])
@@ -97,7 +97,7 @@ def _inside(folder: Path, file: str) -> str:
 
 
 def _checksums(folder: Path) -> dict[str, list[int]] | None:
-    """Of each tensor's parts; None for a folder without any (someone else's, or one that was changed by hand)."""
+    """The checksums of each tensor's parts; None for a folder without any (not ours, or changed by hand)."""
     path = folder / CHECKSUMS
     if not path.exists():
         return None
@@ -110,7 +110,7 @@ def _checksums(folder: Path) -> dict[str, list[int]] | None:
 def _check(folder: Path, file: str, key: str, tensor: Tensor, kept: list[int] | None) -> None:
     parts = len(kept) if kept else 1
     if tensor.nbytes % parts:
-        raise _damaged(folder, f"{key} in {file} is not of {parts} parts")
+        raise _damaged(folder, f"{key} in {file} cannot have {parts} parts")
     sums = Checksums(parts, tensor.nbytes // parts)
     finite = True
     for piece in cut(tensor):
@@ -121,7 +121,7 @@ def _check(folder: Path, file: str, key: str, tensor: Tensor, kept: list[int] | 
         where = f" in {some(bad)}" if parts > 1 else ""
         raise _damaged(folder, f"{key} in {file} is not what was written{where}")
     if not finite:
-        raise BadInput(f"adapter {folder}", f"{key} holds NaN or infinity", "Use an earlier checkpoint")
+        raise BadInput(f"adapter {folder}", f"{key} has NaN or infinity", "Use an earlier checkpoint")
 
 
 def _damaged(folder: Path, how: str) -> BadInput:

@@ -1,10 +1,10 @@
-"""Checks of a checkpoint before a run resumes from it: each file is as it was written, and the states fit the run.
+"""Checks of a checkpoint before a run resumes from it: its files are unchanged, and the states fit the run.
 
-    checkpoint-N/files.json     size in bytes and CRC-32 of each file beside it, but of rows/ (tiered/checkpoint.py has
+    checkpoint-N/files.json     size in bytes and CRC-32 of each file beside it, except rows/ (tiered/checkpoint.py has
                                 checksums of its own for tables)
 
 Damage would not always be noticed later: a fused optimizer step writes past the end of a moment that is too small, and
-training goes on with one that holds NaN.
+training continues with a moment that has NaN.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ STATE, SUMS = "trainer_state.json", "files.json"
 ROWS = "rows"
 PIECE = 2**22  # bytes that are read at a time
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # each has the shape of its parameter
-EARLIER = "Remove this checkpoint, and resume=true continues from the one before; or use an intact copy"
+EARLIER = "Remove this checkpoint, so that resume=true continues from the one before, or use an intact copy"
 
 
 def write_sums(checkpoint: Path) -> None:
-    """Write files.json, when the checkpoint's other files are all there."""
+    """Write files.json, after all other files of the checkpoint."""
     found = {name: _sum_of(path) for name, path in _files(checkpoint)}
     (checkpoint / SUMS).write_text(json.dumps({"crc32": found}, indent=1) + "\n", encoding="utf-8")
 
 
 def check_files(checkpoint: Path) -> None:
-    """BadInput where a file is missing or differs from what was written, or the state is of another step."""
+    """BadInput if a file is missing or differs from what was written, or if the state is of another step."""
     asked = f"resume from {checkpoint}"
     read_state(checkpoint)
     if not (checkpoint / SUMS).is_file():
-        raise BadInput(asked, f"it has no {SUMS}, so that nothing tells whether it is whole", EARLIER)
+        raise BadInput(asked, f"it has no {SUMS}, so it cannot be checked", EARLIER)
     kept = read_json(checkpoint / SUMS, dict[Literal["crc32"], dict[str, tuple[int, str]]])
     if not kept:
         raise BadInput(asked, f"{SUMS} is damaged", EARLIER)
@@ -54,7 +54,7 @@ def check_files(checkpoint: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of trainer_state.json; its step is that of the folder's name."""
+    """The content of trainer_state.json; BadInput unless its step is that of the folder's name."""
     asked = f"resume from {checkpoint}"
     state = read_json(checkpoint / STATE) or {}
     if not isinstance(step := state.get("global_step"), int):
@@ -65,7 +65,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_optimizer(path: Path, optimizer: Any) -> None:
-    """BadInput unless the file holds finite states for the parameters that `optimizer` steps, in their shapes."""
+    """BadInput unless the file has finite states for the parameters of `optimizer`, in their shapes."""
     import torch
 
     def bad(what: str) -> BadInput:
@@ -80,13 +80,13 @@ def check_optimizer(path: Path, optimizer: Any) -> None:
         places = [place for group in theirs for place in group["params"]]
         keys = {frozenset(state) for state in states.values()}
     except (TypeError, KeyError, AttributeError):
-        raise bad("it holds no state of an optimizer") from None
+        raise bad("it has no state of an optimizer") from None
     if not fits or len(set(places)) != len(places) or not states.keys() <= set(places):
-        raise bad("it is of other parameters than the run trains")
+        raise bad("it is for other parameters than the run trains")
     if not all(map(math.isfinite, numbers)):
         raise bad("a setting is not a finite number")
     if len(keys) > 1 and len({key & set(MOMENTS) for key in keys}) > 1:
-        raise bad("some parameters' states lack a part")
+        raise bad("the states of some parameters lack a part")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, place in zip(parameters, places, strict=True):
         for name, value in states.get(place, {}).items():
@@ -97,31 +97,31 @@ def check_optimizer(path: Path, optimizer: Any) -> None:
                 kind = str(value.dtype).removeprefix("torch.")
                 raise bad(f"{name} of parameter {place} is {shape} of {kind} where the parameter is {wanted}")
             if name == "step" and value.numel() != 1:
-                raise bad(f"step of parameter {place} is no single number")
+                raise bad(f"step of parameter {place} is not a single number")
             if value.is_floating_point() and not _finite(value):
-                raise bad(f"{name} of parameter {place} holds NaN or infinity")
+                raise bad(f"{name} of parameter {place} has NaN or infinity")
 
 
 def check_scheduler(path: Path, scheduler: Any, step: int) -> None:
-    """BadInput unless the file holds a state of the same kind of `scheduler`, at the checkpoint's `step`."""
+    """BadInput unless the file has a state of the same kind of `scheduler`, at the checkpoint's `step`."""
     held = load(path)
     asked = f"resume from {path.parent}"
     if not isinstance(held, dict) or not held.keys() >= {"last_epoch", "_last_lr"}:
-        raise BadInput(asked, f"{path.name}: it holds no state of a scheduler", EARLIER)
+        raise BadInput(asked, f"{path.name}: it has no state of a scheduler", EARLIER)
     if held.keys() != scheduler.state_dict().keys():
-        raise BadInput(asked, f"{path.name}: it is of another kind of scheduler", "Use the recipe in the run's folder")
+        raise BadInput(asked, f"{path.name}: it is for another kind of scheduler", "Use the recipe in the run's folder")
     numbers = [value for value in (*held.values(), *held["_last_lr"]) if isinstance(value, float)]
     if held["last_epoch"] != step or not all(map(math.isfinite, numbers)):
-        raise BadInput(asked, f"{path.name}: it is not of step {step}, or holds NaN", EARLIER)
+        raise BadInput(asked, f"{path.name}: it is not of step {step}, or has NaN", EARLIER)
 
 
 def load(path: Path) -> Any:
-    """A file of torch.save that holds plain values and tensors only, its tensors mapped from it."""
+    """The content of a torch.save file of plain values and tensors only; the tensors are mapped from it."""
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch, zipfile and pickle each raise kinds of their own
+    except Exception as error:  # torch, zipfile and pickle each raise their own exceptions
         why = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise BadInput(f"resume from {path.parent}", f"{path.name} {why}", EARLIER) from error
 

@@ -1,7 +1,7 @@
-"""One process at a time writes into a folder: a lock that ends with the process that holds it.
+"""A lock that lets one process at a time write into a folder, and ends with the process that holds it.
 
-The lock is the kernel's, on a small file that names the process; a file that a killed process left behind locks
-nothing. A system or file system without such locks is not refused: there the file alone is written.
+It is a kernel lock on a small file that names the process; a file that a killed process left behind locks nothing. On a
+system or file system without such locks only the file is written.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ..errors import BadInput
 
 NAME = ".lock"  # in a run's folder
 FAR = 2**30  # beyond the end of any lock file
-_HELD: set[Path] = set()  # by this process: the kernel's locks do not tell its own threads apart
+_HELD: set[Path] = set()  # by this process, since kernel locks do not distinguish its threads
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
 @contextlib.contextmanager
 def locked(file: Path, asked: str, do: str = "Wait until it is done, or name another folder") -> Iterator[None]:
-    """Hold `file` locked. BadInput, which says what was `asked` and what to `do`, where another holds it.
+    """Hold a lock on `file`. BadInput, which says what was `asked` and what to `do`, if another process holds it.
 
-    The folder that the file lies in is made where it is missing, and is removed again if it is still empty at the end.
+    The file's folder is made if it is missing, and removed if it is still empty at the end.
     """
     file = file.absolute()
     missing = [folder for folder in file.parents if not folder.exists()]
@@ -43,7 +43,7 @@ def locked(file: Path, asked: str, do: str = "Wait until it is done, or name ano
     finally:
         _HELD.discard(file)
         with contextlib.suppress(OSError):
-            file.unlink()  # while it is still locked: whoever waits for it sees that it has gone, and makes a new one
+            file.unlink()  # still locked: a process that waits for it sees that the file is gone, and makes a new one
         os.close(descriptor)
         _remove_empty(missing)
 
@@ -62,12 +62,12 @@ def _open_locked(file: Path, asked: str, do: str) -> int:
             if os.path.samestat(os.stat(file), os.fstat(descriptor)):
                 return descriptor
         except FileNotFoundError:
-            pass  # the one who held it has just let it go
+            pass  # its holder has just released it
         os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether the lock was free, or there are no locks here."""
+    """Whether the lock was free, or the file system has no locks."""
     try:
         import fcntl
     except ImportError:
@@ -82,7 +82,7 @@ def _lock(descriptor: int) -> bool:
 def _lock_on_windows(descriptor: int) -> bool:
     import msvcrt
 
-    os.lseek(descriptor, FAR, os.SEEK_SET)  # what is locked cannot be read there, and others read the beginning
+    os.lseek(descriptor, FAR, os.SEEK_SET)  # a locked range cannot be read, and others read the beginning
     try:
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except OSError:

@@ -41,8 +41,8 @@ def lock_run(folder: str | Path, asked: str, do: str = "Wait until it is done, o
 def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
     """-> the output folder and the checkpoint to resume from (None for a new run).
 
-    A folder that holds a run is refused unless `resume` or `overwrite` is set; `overwrite` removes only what a run of
-    ours writes, and only once everything else about the recipe has been found good.
+    A folder with a run is refused unless `resume` or `overwrite` is set; `overwrite` removes only files that a run
+    writes, and only once everything else about the recipe has been checked.
     """
     output = Path(recipe.output)
     found = checkpoints(output)
@@ -51,21 +51,21 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
         if held:
             _same_recipe(output, recipe)
         if held and not found and finished_run(recipe) is None:
-            raise BadInput(f"resume {output}", "it holds no complete checkpoint", "Run it again with overwrite=true")
+            raise BadInput(f"resume {output}", "it has no complete checkpoint", "Run it again with overwrite=true")
         if found:
             return output, found[-1]
     elif held and not recipe.overwrite:
         raise BadInput(
-            f"output: {output}", "it already holds a run",
-            "Say resume=true to continue it, overwrite=true to replace it, or name another folder",
+            f"output: {output}", "it already has a run",
+            "Use resume=true to continue it, overwrite=true to replace it, or name another folder",
         )  # fmt: skip
     return output, None
 
 
 def finished_run(recipe: Recipe, checkpoint: Path | None = None) -> dict[str, Any] | None:
-    """The content of run.json if the run in the recipe's folder is as long as the recipe asks for, else None.
+    """The content of run.json if the run in the recipe's folder is as long as the recipe requires, else None.
 
-    `checkpoint`: its newest one. A run that was killed between its last step and run.json is not finished.
+    `checkpoint`: its newest one. A run that was killed after its last step but before run.json is not finished.
     """
     output, values = Path(recipe.output), recipe.training_values()
     state = read_state(checkpoint) if checkpoint else {"global_step": 0}
@@ -80,7 +80,7 @@ def finished_run(recipe: Recipe, checkpoint: Path | None = None) -> dict[str, An
 
 
 def nothing_left(state: dict[str, Any], max_steps: int, epochs: Any) -> bool:
-    """Whether training that reached `state` (a checkpoint's trainer_state.json) has no step left to do."""
+    """Whether training that reached `state` (a checkpoint's trainer_state.json) has no step left."""
     if max_steps > 0:
         return state["global_step"] >= max_steps
     reached = state.get("epoch")
@@ -89,7 +89,7 @@ def nothing_left(state: dict[str, Any], max_steps: int, epochs: Any) -> bool:
 
 
 def begin_run(output: Path, recipe: Recipe, resumed: bool) -> None:
-    """Write the resolved recipe. A new run first removes an old one's parts; any run removes what a killed one left."""
+    """Write the resolved recipe. A new run first removes an old run's files; any run removes what a killed run left."""
     with writing(f"output: {output}", "Name a folder that can be written"):
         output.mkdir(parents=True, exist_ok=True)
         gone = [*output.glob(".*.partial"), *output.glob(".checkpoint-*.old")]
@@ -103,8 +103,8 @@ def begin_run(output: Path, recipe: Recipe, resumed: bool) -> None:
 def _same_recipe(output: Path, recipe: Recipe) -> None:
     """BadInput unless `recipe` continues the run in the folder: its steps must be the same.
 
-    Its length may differ, and what changes memory but not the steps: the budget, `engine:`, recomputed activations,
-    and the size of micro-batches where a step has as many rows.
+    Its length may differ, and so may what changes memory but not the steps: the budget, `engine:`, activation
+    checkpointing, and the size of micro-batches if a step has as many rows.
     """
     path = output / "recipe.yaml"
     if not path.is_file():
@@ -120,7 +120,7 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
         whole = sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else sizes
         return {"rows of a step": whole} | {k: v for k, v in values.items() if k not in free}
 
-    # the working folder may have changed: files with the same name count as the same
+    # the working folder may have changed, so files with the same name count as the same
     files = lambda value: [Path(v).name for v in ([value] if isinstance(value, str) else value or [])]  # noqa: E731
     data = lambda r: vars(r.data) | {k: files(getattr(r.data, k)) for k in ("train", "test", "chat_template")}  # noqa: E731
     for name, before, now in [
@@ -133,7 +133,7 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
     ]:
         if before != now:
             asked = f"resume {output} with {name}: {now}"
-            raise BadInput(asked, f"the run was begun with {before}", "Use the recipe in its folder")
+            raise BadInput(asked, f"the run was started with {before}", "Use the recipe in its folder")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -143,6 +143,6 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def place_of(recipe: Recipe) -> Place:
-    """The recipe's place; files of the slow tier are on the run's own disk where no folder is named."""
+    """The recipe's place; if it names no folder, files of the slow tier are on the run's disk."""
     place = recipe.load_place()
     return place if place.folder else dataclasses.replace(place, folder=str(nearest_folder(recipe.output)))

@@ -39,9 +39,9 @@ WEIGHTS, MAPPED, ADAPTER, GRADIENTS = "weights", "mapped weights", "adapter", "g
 ROWS = "rows in the slow tier"
 BLOCK_BACKWARD = ("backward of the last block", "backward of the blocks between")
 SLOW = (MAPPED, ROWS)  # kinds of the slow tier
-OPTIMISER, ACTIVATIONS, LOGITS, TEMPORARIES = "optimiser", "activations", "logits", "temporaries"
+OPTIMIZER, ACTIVATIONS, LOGITS, TEMPORARIES = "optimizer", "activations", "logits", "temporaries"
 CACHE = "cache"
-EVALUATION = "evaluation"  # a phase; OPTIMISER is one too
+EVALUATION = "evaluation"  # a phase; OPTIMIZER is one too
 MICRO_BATCHES = 2  # of an optimizer step that are traced
 
 
@@ -63,8 +63,8 @@ class StepCost:
         """Seconds of a step over `micro_batches` (of which at most MICRO_BATCHES were traced); None: unknown."""
         if self.seconds is None:
             return None
-        update = self.seconds.get(OPTIMISER, 0.0)
-        passes = sum(taken for phase, taken in self.seconds.items() if phase not in (OPTIMISER, EVALUATION))
+        update = self.seconds.get(OPTIMIZER, 0.0)
+        passes = sum(taken for phase, taken in self.seconds.items() if phase not in (OPTIMIZER, EVALUATION))
         return passes * micro_batches / min(MICRO_BATCHES, micro_batches) + update
 
 
@@ -240,7 +240,7 @@ def metered(
         whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         trace.watch([whole], MAPPED if is_mapped(whole, maps) else WEIGHTS)
     trace.watch(quantised_state(model), WEIGHTS)
-    trace.watch([t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)], OPTIMISER)
+    trace.watch([t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)], OPTIMIZER)
     loss = trainer.compute_loss
 
     def marked(*args: Any, **kwargs: Any) -> Any:
@@ -350,7 +350,7 @@ def _train(step: Step, trace: Trace, optimizer: torch.optim.Optimizer, trained: 
 
     for _ in range(min(MICRO_BATCHES, step.micro_batches)):
         step.backward(loss, back)
-    trace.enter("optimiser", OPTIMISER)
+    trace.enter("optimizer", OPTIMIZER)
     if step.clip:
         nn.utils.clip_grad_norm_(trained, step.clip)
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Chat templates of rows: the one in use, whether it takes the rows, and the form of reply that rows teach."""
+"""Chat templates of rows: the one in use, whether it accepts the rows, and the format of replies that rows teach."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .spec import DataSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The template that most chat models descend from. Its {% generation %} marks let every assistant turn be trained on.
+# The template that most chat models derive from. With its {% generation %} marks all assistant turns are trained on.
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -25,7 +25,7 @@ LARGEST = 1_000_000  # bytes of a template
 
 
 def template_of(spec: DataSpec) -> str | None:
-    """The text of `data.chat_template`, None where the recipe names none."""
+    """The text of `data.chat_template`; None if the recipe names none."""
     name = spec.chat_template
     if name is None or name == "chatml":
         return CHATML if name else None
@@ -42,13 +42,13 @@ def template_of(spec: DataSpec) -> str | None:
 
 
 def use_template(spec: DataSpec, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Put `data.chat_template` in the place of the tokenizer's own template."""
+    """Replace the tokenizer's template by `data.chat_template`, if there is one."""
     if tokenizer is not None and (text := template_of(spec)) is not None:
         tokenizer.chat_template = text
 
 
 def check_renders(reader: Reader, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Refuse, by file and line, a row that the chat template refuses. One row of each sequence of roles is rendered."""
+    """BadInput, with file and line, for a row that the chat template refuses. Renders one row per sequence of roles."""
     from ..model.sampling import refused_by_template
 
     seen: set[tuple] = set()
@@ -63,14 +63,15 @@ def check_renders(reader: Reader, rows: list[dict[str, Any]], tokenizer: PreTrai
         seen.add(shape)
         try:
             tokenizer.apply_chat_template(messages, tools=json.loads(row.get("tools") or "null"), tokenize=False)
-        except Exception as error:  # a template is a stranger's program
+        except Exception as error:  # a template is a program by someone else and may raise anything
             raise refused_by_template(reader.table.where(index), error) from None
 
 
 def reply_form(
     rows: Any, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, eos_token: str | None = None
 ) -> ReplyForm:
-    """What rows (data.Rows) teach of replies; those of a classifier teach nothing. `eos_token`: of `training`."""
+    """The format of replies that rows (data.rows.Rows) teach; the default for a classifier's rows. `eos_token`: that of
+    `training`."""
     if rows.labels is not None or rows.regression:
         return ReplyForm()
     if rows.form == "text":

@@ -1,8 +1,8 @@
-"""Which of a file's columns is which of ours, and the reading of single values, each fault told with file and line.
+"""Maps a file's columns to ours and reads single values; errors name the file and line.
 
 A row's form is one of `messages`, `conversations`, `prompt`+`completion`, `question`+`answer`, `instruction`+`output`,
-`text` (causal-lm), or `text`+`label` (classification, where `sentence`, `sentence1`+`sentence2` and their like serve as
-the text too).
+`text` (causal-lm), or `text`+`label` (classification, where the text may also be `sentence`, `sentence1`+`sentence2`
+and the like).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .spec import DataSpec
 
 MESSAGE = 'Each message is {"role": ..., "content": ...}'
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
-# Of causal-lm, in order of choice. Alpaca's own rows have a text column beside instruction + output.
+# For causal-lm, in order of preference. Alpaca's own rows have a text column beside instruction + output.
 FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("question", "answer"),
          ("instruction", "output"), ("text",))  # fmt: skip
 OPTIONAL = {"messages": ("tools", "system"), "conversations": ("tools", "system"),
@@ -26,7 +26,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assist
 
 
 def name_columns(table: Table, spec: DataSpec, task: str) -> dict[str, str]:
-    """{our column: the file's}. The first row decides; `Reader` holds every other row to it."""
+    """{our column: the file's}. The first row decides; `Reader` requires the same columns of every other row."""
     there = list(table.rows[0])
     for ours, theirs in spec.columns.items():
         if theirs not in there:
@@ -49,14 +49,14 @@ def name_columns(table: Table, spec: DataSpec, task: str) -> dict[str, str]:
         raise BadInput(
             f"use {table.where(0)} for {task}",
             f"its columns are {', '.join(map(str, there)) or '(none)'}, and {wanted} is needed",
-            "Say which is which, as in data.columns: {" + ", ".join(f"{name}: ..." for name in forms[0]) + "}",
+            "Map the columns, as in data.columns: {" + ", ".join(f"{name}: ..." for name in forms[0]) + "}",
         )
     optional = [name for name in OPTIONAL.get(form[0], ("tools", "text_pair")) if name in names]
     return {name: names[name] for name in [*form, *optional]}
 
 
 class Reader:
-    """Takes checked values out of a table's rows by our names for the columns."""
+    """Reads checked values from a table's rows by our names for the columns."""
 
     def __init__(self, table: Table, names: dict[str, str]):
         self.table, self.names = table, names
@@ -79,16 +79,16 @@ class Reader:
 
     def check_text(self, index: int, ours: str, value: Any) -> str:
         if not isinstance(value, str):
-            raise self.wrong(index, ours, f"is {kind(value)}, not a text", 'Write it in quotes, "like this"')
+            raise self.wrong(index, ours, f"is {kind(value)}, not text", 'Write it in quotes, "like this"')
         if not value.isascii():
             try:
                 value.encode()
             except UnicodeEncodeError:
-                raise self.wrong(index, ours, "holds half a surrogate pair", "Write valid Unicode") from None
+                raise self.wrong(index, ours, "has half a surrogate pair", "Write valid Unicode") from None
         return value
 
     def texts(self, index: int, ours: str) -> list[str]:
-        """One text or a list of them (accepted answers), never empty; also as SQuAD has them, {"text": [...]}."""
+        """One text or a list of them (accepted answers), never empty; also in SQuAD's format, {"text": [...]}."""
         value = self.get(index, ours)
         if isinstance(value, dict) and isinstance(value.get("text"), list):
             value = value["text"]
@@ -98,7 +98,7 @@ class Reader:
         return [self.check_text(index, ours, item) for item in values]
 
     def optional(self, index: int, ours: str) -> Any:
-        """A value of a column that not every row must have; None where it is missing or empty."""
+        """A value of a column that is optional in each row; None if it is missing or empty."""
         return self.table.rows[index].get(self.names[ours]) or None if ours in self.names else None
 
     def optional_text(self, index: int, ours: str) -> str:
@@ -106,7 +106,7 @@ class Reader:
         return "" if value is None else self.check_text(index, ours, value)
 
     def messages(self, index: int, ours: str) -> list[dict[str, Any]]:
-        """Messages with `role` and `content`, of whichever of the two forms there are the row has."""
+        """Messages with `role` and `content`, from either of the two formats."""
         value = self.get(index, ours)
         if not isinstance(value, list) or not value:
             raise self.wrong(index, ours, f"is {kind(value)}, not a list of messages", MESSAGE)
@@ -133,9 +133,11 @@ class Reader:
         if not isinstance(part, dict) or part.get("type") != "text":
             named = part.get("type") if isinstance(part, dict) else None
             have = f'has a part of the type "{named}" in a message' if named else f"has {kind(part)} in a message"
-            raise self.wrong(index, ours, have, 'Only texts are trained on: {"type": "text", "text": ...}')
+            raise self.wrong(index, ours, have, 'Only text is trained on: {"type": "text", "text": ...}')
         return self.check_text(index, ours, part.get("text"))
 
 
 def kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__} ({json.dumps(value, default=str)[:40]})"
+    name = "null" if value is None else type(value).__name__
+    article = "an" if name[0] in "aeiou" else "a"
+    return name if value is None else f"{article} {name} ({json.dumps(value, default=str)[:40]})"

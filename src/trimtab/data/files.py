@@ -1,7 +1,7 @@
-"""Files and hub ids -> rows (dicts), each with its place ("facts.jsonl.gz, line 12") for whoever must complain of it.
+"""Files and hub ids -> rows (dicts), each with its position ("facts.jsonl.gz, line 12") for error messages.
 
 JSONL is read line by line here and not through `datasets`, whose reader names no line and merges nested keys of rows.
-Nothing is written beside the user's files, nor cached.
+Nothing is cached or written beside the user's files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Table:
 
     @property
     def untyped(self) -> bool:
-        """Whether all values are text since the format knows nothing else (CSV)."""
+        """Whether all values are text because the format has no types (CSV)."""
         return any(Path(name.removesuffix(".gz")).suffix.lower() == ".csv" for _, name, _ in self.sources)
 
 
@@ -53,12 +53,12 @@ def read_table(names: list[str], limit: int | None, part: str) -> Table:
             table.rows.append(row)
             table.numbers.append(number)
         if len(table.rows) == start:
-            raise BadInput(f"read {name}", "it holds no rows", "Give a data set with one row or more")
+            raise BadInput(f"read {name}", "it has no rows", "Give a data set with at least one row")
     return table
 
 
 def is_hub(name: str) -> bool:
-    """Whether a name that is no file here names a data set of the hub."""
+    """Whether a name is not a local file but a data set on the hub."""
     path = Path(name).expanduser()
     kind = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"][-1:]
     packed = path.suffix.lower() == ".gz"
@@ -116,7 +116,7 @@ def _jsonl(path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Values stay text (labels are read as numbers later), so that an answer "007" is not seven."""
+    """Values stay text (labels are read as numbers later), so that an answer "007" does not become 7."""
     import pyarrow as pa
     import pyarrow.csv as pc
 
@@ -130,7 +130,7 @@ def _csv(path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, 0, error) from None
     if not content.strip():
-        raise BadInput(f"read {path}", "it holds no rows", "Give a data set with one row or more")
+        raise BadInput(f"read {path}", "it has no rows", "Give a data set with at least one row")
     parse = pc.ParseOptions(newlines_in_values=True)
     read = pc.ReadOptions(block_size=max(1 << 20, len(content) + 1))
     try:
@@ -156,7 +156,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield number, row
     except (pa.ArrowException, OSError) as error:
         raise BadInput(
-            f"read {path}", f"it is not a sound Parquet file ({_short(error)})", "Write the file again"
+            f"read {path}", f"it is not an intact Parquet file ({_short(error)})", "Write the file again"
         ) from None
 
 
@@ -178,14 +178,14 @@ def _hub(name: str, part: str) -> Iterator[tuple[int, dict[str, Any]]]:
     except BadInput:
         raise
     except Exception as error:  # `datasets` raises dozens of kinds for a wrong id, a lost line or a bad file
-        have = f"there is no such file here, and the hub does not give it ({type(error).__name__}: {_short(error)})"
+        have = f"there is no such file, and the hub does not return it ({type(error).__name__}: {_short(error)})"
         raise BadInput(asked, have, do) from None
     yield from enumerate(data, 1)
 
 
 def _unreadable(path: Path, number: int, error: Exception) -> BadInput:
     packed = isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error))
-    have = f"it is not sound gzip ({_short(error)})" if packed else f"it cannot be read ({_short(error)})"
+    have = f"it is not intact gzip ({_short(error)})" if packed else f"it cannot be read ({_short(error)})"
     at = f" after line {number}" if number else ""
     return BadInput(
         f"read {path}{at}", have, "Write the file again, or name it without .gz" if packed else "Check the file"

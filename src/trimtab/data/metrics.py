@@ -1,9 +1,9 @@
-"""How right a reply is: `data: {metrics: [...]}` names which of these `trimtab eval` reports, each a mean over rows.
+"""Scores of a reply. `data: {metrics: [...]}` names those that `trimtab eval` reports, each a mean over rows.
 
-    exact_match   the reply is an accepted answer, after SQuAD's normalisation
-    contains      an accepted answer occurs in the reply, word by word, after the same normalisation
+    exact_match   whether the reply equals an accepted answer, after SQuAD's normalisation
+    contains      whether an accepted answer occurs in the reply as whole words, after the same normalisation
     set_iou       comma-separated names (of APIs, say) as sets: shared names over all names
-    final_number  the number that the reply ends on is the answer's (GSM8K: what follows "####")
+    final_number  whether the last number of the reply equals the answer's (GSM8K: the number after "####")
 
 A row may have several accepted answers; the best one counts. Scores are between 0 and 1.
 """
@@ -35,7 +35,7 @@ MARK = "####"  # before the final number in GSM8K's answers
 
 
 def normalise(text: str) -> str:
-    """SQuAD's: lower case, no punctuation, no articles, single spaces."""
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
     text = "".join(ch for ch in text.lower() if ch not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -65,10 +65,10 @@ def final_number(reply: str, accepted: Sequence[str]) -> float:
 
 
 def number(text: str) -> Fraction | None:
-    """The first number after the first mark, or the last one where there is no mark; None where there is none.
+    """The first number after the first "####", or the last number if there is no "####"; None if there is none.
 
-    Also a fraction (3/4, 1 1/2, ¾, LaTeX's), a power of ten (1e3), groups of three digits after commas or spaces
-    (1,234 or 1 234), and a minus sign of its own (U+2212). A fraction over 0 is no number.
+    Understands fractions (3/4, 1 1/2, ¾, LaTeX's), powers of ten (1e3), groups of three digits after commas or spaces
+    (1,234 or 1 234), and the minus sign U+2212. A fraction over 0 is not a number.
     """
     text = LATEX.sub(r" \1/\2 ", "".join(_ascii(ch) for ch in text))
     _, mark, after = text.partition(MARK)
@@ -77,7 +77,7 @@ def number(text: str) -> Fraction | None:
 
 
 def _ascii(ch: str) -> str:
-    """Vulgar fractions as digits, and the signs that Unicode has for minus and division as - and /."""
+    """Vulgar fractions as digits, and Unicode's signs for minus and division as - and /."""
     if ch.isascii():
         return ch
     if name_of(ch, "").startswith("VULGAR FRACTION"):

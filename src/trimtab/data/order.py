@@ -1,9 +1,9 @@
-"""The order of the rows: the longest come in the first two steps, so that a run which cannot hold them ends at once.
+"""The order of the rows: the longest come in the first two steps, so that a run that cannot fit them fails at once.
 
-In two steps, since the optimiser's state is there only from the second one on. Otherwise the order is the library's
-own, each row once per epoch. Only the first epoch has rows exchanged, a pair for each of the two steps, and none where
-the batch holds a longest row already. Which rows a step has does not depend on how it is cut into micro-batches and
-processes; the first process gets the long row.
+It takes two steps, since the optimizer's state exists only from the second one on. Otherwise the order is the library's
+own, with each row once per epoch. Rows are swapped only in the first epoch, one pair for each of the two steps, and not
+if the batch has a longest row already. The rows of a step do not depend on its micro-batches and processes; the first
+process gets the long row.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def row_lengths(dataset: Any) -> numpy.ndarray:
 
 
 def filled(lengths: numpy.ndarray, batch: int, step: int = 1) -> float:
-    """What share of shuffled batches' tokens belongs to rows, where each row is as long as its batch's longest,
-    rounded up to `step`; the rest pads them."""
+    """The share of tokens in shuffled batches that are not padding, if each row is padded to the longest of its batch,
+    rounded up to `step`."""
     order = numpy.random.default_rng(0).permutation(len(lengths))
     batch = min(batch, len(lengths))
     rows = lengths[order[: len(order) // batch * batch]].reshape(-1, batch)
@@ -34,7 +34,8 @@ def filled(lengths: numpy.ndarray, batch: int, step: int = 1) -> float:
 
 
 def batch_lengths(lengths: numpy.ndarray, batch: int, step: int, batches: int) -> int:
-    """How many lengths so many shuffled batches have, each as long as its longest row, rounded up to `step`."""
+    """The number of different lengths of `batches` shuffled batches, each padded to its longest row, rounded up to
+    `step`."""
     random, seen = numpy.random.default_rng(0), set()
     batch = min(batch, len(lengths))
     while batches > 0:
@@ -47,9 +48,9 @@ def batch_lengths(lengths: numpy.ndarray, batch: int, step: int, batches: int) -
 
 
 class LongestFirst(Sampler):
-    """`inner`'s order, but that in the first epoch's first two steps the first micro-batch has a longest row.
+    """`inner`'s order, except that in the first two steps of the first epoch the first micro-batch has a longest row.
 
-    `batch`: the rows of a micro-batch; `times`: how many of them make a step, over all processes.
+    `batch`: rows per micro-batch; `times`: micro-batches per step, over all processes.
     """
 
     def __init__(self, inner: Any, lengths: numpy.ndarray, batch: int, times: int = 1):
@@ -76,7 +77,7 @@ class LongestFirst(Sampler):
 
 
 def longest_first(sampler: Any, trainer: Any) -> Any:
-    """`sampler` with the longest row in front, where it shuffles; another order is what somebody asked for."""
+    """`sampler` with the longest rows first, if it shuffles; any other order was requested and is kept."""
     if type(sampler) is not RandomSampler or not trainer.accelerator.use_seedable_sampler:
         return sampler
     from accelerate.data_loader import SeedableRandomSampler
@@ -84,7 +85,7 @@ def longest_first(sampler: Any, trainer: Any) -> Any:
     dataset = sampler.data_source
     if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
         return sampler
-    # what accelerate would have put in the sampler's place
+    # what accelerate would have replaced the sampler by
     shuffled = SeedableRandomSampler(dataset, data_seed=trainer.accelerator.dataloader_config.data_seed)
     args = trainer.args
     times = args.gradient_accumulation_steps * args.world_size

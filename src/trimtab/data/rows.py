@@ -1,7 +1,7 @@
-"""The columns of the ecosystem -> a data set that TRL's SFTTrainer understands, or a classification data set.
+"""Common column layouts -> a data set that TRL's SFTTrainer understands, or a classification data set.
 
-A row's *form* is found from its columns (data/columns.py). The loss falls on the completion alone wherever
-there is a prompt; TRL masks, renders chat templates and packs.
+A row's *form* follows from its columns (data/columns.py). If there is a prompt, the loss is on the completion only; TRL
+masks, renders chat templates and packs.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-PADDED = re.compile(r"[+-]?0\d")  # "007" is a name, not seven
+PADDED = re.compile(r"[+-]?0\d")  # "007" is a name, not the number 7
 
 
 @dataclass
 class Rows:
     """Rows ready to train on.
 
-    `dataset`: only the columns that training needs. `form`: how the file put it. `assistant_only`: the caller must set
-    TRL's `assistant_only_loss`. `labels`: the classes' names, None for regression and for causal-lm. `answers`: all
-    accepted answers of each row, for evaluation. `regression`: `label` holds floats.
+    `dataset`: only the columns that training needs. `form`: the form of the rows in the file. `assistant_only`: the
+    caller must set TRL's `assistant_only_loss`. `labels`: the classes' names, None for regression and for causal-lm.
+    `answers`: all accepted answers of each row, for evaluation. `regression`: `label` has floats.
     """
 
     dataset: Dataset
@@ -45,7 +45,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Rows over `max_length` tokens: how many there were, the longest row, and what became of them."""
+    """Rows over `max_length` tokens: their number, the longest row, and how many were cut or dropped."""
 
     over: int
     longest: int
@@ -64,25 +64,25 @@ def read_rows(
     use_template(spec, tokenizer)
     source = spec.train if part == "train" else spec.test
     if not source:
-        raise BadInput(f"read data.{part}", "the recipe names none", f"Add data.{part}: a file or a hub id")
+        raise BadInput(f"read data.{part}", "the recipe does not name it", f"Add data.{part}: a file or a hub id")
     table = read_table([source] if isinstance(source, str) else list(source), spec.limit, part)
     renamed = name_columns(table, spec, task)
     if task == "classification":
         for name in ("system", "chat_template", "chat"):
             if getattr(spec, name):
-                raise BadInput(f"data.{name}", "the rows of a classifier are plain text, not a chat", "Leave it out")
+                raise BadInput(f"data.{name}", "the rows of a classifier are plain text, not a chat", "Remove the key")
         return _classification(Reader(table, renamed), like)
     return _causal(Reader(table, renamed), spec, tokenizer)
 
 
 def eval_pairs(rows: Rows) -> list[tuple[Any, list[str]]]:
-    """-> (prompt, accepted answers) of each row. A prompt is text, or messages where the row is a conversation.
+    """-> (prompt, accepted answers) of each row. A prompt is text, or messages if the row is a conversation.
 
-    `row_tools` has what the template is handed beside it.
+    `row_tools` returns the tools to pass to the template.
     """
     if not rows.answers:
         raise BadInput(
-            f"ask the questions of {rows.form} rows", "they hold no answers", "Use question and answer columns"
+            f"ask the questions of {rows.form} rows", "they have no answers", "Use question and answer columns"
         )
     if rows.assistant_only:
         prompts = [messages[: _last_assistant(messages)] for messages in rows.dataset["messages"]]
@@ -92,7 +92,7 @@ def eval_pairs(rows: Rows) -> list[tuple[Any, list[str]]]:
 
 
 def row_tools(rows: Rows) -> list[Any]:
-    """The tools of each row, as the chat template takes them; None for a row without."""
+    """The tools of each row, as the chat template takes them; None for a row without tools."""
     if "tools" not in rows.dataset.column_names:
         return [None] * len(rows.dataset)
     return [json.loads(tools) if isinstance(tools, str) else tools for tools in rows.dataset["tools"]]
@@ -126,10 +126,10 @@ def check_lengths(
     dataset: Dataset, max_length: int | None, too_long: str = "error", where: str = "train",
     truncation_mode: str = "keep_start",
 ) -> tuple[Dataset, Lengths]:  # fmt: skip
-    """Rows of `input_ids` longer than `max_length` tokens: refused ("error"), cut ("cut") or left out ("drop").
+    """Refuse ("error"), cut ("cut") or drop ("drop") rows of `input_ids` longer than `max_length` tokens.
     `truncation_mode`: which part of a cut row is kept, "keep_start" or "keep_end".
 
-    A row whose trained tokens are all cut away is left out too, and counted as dropped.
+    A row whose trained tokens are all cut away is dropped too.
     """
     sizes = [len(ids) for ids in dataset["input_ids"]]
     longest = max(sizes, default=0)
@@ -140,7 +140,7 @@ def check_lengths(
         raise BadInput(
             f"train on data.{where} with max_length {max_length}" if where == "train" else f"use data.{where}",
             f"{len(over)} of {len(sizes)} rows have more than {max_length} tokens, the longest {longest}",
-            f"Set training.max_length to {longest}, or say data.too_long=cut or data.too_long=drop",
+            f"Set training.max_length to {longest}, or use data.too_long=cut or data.too_long=drop",
         )
     gone, kept_part = set(over), slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
     if too_long == "cut":
@@ -199,7 +199,7 @@ def _causal(reader: Reader, spec: DataSpec, tokenizer: PreTrainedTokenizerBase |
             messages = _with_system(reader.messages(index, talk), system)
             last = _last_assistant(messages)
             if last < 1:
-                raise reader.wrong(index, talk, "has no assistant turn after a prompt", "Each row must hold an answer")
+                raise reader.wrong(index, talk, "has no assistant turn after a prompt", "Each row needs an answer")
             rows.append({"messages": messages} if assistant_only
                         else {"prompt": messages[:last], "completion": [messages[last]]})  # fmt: skip
             answers.append([messages[last].get("content") or ""])
@@ -207,7 +207,7 @@ def _causal(reader: Reader, spec: DataSpec, tokenizer: PreTrainedTokenizerBase |
         form = "text"
         rows = [{"text": reader.text(index, "text")} for index in range(len(reader))]
         if (empty := next((index for index, row in enumerate(rows) if not row["text"]), None)) is not None:
-            raise reader.wrong(empty, "text", "is empty", "Leave the row out")
+            raise reader.wrong(empty, "text", "is empty", "Remove the row")
     else:
         form = next(" + ".join(pair) for pair in (("question", "answer"), ("instruction", "output"),
                                                   ("prompt", "completion")) if pair[0] in reader.names)  # fmt: skip
@@ -220,7 +220,7 @@ def _causal(reader: Reader, spec: DataSpec, tokenizer: PreTrainedTokenizerBase |
     for name in ("system", "chat_template"):
         if getattr(spec, name) and not isinstance(rows[0].get("prompt", rows[0].get("messages")), list):
             have = f"the {form} rows are plain text, not a chat"
-            raise BadInput(f"data.{name}", have, "Set data.chat to true, or leave it out")
+            raise BadInput(f"data.{name}", have, f"Set data.chat to true, or remove data.{name}")
     if "tools" in reader.names:
         for index, row in enumerate(rows):
             tools = reader.get(index, "tools")
@@ -236,7 +236,7 @@ def _check_tools(reader: Reader, index: int, tools: str | None) -> None:
     except (ValueError, RecursionError):
         read = tools
     if read is not None and not isinstance(read, list):
-        raise reader.wrong(index, "tools", f"is {kind(read)}, not a list of schemas", "Give a list, or its JSON")
+        raise reader.wrong(index, "tools", f"is {kind(read)}, not a list of schemas", "Give a list, or a list as JSON")
 
 
 def _pair(
@@ -279,7 +279,7 @@ def _history(reader: Reader, index: int) -> list[dict[str, str]]:
 
 
 def marks_answers(template: str | dict[str, str]) -> bool:
-    """Whether a chat template marks the assistant's turns with {% generation %}, which lets TRL mask by turn."""
+    """Whether a chat template marks the assistant's turns with {% generation %}, so that TRL can mask by turn."""
     text = template if isinstance(template, str) else template.get("default", "")
     return re.search(r"\{%-?\s*generation\b", text) is not None
 
@@ -293,7 +293,7 @@ def _with_system(messages: list[dict[str, Any]], system: str | None) -> list[dic
 
 
 def _last_assistant(messages: list[dict[str, Any]]) -> int:
-    """The index of the last assistant turn, -1 where there is none."""
+    """The index of the last assistant turn, -1 if there is none."""
     return max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
 
 
@@ -325,12 +325,12 @@ def _classification(reader: Reader, like: Rows | None) -> Rows:
     regression = like.regression if like else float in kinds and any(value != int(value) for value in values)
     if regression:
         if str in kinds:
-            raise reader.wrong(0, "label", f"is {kind(values[0])}", "The training rows have numbers as labels")
+            raise reader.wrong(0, "label", f"is {kind(values[0])}", "The training rows have numeric labels")
         return Rows(_columns(texts, [float(value) for value in values]), "text + label", regression=True)
     values = [int(value) if isinstance(value, float) else value for value in values]
     names = like.labels if like and like.labels else [str(value) for value in sorted(set(values))]
     if like is None and len(names) < 2:
-        raise BadInput("train a classifier", f"every row has the label {names[0]}", "Give rows of two labels or more")
+        raise BadInput("train a classifier", f"every row has the label {names[0]}", "Give rows with different labels")
     number = {name: index for index, name in enumerate(names)}
     unknown = next((i for i, value in enumerate(values) if str(value) not in number), None)
     if unknown is not None:
@@ -340,10 +340,10 @@ def _classification(reader: Reader, like: Rows | None) -> Rows:
 
 
 def _labels(reader: Reader, like: Rows | None) -> list[str | int | float]:
-    """The labels, each a text or a number.
+    """The labels, each text or a number.
 
-    Quoted numbers are read as numbers where nothing is lost by it: all are numbers, none begins with a zero that a
-    number has not ("007"), and outside CSV, which knows no types, no two texts are one number.
+    Quoted numbers are read as numbers if nothing is lost: all are numbers, none has a leading zero ("007"), and, except
+    in CSV, which has no types, no two texts are the same number.
     """
     found = [reader.get(index, "label") for index in range(len(reader))]
     texts = {value for value in found if isinstance(value, str)}
@@ -365,9 +365,9 @@ def _check_label(reader: Reader, index: int, value: Any) -> None:
     if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
         raise reader.wrong(index, "label", f"is {value}", "Give a finite number")
     if not isinstance(value, (str, int, float)):
-        raise reader.wrong(index, "label", f"is {kind(value)}", "Give a text or a number")
+        raise reader.wrong(index, "label", f"is {kind(value)}", "Give text or a number")
     if value == -1:
-        raise reader.wrong(index, "label", "is -1, which marks rows without one", "Leave unlabelled rows out")
+        raise reader.wrong(index, "label", "is -1, which marks rows without a label", "Remove unlabelled rows")
 
 
 def _columns(texts: dict[str, list[str]], labels: list[int] | list[float]) -> Dataset:

@@ -1,4 +1,4 @@
-"""Which data, and what its columns are called. Plain data: importing it loads neither torch nor datasets."""
+"""Which data files to read, and how. Plain data: importing it loads neither torch nor datasets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from ..validation import Block, FileName
 from .metrics import METRICS
 
-# What a column may be to us. `columns: {ours: theirs}` renames.
+# Our names of columns. `columns: {ours: theirs}` renames.
 Column = Literal["messages", "conversations", "prompt", "completion", "question", "answer", "instruction", "input",
                  "output", "text", "text_pair", "label", "tools", "system"]  # fmt: skip
 Metric = Literal[*METRICS]
@@ -25,12 +25,12 @@ class DataSpec(Block):
     """Training and test rows.
 
     `train`, `test`: a JSONL(.gz), CSV(.gz) or Parquet file, or a hub id (`owner/name`, `owner/name:split` or
-    `owner/name:config:split`); `train` may list several. `columns`: {our name: theirs}. `chat`: None lets the form
-    decide, True wraps prompts in the tokenizer's chat template, False never does. `chat_template`: `chatml`, or a Jinja
-    file, in place of the tokenizer's own template. `system`: a system message for each chat. `too_long`: rows over
-    `max_length` tokens are refused, cut or dropped. `limit`: only the first so many rows. `metrics`: how `trimtab eval`
-    scores replies to rows with answers: exact_match, contains, set_iou, final_number. `reply_tokens`: how long a reply
-    of `eval` or `generate` may be (None: the longest answer and 24 tokens more).
+    `owner/name:config:split`); `train` may list several. `columns`: {our name: theirs}. `chat`: True wraps prompts in
+    the tokenizer's chat template, False never does, None lets the columns decide. `chat_template`: `chatml`, or a Jinja
+    file, which replaces the tokenizer's own template. `system`: a system message for each chat. `too_long`: whether
+    rows over `max_length` tokens are refused, cut or dropped. `limit`: how many rows are read. `metrics`: how
+    `trimtab eval` scores replies to rows with answers: exact_match, contains, set_iou, final_number. `reply_tokens`:
+    the longest reply of `eval` or `generate` (None: the longest answer plus 24 tokens).
     """
 
     short: ClassVar[str] = "train"
@@ -47,7 +47,7 @@ class DataSpec(Block):
     reply_tokens: Count | None = None
 
     def beside(self, folder: Path) -> DataSpec:
-        """The same data, with the files that lie in `folder` named by their paths."""
+        """The same data, with files that are in `folder` named by their paths."""
 
         def found(value: Any) -> Any:
             paths = [folder / name for name in ([value] if isinstance(value, str) else value or [])]

@@ -53,12 +53,11 @@ class Inference:
         self.device = recipe.load_place().device
         slow = slow_bytes(self.device, recipe.place.folder or recipe.output)
         self.budget = Budget.of(recipe.budget, fast_bytes(self.device), slow)
-        self.meter, self.plan, self.tokens = Meter(device=self.device), None, 0
+        self.meter, self.tokens = Meter(device=self.device), 0
+        self.plan: Plan | None = None  # of the work that uses the most
         self.run = load_run(recipe, adapter, base_only)
         self.model, self.tokenizer, self.surgeries = self.run.model, self.run.tokenizer, self.run.surgeries
         self.base = self.run.base
-
-    plan: Plan | None  # of the work that uses the most
 
     def __enter__(self) -> Inference:
         self.began = time.monotonic()

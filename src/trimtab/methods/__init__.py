@@ -1,4 +1,4 @@
-"""The table of methods. It imports none of them: README, the CLI's help and the law tests come from here."""
+"""The table of methods. It imports none of them; the README, the CLI's help and the law tests are derived from it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..errors import BadInput, nearest
 
 @dataclass(frozen=True)
 class Row:
-    """One method: where its class is, what kind it is (patch, objective, stepper), and one line for people."""
+    """One method: where its class is, what kind it is (patch, objective, stepper), and a one-line summary."""
 
     target: str  # "module:Class" under trimtab.methods
     kind: str
     title: str
     summary: str
     paper: str = ""  # arXiv id
-    exports: tuple[str, ...] = ()  # of trimtab.inference.export.FORMS, those that a patch can take
+    exports: tuple[str, ...] = ()  # the forms that a patch can be exported to, of trimtab.inference.export.FORMS
     when: str = "train"  # a patch's `when` (contracts.When)
 
     def load(self) -> Any:
@@ -33,29 +33,29 @@ TABLE: dict[str, Row] = {
                 ("peft", "merged")),
     "parallel_adapter": Row("parallel_adapter:ParallelAdapter", "patch", "Parallel Adapter",
                             "a wide two-layer ReLU network beside each FFN", "2110.04366"),
-    "meft": Row("meft:Meft", "patch", "MEFT", "a sparse adapter larger than fast memory: only the experts that a batch "
-                "needs are brought up", "2406.04984"),
-    "full": Row("full:Full", "patch", "Full fine-tuning", "every weight is trained", exports=("merged",)),
+    "meft": Row("meft:Meft", "patch", "MEFT", "a sparse adapter larger than fast memory; only the experts that a batch "
+                "needs are fetched", "2406.04984"),
+    "full": Row("full:Full", "patch", "Full fine-tuning", "trains every weight", exports=("merged",)),
     "pruning": Row("pruning:Pruning", "patch", "Magnitude pruning, Wanda", "sets the least important weights to zero, "
                    "before training or for export", "2306.11695", ("merged",), "both"),
-    "streaming_llm": Row("streaming_llm:StreamingLLM", "patch", "StreamingLLM", "a KV cache of the first and the "
-                         "newest tokens", "2309.17453", when="infer"),
-    "head": Row("classification:Head", "part", "Classification head", "the fresh head that classification trains"),
+    "streaming_llm": Row("streaming_llm:StreamingLLM", "patch", "StreamingLLM", "keeps only the first and the newest "
+                         "tokens in the KV cache", "2309.17453", when="infer"),
+    "head": Row("classification:Head", "part", "Classification head", "the new head that classification trains"),
     "causal_lm": Row("causal_lm:CausalLM", "objective", "Causal language modelling",
-                     "next-token loss, logits never whole"),
+                     "next-token loss; logits are computed in chunks"),
     "classification": Row("classification:Classification", "objective", "Sequence classification",
                           "a classification head on an encoder or decoder"),
-    "backprop": Row("backprop:Backprop", "stepper", "Back-propagation", "gradients and an optimiser of transformers"),
+    "backprop": Row("backprop:Backprop", "stepper", "Back-propagation", "autograd and transformers' optimizers"),
 }  # fmt: skip
 
 
 def names(kind: str, when: str = "") -> list[str]:
-    """The names of one kind; of patches, perhaps only those with this `when`."""
+    """The names of one kind; with `when`, only those of that `when`."""
     return [name for name, row in TABLE.items() if row.kind == kind and when in ("", row.when)]
 
 
 def find(name: str, kind: str = "patch") -> Any:
-    """The class called `name` in the table; unknown names are answered with the nearest one."""
+    """The class called `name` in the table; the error for an unknown name suggests the nearest one."""
     if name not in TABLE or TABLE[name].kind not in (kind, "part"):
         raise BadInput(f'{kind} "{name}"', f"there is no such {kind}", nearest(name, names(kind)))
     return TABLE[name].load()

@@ -1,4 +1,4 @@
-"""Back-propagation: gradients by autograd, the optimiser and schedule named in `training:` (transformers' own)."""
+"""Back-propagation: gradients by autograd; `training:` names the optimizer and schedule (transformers' own)."""
 
 from __future__ import annotations
 

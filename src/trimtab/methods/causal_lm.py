@@ -1,7 +1,7 @@
 """Causal language modelling: the mean negative log-likelihood of the next token, over the labels that count.
 
-The logits are never whole (model/loss.py), unless a head is of no known form (model/head.py). Prompt tokens carry the
-label -100 and are neither projected nor counted.
+The logits are computed in chunks (model/loss.py), unless the head is of an unknown form (model/head.py). Prompt tokens
+have the label -100 and are neither projected nor counted.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..model.loss import next_token_loss
 
 @dataclass(frozen=True)
 class CausalLM(Objective):
-    """Next-token cross-entropy. `chunk`: positions projected at once (None: by bytes). `whole`: the logits of all
-    positions at once, as the model itself makes them; the engine sets it where a head cannot be computed in chunks."""
+    """Next-token cross-entropy. `chunk`: positions projected at once (None: as many as fit a byte limit). `whole`: the
+    model itself computes the logits of all positions; the engine sets this if the head cannot be computed in chunks."""
 
     chunk: int | None = None
     whole: bool = False
-    smoothing: float = 0.0  # of labels; TRL's name in `training:` is label_smoothing_factor
-    dft: bool = False  # weights each token by its probability (arXiv 2508.05629); in `training:` loss_type: dft
+    smoothing: float = 0.0  # label smoothing; in `training:` it is label_smoothing_factor
+    dft: bool = False  # weights each token by its probability (arXiv 2508.05629); in `training:` it is loss_type: dft
 
     def loss(self, model: PreTrainedModel, batch: Batch, count: Tensor | int | None = None) -> Loss:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -35,7 +35,7 @@ class CausalLM(Objective):
         )
 
     def example_batch(self, rows: int, tokens: int, args: Any) -> Batch:
-        """Padded rows, rows packed with their positions, or full rows."""
+        """A batch of padded rows, of packed rows with their positions, or of full rows."""
         batch = super().example_batch(rows, tokens, args)
         if args.padding_free or (args.packing and args.packing_strategy.startswith("bfd")):
             batch["position_ids"] = torch.ones_like(batch["input_ids"])

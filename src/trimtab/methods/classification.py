@@ -1,7 +1,7 @@
-"""Sequence classification (and regression): a fresh head on an encoder or decoder, trained with the patch.
+"""Sequence classification (and regression): a new head on an encoder or decoder, trained with the patch.
 
-The head (BERT's `classifier`, Llama's `score`) is no part of the pretrained base: the objective trains it whole and
-saves it beside the patch's own tensors.
+The head (BERT's `classifier`, Llama's `score`) is not a part of the pretrained base: the objective trains all of it and
+saves it beside the patch's tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..model.surgery import Swaps
 
 @dataclass(frozen=True)
 class Head(Patch):
-    """The trained head of a classifier, as the patch that it is to the saved adapter."""
+    """The trained head of a classifier, as a patch, so that it is saved and loaded like one."""
 
     def apply(self, model: PreTrainedModel, place: Place) -> HeadSurgery:
         return HeadSurgery(self, model)
@@ -50,17 +50,17 @@ class HeadSurgery(Surgery):
 
 @dataclass(frozen=True)
 class Classification(Objective):
-    """Cross-entropy over the labels, or squared error where the label is a number (`problem_type: regression`)."""
+    """Cross-entropy over the labels, or squared error if the labels are numbers (`problem_type: regression`)."""
 
     head: ClassVar[str] = "classification"
     trainer: ClassVar[str] = "trimtab.engine.trainers:ClassifierTrainer"
     evaluator: ClassVar[str] = "trimtab.inference.evaluate:classify"
 
-    smoothing: float = 0.0  # of labels; in `training:` label_smoothing_factor
+    smoothing: float = 0.0  # label smoothing; in `training:` it is label_smoothing_factor
 
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
         if all(p.requires_grad for p in anatomy.fresh_parameters(model).values()):
-            return None  # full fine-tuning has the head among its weights
+            return None  # full fine-tuning trains the head already
         return Head().apply(model, Place())
 
     def loss(self, model: PreTrainedModel, batch: Batch, count: Tensor | int | None = None) -> Loss:

@@ -1,15 +1,15 @@
-"""Full fine-tuning: every weight is trained. The baseline of all the others, and the costliest.
+"""Full fine-tuning: every weight is trained. It is the baseline of all other methods, and the most expensive one.
 
-A copy is trained, the original tensors are kept for the way back. Where the base is mapped from its file (the usual
-case on CPU) the originals cost no fast memory; where it is not, they cost what the base costs.
+A copy is trained, and the original tensors are kept for reverting. If the base is mapped from its file (the usual case
+on a CPU) the originals cost no fast memory; otherwise they cost as much as the base.
 
-By default the copy is fp32. bf16 has 8 significant bits: a step smaller than 1/512 of a weight is rounded away, and at
-a learning rate of 1e-5 most of AdamW's steps are. `dtype: bf16` halves weights, gradients and Adam's state at that
+By default the copy is fp32. bf16 has 8 significant bits: a step smaller than 1/512 of a weight is rounded away, as are
+most of AdamW's steps at a learning rate of 1e-5. `dtype: bf16` halves weights, gradients and Adam's state at that
 price. The engine multiplies fp32 copies of a bf16 base under bf16 autocast, so that the products stay fast; an fp32
 base is multiplied in fp32 unless `training: {bf16: true}`.
 
-`train` restricts training to the parameters whose path the regex matches ("norm"). Where these are then wider than the
-frozen rest, their modules compute in fp32 and hand on the dtype that the base would.
+`train` restricts training to the parameters whose path the regex matches ("norm"). If these have a wider dtype than the
+frozen rest, their modules compute in fp32 and return the dtype that the base would return.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Full(Patch):
 
     trains_base: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-5}
-    exclusive_reason: ClassVar[str] = "full fine-tuning moves the base weights, which every other patch needs frozen"
+    exclusive_reason: ClassVar[str] = "full fine-tuning changes the base weights, which every other patch needs frozen"
 
     dtype: Literal["fp32", "bf16", "keep"] = "fp32"  # of the weights while they are trained; bf16 loses small updates
     train: str = "all"  # "all", or a regex on parameter paths
@@ -47,7 +47,7 @@ class Full(Patch):
 
     def apply(self, model: PreTrainedModel, place: Place) -> FullSurgery:
         if self.dtype not in DTYPES:
-            raise BadInput(f'full: dtype: "{self.dtype}"', "no such precision here", f"Say {', '.join(DTYPES)}")
+            raise BadInput(f'full: dtype: "{self.dtype}"', "there is no such dtype", f"Use one of {', '.join(DTYPES)}")
         chosen = self._chosen(model)
         surgery = FullSurgery(self, model)
         require_unpatched(model, surgery.swaps, self.exclusive_reason)
@@ -63,14 +63,14 @@ class Full(Patch):
         try:
             wanted = {n for n, _ in model.named_parameters() if self.train == "all" or re.search(self.train, n)}
         except re.error as error:
-            raise BadInput(f'full: train: "{self.train}"', f"not a regex ({error})", 'Say "all"') from None
+            raise BadInput(f'full: train: "{self.train}"', f"it is not a regex ({error})", 'Use "all"') from None
         chosen = {name: p for name, p in model.named_parameters() if name in wanted}
         if not chosen:
-            raise BadInput(f'full: train: "{self.train}"', "no parameter has such a path", 'Say "all", or "norm"')
+            raise BadInput(f'full: train: "{self.train}"', "it matches no parameter's path", 'Use "all", or "norm"')
         if quantised := [name for name, p in chosen.items() if not p.is_floating_point()]:
             raise BadInput(
                 f"full fine-tuning of {len(quantised)} quantised weights",
-                f"{quantised[0]} is stored in {chosen[quantised[0]].dtype}, and its values cannot move by small steps",
+                f"{quantised[0]} is stored in {chosen[quantised[0]].dtype}, which cannot take small steps",
                 "Load the base in bf16, or train an adapter (lora, paca) on it",
             )
         return chosen
@@ -84,7 +84,7 @@ class FullSurgery(Surgery):
         self.originals: dict[str, Tensor] = {}
 
     def train(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-        """Give `parameter` a copy of its values in `dtype`. The object stays the same, and so do all its ties."""
+        """Give `parameter` a copy of its values in `dtype`. The object stays the same, so it stays tied."""
         original = parameter.data
         parameter.data = original.to(dtype, copy=True)
         self.trained[name], self.originals[name] = parameter, original
@@ -92,7 +92,7 @@ class FullSurgery(Surgery):
         self.swaps.set_requires_grad(parameter, True)
 
     def bridge(self) -> None:
-        """Cast around each module whose trained weights are of another dtype than the frozen rest of the model."""
+        """Add casts around each module whose trained weights have another dtype than the frozen rest of the model."""
         trained = {id(parameter): self.originals[name].dtype for name, parameter in self.trained.items()}
         rest = {p.dtype for p in self.model.parameters() if id(p) not in trained and p.is_floating_point()}
         for module in self.model.modules():
@@ -107,7 +107,7 @@ class FullSurgery(Surgery):
         self.swaps.undo()
 
     def merge(self) -> None:
-        """Keep the trained values, in the base's own dtype; the model stays as it was otherwise."""
+        """Keep the trained values, in the base's own dtype; everything else is reverted."""
         values = {name: p.data.to(self.originals[name].dtype) for name, p in self.trained.items()}
         self.swaps.undo()
         for name, parameter in self.trained.items():
@@ -117,11 +117,11 @@ class FullSurgery(Surgery):
         return dict(self.trained)
 
     def portable(self) -> Portable:
-        raise BadInput("export full to peft", "its weights are the model", "Export merged: it is a plain model folder")
+        raise BadInput("export full to peft", "it has no adapter: it trained the model's weights", "Use --to merged")
 
 
 class _Cast:
-    """Hooks that cast the floating tensors which a module is handed, or hands on."""
+    """Hooks that cast the floating-point inputs, or outputs, of a module."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype

@@ -4,14 +4,14 @@
 
     W_0: the frozen weight   A: `lora_A`, (r, in)   B: `lora_B`, (out, r), zero at the start   alpha: `alpha`
 
-Nothing of it is computed here: `peft` puts its layers into the model, in place and without a wrapper around it, so it
-remains an ordinary transformers model. On a 4- or 8-bit base this is QLoRA (2305.14314); with `dora` the weight's norm
-is trained apart from its direction (2402.09353).
+The layers are `peft`'s, inserted in place and without a wrapper, so the model remains an ordinary transformers model.
+On a 4- or 8-bit base this is QLoRA (2305.14314); with `dora` the weight's norm is trained separately from its direction
+(2402.09353).
 
-What is ours: the way back (module by module, and the weights that PiSSA and OLoRA change), random numbers that leave
-the global generator alone, files in PEFT's layout, and, for the plain case (no dropout, no DoRA), one autograd function
-in the place of peft's chain of casts and products: the same sum in the base's precision, of which backward keeps x,
-A x and the fp32 weights, and no fp32 copy of x. A test holds it against peft's own forward.
+Ours are: reverting (module by module, and the weights that PiSSA and OLoRA change), random numbers that do not touch
+the global generator, files in PEFT's layout, and, for the plain case (no dropout, no DoRA), one autograd function that
+replaces peft's chain of casts and products. It computes the same sum in the base's precision and saves x, A x and the
+fp32 weights for the backward pass, but no fp32 copy of x. A test compares it with peft's own forward.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LoRA(Patch):
         from peft.tuners.tuners_utils import cast_adapter_dtype
 
         if hasattr(model, "peft_config"):
-            raise BadInput("apply lora", "the model already has an adapter of peft", "Merge or unload that one first")
+            raise BadInput("apply lora", "the model already has a peft adapter", "Merge or unload that one first")
         targets = anatomy.target_linears(model, self.targets)
         self._check(targets)
         config = self.peft_config(targets)
@@ -87,7 +87,7 @@ class LoRA(Patch):
 
     @property
     def autocast(self) -> bool:
-        """peft's own forward holds less, and is faster, under autocast; ours casts by itself."""
+        """peft's own forward uses less memory and is faster under autocast; ours casts by itself."""
         return not self._plain
 
     @property
@@ -110,21 +110,21 @@ class LoRA(Patch):
 
     @property
     def _moves_base(self) -> bool:
-        """PiSSA and OLoRA take from the weight what they put into the adapter."""
+        """PiSSA and OLoRA subtract from the weight what they put into the adapter."""
         return self.init.startswith(("pissa", "olora"))
 
     def _check(self, targets: dict[str, nn.Module]) -> None:
         if self.r < 1:
-            raise BadInput(f"lora: r: {self.r}", "a rank is at least 1", "Say r: 8")
+            raise BadInput(f"lora: r: {self.r}", "a rank is at least 1", "Set r to 8, for example")
         if self.init not in INITS and not self.init.startswith("pissa_niter_"):
-            raise BadInput(f'lora: init: "{self.init}"', "no such start here", f"Say one of {', '.join(INITS)}")
+            raise BadInput(f'lora: init: "{self.init}"', "there is no such init", f"Use one of {', '.join(INITS)}")
         on_cpu = [linear for linear in targets.values() if linear.weight.device.type in ("cpu", "meta")]
         if self.dora and any(quant.stored_as(linear) == "int8" for linear in on_cpu):
             raise BadInput(
                 "lora: dora on an 8-bit base", "peft loses its scales on a CPU", "Load the base in nf4 or bf16"
             )
         if self._moves_base and any(not linear.weight.is_floating_point() for linear in targets.values()):
-            raise BadInput(f'lora: init: "{self.init}"', "the base is quantised", 'Say init: "default"')
+            raise BadInput(f'lora: init: "{self.init}"', "the base is quantised", 'Set init to "default"')
 
 
 class LoraSurgery(Surgery):
@@ -134,7 +134,7 @@ class LoraSurgery(Surgery):
         self.layers: dict[str, nn.Module] = {}  # path -> peft's layer
 
     def keep(self, targets: dict[str, nn.Module], changed: bool) -> None:
-        """Before peft comes: remember each linear, and its values where peft will write new ones."""
+        """Before peft's layers are inserted: record each linear, and its values where peft will write new ones."""
         self.swaps.on_undo(lambda: vars(self.model).pop("peft_config", None))
         for name, linear in targets.items():
             self.swaps.on_undo(lambda name=name, linear=linear: self._put_back(name, linear))
@@ -144,7 +144,7 @@ class LoraSurgery(Surgery):
                 self.swaps.on_undo(lambda linear=linear, original=original: setattr(linear.weight, "data", original))
 
     def adopt(self, targets: dict[str, nn.Module]) -> None:
-        """After peft: its layers are ours."""
+        """After peft's layers are inserted: record and adapt them."""
         for name, linear in targets.items():
             self.layers[name] = layer = self.model.get_submodule(name).train(linear.training)
             layer.__class__ = _weighted(type(layer))
@@ -161,9 +161,9 @@ class LoraSurgery(Surgery):
         self.swaps.undo()
 
     def merge(self) -> None:
-        """W_0 + (alpha / r) B A, by peft. A 4- or 8-bit linear gives way to a plain one, so nothing is rounded anew."""
+        """W_0 + (alpha / r) B A, by peft. A plain linear replaces a 4- or 8-bit one, so nothing is rounded again."""
         if broken := [name for name, tensor in self.own_tensors().items() if not tensor.isfinite().all()]:
-            raise BadInput("merge lora", f"{broken[0]} holds NaN or infinity", "Use an earlier checkpoint")
+            raise BadInput("merge lora", f"{broken[0]} has NaN or infinity", "Use an earlier checkpoint")
         merged = {}
         for name, layer in self.layers.items():
             if layer.base_layer.weight.is_floating_point():
@@ -178,7 +178,7 @@ class LoraSurgery(Surgery):
             self._put_back(name, linear)
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """PEFT's file names without its prefix: `<path>.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector`."""
+        """Under PEFT's names without its prefix: `<path>.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector`."""
         return {
             f"{name}.{key.replace(f'.{ADAPTER}', '')}".replace("magnitude_vector.weight", "magnitude_vector"): tensor
             for name, layer in self.layers.items()
@@ -187,7 +187,7 @@ class LoraSurgery(Surgery):
         }
 
     def adapter_config(self) -> dict[str, Any]:
-        """What peft writes into adapter_config.json."""
+        """The content of peft's adapter_config.json."""
         config = self._config().to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
@@ -198,18 +198,18 @@ class LoraSurgery(Surgery):
         return config
 
     def portable(self) -> Portable:
-        """As peft saves it. PiSSA and OLoRA are made again from the same base when it is loaded."""
+        """As peft saves it. When it is loaded, PiSSA and OLoRA are computed again from the same base."""
         if self.patch.init.startswith("pissa_niter"):
-            raise BadInput("export lora to peft", "its start was random and peft cannot repeat it", "Export merged")
+            raise BadInput("export lora to peft", "its init was random, and peft cannot repeat it", "Use --to merged")
         tensors = {f"base_model.model.{name}": tensor.detach() for name, tensor in self.own_tensors().items()}
         return Portable(self._config(), tensors)
 
 
 def _parts(model: PreTrainedModel) -> nn.Module:
-    """The model's modules without its config, of which peft takes the names as they are.
+    """The model's modules without its config, so that peft takes the names as they are.
 
-    Of a config it would conclude that the gate_proj of a dense FFN or of a shared expert means stacked experts, and
-    that Mamba's kernels cannot be adapted, which read a weight that `_Weighted` gives them.
+    From the config, peft would conclude that the gate_proj of a dense FFN or of a shared expert means stacked experts,
+    and that Mamba's kernels cannot be adapted; these read the weight that `_Weighted` provides.
     """
     parts = nn.Module()
     vars(parts)["_modules"] = model._modules
@@ -220,7 +220,7 @@ def _parts(model: PreTrainedModel) -> nn.Module:
 
 
 class _Weighted:
-    """For the class of peft's layer: `weight` is what the layer multiplies by, for models that read it themselves."""
+    """Mixed into the class of peft's layer: `weight` is the effective weight, for models that read it themselves."""
 
     @property
     def weight(self: Any) -> Tensor:
@@ -235,7 +235,7 @@ def _weighted(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _forward(layer: nn.Module) -> Any:
-    """peft's forward, with `_LowRank` where nothing but the one plain adapter is at work."""
+    """peft's forward, with `_LowRank` if the only active adapter is the plain one."""
     theirs = layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -5,19 +5,19 @@ Of each targeted weight W (out x in), r input columns are trained and nothing el
     y  = x W'^T,   W' = W with W'[:, I] = W[:, I] + s D                                    (forward, section 3.1)
     dx = dy W'     dD = s dy^T x[:, I]                                                      (backward, section 3.1)
 
-So backward needs only the r chosen columns of the input, T x r numbers instead of T x in. QPaCA (section 3.3) is the
-same on a base that is stored in 4 or 8 bits and de-quantised for each product.
+So the backward pass needs only the r chosen columns of the input, T x r values instead of T x in. QPaCA (section 3.3)
+is the same on a base that is stored in 4 or 8 bits and de-quantised for each product.
 
     I   the r chosen column indices, drawn once      D   trained delta, zero at first (out x r)      s   alpha / r
 
-What differs from the paper, and why. We train a delta from zero rather than the columns themselves, so that the base
-stays intact and s scales the update. Linears that read the same tensor (q/k/v, gate/up) share I, and so one saved
-slice. By default I is a contiguous block at a random place (columns have no order of their own): the slice is one
-strided copy. Two forms of the same sum: `side` adds x[:, I] D^T to y and leaves W alone, so a memory-mapped base stays
-mapped; `live` writes the columns into W when they may have changed: nothing per product, but it turns every page
-of a mapped base into anonymous memory. `reselect_every` bakes D, keeps it in a log and draws a new I (an extension).
+What differs from the paper, and why. We train a delta that starts at zero rather than the columns themselves, so that
+the base stays intact and s scales the update. Linears that read the same tensor (q/k/v, gate/up) share I and one saved
+slice. By default I is a contiguous block at a random position (the order of columns has no meaning), so that the slice
+is one strided copy. Two forms compute the same sum: `side` adds x[:, I] D^T to y and leaves W unchanged, so a mapped
+base stays mapped; `live` writes the columns into W if they may have changed, which costs nothing per product but makes
+all pages of a mapped base anonymous memory. `reselect_every` keeps D as held columns and draws a new I (an extension).
 
-Shapes: T tokens (all leading dimensions), I in, O out, R chosen, P columns held from earlier draws.
+Shapes: T tokens (all leading dimensions), I in, O out, R chosen columns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ..model.shared_slice import SharedSlice
 
 @dataclass(frozen=True)
 class PaCA(LinearPatch):
-    """Train r columns of each targeted weight (section 3). Defaults are the reference library's, save `selection`."""
+    """Train r columns of each targeted weight (section 3). Defaults are the reference library's, except `selection`."""
 
     paper: ClassVar[str] = "2503.01905"
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3}
@@ -50,7 +50,7 @@ class PaCA(LinearPatch):
     selection: Literal["block", "random"] = "block"  # a contiguous block at a random place, or r random columns
     form: Literal["side", "live"] = "side"  # add the columns' product beside W x, or write them into W
     share_inputs: bool = True  # q/k/v and gate/up draw one I and save one slice
-    reselect_every: int = 0  # draw new columns every n optimiser steps; 0: never (the paper)
+    reselect_every: int = 0  # draw new columns every n optimizer steps; 0: never (the paper)
     seed: int = 0
 
     def surgery(self, model: PreTrainedModel) -> PacaSurgery:
@@ -59,7 +59,7 @@ class PaCA(LinearPatch):
     def apply(self, model: PreTrainedModel, place: Place) -> PacaSurgery:
         linears = list(anatomy.target_linears(model, self.targets).values())
         if self.r < 1:
-            raise BadInput(f"paca: r: {self.r}", "r counts trained columns", "Give a number of 1 or more")
+            raise BadInput(f"paca: r: {self.r}", "r is the number of trained columns", "Set r to 1 or more")
         if self.form == "live" and any(map(quant.is_quantised, linears)):
             raise BadInput("paca: form: live", "the base is quantised, so no column can be written", "Use form: side")
         if self.form == "live" and (tie := anatomy.tied(model, linears)):
@@ -96,14 +96,14 @@ class PartialLinear(ModulePatch):
         self.register_buffer("held_indices", torch.zeros(0, dtype=torch.int64, device=device))
         self.register_buffer("held_delta", torch.zeros(self.out_features, 0, device=device))
         self.group, self.shared, self.start = name, SharedSlice(), None
-        self._original: Tensor | None = None  # live form: the columns under `delta` (and those held) as they were
+        self._original: Tensor | None = None  # live form: original values of the chosen and the held columns
         self._written: object = None
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, selection={self.patch.selection}, form={self.patch.form}"
 
     def draw(self, round_: int) -> None:
-        """Choose I for the `round_`-th time; linears of one group draw the same."""
+        """Choose I for the `round_`-th time; all linears of one group draw the same."""
         rng = torch.Generator().manual_seed((self.patch.seed << 20) + zlib.crc32(f"{self.group}#{round_}".encode()))
         if self.patch.selection == "block":
             self.start = int(torch.randint(self.in_features - self.r + 1, (), generator=rng))
@@ -111,14 +111,14 @@ class PartialLinear(ModulePatch):
         else:
             chosen = torch.randperm(self.in_features, generator=rng)[: self.r].sort().values
         self.indices.copy_(chosen)
-        if not self.indices.is_meta:  # a plan has shapes, and no values to read back
+        if not self.indices.is_meta:  # a plan has shapes but no values
             self.note_indices()
 
     def note_indices(self) -> None:
-        """After the indices changed: check them; remember whether I is one block, so that slices can be strides."""
+        """After the indices changed: check them, and note whether I is one block, which can be sliced by strides."""
         low, high = torch.cat([self.indices, self.held_indices]).aminmax()
         if low < 0 or high >= self.in_features or (self.indices.diff() < 1).any():
-            raise BadInput(f"load {self.name}", f"no {self.r} of its columns are named", "Take an intact copy")
+            raise BadInput(f"load {self.name}", f"its indices are not {self.r} different columns", "Use an intact copy")
         start = int(self.indices[0])
         self.start = start if int(self.indices[-1]) - start == self.r - 1 else None
 
@@ -137,7 +137,7 @@ class PartialLinear(ModulePatch):
 
     @property
     def weight(self) -> Tensor:
-        """What it multiplies by, for models that read a linear's weight (Mamba); gradients reach `delta`."""
+        """The effective weight, for models that read a linear's weight (Mamba); gradients reach `delta`."""
         dtype = torch.bfloat16 if self.quantised else self.base.weight.dtype
         weight_OI, holds_delta = self.weight_now(dtype)
         delta_OR = self.delta - self.delta.detach() if holds_delta else self.delta
@@ -151,7 +151,7 @@ class PartialLinear(ModulePatch):
         return self.base.bias
 
     def weight_now(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """-> the (out, in) weight to multiply by, and whether it already holds the trained columns."""
+        """-> the (out, in) weight to multiply by, and whether it already includes the trained columns."""
         if self.patch.form == "live" and self._written is None:  # a state dict was taken since the forward pass
             self.refresh()
         if not self.quantised:
@@ -161,7 +161,7 @@ class PartialLinear(ModulePatch):
         return weight_OI, True
 
     def add_columns(self, weight_OI: Tensor) -> None:
-        """weight[:, I] += s D, and the columns held from earlier draws; in place, in the weight's dtype."""
+        """Add s D to weight[:, I], and the columns held from earlier draws; in place, in the weight's dtype."""
         with torch.no_grad():
             if self.held_indices.numel():
                 weight_OI.index_add_(1, self.held_indices, self.held_delta.to(weight_OI.dtype))
@@ -174,13 +174,13 @@ class PartialLinear(ModulePatch):
     def refresh(self) -> None:
         """Live form: write the columns if `delta` may have changed since they were last written.
 
-        The version counter misses optimisers that write through `.data` or in a kernel of their own; so the columns
-        are also written anew after each backward pass, and whenever no gradient is asked for.
+        The version counter misses optimizers that write through `.data` or in their own kernels. So the columns are
+        also written after each backward pass, and whenever gradients are off.
         """
         state = (self.delta._version, self.delta.untyped_storage()._cdata)
         if self._written == state and torch.is_grad_enabled():
             return
-        weight_OI = anatomy.dense_view(self.base).data  # `.data`: the write is ours to order, autograd need not see it
+        weight_OI = anatomy.dense_view(self.base).data  # `.data`: hidden from autograd, since we order the writes
         if self._original is None:
             self._touched = torch.cat([self.indices, self.held_indices]).unique()
             self._original = weight_OI[:, self._touched].clone()
@@ -194,7 +194,7 @@ class PartialLinear(ModulePatch):
         self._written = state
 
     def restore(self) -> None:
-        """Live form: put the original columns back, bit for bit."""
+        """Live form: restore the original columns, bit for bit."""
         if self._original is not None:
             anatomy.dense_view(self.base).data[:, self._touched] = self._original
             self._original = self._written = None
@@ -211,7 +211,7 @@ class PartialLinear(ModulePatch):
         self.note_indices()
 
     def make_room(self, saved: dict[str, Tensor], prefix: str) -> None:
-        """Before values are loaded: take the written columns out, and hold as many as `saved` holds."""
+        """Before values are loaded: restore the base, and make the held columns as many as those in `saved`."""
         self.restore()
         held = [saved.get(f"{prefix}held_{key}") for key in ("indices", "delta")]
         if all(t is not None for t in held) and held[1].shape == (self.out_features, *held[0].shape):
@@ -219,7 +219,7 @@ class PartialLinear(ModulePatch):
             self.held_delta = self.delta.data.new_zeros(held[1].shape)
 
     def reselect(self, round_: int) -> None:
-        """Keep what was trained as held columns and start a new block from zero."""
+        """Keep the trained columns as held columns, and start new ones from zero."""
         with torch.no_grad():
             self.restore()
             self.held_indices = torch.cat([self.held_indices, self.indices.clone()])
@@ -228,7 +228,7 @@ class PartialLinear(ModulePatch):
         self.draw(round_)
 
     def merge_into_base(self) -> nn.Module:
-        """The linear that stands here after merging: the base with the columns added (de-quantised if it must be)."""
+        """The linear that replaces this one after merging: the base (de-quantised if needed) plus the columns."""
         self.restore()
         linear = quant.dense_linear(self.base) if self.quantised else self.base
         self.add_columns(anatomy.dense_view(linear).data)
@@ -236,7 +236,7 @@ class PartialLinear(ModulePatch):
 
 
 class _Partial(torch.autograd.Function):
-    """Equations of section 3.1. Saved for backward: x[:, I] and D; the weight is held by the layer."""
+    """Equations of section 3.1. Saved for backward: x[:, I] and D; the layer has the weight."""
 
     @staticmethod
     def forward(ctx, x_TI: Tensor, x_TR: Tensor, delta_OR: Tensor, layer: PartialLinear) -> Tensor:
@@ -273,8 +273,8 @@ class _Partial(torch.autograd.Function):
                     dx_TI.index_add_(1, layer.held_indices, dy_TO @ layer.held_delta.to(dy.dtype))
             dx_TI = dx_TI.view(*dy.shape[:-1], layer.in_features)
         if ctx.needs_input_grad[2]:
-            layer._written = None  # an optimiser may step now
-            # (x_R^T dy)^T: twice as fast here as dy^T x_R, since the wide side stays contiguous
+            layer._written = None  # an optimizer may step now
+            # (x_R^T dy)^T is twice as fast as dy^T x_R, since the wide side stays contiguous
             d_delta_OR = (x_TR.reshape(-1, layer.r).t() @ dy_TO).t().to(torch.float32)
             if layer.scale != 1.0:
                 d_delta_OR = d_delta_OR * layer.scale
@@ -291,7 +291,7 @@ class PacaSurgery(LinearSurgery):
                 layer.reselect((step + 1) // every)
                 for moment in optimizer.state.get(layer.delta, {}).values():
                     if isinstance(moment, Tensor):
-                        moment.zero_()  # new columns start with no history; `step` too, for Adam's bias correction
+                        moment.zero_()  # new columns have no history; `step` too, for Adam's bias correction
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         for name, layer in self.layers.items():
@@ -301,7 +301,7 @@ class PacaSurgery(LinearSurgery):
             layer.note_indices()
 
     def portable(self) -> Portable:
-        """LoRA with a one-hot A: A = rows I of the identity, B = s D (specs 2.1)."""
+        """LoRA with a one-hot A: A = rows I of the identity, B = s D."""
         from peft import LoraConfig
 
         tensors = {}

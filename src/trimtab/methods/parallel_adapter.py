@@ -1,21 +1,21 @@
 """Parallel Adapter. Towards a Unified View of Parameter-Efficient Transfer Learning (He et al., arXiv 2110.04366).
 
-A second, wide, two-layer ReLU network stands beside each frozen FFN and reads the same input. Column i of W_A is a
-*key*, row i of W_B its *value*: a pair that fires adds its value to the FFN's output. MEFT (2406.04984) keeps most of
-these pairs in slow memory; this is its dense twin and baseline.
+A second, wide, two-layer ReLU network runs in parallel to each frozen FFN and reads the same input. Column i of W_A is
+a *key*, row i of W_B its *value*: a pair that fires adds its value to the FFN's output. MEFT (2406.04984) keeps most of
+these pairs in slow memory; this is its dense baseline.
 
     FFN'(h) = FFN(h) + s * ReLU(h W_A) W_B        (table 1, "Scaled PA"; s is the paper's scale)
 
     h: what the FFN reads   W_A: `keys`, transposed   W_B: `values`   s: `scale`   bottleneck: `r`
 
 What differs from the paper, and why:
-- Both matrices are kept by pairs, (r, hidden): one pair is one row, as MEFT's tables need it.
-- No bias terms, keys ~ N(0, 0.02^2) and values 0, after MEFT: the adapter starts as a no-op.
-- Default s = 1 (after MEFT) where the paper settles on 4; r = 512 is the paper's wide setting.
-- In BERT-type blocks the adapter's output joins the residual, so the FFN's dropout does not act on it.
+- Both matrices are stored as (r, hidden), one pair per row, as in MEFT's tables.
+- There are no bias terms, keys ~ N(0, 0.02^2) and values 0, as in MEFT: the adapter starts as a no-op.
+- s is 1 by default (as in MEFT); the paper uses 4. r = 512 is the paper's wide setting.
+- In BERT-type blocks the adapter's output is added to the residual, so the FFN's dropout does not act on it.
 
-The pass back keeps h, the ReLU's output and nothing else: the mask is where that output is zero. In the model's
-precision (or autocast's) the products are computed, in fp32 the weights and their gradients are held.
+Only h and the ReLU's output are saved for the backward pass: the mask is where that output is zero. Products are
+computed in the model's precision (or autocast's); the weights and their gradients are fp32.
 """
 
 # Shape letters: ... any leading dimensions, T their product (tokens), D hidden size, R pairs.
@@ -53,11 +53,11 @@ class ParallelAdapter(Patch):
 
     def apply(self, model: PreTrainedModel, place: Place) -> ParallelAdapterSurgery:
         if self.r < 1:
-            raise BadInput(f"parallel_adapter: r: {self.r}", "a layer needs at least one pair", "Say r: 512")
+            raise BadInput(f"parallel_adapter: r: {self.r}", "a layer needs at least one pair", "Set r to 512, say")
         surgery = ParallelAdapterSurgery(self, model)
         ffns = anatomy.ffns(model)
         if any(hasattr(ffn.host, NAME) for ffn in ffns):
-            raise BadInput("apply a second parallel_adapter", "the model has one", "Give the first one a larger r")
+            raise BadInput("apply a second parallel_adapter", "the model has one already", "Give that one a larger r")
         freeze_base(model, surgery.swaps)
         random = torch.Generator().manual_seed(self.seed)
         for ffn in ffns:
@@ -96,7 +96,7 @@ class Adapter(ModulePatch):
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else h.dtype
         out_TD = _Beside.apply(h, y, self.keys, self.values, self.scale, dtype)
-        return out_TD.view(y.shape)  # out here, since some models (Falcon) write into it
+        return out_TD.view(y.shape)  # outside the function, since some models (Falcon) write into it
 
     def extra_repr(self) -> str:
         return f"{self.keys.shape[1]} -> {self.keys.shape[0]} -> {self.keys.shape[1]}, scale={self.scale}"
@@ -107,7 +107,7 @@ class _Beside(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, y: Tensor, keys_RD: Tensor, values_RD: Tensor, scale: float, dtype: torch.dtype):
-        h_TD = h.reshape(-1, h.shape[-1]).to(dtype)  # where autocast is on, `dtype` is its own: it casts nothing here
+        h_TD = h.reshape(-1, h.shape[-1]).to(dtype)  # under autocast `dtype` is its dtype, so it casts nothing here
         fired_TR = (h_TD @ keys_RD.to(dtype).T).relu_()
         y_TD = y.reshape(-1, y.shape[-1])
         if y.dtype == dtype:

@@ -14,9 +14,9 @@ from ..validation import Block, FileName
 class ModelSpec(Block):
     """A base model.
 
-    `name`: hub id, folder, GGUF file or short name (`smollm2-135m`, `minilm-l6`); `precision`: "auto" is the file's own
-    (the weights then stay memory-mapped), "nf4" and "int8" quantise the linears with bitsandbytes (not stacked
-    experts); `revision`: a branch, tag or commit of a hub id; `trust_remote_code`: run Python code from the model.
+    `name`: hub id, folder, GGUF file or short name (`smollm2-135m`, `minilm-l6`). `precision`: "auto" is the file's own
+    (the weights then stay mapped); "nf4" and "int8" quantise the linears with bitsandbytes, but not stacked experts.
+    `revision`: a branch, tag or commit of a hub id. `trust_remote_code`: run Python code that comes with the model.
     """
 
     short: ClassVar[str] = "name"

@@ -104,7 +104,7 @@ class PlannedInference(PlannedModel):
         from ..cost.trace import trace_inference
         from ..engine.prepare import training_forward
 
-        originals = self.originals()
+        kept = self.kept()
         run = self._reply if work.new else self._evaluate
         ready = contextlib.nullcontext()
         if not work.new and self.head == "causal-lm":
@@ -113,7 +113,7 @@ class PlannedInference(PlannedModel):
             cost = trace_inference(self.model, self.kind_of, lambda trace: run(trace, work))
         if work.new:  # matrix products of single tokens have the same shapes in all batches
             cost = dataclasses.replace(cost, product_shapes=self.prompt_shapes)
-        self.with_originals(cost.peaks, originals)
+        self.with_kept(cost.peaks, kept)
         return cost
 
     def _evaluate(self, trace: Trace, work: Work) -> None:

@@ -31,7 +31,7 @@ WHY = {
     "weights": "base weights that are copied: buffers, and weights that are converted or changed",
     "adapter": "trained parameters, and what the patches store with them",
     "gradients": "of the trained parameters",
-    "optimiser": "the optimizer's state, and temporary tensors of its step",
+    "optimizer": "the optimizer's state, and temporary tensors of its step",
     "activations": "what the forward pass saves for the backward pass",
     "cache": "keys and values of the tokens so far",
     "logits": "one chunk of the head's output, and its gradient",

@@ -63,19 +63,27 @@ class PlannedModel:
     def stores(self) -> list[Any]:
         return [store for surgery in self.surgeries for store in surgery.stores]
 
-    def originals(self) -> list[Any]:
-        """The base tensors that patches replaced and keep for reverting. Call it before the trace."""
-        patched = {_key(t) for t in (*self.model.parameters(), *self.model.buffers())}
-        return [t for key, t in self.base.items() if key not in patched]
+    def kept(self) -> list[tuple[str, int]]:
+        """(kind, bytes) of each tensor that a patch keeps outside the model: base tensors that it replaced, for
+        reverting, and its own tensors that are not parameters. Call it before the trace."""
+        from ..contracts import When
+        from ..cost.trace import ADAPTER, MAPPED, WEIGHTS
 
-    def with_originals(self, peaks: Peaks, originals: list[Any]) -> None:
-        """Adds `originals` to each phase."""
-        from ..cost.trace import MAPPED, WEIGHTS, live
+        inside = {_key(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        slimming = (surgery for surgery in self.surgeries if surgery.patch.when is When.BOTH)
+        own = [tensor for surgery in slimming for tensor in surgery.own_tensors().values()]
+        found = {_key(t): (ADAPTER, t) for t in own}
+        for key, tensor in self.base.items():
+            found[key] = (MAPPED if self.mapped and key in self.in_file else WEIGHTS, tensor)
+        return [(kind, t.untyped_storage().nbytes()) for key, (kind, t) in found.items() if key not in inside]
+
+    def with_kept(self, peaks: Peaks, kept: list[tuple[str, int]]) -> None:
+        """Adds the result of `kept` to each phase."""
+        from ..cost.trace import live
 
         for kinds in peaks.values():
-            for tensor in originals:
-                kind = MAPPED if self.mapped and _key(tensor) in self.in_file else WEIGHTS
-                kinds[kind] = kinds.get(kind, 0) + tensor.untyped_storage().nbytes()
+            for kind, size in kept:
+                kinds[kind] = kinds.get(kind, 0) + size
         assert all(live(kinds) >= 0 for kinds in peaks.values())
 
     def with_tables(self, peaks: Peaks) -> None:

@@ -76,7 +76,7 @@ class PlannedStep(PlannedModel):
         from ..engine.prepare import training_forward
 
         model, recipe = self.model, self.recipe
-        originals = self.originals()
+        kept = self.kept()
         model.train()
         self._checkpointing()
         clock = None if rates is None else Clock(rates)
@@ -96,14 +96,14 @@ class PlannedStep(PlannedModel):
             ), fake=not self.real)  # fmt: skip
         if rates is not None and not self.real:
             cost = self._with_row_updates(cost, rates)
-        self.with_originals(cost.peaks, originals)
+        self.with_kept(cost.peaks, kept)
         return cost
 
     def _with_row_updates(self, cost: StepCost, rates: Rates) -> StepCost:
         """Adds the seconds of the rows' optimizer step, which the trace does not see. If they are unknown, the result
         has no seconds."""
         from ..cost.roofline import row_update
-        from ..cost.trace import OPTIMISER
+        from ..cost.trace import OPTIMIZER
         from ..tiered.planned import expected_rows
         from ..tiered.record import VALUES
 
@@ -114,7 +114,7 @@ class PlannedStep(PlannedModel):
                 return dataclasses.replace(cost, seconds=None)
             many = expected_rows(store, tokens, probes, self.args.gradient_accumulation_steps)
             update = row_update(rates, store.parts[VALUES].nbytes, many, store.optimizer.copies)
-            seconds[OPTIMISER] = seconds.get(OPTIMISER, 0.0) + update
+            seconds[OPTIMIZER] = seconds.get(OPTIMIZER, 0.0) + update
             written += many * store.record_bytes if store.slow == "disk" else 0.0
         return dataclasses.replace(cost, seconds=seconds, written=written)
 

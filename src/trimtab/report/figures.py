@@ -1,5 +1,4 @@
-"""The figures of a report: what runs left, as plotly's traces and layouts. No colours of a theme are in them; the page
-puts these on, light or dark."""
+"""The figures of a report, as plotly's traces and layouts. They have no theme; the page adds a light or a dark one."""
 
 from __future__ import annotations
 
@@ -15,9 +14,9 @@ REST = "the step"
 HOWS = {  # the key in run.json -> what the page calls it
     "shown": "plan shown before", "predicted": "run's own plan", "measured": "measured",
 }  # fmt: skip
-THIN = 0.06  # of an axis' height: the band that stands for what the process held before the run
-COLOURS = {  # told apart also by those who see few colours; readable on white and on near-black
-    "process": "#8c96a3", "weights": "#4477aa", "adapter": "#228833", "gradients": "#ccbb44", "optimiser": "#aa3377",
+THIN = 0.06  # of an axis' height: the band for the memory of the process before the run
+COLOURS = {  # distinguishable with colour blindness; readable on white and on near-black
+    "process": "#8c96a3", "weights": "#4477aa", "adapter": "#228833", "gradients": "#ccbb44", "optimizer": "#aa3377",
     "activations": "#ee6677", REST: "#ee6677", "logits": "#f79646", "temporaries": "#66ccee",
     "mapped weights": "#9aa7d6",
 }  # fmt: skip
@@ -43,7 +42,7 @@ def at(tree: Any, *path: str) -> Any:
 
 
 def curves(runs: list[Any], key: str, title: str) -> dict[str, Any] | None:
-    """One line per run of what was logged as `key`, over the steps. A switch makes the axis logarithmic."""
+    """The logged values of `key` over the steps, one line per run. A switch makes the axis logarithmic."""
     traces = []
     for index, run in enumerate(runs):
         rows = [(row["step"], row[key]) for row in run.metrics if number(row.get(key)) is not None]
@@ -55,13 +54,13 @@ def curves(runs: list[Any], key: str, title: str) -> dict[str, Any] | None:
     logs = [math.log10(y) for trace in traces for y in trace["y"] if y > 0]
     if logs:
         room = 0.05 * (max(logs) - min(logs)) or 0.1
-        span = [round(min(logs) - room, 4), round(max(logs) + room, 4)]  # of powers of ten, as plotly counts here
+        span = [round(min(logs) - room, 4), round(max(logs) + room, 4)]  # powers of ten, as plotly wants them here
         figure["switch"] = {"label": "log scale", "yaxis": {"type": "log", "range": span, **_log_ticks(*span)}}
     return figure
 
 
 def _log_ticks(low: float, high: float) -> dict[str, Any]:
-    """Round values between 10**low and 10**high, written out: plotly writes single digits without their power."""
+    """Round values between 10**low and 10**high, written out; plotly would write single digits without their power."""
     for heads in ([10], [10, 20, 50], range(10, 100, 10), range(10, 100, 5), range(10, 100)):
         ticks = [head * 10.0 ** (power - 1) for power in range(math.floor(low), math.ceil(high)) for head in heads]
         ticks = [float(f"{tick:.2g}") for tick in ticks if low <= math.log10(tick) <= high]
@@ -96,24 +95,24 @@ def _line(name: str, rows: list[tuple[Any, Any]], index: int) -> dict[str, Any]:
 
 
 def timeline(run: Any, limit: float | None) -> dict[str, Any] | None:
-    """What the process held over time, by kind as far as it was known at each moment, with the budget."""
+    """The memory of the process over time, by kind as far as it was known at each moment, with the budget."""
     if not run.memory:
         return None
     seconds, before, last = [], 0.0, 0.0
     for row in run.memory:
         now = number(row.get("seconds")) or 0.0
-        if now < last:  # the run was resumed: its clock began anew
+        if now < last:  # the run was resumed: its clock restarted
             before += last
         last = now
         seconds.append(round(before + now, 2))
     known = next((row["parts"] for row in run.memory if isinstance(row.get("parts"), dict)), {})
-    parts = {kind: number(known.get(kind)) or 0 for kind in ("process", "weights", "adapter", "optimiser")}
+    parts = {kind: number(known.get(kind)) or 0 for kind in ("process", "weights", "adapter", "optimizer")}
     stacked: dict[str, list[float]] = {kind: [] for kind in (*parts, REST)}
     for row in run.memory:
         rest = float(row["anon"])
         training = isinstance(row.get("parts"), dict)
         for kind, size in parts.items():
-            # before a step was metered only the process and its weights are known to be there
+            # until a step was metered, only the process and its weights are known
             held = min(rest, size if training or kind in ("process", "weights") else 0)
             stacked[kind].append(held)
             rest -= held
@@ -150,8 +149,8 @@ def timeline(run: Any, limit: float | None) -> dict[str, Any] | None:
 def timelines(runs: list[Any], limits: list[float | None]) -> list[dict[str, Any] | None]:
     """The timeline of each run, all on the same axes.
 
-    What the process held before the run does not change and is often the most: the axis starts just below it, so that
-    it is a thin band, unless it is small or not known. A switch lets the axis start at zero.
+    The memory of the process before the run does not change and is often the largest part. So the axis starts just
+    below it, which makes it a thin band, unless it is small or unknown. A switch makes the axis start at zero.
     """
     figures = [timeline(run, limit) for run, limit in zip(runs, limits, strict=True)]
     extents = [figure["extent"] for figure in figures if figure]
@@ -173,9 +172,9 @@ def timelines(runs: list[Any], limits: list[float | None]) -> list[dict[str, Any
 
 
 def kinds(run: Any, beside: Sequence[Any] = ()) -> list[tuple[str, dict[str, float]]]:
-    """(kind, bytes by how they are known: the keys of HOWS) at the peak of a step, where any is known.
+    """(kind, bytes by source: the keys of HOWS) at the peak of a step, for each kind that is known.
 
-    Of runs that stand `beside` it, the kinds are those of all.
+    With runs `beside` it, the kinds are those of all runs.
     """
 
     def known(of: Any) -> dict[str, dict[str, float]]:
@@ -183,7 +182,7 @@ def kinds(run: Any, beside: Sequence[Any] = ()) -> list[tuple[str, dict[str, flo
         found = {kind: {how: size for how in HOWS if (size := number(at(sizes[how], kind))) is not None}
                  for kind in KINDS}  # fmt: skip
         most = max((size for held in found.values() for size in held.values()), default=0)
-        return {k: held for k, held in found.items() if max(held.values(), default=0) > most / 10_000}  # can be seen
+        return {k: held for k, held in found.items() if max(held.values(), default=0) > most / 10_000}  # visible
 
     own = known(run)
     every = set(own).union(*(known(other) for other in beside))
@@ -191,7 +190,7 @@ def kinds(run: Any, beside: Sequence[Any] = ()) -> list[tuple[str, dict[str, flo
 
 
 def bars(run: Any, beside: Sequence[Any] = ()) -> dict[str, Any] | None:
-    """The plans beside what was measured, kind by kind; on the same axes as runs that stand `beside` it."""
+    """The plans beside the measurement, kind by kind; on the same axes as the runs `beside` it."""
     rows = kinds(run, beside)
     traces = []
     for index, (how, name) in enumerate(HOWS.items()):

@@ -1,4 +1,4 @@
-"""The page of a report: tables and figures of runs in one file of HTML that needs nothing else."""
+"""The page of a report: tables and figures of runs in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def page(runs: list[Any]) -> str:
         *(f'<p class="quiet">{escape(run.name)}: {escape(note)}</p>' for run in runs for note in run.notes),
         "</header>",
         _section("What was run", _facts(runs) +
-            '<p class="quiet">The fast tier is the memory where the model computes: the GPU\'s, or on a CPU that of '
-            "the process without mapped files. The slow tier is the larger memory below it: mapped files, or below a "
-            "GPU the machine's memory.</p>"),
-        _section("Learning", '<div class="grid">' + figure(
+            '<p class="quiet">The fast tier is the memory where the model computes: GPU memory, or on a CPU the '
+            "process's own memory without mapped files. The slow tier is the larger memory below it: mapped files, or "
+            "host RAM under a GPU.</p>"),
+        _section("Loss and speed", '<div class="grid">' + figure(
             curves(runs, "loss", "loss"), "Loss", "No losses were logged.") + figure(
-            throughput(runs), "Throughput", "No speed can be told from what was logged.") + "</div>"),
+            throughput(runs), "Throughput", "The logs are not enough to compute a speed.") + "</div>"),
         _section("Memory over time", '<div class="grid">' + "".join(
             figure(made, run.name, "There is no timeline.")
             for run, made in zip(runs, timelines(runs, [_budget(run) for run in runs]), strict=True)) + "</div>"
-            '<p class="quiet">Anonymous memory of the process, sampled twice a second. From the second step on the '
-            "parts that stay are known: what the process held before training (interpreter and libraries), the weights "
-            "that are copies, the adapter and the optimiser's state. The step is the rest: activations, gradients and "
-            "temporaries. What the process held before training does not change, so it is drawn as a thin band: the "
-            "axis starts just below it.</p>"),
+            '<p class="quiet">Anonymous memory of the process, sampled twice a second. From the second step on, the '
+            "constant parts are known: the process before training (interpreter and libraries), copied weights, the "
+            "adapter and the optimizer's state. The step is the rest: activations, gradients and temporaries. The "
+            "memory of the process before training does not change, so it is drawn as a thin band: the axis starts "
+            "just below it.</p>"),
         _section("Predicted and measured", _totals(runs) + '<div class="grid">' + "".join(
             figure(bars(run, runs), run.name, "Nothing was predicted or measured by kind.") for run in runs)
             + "".join(map(_kind_table, runs)) + "</div>"),
@@ -77,7 +77,7 @@ def _section(title: str, inner: str) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]], kind: str = "", numbers: bool = False) -> str:
-    """`rows` of HTML, the first cell of each a heading. On a narrow screen a row of several values is stacked."""
+    """An HTML table; the first cell of each row is a heading. A narrow screen stacks rows of several values."""
     mark = ' class="n"' if numbers else ""
     kinds = " ".join([kind] * bool(kind) + ["stack"] * (len(head) > 2))
     labels = [f' data-label="{escape(name)}"' if name else "" for name in head]
@@ -95,7 +95,7 @@ def _size(size: float) -> str:
 
 
 def _budget(run: Any) -> float | None:
-    """Bytes of the fast tier that the run was allowed, where its budget says so in bytes or as a size."""
+    """The run's budget of the fast tier in bytes; None if there is none, or if it was a share of the machine."""
     from ..errors import TrimtabError
     from ..memory.budget import parse
 
@@ -104,7 +104,7 @@ def _budget(run: Any) -> float | None:
         return allowed
     asked = at(run.recipe, "budget", "fast")
     if asked is None or isinstance(asked, str) and ("%" in asked or asked.strip().startswith("-")):
-        return None  # a share of a machine that may not be this one
+        return None  # a share of a machine that may be another one
     try:
         return parse(asked, 2**63)
     except TrimtabError:
@@ -151,7 +151,8 @@ def _facts(runs: list[Any]) -> str:
         ("seconds", figure("{:,.1f}", "measured", "seconds")),
         ("budget", lambda run: "" if _budget(run) is None else gib(_budget(run) or 0)),
         ("fast tier at the peak", size("measured", "fast_peak_bytes")),
-        ("of it for the run", size("measured", "fast_growth_bytes")), ("slow tier", size("measured", "slow_bytes")),
+        ("of which added by the run", size("measured", "fast_growth_bytes")),
+        ("slow tier", size("measured", "slow_bytes")),
         ("fetched from tables per step", size("measured", "store_up_bytes_per_step")),
         ("written to tables per step", size("measured", "store_down_bytes_per_step")),
         ("rows prefetched in time", figure("{:.0%}", "measured", "store_prefetch_hit_rate")),
@@ -168,9 +169,10 @@ def _facts(runs: list[Any]) -> str:
 
 
 def _totals(runs: list[Any]) -> str:
-    """The plan that was shown before each run, the run's own plan, and what was measured."""
+    """The plan that was shown before each run, the run's own plan, and the measurement."""
     wanted = (
-        ("fast tier, whole process", "fast_peak_bytes", _size), ("of it for the run", "fast_growth_bytes", _size),
+        ("fast tier, whole process", "fast_peak_bytes", _size),
+        ("of which added by the run", "fast_growth_bytes", _size),
         ("live tensors", "live_peak_bytes", _size), ("tokens/s", "tokens_per_second", "{:,.1f}".format),
     )  # fmt: skip
     hows = _hows(runs)
@@ -187,17 +189,17 @@ def _totals(runs: list[Any]) -> str:
             rows.append([escape(name), *cells, off])
     if not rows:
         return '<p class="quiet">Nothing was predicted or measured.</p>'
-    table = _table(["", *(HOWS[how] for how in hows), "run's own plan less measured"], rows, numbers=True)
+    table = _table(["", *(HOWS[how] for how in hows), "run's own plan minus measured"], rows, numbers=True)
     return table + "".join(f'<p class="quiet">{escape(line)}</p>' for run in runs if (line := _batches(run, runs)))
 
 
 def _hows(runs: list[Any]) -> list[str]:
-    """Which columns there are: a plan that was shown before is not known of each run."""
+    """The columns of the table: only some runs have a plan that was shown before."""
     return [how for how in HOWS if how != "shown" or any(at(run.run, "shown") for run in runs)]
 
 
 def _batches(run: Any, runs: list[Any]) -> str:
-    """What each plan was made for: where the two differ, so do the figures."""
+    """The batch of each plan: if these differ, so do the figures."""
     found = {}
     for how in ("shown", "predicted"):
         rows, tokens = (number(at(run.run, how, "batch", key)) for key in ("rows", "tokens"))
@@ -224,7 +226,7 @@ def _kind_table(run: Any) -> str:
     if not rows:
         return ""
     when = [f"{HOWS[how]}: {at(run.run, how, 'phase')}" for how in hows if at(run.run, how, "phase")]
-    told = f'<p class="quiet">Where in a step the peak is: {escape("; ".join(when))}.</p>' if when else ""
+    told = f'<p class="quiet">The part of a step with the peak: {escape("; ".join(when))}.</p>' if when else ""
     inner = _table(["at the peak of a step", *(HOWS[how] for how in hows)], rows, numbers=True)
     return f'<div class="card"><h3>{escape(run.name)}</h3>{inner}{told}</div>'
 
@@ -240,7 +242,7 @@ def _answers(run: Any, named: bool) -> str:
     ]
     counts = [at(part, "rows") for part in (run.before, run.after)]
     if counts[0] != counts[1] and all(counts):
-        title += f'<p class="quiet">Of {escape(str(counts[0]))} rows before, {escape(str(counts[1]))} after.</p>'
+        title += f'<p class="quiet">On {escape(str(counts[0]))} rows before, {escape(str(counts[1]))} after.</p>'
     return title + _table(["", "before", "after"], rows, numbers=True) + _samples(run)
 
 
@@ -272,6 +274,6 @@ def _recipe(run: Any) -> str:
     import yaml
 
     if not run.recipe:
-        return f'<p class="quiet">{escape(run.name)}: no recipe.yaml.</p>'
+        return f'<p class="quiet">{escape(run.name)}: there is no recipe.yaml.</p>'
     text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)
     return f"<details><summary>{escape(run.name)}</summary><pre>{escape(text)}</pre></details>"

@@ -1,7 +1,7 @@
-"""`trimtab report RUN [RUN2 ...]`: one page of what runs were, predicted, held, learned and answered.
+"""`trimtab report RUN [RUN2 ...]`: one page about runs: recipe, predicted and measured memory, loss, answers.
 
-The page is a single file that needs no network: plotly's script is in it once, the figures are data beside it. What a
-run's folder lacks (it was killed, it is older, a line was cut off) is left out, and the page says so.
+The page is a single file that needs no network: it contains plotly's script once, and the figures as data. What is
+missing in a run's folder (it was killed, it is older, a line was cut off) is left out, and the page says so.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .figures import number
 from .page import page
 
 READ = ("run.json", "metrics.jsonl", "memory.jsonl", "recipe.yaml")
-POINTS = 2000  # at most so many of a curve are drawn
+POINTS = 2000  # the most points drawn of a curve
 
 
 @dataclass
 class Run:
-    """What the folder of one run holds, as far as it can be read. Absent parts are empty."""
+    """The content of one run's folder, as far as it can be read. Missing parts are empty."""
 
     name: str
     run: dict[str, Any] = field(default_factory=dict)
@@ -41,13 +41,13 @@ class Run:
 
 
 def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write the page about `runs` (folders); -> where it is: `out`, or report.html in the first folder.
+    """Write the page about `runs` (folders); -> its path: `out`, or report.html in the first folder.
 
-    BadInput for a folder that holds no run, and for a page that cannot be written.
+    BadInput for a folder without a run, and for a page that cannot be written.
     """
     folders = [Path(name) for name in runs]
     if not folders:
-        raise BadInput("report", "no run was named", "Name the folder of one or more runs")
+        raise BadInput("report", "no run was named", "Name the folders of one or more runs")
     found = [read(folder) for folder in folders]
     for run, name in zip(found, _names(folders), strict=True):
         run.name = name
@@ -64,7 +64,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
 
 
 def read(folder: Path) -> Run:
-    """The run in `folder`; what cannot be read is noted in it."""
+    """The run in `folder`; its `notes` say what cannot be read."""
     if not folder.is_dir():
         raise BadInput(f"report {folder}", "there is no such folder", "Name the folder of a run")
     if not any((folder / name).is_file() for name in READ):
@@ -72,7 +72,7 @@ def read(folder: Path) -> Run:
     run = Run(folder.name)
     run.run = _object(run, folder / "run.json")
     if not (folder / "run.json").is_file():
-        run.notes.append("There is no run.json: the run did not come to its end.")
+        run.notes.append("There is no run.json: the run did not finish.")
     run.recipe = _object(run, folder / "recipe.yaml")
     run.metrics = _thin([row for row in _lines(run, folder / "metrics.jsonl") if number(row.get("step")) is not None])
     run.memory = _thin([row for row in _lines(run, folder / "memory.jsonl") if number(row.get("anon")) is not None])
@@ -81,7 +81,7 @@ def read(folder: Path) -> Run:
 
 
 def _object(run: Run, path: Path) -> dict[str, Any]:
-    """A file that holds keys; {} where it is missing, or cannot be read."""
+    """The content of a JSON or YAML file of keys; {} if it is missing or cannot be read."""
     if not path.is_file():
         return {}
     try:
@@ -96,7 +96,7 @@ def _object(run: Run, path: Path) -> dict[str, Any]:
 
 
 def _lines(run: Run, path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; those that are no objects (a last one that was cut off) are counted and left."""
+    """The rows of a JSON-lines file; lines that are not objects (cut off, for example) are counted and skipped."""
     if not path.is_file():
         run.notes.append(f"There is no {path.name}.")
         return []
@@ -116,7 +116,7 @@ def _lines(run: Run, path: Path) -> list[dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """`value` as the page's script can read it: numbers that are none (NaN, infinity) become null."""
+    """`value` as the page's script can read it: NaN and infinity become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -127,13 +127,13 @@ def _finite(value: Any) -> Any:
 
 
 def _thin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every so-many-th row and the last, so that a long run's page stays small."""
+    """Every n-th row and the last one, so that a long run's page stays small."""
     step = -(-len(rows) // POINTS) or 1
     return [row for index, row in enumerate(rows) if index % step == 0 or index == len(rows) - 1]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest ends of the paths that are all different."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

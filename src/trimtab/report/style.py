@@ -1,4 +1,4 @@
-"""How a report's page looks, and the script that draws its figures: nothing in them is fetched from anywhere."""
+"""The style of a report's page, and the script that draws its figures. Neither fetches anything from the network."""
 
 STYLE = """
 :root { color-scheme: light dark; --back: #ffffff; --card: #f6f7f9; --text: #1d2129; --quiet: #5b6472; --line: #d9dde3;

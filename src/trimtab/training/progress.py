@@ -21,7 +21,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from ..contracts import Surgery
-from ..cost.trace import ADAPTER, MAPPED, OPTIMISER, WEIGHTS, Trace, highest, live, metered
+from ..cost.trace import ADAPTER, MAPPED, OPTIMIZER, WEIGHTS, Trace, highest, live, metered
 from ..files import write_text
 from ..memory.guard import Guard
 from ..memory.meter import GIB, Meter
@@ -123,7 +123,7 @@ class Steps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.trace:
-            self.trace.enter("optimiser", OPTIMISER)
+            self.trace.enter("optimizer", OPTIMIZER)
 
     def end_live(self) -> None:
         if self.trace is None:
@@ -133,7 +133,7 @@ class Steps(TrainerCallback):
             self.live_phase, held = highest(self.trace.peaks)
             self.live_bytes = {kind: size for kind, size in held.items() if size}
             self.live_peak = live(held)
-            stays = {kind: held.get(kind, 0) for kind in (WEIGHTS, ADAPTER, OPTIMISER)}
+            stays = {kind: held.get(kind, 0) for kind in (WEIGHTS, ADAPTER, OPTIMIZER)}
             process = max(0, self.meter.baseline["anon"] - stays[WEIGHTS])
             self.meter.parts = {"process": process, **stays}
         self.trace = None
