@@ -186,7 +186,7 @@ def stopped(world, tmp_path, monkeypatch):
     end = StopOnInterrupt.on_step_end
 
     def stop(self, args, state, control, **kwargs):
-        self.asked = state.global_step == 2
+        self.requested = state.global_step == 2
         return end(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patched, pytest.raises(Interrupted):

@@ -10,7 +10,7 @@ import torch
 
 from conftest import MODELS, logits, quantise, tiny_batch
 from trimtab.errors import BadInput
-from trimtab.methods.parallel_adapter import NAME, Adapter, ParallelAdapter
+from trimtab.methods.parallel_adapter import Adapter, ParallelAdapter
 from trimtab.model import anatomy
 from world import PLACE, train
 
@@ -145,7 +145,7 @@ def test_start_names_and_places(family):
         keys, values = own[f"{ffn.name}.keys"].detach(), own[f"{ffn.name}.values"]
         assert keys.shape == values.shape == (256, 64)
         assert keys.std() == pytest.approx(0.02, rel=0.05) and not values.any()
-        assert f"{ffn.name}.{NAME}.keys" in model.state_dict()
+        assert f"{ffn.name}.{ParallelAdapter.attribute}.keys" in model.state_dict()
     first, second = (own[f"{ffn.name}.keys"] for ffn in anatomy.ffns(model))
     assert not torch.equal(first, second), "each layer has its own keys"
     other = ParallelAdapter(r=256, seed=4).apply(MODELS[family](), PLACE).own_tensors()

@@ -22,6 +22,7 @@ computed in the model's precision (or autocast's); the weights and their gradien
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,55 +31,34 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from ..contracts import ModulePatch, Patch, Place, Surgery
+from ..bases.beside_ffn import BesideFFN, BesideSurgery
+from ..contracts import ModulePatch, Place
 from ..errors import BadInput
 from ..model import anatomy
-from ..model.freeze import freeze_base
-from ..model.surgery import Swaps
-
-NAME = "trimtab_parallel_adapter"
 
 
 @dataclass(frozen=True)
-class ParallelAdapter(Patch):
+class ParallelAdapter(BesideFFN):
     """A dense ReLU network of `r` key-value pairs beside each FFN."""
 
     paper: ClassVar[str] = "2110.04366"
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-4, "warmup_steps": 0.02}
     shrinkable: ClassVar[tuple[str, ...]] = ("r",)
+    attribute: ClassVar[str] = "trimtab_parallel_adapter"
 
     r: int = 512  # pairs per layer; the paper's "bottleneck dimension" (512 in table 6, FFN rows)
     scale: float = 1.0  # s, section 4.6 (4 there)
     seed: int = 0  # of the keys
 
-    def apply(self, model: PreTrainedModel, place: Place) -> ParallelAdapterSurgery:
+    def apply(self, model: PreTrainedModel, place: Place) -> BesideSurgery:
         if self.r < 1:
             raise BadInput(f"parallel_adapter: r: {self.r}", "a layer needs at least one pair", "Set r to 512, say")
-        surgery = ParallelAdapterSurgery(self, model)
-        ffns = anatomy.ffns(model)
-        if any(hasattr(ffn.host, NAME) for ffn in ffns):
-            raise BadInput("apply a second parallel_adapter", "the model has one already", "Give that one a larger r")
-        freeze_base(model, surgery.swaps)
+        return super().apply(model, place)
+
+    def beside(self, ffns: Sequence[anatomy.Ffn], surgery: BesideSurgery, place: Place) -> Iterator[Adapter]:
         random = torch.Generator().manual_seed(self.seed)
         for ffn in ffns:
-            adapter = Adapter(ffn.width, self.r, self.scale, next(ffn.host.parameters()).device, random)
-            surgery.swaps.set_attribute(ffn.host, NAME, adapter)
-            surgery.swaps.hook(ffn.beside(adapter))
-            surgery.adapters[ffn.name] = adapter
-        return surgery
-
-
-class ParallelAdapterSurgery(Surgery):
-    def __init__(self, patch: ParallelAdapter, model: PreTrainedModel):
-        self.patch = patch
-        self.swaps = Swaps(model)
-        self.adapters: dict[str, Adapter] = {}
-
-    def revert(self) -> None:
-        self.swaps.undo()
-
-    def own_tensors(self) -> dict[str, Tensor]:
-        return {f"{name}.{key}": p for name, adapter in self.adapters.items() for key, p in adapter.named_parameters()}
+            yield Adapter(ffn.width, self.r, self.scale, next(ffn.host.parameters()).device, random)
 
 
 class Adapter(ModulePatch):

@@ -43,13 +43,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from ...contracts import Patch, Place, Surgery
+from ...bases.beside_ffn import BesideFFN, BesideSurgery
+from ...contracts import Place
 from ...errors import BadInput, nearest
 from ...foreign import recomputing
 from ...model import anatomy
-from ...model.freeze import freeze_base
 from ...model.row_steps import RowPatch, step_with_optimizers
-from ...model.surgery import Swaps
 from ...tiered.adam import MODES, RowAdam
 from ...tiered.distributed import settle, store_class
 from ...tiered.groups import Groups
@@ -60,7 +59,6 @@ from . import experts
 from .lookahead import ExpertPrefetcher, LayerTrace
 from .router import Router
 
-NAME = "trimtab_meft"
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
            "moments": tuple(MOMENTS), "prefetch": ("known", "none"),
@@ -69,11 +67,12 @@ LEAST = {"r": 1, "probes": 1, "k": 1, "balance": 0, "revive": 0, "cache": 0}
 
 
 @dataclass(frozen=True)
-class Meft(Patch):
+class Meft(BesideFFN):
     """A sparse adapter of `r` key-value pairs beside each FFN, in slow memory."""
 
     paper: ClassVar[str] = "2406.04984"
     uses_tables: ClassVar[bool] = True
+    attribute: ClassVar[str] = "trimtab_meft"
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2.5e-4, "warmup_steps": 0.02}  # paper: 1e-4, 2 % warm-up
     shrinkable: ClassVar[tuple[str, ...]] = ("cache", "probes", "r")
 
@@ -94,47 +93,46 @@ class Meft(Patch):
     prefetch: str = "known"  # rows that are read ahead: those "known" to be needed, or "none"
     seed: int = 0  # of the initial keys
 
+    def surgery(self, model: PreTrainedModel) -> MeftSurgery:
+        return MeftSurgery(self, model)
+
     def apply(self, model: PreTrainedModel, place: Place) -> MeftSurgery:
-        rows, block = self.layout()
-        surgery = MeftSurgery(self, model)
-        surgery.notes = tuple(self.notes(rows, block))
-        ffns = anatomy.ffns(model)
-        if any(hasattr(ffn.host, NAME) for ffn in ffns):
-            raise BadInput("apply a second meft", "the model has one", "Give the first one a larger r")
-        freeze_base(model, surgery.swaps)
+        notes = tuple(self.notes(*self.layout()))
+        surgery = super().apply(model, place)
+        surgery.notes = notes
         try:
-            devices = [next(ffn.host.parameters()).device for ffn in ffns]
-            make_store = store_class(planned=any(device.type == "meta" for device in devices))
-            reader = Reader() if self.prefetch != "none" else None
-            if reader is not None:
-                surgery.swaps.on_undo(reader.close)
-            prefetcher = ExpertPrefetcher()
-            for index, (ffn, found) in enumerate(zip(ffns, devices, strict=True)):
-                device = place.device if found.type == "meta" else found
-                made = functools.partial(
-                    make_store, folder=place.folder, device=device, slow=slow_kind(place.slow, device), cap=self.cap,
-                    reader=reader,
-                )  # fmt: skip
-                form = (rows, block, ffn.width, self.seed * 1_000_003 + index)
-                surgery.stores.append(store := made(
-                    ffn.name, rows, (block, 2 * ffn.width), cache_bytes=int(self.cache * 2**30) // len(ffns),
-                    moments=MOMENTS[self.moments], initial=functools.partial(experts.initial_rows, *form),
-                    more=len(ffns) - index - 1,
-                ))  # fmt: skip
-                table = None
-                if self.router == "gate":
-                    initial = functools.partial(experts.initial_centroids, *form)
-                    surgery.stores.append(table := made(f"{ffn.name}.router", rows, (ffn.width,), initial=initial))
-                adapter = Adapter(self, store, table, prefetcher)
-                surgery.swaps.set_attribute(ffn.host, NAME, adapter)
-                surgery.swaps.hook(ffn.beside(adapter))
-                surgery.adapters[ffn.name] = adapter
             step_with_optimizers(surgery.swaps)
             settle(surgery.stores)
         except BaseException:
             surgery.revert()
             raise
         return surgery
+
+    def beside(self, ffns: Sequence[anatomy.Ffn], surgery: MeftSurgery, place: Place) -> Iterator[Adapter]:
+        rows, block = self.layout()
+        devices = [next(ffn.host.parameters()).device for ffn in ffns]
+        make_store = store_class(planned=any(device.type == "meta" for device in devices))
+        reader = Reader() if self.prefetch != "none" else None
+        if reader is not None:
+            surgery.swaps.on_undo(reader.close)
+        prefetcher = ExpertPrefetcher()
+        for index, (ffn, found) in enumerate(zip(ffns, devices, strict=True)):
+            device = place.device if found.type == "meta" else found
+            made = functools.partial(
+                make_store, folder=place.folder, device=device, slow=slow_kind(place.slow, device), cap=self.cap,
+                reader=reader,
+            )  # fmt: skip
+            form = (rows, block, ffn.width, self.seed * 1_000_003 + index)
+            surgery.stores.append(store := made(
+                ffn.name, rows, (block, 2 * ffn.width), cache_bytes=int(self.cache * 2**30) // len(ffns),
+                moments=MOMENTS[self.moments], initial=functools.partial(experts.initial_rows, *form),
+                more=len(ffns) - index - 1,
+            ))  # fmt: skip
+            table = None
+            if self.router == "gate":
+                initial = functools.partial(experts.initial_centroids, *form)
+                surgery.stores.append(table := made(f"{ffn.name}.router", rows, (ffn.width,), initial=initial))
+            yield Adapter(self, store, table, prefetcher)
 
     def notes(self, rows: int, block: int) -> Iterator[str]:
         """Warnings about rounded or clipped fields."""
@@ -169,15 +167,15 @@ class Meft(Patch):
         return math.ceil(self.r / block), block
 
 
-class MeftSurgery(Surgery):
+class MeftSurgery(BesideSurgery):
+    adapters: dict[str, Adapter]
+
     def __init__(self, patch: Meft, model: PreTrainedModel):
-        self.patch = patch
-        self.swaps = Swaps(model)
-        self.adapters: dict[str, Adapter] = {}
+        super().__init__(patch, model)
         self.stores = []
 
     def revert(self) -> None:
-        self.swaps.undo()
+        super().revert()
         for store in self.stores:
             store.drop()
 
