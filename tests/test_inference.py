@@ -155,6 +155,8 @@ def test_what_a_recipe_that_trains_nothing_plans_and_exports(runs, call, tmp_pat
     code, out, _ = call("plan", tmp_path / "r.yaml")
     assert code == 0 and "nothing is trained" in out and "trained  " not in out
     assert call("plan", tmp_path / "r.yaml", "budget.fast=50MiB")[0] == 3
+    with pytest.raises(BadInput, match="this machine has none"):
+        with_keys(recipe, place={"fast": "cuda"}, budget=None).plan()
     for form in ("merged", "peft"):
         with pytest.raises(BadInput, match="changes no weight"):
             export(recipe, form)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from conftest import MODELS, logits, quantise, tiny_batch
 from trimtab import methods
 from trimtab.artifacts.adapter import Base, load_adapter, save_adapter
+from trimtab.contracts import When
 from trimtab.errors import BadInput
 from trimtab.model.load import base_hash
 from world import CASES, EVERY, PLACE, STORED, gradients, make, same, snapshot, train, values
@@ -53,6 +54,7 @@ def trained(name: str, family: str, steps: int = 3, **fields):
 
 def test_every_patch_has_a_case():
     assert set(CASES) == set(methods.names("patch", "train"))
+    assert all(methods.find(name).when is When.TRAIN for name in CASES)
 
 
 @patches

@@ -148,6 +148,7 @@ def test_a_recipe_that_only_prunes_is_evaluated_and_exported(world, tmp_path):
         train(recipe)
     assert not (tmp_path / "run").exists()
     pruned, base = evaluate(recipe), evaluate(recipe, base_only=True)
+    assert not (tmp_path / "run").exists(), "no run, and so no record of one"
     assert pruned["metrics"]["loss"] != base["metrics"]["loss"]
     export(recipe, "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import gc
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) 
         own.per_device_eval_batch_size = own.per_device_train_batch_size
         model, _ = empty_model(recipe.model, task=objective.head, labels=inputs.labels)
         job = Job.without_patches(recipe, model)
-        trainer = make_trainer(job, recipe, model, own, Inputs(inputs.tokenizer, few, None))
+        with tempfile.TemporaryDirectory() as own.output_dir:  # the library creates it
+            trainer = make_trainer(job, recipe, model, own, Inputs(inputs.tokenizer, few, None))
         for batch in trainer.get_eval_dataloader(trainer.train_dataset):
             yield {key: value.to(device) for key, value in batch.items()}
 
@@ -109,8 +111,6 @@ def foresee(recipe: Recipe) -> Foreseen:
 
     BadInput for what the run would refuse of its rows: columns, chat template, lengths, token ids.
     """
-    import tempfile
-
     from ..model.load import empty_model
 
     objective = recipe.load_objective()

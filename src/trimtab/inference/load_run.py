@@ -48,15 +48,14 @@ def load_run(
     patches = [patch for patch in own if patch.when is When.INFER] if generates else []
     before = [] if base_only else patches_of(folder) if folder else [p for p in own if p.when is not When.INFER]
     loaded, place = Loaded(None, None, base, [*before, *patches]), place_of(recipe)
-    model, tokenizer = load_model(recipe.model, task=base.task, labels=loaded.labels, device=place.device)
+    model, tokenizer = load_model(
+        recipe.model, task=base.task, labels=loaded.labels, names=base.labels, device=place.device
+    )
     loaded.model, loaded.tokenizer = model, tokenizer
     if base.reply.template is not None:  # the run's own, even if its file has changed since
         tokenizer.chat_template = base.reply.template
     else:
         use_template(recipe.data, tokenizer)
-    if base.labels:
-        model.config.id2label = dict(enumerate(base.labels))
-        model.config.label2id = {label: index for index, label in enumerate(base.labels)}
     try:
         if folder and not base_only:
             loaded.surgeries += load_adapter(model, folder, place)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,14 @@ def load_model(
     *,
     task: str = "causal-lm",
     labels: int | None = None,
+    names: Sequence[str] = (),
     device: torch.device | str | None = None,
     say: Say | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """-> (model in eval mode, tokenizer with a pad token). Sets `model.trimtab_base` to its `base_hash`.
 
-    `task`: "causal-lm" or "classification" (a sequence head of `labels` classes; 1 is regression). `device`: None is
-    the CPU. BadInput for a wrong name and for missing or damaged files.
+    `task`: "causal-lm" or "classification" (a sequence head of `labels` classes; 1 is regression). `names`: of the
+    classes. `device`: None is the CPU. BadInput for a wrong name and for missing or damaged files.
     """
     spec = ModelSpec(spec) if isinstance(spec, str) else spec
     if task not in TASKS:
@@ -81,6 +83,9 @@ def load_model(
         # bitsandbytes would repack 4-bit weights into a layout that does not support training (model/freeze.py)
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
+    if names:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: index for index, name in enumerate(names)}
     model.trimtab_base = base
     for note in left_dense(model) if say is not None else ():
         say(note)

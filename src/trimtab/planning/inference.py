@@ -13,10 +13,9 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..memory.budget import Budget, fast_bytes, slow_bytes
 from ..recipe import Recipe
 from .calibrate import known_overhead
-from .plan import Plan, growth, longest_allowed, plan, process_bytes
+from .plan import Plan, growth, limits, longest_allowed, plan, process_bytes
 from .planned_model import PlannedModel, at_whole_depth
 
 if TYPE_CHECKING:
@@ -52,8 +51,7 @@ def plan_inference(
     from ..cost.trace import highest
 
     device = recipe.load_place().device
-    machine = fast_bytes(device)
-    budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder or recipe.output))
+    machine, budget = limits(recipe)
     overhead = known_overhead()
     with torch.random.fork_rng(devices=[]):
         cost = at_whole_depth(
@@ -77,7 +75,8 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
     head = recipe.load_objective().head
     work = Work(1, length, NEW if head == "causal-lm" else 0)
     made = plan_inference(recipe, recipe.load_patches(), work, head, None, process)
-    made.notes.append(f"nothing is trained: for a prompt of {length} tokens (max_length) and a reply of {work.new}")
+    what = f"a prompt of {length} tokens (max_length)" + (f" and a reply of {work.new}" if work.new else "")
+    made.notes.append(f"nothing is trained: for {what}")
     return made
 
 

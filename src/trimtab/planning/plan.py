@@ -197,10 +197,7 @@ def plan(
         raise BadInput("plan", "the recipe has no patch", "Add one under patches, or use planning.search.search")
     device = place.device
     template_of(recipe.data)  # BadInput for a missing file, as in `train`
-    machine = fast_bytes(device)
-    if machine is None and not (recipe.budget or {}).get("fast"):
-        raise BadInput(f"plan a run on {device}", "this machine has none", 'Set its memory: budget: {fast: "24GiB"}')
-    budget = Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder or recipe.output))
+    machine, budget = limits(recipe)
     args = args or training_arguments(recipe, arguments_class(objective), Path(recipe.output), device.type == "cpu")
     check_optimizer(recipe, args)
     notes: list[str] = []
@@ -251,6 +248,15 @@ def plan(
         kinds, phase, process, overhead, transient, budget, machine, rows, tokens, counted, speed, cost.trained,
         beside.efficiency, read, notes, disk,
     )  # fmt: skip
+
+
+def limits(recipe: Recipe) -> tuple[int | None, Budget]:
+    """-> the bytes of the fast tier (None: this machine has no such device), and the budget."""
+    device = recipe.load_place().device
+    machine = fast_bytes(device)
+    if machine is None and not (recipe.budget or {}).get("fast"):
+        raise BadInput(f"plan a run on {device}", "this machine has none", 'Set its memory: budget: {fast: "24GiB"}')
+    return machine, Budget.of(recipe.budget, machine, slow_bytes(device, recipe.place.folder or recipe.output))
 
 
 def foreseen(recipe: Recipe, notes: list[str]) -> Foreseen | None:

@@ -206,7 +206,7 @@ def _combinations(recipe: Recipe) -> Iterator[Candidate]:
 def _methods(recipe: Recipe) -> list[tuple[str, list[dict[str, Any]]]]:
     """(name, patches): those of the recipe, and each training patch of the table with its defaults."""
     own = [(" + ".join(next(iter(entry)) for entry in recipe.patches), recipe.patches)] if recipe.patches else []
-    others = [name for name in methods.names("patch") if methods.find(name).when.value in ("train", "both")]
+    others = methods.names("patch", "train")
     return own + [(name, [{name: {}}]) for name in others if [{name: {}}] != recipe.patches]
 
 

@@ -136,18 +136,10 @@ class Session:
     def _model(self) -> Any:
         from ..model.load import load_model
 
-        names = self.rows.labels
-        model, _ = load_model(
-            self.recipe.model,
-            task=self.objective.head,
-            labels=self.inputs.labels,
-            device=self.place.device,
-            say=self.say,
-        )
-        if names:
-            model.config.id2label = dict(enumerate(names))
-            model.config.label2id = {label: index for index, label in enumerate(names)}
-        return model
+        return load_model(
+            self.recipe.model, task=self.objective.head, labels=self.inputs.labels, names=self.rows.labels or (),
+            device=self.place.device, say=self.say,
+        )[0]  # fmt: skip
 
     # --- training ------------------------------------------------------------------------------------------------
 
