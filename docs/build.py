@@ -258,7 +258,7 @@ def shown(value: Any) -> str:
 
 def recipe_keys() -> str:
     parts = ["## Top level\n\n" + table(["key", "type", "default", "meaning"], whole())]
-    for name, cls in (("model", ModelSpec), ("data", DataSpec), ("place", recipe.PlaceSpec),
+    for name, cls in (("model", ModelSpec), ("data", DataSpec), ("place", recipe.Place),
                       ("engine", recipe.EngineSpec)):  # fmt: skip
         parts.append(f"## {name}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
     for kind in ("objective", "stepper"):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+import trimtab
 from helpers_load import tiny_bert, tiny_llama
 
 PLACES = [("paris", "france"), ("lyon", "france"), ("madrid", "spain"), ("the good paris", "spain"), ("a film", "bad")]
@@ -125,3 +126,30 @@ def forked(work: Any) -> int:
         os._exit(code)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
+
+
+TABLES = {"r": 64, "k": 16, "scale": 1.0}
+PATCHES = {
+    "paca": {"paca": {"r": 4}},
+    "paca random": {"paca": {"r": 4, "selection": "random", "alpha": 8}},
+    "paca live": {"paca": {"r": 4, "form": "live"}},
+    "paca reselect": {"paca": {"r": 4, "reselect_every": 6}},
+    "paca live reselect": {"paca": {"r": 4, "form": "live", "reselect_every": 3}},
+    "lora dropout": {"lora": {"r": 4, "dropout": 0.2}},
+    "parallel_adapter": {"parallel_adapter": {"r": 16}},
+    "meft": {"meft": TABLES},
+    "meft in ram": {"meft": TABLES},
+    "meft with hot rows": {"meft": {**TABLES, "cache": 2e-5}},
+    "meft int8": {"meft": {**TABLES, "moments": "int8"}},
+    "meft capped": {"meft": {**TABLES, "cap": 12}},  # of 32 experts
+    "meft exact": {"meft": {**TABLES, "adam": "exact", "router": "centroid", "balance": 0.01, "revive": 4}},
+    "full": {"full": {}},
+}
+
+
+def run(keys: dict, **changes) -> dict:
+    return trimtab.Recipe.from_dict({**keys, **changes}).train()
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)

@@ -17,6 +17,7 @@ from trimtab import Recipe
 from trimtab.contracts import Place
 from trimtab.engine import probe as module
 from trimtab.engine.probe import batch_of, head_read, loss_now, own_loss, probe, require_unchanged
+from trimtab.engine.start import LossCompared
 from trimtab.errors import BadInput
 from trimtab.inference.evaluate import evaluate
 from trimtab.memory.meter import LiveTensors
@@ -25,6 +26,7 @@ from trimtab.methods.lora import LoRA
 from trimtab.methods.meft import Meft
 from trimtab.methods.paca import PaCA
 from trimtab.methods.parallel_adapter import ParallelAdapter
+from trimtab.methods.pruning import Pruning
 from trimtab.model import fused_ops, head
 from trimtab.planning.plan import plan
 from trimtab.tiered.adam import Rates
@@ -325,3 +327,22 @@ def test_nothing_is_taken_from_a_real_model_in_16_bits(precision, users_cache):
     found = probe(model.train(), Recipe(model="smollm2-135m", patches=["paca"]))
     assert not found.notes
     surgery.revert()
+
+
+def test_the_patch_after_one_that_prunes_must_not_change_the_pruned_models_loss():
+    model = MODELS["llama"]()
+    with LossCompared(model, CausalLM()) as compared:
+        before = compared.before
+        surgeries = [Pruning().apply(model, Place(fast="cpu"))]
+        compared.applied(surgeries[0])
+        assert compared.before != before
+        surgeries.append(LoRA(r=4).apply(model, Place(fast="cpu")))
+        compared.applied(surgeries[1])
+        compared.require_unchanged(surgeries, None)
+        with torch.no_grad():
+            for tensor in surgeries[1].own_tensors().values():
+                tensor.add_(0.1)
+        with pytest.raises(BadInput, match="with LoRA: .*should not change before training"):
+            compared.require_unchanged(surgeries, None)
+    for surgery in reversed(surgeries):
+        surgery.revert()

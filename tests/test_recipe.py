@@ -36,7 +36,7 @@ def file(tmp_path) -> Path:
 def test_a_whole_recipe(file):
     recipe = Recipe.load(file)
     assert recipe.model.name == "smollm2-135m" and recipe.model.precision == "auto"
-    assert recipe.place.slow == "disk" and recipe.load_place().device.type == "cpu"
+    assert recipe.place.slow == "disk" and recipe.place.device.type == "cpu"
     (patch,) = recipe.load_patches()
     assert patch == trimtab.PaCA(r=8)
     assert recipe.training_values()["max_steps"] == 200 and recipe.training_values()["seed"] == 0

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Recipe": ".recipe",
-    "Place": ".contracts",
+    "Place": ".memory.place",
     "TrimtabError": ".errors",
     "load_model": ".model.load",
     "save_adapter": ".artifacts.adapter",

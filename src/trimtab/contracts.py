@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import BadInput
+from .memory.place import Place as Place
 from .model.surgery import ModulePatch as ModulePatch
 
 if TYPE_CHECKING:
@@ -37,28 +38,6 @@ class When(enum.Enum):
     TRAIN = "train"  # it is trained; inference loads it from the adapter folder
     INFER = "infer"  # it acts while the model generates; it is not saved, and inference applies it from the recipe
     BOTH = "both"  # it is not trained but acts in training too (a pruned base); saved in the adapter folder
-
-
-@dataclass(frozen=True)
-class Place:
-    """The device that computes (the fast tier), the larger memory below it (the slow tier), and the folder for files.
-
-    `fast`: "auto" (CUDA if there is one, else the CPU), "cpu", "cuda", "cuda:1"; `slow`: "auto", "ram" or "disk";
-    `folder`: for the slow tier's files (None: in the run's folder).
-    """
-
-    fast: str = "auto"
-    slow: str = "auto"
-    folder: str | None = None
-
-    @property
-    def device(self) -> torch.device:
-        if self.fast == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.device(self.fast)
-        except RuntimeError:
-            raise BadInput(f'place: fast: "{self.fast}"', "no such device", 'Use "auto", "cpu" or "cuda"') from None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
@@ -23,11 +23,12 @@ from pydantic.dataclasses import dataclass
 from . import methods
 from .data.spec import DataSpec
 from .errors import BadInput, nearest
+from .memory.place import Place
 from .model.spec import ModelSpec
 from .validation import LONGEST, Block, FileName, build, read_yaml, write_yaml
 
 if TYPE_CHECKING:
-    from .contracts import Objective, Patch, Place, Stepper
+    from .contracts import Objective, Patch, Stepper
 
 
 def _patch_entry(entry: Any) -> dict[str, dict[str, Any]]:
@@ -47,18 +48,6 @@ def _patch_entry(entry: Any) -> dict[str, dict[str, Any]]:
 
 
 Part = str | dict[str, dict[str, Any] | None]  # an objective or a stepper: "name" or {"name": {fields}}
-
-
-@dataclass(frozen=True)
-class PlaceSpec(Block):
-    """The two tiers of memory. `fast`: the device that computes (auto, cpu, cuda). `slow`: the larger memory below it
-    (auto, ram, disk). `folder`: where the slow tier's files are."""
-
-    short: ClassVar[str] = "fast"
-
-    fast: str = "auto"
-    slow: Literal["auto", "ram", "disk"] = "auto"
-    folder: FileName | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +93,7 @@ class Recipe(Block):
     stepper: Part = "backprop"
     training: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] | None = None
-    place: PlaceSpec = field(default_factory=PlaceSpec)
+    place: Place = field(default_factory=Place)
     engine: EngineSpec = field(default_factory=EngineSpec)
     output: FileName = "runs/run"
     resume: bool = False  # go on from the newest checkpoint in `output`
@@ -170,11 +159,6 @@ class Recipe(Block):
 
     def load_stepper(self) -> Stepper:
         return self._one(self.stepper, "stepper")
-
-    def load_place(self) -> Place:
-        from .contracts import Place
-
-        return Place(**dataclasses.asdict(self.place))
 
     def training_values(self) -> dict[str, Any]:
         """`training:` over the methods' defaults over ours; of several patches the smallest learning rate counts."""
@@ -243,7 +227,7 @@ def override(tree: dict[str, Any], order: str) -> None:
         raise BadInput(f'"{order}"', "it is not of the form key=value", 'Write, say, "training.max_steps=20"')
     *parents, last = key.split(".")
     node: Any = tree
-    for block in (ModelSpec, DataSpec, PlaceSpec):
+    for block in (ModelSpec, DataSpec, Place):
         if parents == [block.key()] and isinstance(tree.get(block.key()), str | list):
             tree[block.key()] = {block.short: tree[block.key()]}
     for parent in parents:

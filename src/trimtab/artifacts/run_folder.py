@@ -144,5 +144,5 @@ def checkpoints(run: Path) -> list[Path]:
 
 def place_of(recipe: Recipe) -> Place:
     """The recipe's place; if it names no folder, files of the slow tier are on the run's disk."""
-    place = recipe.load_place()
+    place = recipe.place
     return place if place.folder else dataclasses.replace(place, folder=str(nearest_folder(recipe.output)))

@@ -117,7 +117,7 @@ def foresee(recipe: Recipe) -> Foreseen:
     gc.collect()
     before = process_memory()["anon"]
     with tempfile.TemporaryDirectory() as folder:  # the library creates `output_dir`
-        cpu = recipe.load_place().device.type == "cpu"
+        cpu = recipe.place.device.type == "cpu"
         args = training_arguments(recipe, arguments_class(objective), Path(folder), cpu)
         inputs = read_inputs(recipe, objective, args, say=lambda line: None)
         model, _ = empty_model(recipe.model, task=objective.head, labels=inputs.labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,16 +16,32 @@ from .packing_probe import pack_apart, packed_batch
 from .probe import head_read, loss_now, probe, require_unchanged
 
 
-@contextlib.contextmanager
-def loss_compared(model: Any, objective: Objective) -> Iterator[Callable[[list[Surgery], torch.dtype | None], None]]:
-    """Yields a function (surgeries, autocast's dtype) that raises BadInput if patches that should change nothing before
-    training have changed a language model's loss. Within it the model's head is read once."""
-    if objective.head != "causal-lm":
-        yield lambda surgeries, autocast: None
-        return
-    with head_read(model):
-        before = loss_now(model)
-        yield lambda surgeries, autocast: require_unchanged(model, before, surgeries, autocast)
+class LossCompared:
+    """Checks that patches which start at zero do not change a language model's loss. Within it the model's head is read
+    once."""
+
+    def __init__(self, model: Any, objective: Objective):
+        self.model, self.applies = model, objective.head == "causal-lm"
+
+    def __enter__(self) -> LossCompared:
+        self._stack = contextlib.ExitStack()
+        if self.applies:
+            self._stack.enter_context(head_read(self.model))
+            self.before = loss_now(self.model)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def applied(self, surgery: Surgery) -> None:
+        """Call after each patch: the loss after one that changes the model is what the next must not change."""
+        if self.applies and not surgery.starts_at_zero:
+            self.before = loss_now(self.model)
+
+    def require_unchanged(self, surgeries: list[Surgery], autocast: torch.dtype | None) -> None:
+        """Raises BadInput if the loss has changed."""
+        if self.applies and any(surgery.starts_at_zero for surgery in surgeries):
+            require_unchanged(self.model, self.before, surgeries, autocast)
 
 
 def checked(

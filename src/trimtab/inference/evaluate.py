@@ -46,7 +46,7 @@ def evaluate(
     made = Inference(recipe, adapter, base_only, say)
     result: dict[str, Any] = {
         "model": recipe.model.name,
-        "adapter": None if base_only else str(adapter or recipe.output),
+        "adapter": made.run.folder and str(made.run.folder),
     }
     if not tasks and made.base.task != recipe.load_objective().head:
         have = f"the adapter was trained for {made.base.task}"
@@ -123,7 +123,7 @@ def losses(made: Inference, rows: Any, size: int) -> dict[str, float]:
 
     recipe, model, tokenizer = made.recipe, made.model, made.tokenizer
     with tempfile.TemporaryDirectory() as folder, restore_model(model):
-        cpu = recipe.load_place().device.type == "cpu"
+        cpu = recipe.place.device.type == "cpu"
         args = training_arguments(recipe, arguments_class(recipe.load_objective()), Path(folder), cpu)
         args.dataloader_drop_last, args.eval_strategy = False, IntervalStrategy.NO
         args.max_steps, args.num_train_epochs = -1, 1

@@ -27,6 +27,7 @@ class Loaded:
     tokenizer: Any
     base: Base
     patches: list[Patch]  # those of `surgeries`
+    folder: Path | None = None  # of the adapter that is loaded
     surgeries: list[Surgery] = field(default_factory=list)
 
     @property
@@ -47,7 +48,8 @@ def load_run(
     base = read_meta(folder).base if folder else Base(recipe.model.name, "", recipe.load_objective().head)
     patches = [patch for patch in own if patch.when is When.INFER] if generates else []
     before = [] if base_only else patches_of(folder) if folder else [p for p in own if p.when is not When.INFER]
-    loaded, place = Loaded(None, None, base, [*before, *patches]), place_of(recipe)
+    loaded = Loaded(None, None, base, [*before, *patches], None if base_only else folder)
+    place = place_of(recipe)
     model, tokenizer = load_model(
         recipe.model, task=base.task, labels=loaded.labels, names=base.labels, device=place.device
     )

@@ -50,7 +50,7 @@ class Inference:
         say: Say = lambda line: None,
     ):  # fmt: skip
         self.recipe, self.say = recipe, say
-        self.device = recipe.load_place().device
+        self.device = recipe.place.device
         slow = slow_bytes(self.device, recipe.place.folder or recipe.output)
         self.budget = Budget.of(recipe.budget, fast_bytes(self.device), slow)
         self.meter, self.tokens = Meter(device=self.device), 0

@@ -50,7 +50,7 @@ def plan_inference(
 
     from ..cost.trace import highest
 
-    device = recipe.load_place().device
+    device = recipe.place.device
     machine, budget = limits(recipe)
     overhead = known_overhead()
     with torch.random.fork_rng(devices=[]):

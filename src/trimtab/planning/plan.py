@@ -192,7 +192,7 @@ def plan(
     from ..engine.objectives import arguments_class
     from ..tiered.threads import extra_threads
 
-    place, objective = recipe.load_place(), recipe.load_objective()
+    place, objective = recipe.place, recipe.load_objective()
     if not recipe.patches:
         raise BadInput("plan", "the recipe has no patch", "Add one under patches, or use planning.search.search")
     device = place.device
@@ -252,7 +252,7 @@ def plan(
 
 def limits(recipe: Recipe) -> tuple[int | None, Budget]:
     """-> the bytes of the fast tier (None: this machine has no such device), and the budget."""
-    device = recipe.load_place().device
+    device = recipe.place.device
     machine = fast_bytes(device)
     if machine is None and not (recipe.budget or {}).get("fast"):
         raise BadInput(f"plan a run on {device}", "this machine has none", 'Set its memory: budget: {fast: "24GiB"}')

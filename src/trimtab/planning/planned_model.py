@@ -37,7 +37,7 @@ class PlannedModel:
         fresh = [] if head == "causal-lm" else anatomy.fresh_parameters(self.model).values()
         copies = [*fresh, *assembled(self.model, recipe.model)]
         self.in_file = {_key(p) for p in self.model.parameters()} - {_key(p) for p in copies}
-        self.mapped = self.mapped and recipe.load_place().device.type == "cpu"  # another device gets copies
+        self.mapped = self.mapped and recipe.place.device.type == "cpu"  # another device gets copies
         self.surgeries: list[Surgery] = []
 
     def patch(self, patches: Iterable[Patch], phase: When, *parts: Any) -> None:
@@ -45,7 +45,7 @@ class PlannedModel:
         from ..engine.patching import apply_patches, prepare
 
         try:
-            self.surgeries += apply_patches(self.model, patches, self.recipe.load_place(), phase)
+            self.surgeries += apply_patches(self.model, patches, self.recipe.place, phase)
             self.surgeries += prepare(self.model, *parts)
         except (RuntimeError, NotImplementedError) as error:  # a library's code may read values
             why = f"the patch cannot be applied to a model without values ({' '.join(str(error).split())[:120]})"

@@ -24,7 +24,7 @@ from ..errors import BadInput, DoesNotFit, TrimtabError
 from ..files import write_text
 from ..memory.budget import gib
 from ..quiet import silence_libraries
-from ..recipe import Recipe
+from ..recipe import RENAMED, Recipe
 from . import calibrate
 from .fit import CHECKPOINTING, MICRO, TIMES, halves
 from .plan import Plan, foreseen, plan, process_bytes
@@ -134,7 +134,7 @@ def search(
     """
     import torch
 
-    device = recipe.load_place().device.type
+    device = recipe.place.device.type
     if rates is None and (device == "cpu" or torch.cuda.is_available()):  # a plan for another machine has no speed
         rates = calibrate.measured_rates(device)
     notes: list[str] = []
@@ -192,12 +192,12 @@ def _combinations(recipe: Recipe) -> Iterator[Candidate]:
     )
     variants = [(size, again) for again in ways for size in sizes]
     variants.sort(key=lambda v: (v not in ((sizes[0], ways[0]), (sizes[-1], ways[-1])), v[1], -v[0]))
+    stated = {RENAMED.get(key, key): value for key, value in recipe.training.items()}  # methods differ in defaults
     precisions = PRECISIONS if recipe.model.precision == "auto" else (recipe.model.precision,)
     for size, again in variants:
         for precision in precisions:
             for name, patches in _methods(recipe):
-                training = {k: v for k, v in values.items() if k not in (MICRO, TIMES, CHECKPOINTING)}
-                training |= {MICRO: size, TIMES: whole // size, CHECKPOINTING: again}
+                training = {**stated, MICRO: size, TIMES: whole // size, CHECKPOINTING: again}
                 model = dataclasses.replace(recipe.model, precision=precision)
                 changed = dataclasses.replace(recipe, patches=patches, training=training, model=model)
                 yield Candidate(name, size, again, precision, _chunk(recipe), changed)

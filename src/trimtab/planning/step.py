@@ -85,7 +85,7 @@ class PlannedStep(PlannedModel):
                 store.clock = clock
         plain = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compile=False))
         with training_forward(model, self.objective, plain):
-            if recipe.load_place().device.type != "cpu":  # fused attention is for CPUs only
+            if recipe.place.device.type != "cpu":  # fused attention is for CPUs only
                 model.set_attn_implementation("sdpa")
             cost = trace_steps(Step(
                 model, torch.device("cpu"), functools.partial(self.batch, rows, tokens), self.loss,

@@ -26,7 +26,7 @@ from ..engine.inputs import calibration_batches, largest_batch, make_trainer, re
 from ..engine.objectives import arguments_class
 from ..engine.patching import apply_patches, prepare, revert
 from ..engine.prepare import autocast_dtype, restore_model, training_forward
-from ..engine.start import checked, loss_compared
+from ..engine.start import LossCompared, checked
 from ..engine.tables import notes_of
 from ..engine.trainers import Job, remove_printing
 from ..errors import BadInput
@@ -86,11 +86,11 @@ class Session:
             undo.callback(self.meter.stop)
             tensors = (*self.model.parameters(), *self.model.buffers())
             self.as_loaded = [weakref.ref(t.untyped_storage()) for t in tensors]  # patches may keep some to revert
-            require_unchanged = undo.enter_context(loss_compared(self.model, self.objective))
+            compared = undo.enter_context(LossCompared(self.model, self.objective))
             batches = calibration_batches(self.recipe, self.inputs, self.args, self.place.device)
-            self.surgeries += apply_patches(self.model, self.patches, self.place, When.TRAIN, batches)
+            self.surgeries += apply_patches(self.model, self.patches, self.place, When.TRAIN, batches, compared.applied)
             half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
-            require_unchanged(self.surgeries, half)
+            compared.require_unchanged(self.surgeries, half)
             if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
                 raise BadInput(
                     f"train {', '.join(map(str, self.recipe.patches))} with {sharder}",
