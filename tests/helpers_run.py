@@ -143,6 +143,10 @@ PATCHES = {
     "meft int8": {"meft": {**TABLES, "moments": "int8"}},
     "meft capped": {"meft": {**TABLES, "cap": 12}},  # of 32 experts
     "meft exact": {"meft": {**TABLES, "adam": "exact", "router": "centroid", "balance": 0.01, "revive": 4}},
+    "senszoq": {"senszoq": {"density": 0.02}},
+    "diff_pruning": {"diff_pruning": {"density": 0.02, "candidates": 0.2}},  # gates for 10 of 20 steps
+    "diff_pruning gates": {"diff_pruning": {"density": 0.02, "candidates": 0.2, "gate_share": 0.8}},
+    "diff_pruning kept": {"diff_pruning": {"density": 0.02, "structured": False, "gate_share": 0.2}},
     "full": {"full": {}},
 }
 

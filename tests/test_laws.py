@@ -29,6 +29,7 @@ from world import CASES, EVERY, PLACE, STORED, gradients, make, same, snapshot, 
 # fields under which a patch shares a model with others
 PAIR = {
     "paca": {"targets": "q_proj,v_proj"}, "lora": {"targets": "up_proj,down_proj"}, "senszoq": {"targets": "o_proj"},
+    "diff_pruning": {"targets": "gate_proj", "candidates": 0.3},
 }  # fmt: skip
 UNMERGED, UNPORTABLE = (
     {name for name, (patch, *_) in EVERY.items() if form not in methods.TABLE[patch].exports}
@@ -36,7 +37,8 @@ UNMERGED, UNPORTABLE = (
 )
 WHOLE = {"experts": 4, "probes": 4, "k": 64}  # no choice is made that a step along a gradient could change
 SMOOTH = dict.fromkeys(["meft", *STORED], WHOLE)
-QUANTISED = ("paca", "lora", "parallel_adapter", "meft", *STORED)
+QUANTISED = ("paca", "lora", "parallel_adapter", "meft", "senszoq", "diff_pruning", *STORED)
+DEQUANTISED = ("paca", "senszoq", "diff_pruning")  # bitsandbytes rounds the inputs of an int8 product, these do not
 
 patches = pytest.mark.parametrize("name", EVERY)
 families = pytest.mark.parametrize("family", MODELS)
@@ -249,14 +251,14 @@ def test_each_pair_composes_or_is_refused(first, second):
     else:
         above = two.apply(model, PLACE)
         assert torch.allclose(logits(model, batch), outputs, atol=1e-5)
-        train(model, above, 1)
+        train(model, above, 2)
         for surgery in (below, above):
             own = [t for t in surgery.own_tensors().values() if t.requires_grad]
             reached = [t.grad is not None and bool(t.grad.any()) for t in own]
             reached += [bool(store.pending() or store.dirty_rows()) for store in surgery.stores]
             assert own and any(reached), type(surgery).__name__
-        assert {id(p) for p in model.parameters() if p.requires_grad} == {
-            id(t) for surgery in (below, above) for t in surgery.own_tensors().values() if t.requires_grad
+        assert {id(p) for p in model.parameters() if p.requires_grad and p.numel()} == {
+            id(t) for surgery in (below, above) for t in surgery.own_tensors().values() if t.requires_grad and t.numel()
         }
         above.revert()
     below.revert()
@@ -319,7 +321,8 @@ def test_on_a_quantised_base(name, kind):
     batch, before, weights = tiny_batch(model), snapshot(model), values(model)
     outputs = logits(model, batch)
     surgery = put(name, model)
-    assert torch.allclose(logits(model, batch), outputs, atol=0.1 if (name, kind) == ("paca", "int8") else 1e-4)
+    rounded = kind == "int8" and name in DEQUANTISED
+    assert torch.allclose(logits(model, batch), outputs, atol=0.1 if rounded else 1e-4)
     losses = train(model, surgery, 8)
     assert losses[-1] < 0.9 * losses[0]
     surgery.revert()

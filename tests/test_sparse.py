@@ -203,7 +203,7 @@ def test_scores_of_data_are_those_of_autograd(family, score, monkeypatch):
     model = MODELS[family]()
     linears, batches = anatomy.target_linears(model, "all-linear"), [tiny_batch(model, seed=s) for s in (1, 2)]
     seen = {}
-    monkeypatch.setattr(scores._Best, "add", lambda self, number, flat: seen.setdefault(number, flat.clone()))
+    monkeypatch.setattr(scores.Best, "add", lambda self, number, flat: seen.setdefault(number, flat.clone()))
     before = snapshot(model)
     best_entries(model, linears, 0.1, score, "global", batches=batches)
     assert snapshot(model) == before
@@ -232,7 +232,7 @@ def test_the_best_entries_are_exactly_the_best(scope):
 
 
 def test_ties_go_to_the_first():
-    best = scores._Best(5)
+    best = scores.Best(5)
     best.add(1, torch.tensor([1.0, 2.0, 1.0, 1.0]))
     best.add(0, torch.tensor([1.0, 1.0, 3.0]))
     assert best.flat(0).tolist() == [0, 1, 2] and best.flat(1).tolist() == [0, 1]

@@ -23,6 +23,7 @@ CASES = {
     "parallel_adapter": {"r": 16},
     "meft": {"r": 64, "k": 16, "scale": 1.0},
     "senszoq": {"density": 0.02},
+    "diff_pruning": {"density": 0.02, "candidates": 0.1},
     "full": {},
 }
 PLACE = Place(fast="cpu")
@@ -71,6 +72,7 @@ def train(model: nn.Module, surgery, steps: int, rate: float = LEARNING_RATE) ->
     batch = tiny_batch(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.01)
     losses = []
+    surgery.begin(steps)
     for step in range(steps):
         surgery.before_step(step)
         loss = model(**batch).loss

@@ -108,6 +108,9 @@ class Surgery(ABC):
         """A new, empty KV cache for one call of `generate` (model/kv_cache.py); None: transformers' own."""
         return None
 
+    def begin(self, steps: int) -> None:  # noqa: B027
+        """Called by the engine once before training, also when a run is resumed, with its number of optimizer steps."""
+
     def before_step(self, step: int) -> None:  # noqa: B027
         """Called by the engine before optimizer step `step` (0, 1, ...), for parts that change on a schedule."""
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anatomy import dense_view
+from .anatomy import dense_view, widths
+from .surgery import is_patch
 
 
 def stored_as(linear: nn.Module) -> str:
@@ -53,6 +54,17 @@ def dense_linear(linear: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.L
     if linear.bias is not None:
         plain.bias = nn.Parameter(linear.bias.detach().to(dtype).clone(), requires_grad=False)
     return plain
+
+
+def parameters_of(model: nn.Module) -> int:
+    """The number of parameters of the model without those of patches; packed weights count as what they hold."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not is_patch(module):
+                packed = name == "weight" and is_quantised(module)
+                found[id(parameter)] = math.prod(widths(module)) if packed else parameter.numel()
+    return sum(found.values())
 
 
 def quantise_empty(model: nn.Module, config: Any, heads: list[str]) -> None:

@@ -41,11 +41,11 @@ def best_entries(
     shapes = {name: (anatomy.widths(_base(m))[1], anatomy.widths(_base(m))[0]) for name, m in linears.items()}
     order = {name: number for number, name in enumerate(linears)}
     counts = {name: entries_of(share, shape) for name, shape in shapes.items()}
-    every = _Best(sum(counts.values())) if scope == "global" else None
+    every = Best(sum(counts.values())) if scope == "global" else None
     found: dict[str, Tensor] = {}
     reads = score in OF_DATA
     for name, score_OI in _of_data(model, linears, score, batches, folder) if reads else _plain(linears, score, seed):
-        best = every or _Best(counts[name])
+        best = every or Best(counts[name])
         best.add(order[name], score_OI.flatten())
         if every is None:
             found[name] = best.flat(order[name])
@@ -59,7 +59,7 @@ def entries_of(share: float, shape: tuple[int, int]) -> int:
     return min(shape[0] * shape[1], max(1, round(share * shape[0] * shape[1])))
 
 
-class _Best:
+class Best:
     """The k entries with the highest scores of what was added so far."""
 
     def __init__(self, k: int):

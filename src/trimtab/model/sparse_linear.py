@@ -58,14 +58,18 @@ class SparseLinear(ModulePatch):
     def set_pattern(self, pattern: Pattern) -> None:
         """New entries, with values of zero. The parameter stays the same object."""
         self.columns, self.counts = pattern.columns.to(self.columns.device), pattern.counts.to(self.counts.device)
-        self.values.data = self.values.data.new_zeros(len(pattern))
+        resize(self.values, self.values.data.new_zeros(len(pattern)))
 
     def part(self) -> Part:
-        return Part(self.pattern, self.effective().detach().float())
+        return Part(self.pattern, self.settled().detach().float())
 
     def effective(self) -> Tensor:
-        """The values that are added, (K,); a method may derive them from its parameters."""
+        """The values that are added, (K,); a method may derive them from its parameters, and add noise in training."""
         return self.values
+
+    def settled(self) -> Tensor:
+        """The values without noise: those that are merged and exported."""
+        return self.effective()
 
     def forward(self, x_TI: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x_TI.device.type):
@@ -114,8 +118,16 @@ class SparseLinear(ModulePatch):
         """The linear that replaces this one after merging: the base (dequantised if needed) plus the change."""
         linear = quant.dense_linear(self.base) if self.quantised else self.base
         weight_OI = anatomy.dense_view(linear).data
-        weight_OI.copy_(self.weight_with(self.effective(), weight_OI.dtype))
+        weight_OI.copy_(self.weight_with(self.settled(), weight_OI.dtype))
         return linear
+
+
+def resize(parameter: nn.Parameter, data: Tensor) -> None:
+    """Gives a parameter data of another shape. While a graph that has the parameter is alive, autograd would check the
+    next gradient against the old shape; a change of dtype on the way makes it forget that."""
+    parameter.data = torch.empty(0, dtype=torch.float16, device=data.device)
+    parameter.data = data
+    parameter.grad = None
 
 
 class _Sparse(torch.autograd.Function):

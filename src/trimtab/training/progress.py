@@ -88,6 +88,8 @@ class Steps(TrainerCallback):
         if self.first and args.process_index == 0:  # resumed: the checkpoint's count covers all processes
             self.trainer._total_train_tokens = state.num_input_tokens_seen
         self._counted = self.trainer._total_train_tokens
+        for surgery in self.surgeries:
+            surgery.begin(state.max_steps)
         self.meter.mark("train")
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
