@@ -1,4 +1,4 @@
-"""Diff pruning: gates and their gradients, the expected L0 norm, the ascent of lambda, the projection, many tasks."""
+"""Diff pruning: gates and their gradients, the expected L0 norm, the ascent of lambda, and the projection."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ import torch
 from torch import nn
 
 from conftest import MODELS, logits, quantise, tiny_batch
-from helpers_run import films, make_world, tree
-from trimtab.artifacts.adapter import read_tensors
 from trimtab.errors import BadInput
 from trimtab.methods.diff_pruning import DiffPruning, GatedLinear
-from trimtab.model import anatomy, quant
-from trimtab.model.load import base_hash
-from trimtab.model.sparse_delta import SparseDelta, Tasks
-from trimtab.recipe import Recipe
-from world import PLACE, same, snapshot, train, values
+from trimtab.model import quant
+from world import PLACE, same, snapshot, train
 
 BOTH = pytest.mark.parametrize("structured", [False, True])
 
@@ -308,67 +303,6 @@ def test_either_phase_is_loaded_over_the_other(structured):
         assert torch.equal(logits(model, batch), wanted) and surgery.gated == (stop == 3)
         assert same(dict(surgery.own_tensors()), own)
         assert stop == 8 or surgery.log_lambda == log_lambda
-
-
-# --- tasks -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_stream_of_tasks_keeps_earlier_ones():
-    model = MODELS["bert"]()
-    before, weights, batch = snapshot(model), values(model), tiny_batch(model)
-    hash_of_base, deltas, outputs = base_hash(model), {}, {}
-    for task in ("one", "two", "three"):
-        surgery = DiffPruning(density=0.02, candidates=0.1, score="random", seed=len(task)).apply(model, PLACE)
-        batch["labels"] = (batch["labels"] + 1) % 3
-        train(model, surgery, 6)
-        deltas[task], outputs[task] = surgery.delta(hash_of_base), logits(model, batch)
-        surgery.revert()
-        assert snapshot(model) == before and same(model.state_dict(), weights)
-    tasks = Tasks(model, hash_of_base, deltas)
-    for task in ("one", "three", "two", "one"):
-        tasks.switch(task)
-        assert torch.equal(logits(model, batch), outputs[task]), task
-    tasks.switch(None)
-    assert same(model.state_dict(), weights)
-
-
-def test_tasks_need_a_dense_base():
-    model = quantise(MODELS["llama"](), "nf4")
-    _, surgery = applied(model)
-    train(model, surgery, 4)
-    delta, outputs, batch = surgery.delta("a hash"), logits(model, tiny_batch(model)), tiny_batch(model)
-    surgery.revert()
-    with pytest.raises(BadInput, match="its weights are stored as nf4"):
-        Tasks(model, "a hash", {"one": delta}).switch("one")
-    _, again = applied(model)
-    again.load_tensors(delta.tensors())
-    assert torch.equal(logits(model, batch), outputs), "as a patch it acts on such a base"
-
-
-# --- runs ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_run_ends_with_exactly_the_density(world, tmp_path):
-    fields = {"density": 0.01, "candidates": 0.1, "rows": 4}
-    for patch, keys in (("language model", tree), ("classifier", films)):
-        recipe = Recipe.from_dict(keys(world, tmp_path / patch, {"diff_pruning": fields}, max_steps=6))
-        recipe.train()
-        from trimtab.model.load import load_model
-
-        task = recipe.load_objective().head
-        model, _ = load_model(str(recipe.model.name), task=task, labels=2 if task == "classification" else None)
-        folder = tmp_path / patch / "adapter"
-        tensors = read_tensors(folder if task == "causal-lm" else folder / "0-diff_pruning")
-        shapes = {n: tuple(anatomy.dense_view(m).shape) for n, m in anatomy.target_linears(model, "all-linear").items()}
-        delta = SparseDelta.from_tensors(base_hash(model), tensors, shapes)
-        assert delta.entries == round(0.01 * quant.parameters_of(model))
-        assert all(len(part.values) == 0 or part.values.any() for part in delta.parts.values())
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

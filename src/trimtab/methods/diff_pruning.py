@@ -100,6 +100,9 @@ class DiffPruning(SparsePatch):
             )  # fmt: skip
         surgery: GatedSurgery = super().apply(model, place)
         surgery.kept = min(kept, found)
+        surgery.notes += (
+            f"diff_pruning will change {kept:,} of {whole:,} parameters, chosen from {found:,} candidates",
+        )
         return surgery
 
 
