@@ -21,7 +21,10 @@ What differs from the paper, and why.
 - The gates are drawn once per optimizer step, by (seed, step, layer), so all micro-batches see one draw. Outside
   training the gates are those of u = 1/2; delta is projected with these and not with a random draw.
 - The optimizer steps a shift of alpha that is zero before each step. alpha moves by the shift in units of the learning
-  rate, times `gate_rate`. So one optimizer trains w at its learning rate and alpha at the paper's constant 0.1.
+  rate, times `gate_rate`. So one optimizer trains w at its learning rate and alpha at the paper's constant 0.1. The
+  shift's gradient is scaled (by kept / sqrt(candidates)), since Adam's epsilon would stop those of single gates.
+- The penalty on alpha_G is that of one entry, as in the authors' code, whose structured results are the published ones.
+  With the product, Adam closes whole matrices before it closes any entry. Density is counted with the product.
 - The last phase starts from z w. Embeddings, norms and biases are not changed.
 
 Shapes: K entries of a layer; gates are K, or K + 1 if structured: the last is the group's.
@@ -116,7 +119,7 @@ class GatedLinear(SparseLinear):
         self.shift = nn.Parameter(gates.clone())
         self.register_buffer("alpha", gates + ALPHA_0)
         self.register_buffer("noise", gates, persistent=False)  # log u - log(1 - u) of this step
-        self.gated = True
+        self.gated, self.scale = True, 1.0  # of the shift: it scales the gradients of the gates
 
     def set_pattern(self, pattern: Pattern) -> None:
         """New candidates, with values of zero and open gates."""
@@ -137,19 +140,24 @@ class GatedLinear(SparseLinear):
     def effective(self) -> Tensor:
         if not self.gated:
             return self.values
-        return _Gated.apply(self.values, self.shift, self.alpha, self.noise if self.training else None)
+        return _Gated.apply(self.values, self.shift, self.alpha, self.noise if self.training else None, self.scale)
 
     def settled(self) -> Tensor:
-        return _Gated.apply(self.values, self.shift, self.alpha, None) if self.gated else self.values
+        return _Gated.apply(self.values, self.shift, self.alpha, None, self.scale) if self.gated else self.values
 
     def open(self) -> Tensor:
         """p(alpha) of each gate: the probability that it is not zero."""
-        return torch.sigmoid(self.alpha + self.shift)
+        return torch.sigmoid(torch.add(self.alpha, self.shift, alpha=self.scale))
 
     def expected(self) -> Tensor:
         """E||delta||_0 of this layer, shape ()."""
         open_K = self.open()
         return open_K[:-1].sum() * open_K[-1] if self.groups else open_K.sum()
+
+    def pressed(self) -> Tensor:
+        """What the penalty sums, shape (): a group's gate is pressed as one entry is, and not as all of its entries."""
+        open_K = self.open()
+        return open_K[:-1].sum() * open_K[-1].detach() + open_K[-1] if self.groups else open_K.sum()
 
     @torch.no_grad()
     def take_shift(self, rate: float) -> None:
@@ -180,33 +188,31 @@ class _Gated(torch.autograd.Function):
     """z z_G w. Saved for backward are the inputs only; the gates are computed again."""
 
     @staticmethod
-    def forward(ctx, w_K: Tensor, shift: Tensor, alpha: Tensor, noise: Tensor | None) -> Tensor:
-        ctx.save_for_backward(w_K, shift, alpha, *(() if noise is None else (noise,)))
-        z_K, z_G, *_ = _gates(len(w_K), shift, alpha, noise)
-        return z_K * w_K if z_G is None else z_K * w_K * z_G
+    def forward(ctx, w_K: Tensor, shift: Tensor, alpha: Tensor, noise: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(w_K, shift, alpha, noise)
+        ctx.scale = scale
+        z_K, z_G, *_ = _gates(w_K, shift, alpha, noise, scale)
+        return z_K * w_K * z_G
 
     @staticmethod
     def backward(ctx, g_K: Tensor):
-        w_K, shift, alpha, *noise = ctx.saved_tensors
-        z_K, z_G, slope_K, slope_G = _gates(len(w_K), shift, alpha, *noise)
-        if z_G is None:
-            return g_K * z_K, g_K * w_K * slope_K, None, None
+        w_K, shift, alpha, noise = ctx.saved_tensors
+        z_K, z_G, slope_K, slope_G = _gates(w_K, shift, alpha, noise, ctx.scale)
         each_K = g_K * w_K
-        d_shift = torch.cat([each_K * slope_K * z_G, (each_K * z_K).sum().view(1) * slope_G])
-        return g_K * z_K * z_G, d_shift, None, None
+        d_alpha = torch.cat([each_K * slope_K * z_G, (each_K * z_K).sum() * slope_G])
+        return g_K * z_K * z_G, d_alpha * ctx.scale, None, None, None
 
 
 def _gates(
-    entries: int, shift: Tensor, alpha: Tensor, noise: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """-> z (K,), z_G (1,) or None, and dz / dalpha of both: (r - l) s (1 - s) where z is not clipped."""
-    s = torch.sigmoid(alpha + shift if noise is None else alpha + shift + noise)
+    w_K: Tensor, shift: Tensor, alpha: Tensor, noise: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | float, Tensor, Tensor]:
+    """-> z (K,), z_G (1,) or 1.0, and dz / dalpha of both: (r - l) s (1 - s) where z is not clipped."""
+    logits = torch.add(alpha, shift, alpha=scale)
+    s = torch.sigmoid(logits if noise is None else logits + noise)
     stretched = s * (HIGH - LOW) + LOW
     slope = torch.where((stretched > 0) & (stretched < 1), (HIGH - LOW) * s * (1 - s), 0)
-    z = stretched.clamp(0, 1)
-    if len(s) == entries:
-        return z, None, slope, None
-    return z[:entries], z[entries:], slope[:entries], slope[entries:]
+    z, K = stretched.clamp(0, 1), len(w_K)
+    return z[:K], z[K:] if len(z) > K else 1.0, slope[:K], slope[K:]
 
 
 class GatedSurgery(SparseSurgery):
@@ -231,6 +237,9 @@ class GatedSurgery(SparseSurgery):
                 raise BadInput(f"train diff_pruning on {processes} processes", have, "Train on one, or use senszoq")
         self.gate_steps = min(steps, max(1, math.ceil(self.patch.gate_share * steps)))
         self.rate = max(self.patch.gate_rate, min(FASTEST, TRAVEL / self.gate_steps))
+        candidates = sum(len(layer.values) for layer in self.layers.values())
+        for layer in self.layers.values():
+            layer.scale = self.kept / math.sqrt(candidates)
 
     def before_step(self, step: int) -> None:
         if self.gated:
@@ -253,9 +262,9 @@ class GatedSurgery(SparseSurgery):
         as the quadratic term of an augmented Lagrangian does."""
         if not self.gated:
             return None
-        expected = self.expected()
-        excess = (expected.detach() / (self.target or self.target_at(0)) - 1).clamp(-1, 1)
-        return torch.exp(self.log_lambda + DAMPING * excess) * expected / self.kept
+        excess = (self.expected().detach() / (self.target or self.target_at(0)) - 1).clamp(-1, 1)
+        pressed = torch.stack([layer.pressed() for layer in self.layers.values()]).sum()
+        return torch.exp(self.log_lambda + DAMPING * excess) * pressed / self.kept
 
     @torch.no_grad()
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
