@@ -199,13 +199,13 @@ class SparseDelta:
 class Added:
     """A change that was added to a model's weights. `undo` writes the original values back."""
 
-    def __init__(self, written: list[tuple[Tensor, Tensor, Tensor, Tensor]]):
+    def __init__(self, written: list[tuple[Tensor, Tensor, Tensor]]):
         self._written = written
 
     def undo(self) -> None:
         while self._written:
-            weight_OI, rows, columns, originals = self._written.pop()
-            weight_OI[rows, columns] = originals
+            weight_OI, flat, originals = self._written.pop()
+            weight_OI.put_(flat, originals)
 
 
 class Tasks:
@@ -242,11 +242,11 @@ def _dense(model: nn.Module, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _add(weight_OI: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, columns = part.pattern.rows, part.pattern.columns.long()
-    originals = weight_OI[rows, columns]
-    weight_OI[rows, columns] = originals + part.values.to(weight_OI)
-    return weight_OI, rows, columns, originals
+def _add(weight_OI: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    flat = part.pattern.flat
+    originals = weight_OI.take(flat)
+    weight_OI.put_(flat, originals + part.values.to(weight_OI))
+    return weight_OI, flat, originals
 
 
 def _summed(parts: Iterable[Part]) -> Part:
