@@ -47,8 +47,8 @@ SETS = {"sst2": 64, "mrpc": 96}  # tokens of the longest row taken; longer ones 
 STEPS, BATCH, SEEDS = 200, 16, 3
 SIDES = {  # patch, its fields, learning rates
     "full": ("full", {}, (1e-4, 2e-4)),
-    "structured": ("diff_pruning", {"structured": True}, (2e-3, 4e-3)),
-    "unstructured": ("diff_pruning", {"structured": False}, (2e-3, 4e-3)),
+    "structured": ("diff_pruning", {"structured": True}, (5e-4, 1e-3)),
+    "unstructured": ("diff_pruning", {"structured": False}, (5e-4, 1e-3)),
 }
 FURTHER = 2  # from the best rate to the next one that is tried, where the best was at an end
 TRIED = 101  # the seed of the search for a learning rate
