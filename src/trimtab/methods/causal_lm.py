@@ -34,6 +34,9 @@ class CausalLM(Objective):
             *next_token_loss(model, inputs, batch["labels"], count, self.chunk, self.whole, self.smoothing, self.dft)
         )
 
+    def cross_entropy(self) -> CausalLM:
+        return CausalLM(self.chunk, self.whole)
+
     def example_batch(self, rows: int, tokens: int, args: Any) -> Batch:
         """A batch of padded rows, of packed rows with their positions, or of full rows."""
         batch = super().example_batch(rows, tokens, args)
