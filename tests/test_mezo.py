@@ -13,7 +13,7 @@ from helpers_run import films, left, make_world, same, tree
 from trimtab.artifacts.checkpoint_files import load
 from trimtab.errors import BadInput, Stopped
 from trimtab.methods import mezo as module
-from trimtab.methods.black_box import BlackBox
+from trimtab.methods.causal_lm import BlackBox
 from trimtab.methods.full import Full
 from trimtab.methods.mezo import LOG, Mezo, MezoOptimizer, noise, replay, rounded_at_random
 from trimtab.methods.senszoq import SensZOQ

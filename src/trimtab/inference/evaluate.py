@@ -46,7 +46,7 @@ def evaluate(
     made = Inference(recipe, adapter, base_only, say)
     result: dict[str, Any] = {
         "model": recipe.model.name,
-        "adapter": made.run.folder and str(made.run.folder),
+        "adapter": made.run.folder and str(adapter or recipe.output),
     }
     if not tasks and made.base.task != recipe.load_objective().head:
         have = f"the adapter was trained for {made.base.task}"
