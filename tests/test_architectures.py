@@ -41,6 +41,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 3},
     "parallel_adapter": {"r": 6, "scale": 0.5},
     "meft": {"r": 12, "experts": 4, "probes": 4, "k": 12, "scale": 2.0},
+    "senszoq": {"density": 0.05},
     "full": {},
 }
 WITHIN = 1e-5

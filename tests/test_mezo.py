@@ -267,10 +267,10 @@ def test_twenty_steps_are_ten_and_ten(name, world, tmp_path):
 
 
 def test_it_learns(world, tmp_path):
-    keys = tree(world, tmp_path / "run", {"senszoq": {"density": 0.1}}, max_steps=30, learning_rate=3e-2)
+    keys = tree(world, tmp_path / "run", {"senszoq": {"density": 0.1}}, max_steps=20, learning_rate=3e-2)
     keys["training"]["logging_steps"] = 10
-    made = Recipe.from_dict({**keys, "stepper": {"mezo": {"update": "adam", "directions": 16, "eps": 1e-2}}}).train()
-    assert made["final_loss"] < made["mean_loss"] - 0.05 < 3.9
+    made = Recipe.from_dict({**keys, "stepper": {"mezo": {"update": "adam", "directions": 8, "eps": 1e-2}}}).train()
+    assert made["final_loss"] < made["mean_loss"] - 0.03 < 4.0
 
 
 def test_a_classifier_and_its_head_are_stacked(world, tmp_path, monkeypatch):
