@@ -18,6 +18,7 @@ from trimtab.artifacts.adapter import Base, load_adapter, save_adapter
 from trimtab.contracts import Place
 from trimtab.errors import BadInput
 from trimtab.methods.edora import DecomposedLinear, EDoRA, truncated_svd
+from trimtab.methods.pruning import Pruning
 from trimtab.model import quant
 from trimtab.model.load import base_hash
 from world import same, snapshot, train, values
@@ -349,6 +350,41 @@ def test_stock_peft_and_transformers_give_the_same_logits(tmp_path):
         assert torch.allclose(theirs[form], ours, atol=1e-4), form
 
 
+def in_stock_peft(surgery, base: nn.Module) -> nn.Module:
+    """`base` with the exported adapter, by peft."""
+    from peft import get_peft_model
+    from peft.utils import set_peft_model_state_dict
+
+    portable = surgery.portable()
+    stock = get_peft_model(base, portable.config)
+    set_peft_model_state_dict(stock, portable.tensors)
+    return stock.eval()
+
+
+def test_stock_peft_on_a_4_bit_base():
+    model = quantise(MODELS["llama"]())
+    base, batch = logits(model, tiny_batch(model)), tiny_batch(model)
+    surgery = EDoRA(r=4).apply(model, PLACE)
+    train(model, surgery, 3)
+    ours, theirs = logits(model, batch), logits(in_stock_peft(surgery, quantise(MODELS["llama"]())), batch)
+    assert (ours - base).abs().max() > 0.1 and torch.allclose(theirs, ours, atol=1e-4)
+
+
+def test_on_a_pruned_base_the_factors_are_those_of_the_pruned_weights(tmp_path):
+    model = MODELS["llama"]()
+    hash_ = base_hash(model)
+    pruned = Pruning(sparsity=0.5).apply(model, PLACE)
+    surgery = EDoRA(r=4).apply(model, PLACE)
+    train(model, surgery, 2)
+    folder = save_adapter(tmp_path / "adapter", [pruned, surgery], Base("tiny", hash_))
+    fresh = MODELS["llama"]()
+    load_adapter(fresh, folder, PLACE, hash_)
+    assert torch.equal(logits(fresh, tiny_batch(model)), logits(model, tiny_batch(model)))
+    own = {key: t.detach().clone() for key, t in surgery.own_tensors().items()}
+    with pytest.raises(BadInput, match="the same pruning"):
+        EDoRA(r=4).apply(MODELS["llama"](), PLACE).load_tensors(own)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mamba"])
 def test_transposed_weights_and_weights_that_a_model_reads_itself(name):
     model = build(name)
@@ -361,14 +397,9 @@ def test_transposed_weights_and_weights_that_a_model_reads_itself(name):
             made.core.normal_(0, 0.05)
             made.magnitude.mul_(1.1)
         ours = model(input_ids=ids, use_cache=False).logits
-        if name == "gpt2":
-            from peft import get_peft_model
-            from peft.utils import set_peft_model_state_dict
-
-            portable = surgery.portable()
-            stock = get_peft_model(build(name), portable.config)
-            set_peft_model_state_dict(stock, portable.tensors)
-            assert torch.allclose(stock.eval()(input_ids=ids, use_cache=False).logits, ours, atol=1e-4)
+        if name == "gpt2":  # peft refuses Mamba
+            stock = in_stock_peft(surgery, build(name))
+            assert torch.allclose(stock(input_ids=ids, use_cache=False).logits, ours, atol=1e-4)
     model(input_ids=ids, use_cache=False).logits.sum().backward()
     assert all(made.core.grad.any() and made.magnitude.grad.any() for made in surgery.layers.values())
     surgery.merge()
