@@ -85,7 +85,7 @@ class Surgery(ABC):
 
     def calibrate(self, batches: Iterable[Batch]) -> None:  # noqa: B027
         """Set what depends on data. Called once in a new run, before the next patch is applied, with
-        `patch.calibration_rows` rows of `data.train` in batches; a saved adapter has the result in its tensors."""
+        `patch.calibration_rows` rows of data in batches; a saved adapter has the result in its tensors."""
 
     def merge(self) -> None:
         """Write the change into the base weights and remove the patch: a plain transformers model remains."""
@@ -132,8 +132,13 @@ class Patch(ABC):
 
     @property
     def calibration_rows(self) -> int:
-        """The number of rows of `data.train` that `Surgery.calibrate` needs; 0: it is not called."""
+        """The number of rows of data that `Surgery.calibrate` needs; 0: it is not called."""
         return 0
+
+    @property
+    def calibration_file(self) -> str:
+        """The file of these rows, as in `data.train`, for a language model; "": data.train itself."""
+        return ""
 
     def config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
