@@ -107,6 +107,7 @@ class DecomposedLinear(ModulePatch):
         constants |= {"k_RR": torch.empty_like(self.core.data), "c_O": torch.empty_like(self.magnitude.data)}
         for key, constant in constants.items():
             self.register_buffer(key, constant, persistent=False)
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # core, magnitude and g - 1 of a pass without gradients
         if not a_RI.is_meta:  # a plan has shapes but no values
             self.factorise()
 
@@ -140,11 +141,23 @@ class DecomposedLinear(ModulePatch):
         square_O = self.c_O + (p_OR * (self.scale * self.g_OR + slope_OR)).sum(1)
         return square_O.clamp_min(SMALLEST).sqrt(), slope_OR
 
+    def gain(self) -> Tensor:
+        """g - 1 with g = m / n, (out,). It is small: 16 bits represent it, but not g. Without gradients on a CPU, the
+        last one is used again if core and magnitude are equal to those that it was computed from."""
+        core_RR, magnitude_O = self.core.detach(), self.magnitude.detach()
+        if (last := self._last) is not None and torch.equal(last[0], core_RR) and torch.equal(last[1], magnitude_O):
+            return last[2]
+        with torch.no_grad():
+            gain_O = magnitude_O / self.norm()[0] - 1
+        keep = not torch.is_grad_enabled() and gain_O.device.type == "cpu"
+        self._last = (core_RR.clone(), magnitude_O.clone(), gain_O) if keep else None
+        return gain_O
+
     def forward(self, x_TI: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x_TI.device.type):
             x_TI = x_TI.to(torch.get_autocast_dtype(x_TI.device.type))
         with torch.autocast(x_TI.device.type, enabled=False):  # the norm is computed in the core's precision
-            return _Decomposed.apply(x_TI, self.core, self.magnitude, self)
+            return _Decomposed.apply(x_TI, self.core, self.magnitude, self.gain(), self)
 
     def whole(self) -> Tensor:
         """W', (out, in), in the core's precision; gradients reach the core and the magnitude."""
@@ -207,10 +220,8 @@ class _Decomposed(torch.autograd.Function):
     output before the scaling, divided by n: what the gradient of m needs."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, core_RR: Tensor, magnitude_O: Tensor, layer: DecomposedLinear) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, core_RR: Tensor, magnitude_O: Tensor, gain_O: Tensor, layer: Any) -> Tensor:
         dtype, bias = x_TI.dtype, None if layer.base.bias is None else layer.base.bias.to(x_TI.dtype)
-        norm_O, _ = layer.norm()
-        gain_O = magnitude_O / norm_O - 1  # g - 1 is small: 16 bits represent it, but not g
         low_OR = (layer.scale * (1 + gain_O))[:, None] * (layer.b_OR.to(core_RR.dtype) @ core_RR)
         y_TO = F.linear(x_TI, quant.dense_weight(layer.base, dtype), bias)
         h_TR = x_TI.reshape(-1, layer.in_features) @ layer.a_RI.to(dtype).t()
@@ -246,7 +257,7 @@ class _Decomposed(torch.autograd.Function):
             if d_core_RR is not None and not layer.patch.detach_norm:  # dL/dn = -sum / n
                 norm_O, slope_OR = layer.norm()
                 d_core_RR -= layer.b_OR.to(slope_OR.dtype).t() @ ((sum_O / norm_O.square())[:, None] * slope_OR)
-        return dx, d_core_RR, d_magnitude_O, None
+        return dx, d_core_RR, d_magnitude_O, None, None
 
 
 class EDoraSurgery(LinearSurgery):
