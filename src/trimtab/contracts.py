@@ -178,6 +178,9 @@ class Stepper:
     """Turns losses into gradients, and gradients into steps. This class does it by the ordinary backward pass and the
     optimizer of `training.optim`."""
 
+    defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the patches'
+    uses_gradients: ClassVar[bool] = True  # whether `backward` runs a backward pass
+
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
         """A surgery for what the stepper itself needs on the model, or None."""
         return None
@@ -194,6 +197,10 @@ class Stepper:
         value = loss()
         back(value)
         return value.detach()
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says about the stepper at the end."""
+        return {}
 
 
 def cache_of(surgeries: Iterable[Surgery]) -> Cache | None:

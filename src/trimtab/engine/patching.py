@@ -16,8 +16,8 @@ def apply_patches(
     """Applies those of `patches` that act in `phase` (TRAIN or INFER), in order; -> their surgeries.
 
     A patch that needs calibration is calibrated before the next is applied: `batches(patch)` returns the rows
-    that it needs in batches (None: a plan, whose model has no values). `applied` is called with each complete surgery.
-    If one patch is refused, those before it are undone.
+    that it needs in batches (None: a plan, whose model has no values, or a resumed run). `applied` is called with each
+    complete surgery. If one patch is refused, those before it are undone.
     """
     made: list[Surgery] = []
     try:
