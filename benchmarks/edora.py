@@ -1,7 +1,7 @@
 """EDoRA against PEFT's LoRA and DoRA: trained parameters, time and memory of a step, and accuracy on two GLUE sets.
 
 The step: RoBERTa-base's shape with random weights, fp32, rank 16 on the paper's four linears of each block (query,
-value, both output projections), 32 x 128 tokens, AdamW. EDoRA runs through trimtab's own verb; LoRA and DoRA through
+value, both output projections), 8 x 128 tokens, AdamW. EDoRA runs through trimtab's own verb; LoRA and DoRA through
 transformers' Trainer with a PEFT adapter. Sides alternate in fresh processes under the same malloc.
 
 The accuracy (`--data FOLDER`, with glue_sst2 and glue_mrpc, each with train.jsonl.gz and validation.jsonl.gz):
@@ -159,7 +159,7 @@ def speed(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model")
         make_rows(Path(folder) / "rows.jsonl", 128)
-        job = {"model": folder + "/model", "rows": folder + "/rows.jsonl", "batch": 8 if args.quick else 32,
+        job = {"model": folder + "/model", "rows": folder + "/rows.jsonl", "batch": 2 if args.quick else 8,
                "steps": 4 if args.quick else 5}  # fmt: skip
         run = {name: (lambda side=side: itself(__file__, {**job, "side": side})) for name, side in SIDES.items()}
         last = {CONTEXT: run.pop(CONTEXT)}
@@ -185,7 +185,7 @@ def speed(args: argparse.Namespace) -> None:
 
 APART = 600  # training rows set apart for the learning rates
 SETS = {"sst2": 64, "mrpc": 128}  # tokens of the longest row taken; longer ones are cut
-STEPS, BATCH, SEEDS = 150, 16, 3
+STEPS, BATCH, SEEDS = 100, 16, 3
 RATES = {"edora": (4e-3, 8e-3), "lora": (1e-3, 2e-3)}
 FURTHER = 2  # from the best rate to the next one that is tried, where the best was at an end
 
@@ -275,7 +275,7 @@ def finish(args: argparse.Namespace, summary: dict[str, float], rows: list[dict[
 
 CLAIM = (
     "Rank 16 on query, value and both output projections of each block: EDoRA in trimtab against PEFT's LoRA and DoRA "
-    "on RoBERTa-base's shape (fp32, 32 x 128 tokens, AdamW, CPU), and against LoRA on two GLUE sets with MiniLM-L6."
+    "on RoBERTa-base's shape (fp32, 8 x 128 tokens, AdamW, CPU), and against LoRA on two GLUE sets with MiniLM-L6."
 )
 NOTES = [
     "A step is the median after the first two; ratios are taken per round, the summary has their median. Memory is "
