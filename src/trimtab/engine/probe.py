@@ -29,7 +29,6 @@ from ..model.fused_ops import FUSED_OPS
 from ..model.head import READ, read_head, router_loss
 from ..model.undisturbed import undisturbed
 from ..recipe import Recipe
-from .arguments import unweighed
 from .prepare import apply_fused_ops
 
 ROWS, TOKENS = 2, 16
@@ -182,7 +181,7 @@ def probe(
             own = read(model, lambda: own_loss(model, batch), gradients, autocast)
 
         def mismatch(recipe: Recipe) -> str:
-            how = unweighed(recipe.load_objective())
+            how = recipe.load_objective().cross_entropy()
             with _fused(model, recipe):
                 try:
                     ours = read(model, lambda: how.loss(model, batch).value, gradients, autocast)

@@ -49,6 +49,8 @@ TABLE: dict[str, Row] = {
                      "next-token loss; logits are computed in chunks"),
     "classification": Row("classification:Classification", "objective", "Sequence classification",
                           "a classification head on an encoder or decoder"),
+    "black_box": Row("causal_lm:BlackBox", "objective", "Black-box metrics",
+                     "one minus accuracy, exact match or F1 of replies; for `stepper: mezo`"),
     "mezo": Row("mezo:Mezo", "stepper", "MeZO", "steps by differences of losses: forward passes only", "2305.17333"),
     "backprop": Row("backprop:Backprop", "stepper", "Back-propagation", "autograd and transformers' optimizers"),
 }  # fmt: skip
