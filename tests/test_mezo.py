@@ -240,7 +240,7 @@ def test_steps_without_a_finite_loss_are_skipped_and_counted():
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["senszoq", "full", "lora", "paca"])
+@pytest.mark.parametrize("name", ["senszoq", "full", "lora", "paca", "edora"])
 def test_twenty_steps_are_ten_and_ten(name, world, tmp_path):
     stepper = {"mezo": {"update": "adam", "directions": 2}}
     keys = {

@@ -108,6 +108,8 @@ def test_a_plan_is_what_the_meter_finds(folders, name, dtype, family):
         ({"lora": {"r": 4}}, {"model": "nf4"}),
         ({"lora": {"r": 4}}, {"model": "int8"}),
         ({"lora": {"r": 4, "dora": True}}, {"model": "nf4"}),
+        ({"edora": {"r": 4}}, {"model": "nf4"}),
+        ({"edora": {"r": 4}}, {"model": "int8"}),
         ({"parallel_adapter": {"r": 16}}, {"model": "nf4"}),
         ({"parallel_adapter": {"r": 16}}, {"model": "int8"}),
     ],

@@ -31,6 +31,8 @@ TABLE: dict[str, Row] = {
                 "makes it QPaCA", "2503.01905", ("peft", "merged")),
     "lora": Row("lora:LoRA", "patch", "LoRA, QLoRA, DoRA", "low-rank adapters, computed by peft", "2106.09685",
                 ("peft", "merged")),
+    "edora": Row("edora:EDoRA", "patch", "EDoRA", "trains an r x r core between the weight's own singular vectors, and "
+                 "each row's norm", "2501.12067", ("peft", "merged")),
     "parallel_adapter": Row("parallel_adapter:ParallelAdapter", "patch", "Parallel Adapter",
                             "a wide two-layer ReLU network beside each FFN", "2110.04366"),
     "meft": Row("meft:Meft", "patch", "MEFT", "a sparse adapter larger than fast memory; only the experts that a batch "
