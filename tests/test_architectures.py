@@ -40,9 +40,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "paca": {"r": 3, "alpha": 6.0},
     "lora": {"r": 3},
     "edora": {"r": 3, "alpha": 6.0},
+    "senszoq": {"density": 0.05},
     "parallel_adapter": {"r": 6, "scale": 0.5},
     "meft": {"r": 12, "experts": 4, "probes": 4, "k": 12, "scale": 2.0},
-    "senszoq": {"density": 0.05},
     "full": {},
 }
 WITHIN = 1e-5
@@ -149,7 +149,7 @@ def of_run(
 
 
 def dense(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
-    """PaCA, LoRA and EDoRA: whole weights, made of the patch's tensors, in the place of the model's own."""
+    """PaCA, LoRA, EDoRA and SensZOQ: whole weights, made of the patch's tensors, in the place of the model's own."""
     model = model_of(name)
     own = {key: p.detach().clone().requires_grad_() for key, p in surgery.own_tensors().items() if p.requires_grad}
     for key, layer in surgery.layers.items():
@@ -158,6 +158,9 @@ def dense(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gra
         if hasattr(layer, "indices"):
             a_RI = torch.eye(layer.in_features)[layer.indices]
             change = 2.0 * own[f"{key}.delta"] @ a_RI
+        elif hasattr(layer, "counts"):
+            change = torch.zeros(layer.shape).view(-1).index_add(0, layer.pattern.flat, own[f"{key}.values"])
+            change = change.view(layer.shape)
         elif hasattr(layer, "core"):
             old_OI = old if isinstance(module, nn.Linear) else old.T
             turned_OI = old_OI + 2.0 * layer.b_OR @ own[f"{key}.core"] @ layer.a_RI
@@ -237,7 +240,8 @@ def plain(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gra
 
 
 WAYS: dict[str, Callable[..., tuple[float, Gradients]]] = {
-    "paca": dense, "lora": dense, "edora": dense, "parallel_adapter": beside, "meft": gated, "full": plain,
+    **dict.fromkeys(("paca", "lora", "edora", "senszoq"), dense), "parallel_adapter": beside, "meft": gated,
+    "full": plain,
 }  # fmt: skip
 
 

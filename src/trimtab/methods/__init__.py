@@ -33,13 +33,13 @@ TABLE: dict[str, Row] = {
                 ("peft", "merged")),
     "edora": Row("edora:EDoRA", "patch", "EDoRA", "trains an r x r core between the weight's own singular vectors, and "
                  "each row's norm", "2501.12067", ("peft", "merged")),
+    "senszoq": Row("senszoq:SensZOQ", "patch", "SensZOQ", "trains the 0.1 % of the weights that matter most, as "
+                   "a sparse change of a dense or 4-bit base", "2406.02913", ("peft", "merged")),
     "parallel_adapter": Row("parallel_adapter:ParallelAdapter", "patch", "Parallel Adapter",
                             "a wide two-layer ReLU network beside each FFN", "2110.04366"),
     "meft": Row("meft:Meft", "patch", "MEFT", "a sparse adapter larger than fast memory; only the experts that a batch "
                 "needs are fetched", "2406.04984"),
     "full": Row("full:Full", "patch", "Full fine-tuning", "trains every weight", exports=("merged",)),
-    "senszoq": Row("senszoq:SensZOQ", "patch", "SensZOQ", "trains the 0.1 % of the weights that matter most, as "
-                   "a sparse change of a dense or 4-bit base", "2406.02913", ("peft", "merged")),
     "pruning": Row("pruning:Pruning", "patch", "Magnitude pruning, Wanda", "sets the least important weights to zero, "
                    "before training or for export", "2306.11695", ("merged",), "both"),
     "streaming_llm": Row("streaming_llm:StreamingLLM", "patch", "StreamingLLM", "keeps only the first and the newest "
