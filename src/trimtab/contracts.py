@@ -59,6 +59,7 @@ class Surgery(ABC):
     stores: list = []  # tables in the slow tier (TieredStore), if the method has any
     starts_at_zero: bool = True  # before training, the patched model computes exactly what the unpatched one does
     notes: tuple[str, ...] = ()  # for the user, on how the patch was applied
+    in_slow_tier: list[Tensor] = []  # tensors of the base that it has moved to the slow tier
 
     @abstractmethod
     def revert(self) -> None:
@@ -84,7 +85,7 @@ class Surgery(ABC):
                     own[name].copy_(tensor)
 
     def calibrate(self, batches: Iterable[Batch]) -> None:  # noqa: B027
-        """Set what depends on data. Called once in a new run, before the next patch is applied, with
+        """Set what depends on data. Called once in a new run, before the next patch is applied, with the first
         `patch.calibration_rows` rows of `data.train` in batches; a saved adapter has the result in its tensors."""
 
     def merge(self) -> None:
@@ -125,6 +126,7 @@ class Patch(ABC):
     exclusive_reason: ClassVar[str] = ""  # why no other trained patch can be applied with it; "" if one can
     defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the objective's
     uses_tables: ClassVar[bool] = False  # whether it has tables in the slow tier
+    counts_tokens: ClassVar[bool] = False  # whether a plan counts the tokens of data.train for it (`counted`)
     shrinkable: ClassVar[tuple[str, ...]] = ()  # fields that use less memory when smaller, the least harmful first
 
     @abstractmethod
@@ -134,6 +136,11 @@ class Patch(ABC):
     def calibration_rows(self) -> int:
         """The number of rows of `data.train` that `Surgery.calibrate` needs; 0: it is not called."""
         return 0
+
+    def counted(self, model: Any, counts: Tensor) -> tuple[Patch, tuple[str, ...]]:
+        """The patch for a plan, with what follows from how often each id occurs in data.train, `counts` (V,), and
+        notes for the user. `model` has no values."""
+        return self, ()
 
     def config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -20,6 +20,8 @@ from ..contracts import Batch, Objective
 from ..data.files import is_hub
 from ..data.rows import read_rows
 from ..memory.meter import process_memory
+from ..model.limits import vocabulary
+from ..model.vocabulary import TOKENIZER, count_tokens
 from ..recipe import Recipe
 from .arguments import training_arguments
 from .checks import check_batches, check_data_fields
@@ -104,6 +106,8 @@ class Foreseen:
 
     batch: dict[str, Any]
     nbytes: int
+    recipe: Recipe  # with its patches as the tokens of data.train make them (Patch.counted)
+    notes: tuple[str, ...] = ()  # on these tokens
 
 
 def foresee(recipe: Recipe) -> Foreseen:
@@ -123,7 +127,21 @@ def foresee(recipe: Recipe) -> Foreseen:
         model, _ = empty_model(recipe.model, task=objective.head, labels=inputs.labels)
         trainer = make_trainer(Job.without_patches(recipe, model), recipe, model, args, inputs)
         gc.collect()
-        return Foreseen(largest_batch(trainer), max(0, process_memory()["anon"] - before))
+        nbytes = max(0, process_memory()["anon"] - before)
+        setattr(model, TOKENIZER, inputs.tokenizer)
+        return Foreseen(largest_batch(trainer), nbytes, *_counted(recipe, model, trainer.train_dataset))
+
+
+def _counted(recipe: Recipe, model: Any, dataset: Any) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with the patches of `Patch.counted`, and their notes; the recipe itself if none counts tokens."""
+    patches, notes = recipe.load_patches(), []
+    if not any(patch.counts_tokens for patch in patches):
+        return recipe, ()
+    counts = count_tokens(dataset, vocabulary(model) or 0)
+    for at, patch in enumerate(patches):
+        patches[at], lines = patch.counted(model, counts)
+        notes += lines
+    return dataclasses.replace(recipe, patches=patches), tuple(notes)
 
 
 def unread(recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..recipe import Recipe
 from .calibrate import known_overhead
-from .plan import Plan, growth, limits, longest_allowed, plan, process_bytes
+from .plan import Plan, foreseen, growth, limits, longest_allowed, plan, process_bytes
 from .planned_model import PlannedModel, at_whole_depth
 
 if TYPE_CHECKING:
@@ -70,12 +70,14 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
     """What `trimtab plan` shows: the plan of training, or of a reply where the recipe trains nothing."""
     if recipe.trains or not recipe.patches:
         return plan(recipe, **options)
-    length = longest_allowed(recipe)
-    process = process_bytes(known_overhead())
+    length, process, notes = longest_allowed(recipe), process_bytes(known_overhead()), list[str]()
+    if any(patch.counts_tokens for patch in recipe.load_patches()) and (seen := foreseen(recipe, notes)) is not None:
+        recipe, notes = seen.recipe, list(seen.notes)
     head = recipe.load_objective().head
     work = Work(1, length, NEW if head == "causal-lm" else 0)
     made = plan_inference(recipe, recipe.load_patches(), work, head, None, process)
     what = f"a prompt of {length} tokens (max_length)" + (f" and a reply of {work.new}" if work.new else "")
+    made.notes.extend(notes)
     made.notes.append(f"nothing is trained: for {what}")
     return made
 
