@@ -103,6 +103,21 @@ def test_a_run_without_a_patch_on_top_is_planned_too(world, tmp_path):
     assert made.kinds["adapter"] == KEPT * HIDDEN * 2 + 4 * V + 8 * KEPT + V // 8 + 16
 
 
+@pytest.mark.parametrize("above", ["lora", "full"])
+def test_beside_a_gpu_the_whole_table_is_in_ram(world, tmp_path, above):
+    pruned, plain = (
+        plan_recipe(Recipe.from_dict({
+            **keys(world, tmp_path, *patches, model="untied"), "place": "cuda", "budget": {"fast": "24GiB"},
+        })) for patches in ([PRUNED, ABOVE[above]], [ABOVE[above]])
+    )  # fmt: skip
+    table = V * HIDDEN * 2
+    assert pruned.slow_bytes == 2 * table and plain.slow_bytes == 0
+    less = {kind: plain.kinds.get(kind, 0) - pruned.kinds.get(kind, 0) for kind in plain.kinds}
+    dropped, maps = 2 * (V - KEPT) * HIDDEN, 4 * V + 8 * KEPT + V // 8 + 16
+    assert less["weights"] + less["adapter"] == dropped * (2 + (4 if above == "full" else 0)) - maps
+    assert less["optimizer"] == (8 * dropped if above == "full" else 0)
+
+
 def test_a_plan_shows_the_count_before_anything_is_done(world, tmp_path, call):
     path = tmp_path / "recipe.yaml"
     path.write_text(Recipe.from_dict(keys(world, tmp_path / "run", PRUNED, ABOVE["full"])).to_yaml())

@@ -126,7 +126,7 @@ class Patch(ABC):
     exclusive_reason: ClassVar[str] = ""  # why no other trained patch can be applied with it; "" if one can
     defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the objective's
     uses_tables: ClassVar[bool] = False  # whether it has tables in the slow tier
-    counts_tokens: ClassVar[bool] = False  # whether a plan counts the tokens of data.train for it (`counted`)
+    counts_tokens: ClassVar[bool] = False  # calibration needs only token ids, and a plan counts them for it (`counted`)
     shrinkable: ClassVar[tuple[str, ...]] = ()  # fields that use less memory when smaller, the least harmful first
 
     @abstractmethod

@@ -21,7 +21,7 @@ from ..data.files import is_hub
 from ..data.rows import read_rows
 from ..memory.meter import process_memory
 from ..model.limits import vocabulary
-from ..model.vocabulary import TOKENIZER, count_tokens
+from ..model.vocabulary import TOKENIZER, count_tokens, token_parts
 from ..recipe import Recipe
 from .arguments import training_arguments
 from .checks import check_batches, check_data_fields
@@ -51,13 +51,14 @@ def make_trainer(job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs
     return made
 
 
-def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) -> Callable[[int], Iterator[Batch]]:
-    """-> a function (n) that yields the first n rows of `data.train` in batches on `device`, collated as in a run."""
+def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) -> Callable[..., Iterator[Batch]]:
+    """-> a function (n) that yields the first n rows of `data.train` in batches on `device`, collated as in a run;
+    with `tokens`, only their ids on the CPU, in parts."""
     from transformers import IntervalStrategy
 
     from ..model.load import empty_model
 
-    def batches(rows: int) -> Iterator[Batch]:
+    def batches(rows: int, tokens: bool = False) -> Iterator[Batch]:
         dataset = inputs.rows.dataset
         few = dataclasses.replace(inputs.rows, dataset=dataset.select(range(min(rows, len(dataset)))))
         objective, own = recipe.load_objective(), copy.copy(args)
@@ -67,6 +68,9 @@ def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) 
         job = Job.without_patches(recipe, model)
         with tempfile.TemporaryDirectory() as own.output_dir:  # the library creates it
             trainer = make_trainer(job, recipe, model, own, Inputs(inputs.tokenizer, few, None))
+        if tokens:
+            yield from ({"input_ids": ids} for ids in token_parts(trainer.train_dataset))
+            return
         for batch in trainer.get_eval_dataloader(trainer.train_dataset):
             yield {key: value.to(device) for key, value in batch.items()}
 

@@ -36,9 +36,10 @@ from transformers import PreTrainedModel
 
 from ..contracts import Batch, Patch, Place, Surgery, When
 from ..errors import BadInput
+from ..foreign import IGNORED_BY_DDP
 from ..memory.budget import gib
 from ..model import vocabulary
-from ..model.kept_rows import KEPT, MULTIPLE, KeptRows, add_maps
+from ..model.kept_rows import COLD, KEPT, MULTIPLE, KeptRows, add_maps
 from ..model.surgery import EXCLUSIVE, Swaps, is_patch
 
 ALL = 2**62  # rows of data.train
@@ -139,6 +140,8 @@ class EmbeddingPruningSurgery(Surgery):
             first, KeptRows(head, table, self.place, swaps, every, self._unseen, head)
         ]  # fmt: skip
         self.in_slow_tier = [rows.cold for rows in self.tables if rows.moved]
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        swaps.set_attribute(self.model, IGNORED_BY_DDP, [f"{paths[id(rows.owner)]}.{COLD}" for rows in self.tables])
         swaps.set_attribute(table, "forward", first.embed)
         if table.padding_idx is not None:
             pad = 0 if ids_K.is_meta else int(first.row_of[table.padding_idx])

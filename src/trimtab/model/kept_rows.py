@@ -178,18 +178,15 @@ class KeptRows:
             yield 0, cold
             return
         for start in range(0, self.size, BLOCK):
-            yield start, self._there(cold[start : start + BLOCK], like)
+            some = range(start, min(start + BLOCK, self.size))
+            yield start, _blank(cold, len(some), like) if cold.is_meta else _there(cold[start : some.stop], like)
 
     def take(self, ids_M: Tensor, like: Tensor) -> Tensor:
         """The rows of these ids from `cold`, (M, H), in the dtype and on the device of `like`."""
         cold = self.cold
-        if cold.is_meta:  # a plan
-            return like.new_empty(len(ids_M), cold.shape[1])
-        return self._there(cold.index_select(0, ids_M.to(cold.device)), like)
-
-    @staticmethod
-    def _there(rows: Tensor, like: Tensor) -> Tensor:
-        return like.new_empty(rows.shape) if rows.is_meta else rows.to(like.device, like.dtype)
+        if cold.is_meta:
+            return _blank(cold, len(ids_M), like)
+        return _there(cold.index_select(0, ids_M.to(cold.device)), like)
 
 
 class _AllLogits(torch.autograd.Function):
@@ -207,6 +204,15 @@ class _AllLogits(torch.autograd.Function):
         return grad_NH, slope_NK.t() @ x_NH if ctx.needs_input_grad[1] else None, None
 
 
+def _there(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.to(like.device, like.dtype)
+
+
+def _blank(cold: Tensor, rows: int, like: Tensor) -> Tensor:
+    """Rows for a plan, in whose trace `cold` has no part: it lies beside a device."""
+    return like.new_empty(rows, cold.shape[1])
+
+
 def _buffer(module: nn.Module, name: str, tensor: Tensor, swaps: Swaps) -> None:
     module.register_buffer(name, tensor, persistent=False)
     swaps.on_undo(lambda: delattr(module, name))
@@ -216,8 +222,9 @@ def _moved(table: Tensor, device: torch.device, place: Place) -> Tensor:
     """`table` in the slow tier: in RAM beside a device, or mapped from a file that is freed with the process."""
     if table.is_meta:
         return table
+    table = table.cpu()
     if slow_kind(place.slow, device) == "ram":
-        return table.cpu()
+        return table
     if place.folder:
         require_folder(place.folder)
     require_space(table.nbytes, place.folder, "the rows of the vocabulary")
