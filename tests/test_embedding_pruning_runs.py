@@ -159,6 +159,9 @@ def test_an_export_is_a_standard_model_of_the_whole_vocabulary(world, tmp_path):
         train(made)
     folders = {above: export(made, "merged") for above, made in recipes.items()}
     subprocess.run([sys.executable, "-c", READER, *map(str, folders.values())], check=True)
+    peft = load_file(export(recipes["lora"], "peft") / "adapter_model.safetensors")
+    ours = load_file(tmp_path / "lora" / "adapter" / "1-lora" / "adapter_model.safetensors")
+    assert peft.keys() == ours.keys() and all(torch.equal(peft[key], ours[key]) for key in peft)
     for above, model in cases.items():
         found, base = load_file(folders[above] / "found"), load_file(world / model / "model.safetensors")
         same_rows = (found["table"] == (table := base["model.embed_tokens.weight"])).all(1)

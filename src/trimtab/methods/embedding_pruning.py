@@ -107,6 +107,7 @@ class EmbeddingPruningSurgery(Surgery):
         self.model, self.place, self.path, self.table, self.head = model, place, path, table, head
         self.swaps, self.tables, self.size = Swaps(model), [], len(table.weight)  # type: ignore[var-annotated]
         self.in_slow_tier: list[Tensor] = []
+        self.keeps_outputs = patch.unseen != "unk"
         device = table.weight.device
         bits = torch.zeros(-(-self.size // 8), dtype=torch.uint8, device=device)
         self.saved = {f"{path}.kept": bits, f"{path}.tokenizer": vocabulary.fingerprint(model).to(device)}
