@@ -131,7 +131,7 @@ def compared(job: dict[str, Any]) -> dict[str, Any]:
         model.load_state_dict(whole.state_dict())
         patch = dataclasses.replace(seen.recipe.load_patches()[0], rows=None, softmax=softmax)
         made[softmax] = patch.apply(model, Place(fast="cpu"))
-        made[softmax].calibrate(calibration_batches(recipe, inputs, args, "cpu")(patch.calibration_rows, True))
+        made[softmax].calibrate(calibration_batches(recipe, inputs, args, "cpu")(patch))
     rows, difference = made["exact"].tables[0], 0.0
     strange = total = 0
     for text in texts:

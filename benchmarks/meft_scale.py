@@ -112,7 +112,9 @@ def main() -> None:
         jobs = {f"MEFT r {r}": {**base, "patch": "meft", "fields": {"r": r, **more}} for r in WIDTHS}
         jobs[f"Parallel Adapter r {DENSE}"] = {**base, "patch": "parallel_adapter", "fields": {"r": DENSE}}
         run = lambda job: itself(__file__, job)  # noqa: E731
-        runs = alternate({name: (lambda job=job: run(job)) for name, job in jobs.items()}, args.rounds)
+        runs = alternate(
+            {name: (lambda job=job: run(job)) for name, job in jobs.items()}, 1 if args.quick else args.rounds
+        )
     middle = {name: {key: statistics.median(r[key] for r in of) for key in of[0]} for name, of in runs.items()}
     narrow, same, wide = (middle[f"MEFT r {r}"] for r in (WIDTHS[0], DENSE, WIDTHS[-1]))
     dense, held = middle[f"Parallel Adapter r {DENSE}"], "anon_growth_since_train"

@@ -27,7 +27,9 @@ from trimtab.model.load import base_hash
 from world import CASES, EVERY, PLACE, STORED, gradients, make, same, snapshot, train, values
 
 # fields under which a patch shares a model with others
-PAIR = {"paca": {"targets": "q_proj,v_proj"}, "lora": {"targets": "up_proj,down_proj"}}
+PAIR = {
+    "paca": {"targets": "q_proj,v_proj"}, "lora": {"targets": "up_proj,down_proj"}, "senszoq": {"targets": "o_proj"},
+}  # fmt: skip
 UNMERGED, UNPORTABLE = (
     {name for name, (patch, *_) in EVERY.items() if form not in methods.TABLE[patch].exports}
     for form in ("merged", "peft")

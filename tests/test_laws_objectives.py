@@ -21,7 +21,7 @@ from world import PLACE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OBJECTIVES = {"causal_lm": ("llama", tree), "classification": ("bert", films)}  # name -> family, a recipe's keys
-STEPPERS = {"backprop": {}}
+STEPPERS = {"backprop": {}, "mezo": {"update": "adam", "directions": 8}}
 objectives = pytest.mark.parametrize("name", OBJECTIVES)
 steppers = pytest.mark.parametrize("name", STEPPERS)
 
@@ -101,7 +101,7 @@ def test_a_stepper_leaves_gradients_and_lowers_the_loss(name):
     extra, batch = stepper.prepare(model), tiny_batch(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = {k: p.detach().clone() for k, p in model.named_parameters() if not p.requires_grad}
-    args = type("Arguments", (), {"learning_rate": 2e-2})
+    args = type("Arguments", (), {"learning_rate": 2e-2, "weight_decay": 0.0, "world_size": 1})
     optimizer = stepper.optimizer(trained, args) or torch.optim.AdamW(trained, lr=2e-2)
     losses = []
     for _ in range(10):

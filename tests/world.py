@@ -22,6 +22,7 @@ CASES = {
     "lora": {"r": 4},
     "parallel_adapter": {"r": 16},
     "meft": {"r": 64, "k": 16, "scale": 1.0},
+    "senszoq": {"density": 0.02},
     "full": {},
 }
 PLACE = Place(fast="cpu")

@@ -87,7 +87,7 @@ class Surgery(ABC):
 
     def calibrate(self, batches: Iterable[Batch]) -> None:  # noqa: B027
         """Set what depends on data. Called once in a new run, before the next patch is applied, with the first
-        `patch.calibration_rows` rows of `data.train` in batches; a saved adapter has the result in its tensors."""
+        `patch.calibration_rows` rows of data in batches; a saved adapter has the result in its tensors."""
 
     def merge(self) -> None:
         """Write the change into the base weights and remove the patch: a plain transformers model remains."""
@@ -135,8 +135,13 @@ class Patch(ABC):
 
     @property
     def calibration_rows(self) -> int:
-        """The number of rows of `data.train` that `Surgery.calibrate` needs; 0: it is not called."""
+        """The number of rows of data that `Surgery.calibrate` needs; 0: it is not called."""
         return 0
+
+    @property
+    def calibration_file(self) -> str:
+        """The file of these rows, as in `data.train`, for a language model; "": data.train itself."""
+        return ""
 
     def counted(self, model: Any, counts: Tensor) -> tuple[Patch, tuple[str, ...]]:
         """The patch for a plan, with what follows from how often each id occurs in data.train, `counts` (V,), and
@@ -181,6 +186,9 @@ class Stepper:
     """Turns losses into gradients, and gradients into steps. This class does it by the ordinary backward pass and the
     optimizer of `training.optim`."""
 
+    defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the patches'
+    uses_gradients: ClassVar[bool] = True  # whether `backward` runs a backward pass
+
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
         """A surgery for what the stepper itself needs on the model, or None."""
         return None
@@ -197,6 +205,10 @@ class Stepper:
         value = loss()
         back(value)
         return value.detach()
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says about the stepper at the end."""
+        return {}
 
 
 def cache_of(surgeries: Iterable[Surgery]) -> Cache | None:

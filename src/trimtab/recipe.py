@@ -114,7 +114,8 @@ class Recipe(Block):
         for text in overrides:
             override(tree, text)
         recipe = cls.from_dict(tree)
-        return dataclasses.replace(recipe, data=recipe.data.beside(path.parent))
+        patches = [_beside(entry, path.parent) for entry in recipe.patches]
+        return dataclasses.replace(recipe, data=recipe.data.beside(path.parent), patches=patches)
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Recipe:
@@ -170,6 +171,7 @@ class Recipe(Block):
         for of_patch in (methods.find(next(iter(entry))).defaults for entry in self.patches):
             rate = min(of_patch.get("learning_rate", math.inf), wanted.get("learning_rate", math.inf))
             wanted |= of_patch | ({"learning_rate": rate} if rate < math.inf else {})
+        wanted |= self._class(self.stepper, "stepper").defaults
         return {**TRAINING_DEFAULTS, **wanted, **given}
 
     # --- doing ---------------------------------------------------------------------------------------------------
@@ -201,6 +203,14 @@ class Recipe(Block):
             raise BadInput(f"{kind}: {value!r}", f"one {kind} is wanted", f'Write "{kind}: NAME"')
         name, values = (value, {}) if isinstance(value, str) else next(iter(value.items()))
         return build(methods.find(name, kind), values, f"{kind}: {name}")
+
+
+def _beside(entry: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    """The patch with its calibration file named by its path, if that is in `folder`."""
+    ((name, values),) = entry.items()
+    file = values.get("calibration")
+    there = isinstance(file, str) and file and (folder / file).is_file()
+    return {name: {**values, "calibration": str(folder / file)}} if there else entry  # type: ignore[operator]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

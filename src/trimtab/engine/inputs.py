@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..contracts import Batch, Objective
+from ..contracts import Batch, Objective, Patch
 from ..data.files import is_hub
-from ..data.rows import read_rows
+from ..data.rows import Rows, read_rows
+from ..data.spec import DataSpec
+from ..errors import BadInput
 from ..memory.meter import process_memory
 from ..model.limits import vocabulary
 from ..model.vocabulary import TOKENIZER, count_tokens, token_parts
@@ -29,6 +31,7 @@ from .job import Inputs, Job
 from .objectives import arguments_class, trainer_class
 
 Say = Callable[[str], None]
+LEAST_TEXT = 64  # tokens of a calibration file
 
 
 def read_inputs(recipe: Recipe, objective: Objective, args: Any, say: Say) -> Inputs:
@@ -51,16 +54,18 @@ def make_trainer(job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs
     return made
 
 
-def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) -> Callable[..., Iterator[Batch]]:
-    """-> a function (n) that yields the first n rows of `data.train` in batches on `device`, collated as in a run;
-    with `tokens`, only their ids on the CPU, in parts."""
+def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) -> Callable[[Patch], Iterator[Batch]]:
+    """-> a function (patch) that yields the rows which the patch is calibrated with, in batches on `device`, collated
+    as in a run: the first ones of `data.train`, or of the patch's own file; for a patch that counts tokens, only their
+    ids on the CPU, in parts. BadInput for too little text."""
     from transformers import IntervalStrategy
 
     from ..model.load import empty_model
 
-    def batches(rows: int, tokens: bool = False) -> Iterator[Batch]:
-        dataset = inputs.rows.dataset
-        few = dataclasses.replace(inputs.rows, dataset=dataset.select(range(min(rows, len(dataset)))))
+    def batches(patch: Patch) -> Iterator[Batch]:
+        rows = _text(patch, recipe, inputs.tokenizer) if patch.calibration_file else inputs.rows
+        count = min(patch.calibration_rows, len(rows.dataset))
+        few = dataclasses.replace(rows, dataset=rows.dataset.select(range(count)))
         objective, own = recipe.load_objective(), copy.copy(args)
         own.dataloader_drop_last, own.eval_strategy = False, IntervalStrategy.NO
         own.per_device_eval_batch_size = own.per_device_train_batch_size
@@ -68,13 +73,33 @@ def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) 
         job = Job.without_patches(recipe, model)
         with tempfile.TemporaryDirectory() as own.output_dir:  # the library creates it
             trainer = make_trainer(job, recipe, model, own, Inputs(inputs.tokenizer, few, None))
-        if tokens:
+            if patch.calibration_file:
+                _check_text(patch.calibration_file, trainer.train_dataset)
+        if patch.counts_tokens:
             yield from ({"input_ids": ids} for ids in token_parts(trainer.train_dataset))
             return
         for batch in trainer.get_eval_dataloader(trainer.train_dataset):
             yield {key: value.to(device) for key, value in batch.items()}
 
     return batches
+
+
+def _text(patch: Patch, recipe: Recipe, tokenizer: Any) -> Rows:
+    """The rows of a patch's calibration file. BadInput for a classifier, which has no loss on text."""
+    asked = f"calibration: {patch.calibration_file}"
+    if recipe.load_objective().head != "causal-lm":
+        have = "the recipe trains a classifier, whose loss needs labels"
+        raise BadInput(asked, have, "Leave it out, and data.train is read")
+    return read_rows(DataSpec(patch.calibration_file, too_long="cut"), "train", tokenizer, "causal-lm")
+
+
+def _check_text(file: str, dataset: Any) -> None:
+    tokens = sum(len(row["input_ids"]) for row in dataset)
+    if tokens < LEAST_TEXT:
+        have = f"its first {len(dataset)} rows have {tokens} tokens, which say nothing about a model"
+        raise BadInput(
+            f"calibration: {file}", have, f"Give {LEAST_TEXT} tokens of text or more; some thousands are usual"
+        )
 
 
 def largest_batch(trainer: Any) -> dict[str, Any]:

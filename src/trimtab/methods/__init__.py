@@ -36,6 +36,8 @@ TABLE: dict[str, Row] = {
     "meft": Row("meft:Meft", "patch", "MEFT", "a sparse adapter larger than fast memory; only the experts that a batch "
                 "needs are fetched", "2406.04984"),
     "full": Row("full:Full", "patch", "Full fine-tuning", "trains every weight", exports=("merged",)),
+    "senszoq": Row("senszoq:SensZOQ", "patch", "SensZOQ", "trains the 0.1 % of the weights that matter most, as "
+                   "a sparse change of a dense or 4-bit base", "2406.02913", ("peft", "merged")),
     "pruning": Row("pruning:Pruning", "patch", "Magnitude pruning, Wanda", "sets the least important weights to zero, "
                    "before training or for export", "2306.11695", ("merged",), "both"),
     "embedding_pruning": Row("embedding_pruning:EmbeddingPruning", "patch", "Embedding pruning", "keeps only the "
@@ -47,6 +49,7 @@ TABLE: dict[str, Row] = {
                      "next-token loss; logits are computed in chunks"),
     "classification": Row("classification:Classification", "objective", "Sequence classification",
                           "a classification head on an encoder or decoder"),
+    "mezo": Row("mezo:Mezo", "stepper", "MeZO", "steps by differences of losses: forward passes only", "2305.17333"),
     "backprop": Row("backprop:Backprop", "stepper", "Back-propagation", "autograd and transformers' optimizers"),
 }  # fmt: skip
 

@@ -68,7 +68,7 @@ def _record(model: PreTrainedModel, stack: nn.ModuleList, batch: dict[str, Tenso
 
     handles = [block.register_forward_pre_hook(seen, with_kwargs=True) for block in stack]
     try:
-        model.base_model(**{k: v for k, v in batch.items() if k != "labels"}, **_no_cache(model))
+        model.base_model(**{k: v for k, v in batch.items() if k != "labels"}, **without_cache(model))
     finally:
         for handle in handles:
             handle.remove()
@@ -77,13 +77,19 @@ def _record(model: PreTrainedModel, stack: nn.ModuleList, batch: dict[str, Tenso
     return made
 
 
-def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """The argument that makes a forward pass use no KV cache."""
     return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
 
 
 def _call(block: nn.Module, batch: _Recorded, number: int) -> Tensor:
-    args, kwargs = batch.calls[number]
-    output = block(batch.hidden, *args, **kwargs)
+    assert batch.hidden is not None
+    return call_block(block, batch.hidden, *batch.calls[number])
+
+
+def call_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a block returns."""
+    output = block(hidden, *args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 

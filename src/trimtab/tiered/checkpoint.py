@@ -29,7 +29,8 @@ from .record import Part
 from .store import GRADS, TieredStore
 
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-         torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+         torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.uint16: "U16",
+         torch.bool: "BOOL"}  # fmt: skip
 PIECE = 2**24  # bytes that are copied at a time
 STATE, SUMS = "state.", "crc32."  # prefixes: of the optimizer's tensors, and of a tensor's checksums
 

@@ -54,8 +54,8 @@ class Ended:
 class Session:
     """A recipe's model, data and training arguments. Within `with`, the model is patched and has a trainer."""
 
-    def __init__(self, recipe: Recipe, output: Path, say: Say, quiet: bool):
-        self.recipe, self.output, self.say, self.quiet = recipe, output, say, quiet
+    def __init__(self, recipe: Recipe, output: Path, say: Say, quiet: bool, resumed: bool = False):
+        self.recipe, self.output, self.say, self.quiet, self.resumed = recipe, output, say, quiet, resumed
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.objective, self.stepper = recipe.load_objective(), recipe.load_stepper()
         self.patches, self.place = recipe.load_patches(), place_of(recipe)
@@ -95,7 +95,9 @@ class Session:
                 compared.applied(surgery)
 
             batches = calibration_batches(self.recipe, self.inputs, self.args, self.place.device)
-            self.surgeries += apply_patches(self.model, self.patches, self.place, When.TRAIN, batches, applied)
+            self.surgeries += apply_patches(
+                self.model, self.patches, self.place, When.TRAIN, batches, applied, self.resumed
+            )
             half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
             compared.require_unchanged(self.surgeries, half)
             if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
@@ -114,7 +116,9 @@ class Session:
             )
             self.trainer = make_trainer(job, self.recipe, self.model, self.args, self.inputs)
             remove_printing(self.trainer)
-            self.recipe = checked(self.trainer, self.recipe, self.say, gradients=True, autocast=half)
+            self.recipe = checked(
+                self.trainer, self.recipe, self.say, gradients=self.stepper.uses_gradients, autocast=half
+            )
             self.objective = job.objective = weighed(self.recipe.load_objective(), self.args)
             self._undo = undo.pop_all()
         return self
