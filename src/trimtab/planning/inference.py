@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..memory.budget import gib
 from ..recipe import Recipe
 from .calibrate import known_overhead
 from .plan import Plan, foreseen, growth, limits, longest_allowed, plan, process_bytes
@@ -67,9 +68,14 @@ def plan_inference(
 
 
 def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
-    """What `trimtab plan` shows: the plan of training, or of a reply where the recipe trains nothing."""
+    """What `trimtab plan` shows: the plan of training, or of a reply where the recipe trains nothing. Of a patch that
+    counts tokens, it also says what the peak would be without it."""
     if recipe.trains or not recipe.patches:
-        return plan(recipe, **options)
+        made = plan(recipe, **options)
+        others = [patch for patch in recipe.load_patches() if not patch.counts_tokens]
+        if recipe.trains and len(others) < len(recipe.patches):
+            made.notes.append(_saved(made, plan(dataclasses.replace(recipe, patches=others), **options)))
+        return made
     length, process, notes = longest_allowed(recipe), process_bytes(known_overhead()), list[str]()
     if any(patch.counts_tokens for patch in recipe.load_patches()) and (seen := foreseen(recipe, notes)) is not None:
         recipe, notes = seen.recipe, list(seen.notes)
@@ -80,6 +86,16 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
     made.notes.extend(notes)
     made.notes.append(f"nothing is trained: for {what}")
     return made
+
+
+def _saved(made: Plan, without: Plan) -> str:
+    """How much less of the fast tier `made` uses at its peak than the plan `without` a patch, as a note."""
+    less = without.fast_peak_bytes - made.fast_peak_bytes
+    word = "saves" if less >= 0 else "costs"
+    return (
+        f"at the peak it {word} {gib(abs(less))} ({made.phase}): the peak would be {gib(without.fast_peak_bytes)} "
+        f"without it ({without.phase})"
+    )
 
 
 class PlannedInference(PlannedModel):
