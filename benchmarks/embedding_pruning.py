@@ -39,9 +39,9 @@ CLAIM = (
 NOTES = [
     "saved: live bytes of the tensors at the peak of the second step, without the patch less with it, on the same "
     "batch; promised: the same difference of the plans' peaks, made before the runs.",
-    "components: weights, gradients and Adam's moments of the dropped rows, less a copy of mapped rows. A peak falls by "
-    "less where it moves to a phase in which some of these do not exist, and by more where temporary tensors of the head "
-    "shrink too.",
+    "components: weights, gradients and Adam's moments of the dropped rows, less a copy of mapped rows. A peak falls "
+    "by less where it moves to a phase in which some of these do not exist, and by more where temporary tensors of the "
+    "head shrink too.",
     "max_difference: the largest difference of a logit of a kept id (decoder; from the kept rows and from the whole "
     "table), or of an output of the classifier (encoder), from the whole model's, in fp32 on held-out rows.",
     "step, exact and kept: seconds of a step over those without the patch, the median over rounds. An encoder has no "

@@ -269,9 +269,10 @@ def recipe_keys() -> str:
             if dataclasses.fields(cls):
                 parts.append(f"## {kind}: {{{name}: ...}}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
     defaults = [[f"`{key}`", shown(value)] for key, value in recipe.TRAINING_DEFAULTS.items()]
+    classes = [(name, methods.find(name, kind)) for kind in ("patch", "stepper") for name in methods.names(kind)]
     of_methods = [
         [f"`{name}`", ", ".join(f"`{key}: {shown(value).strip('`')}`" for key, value in cls.defaults.items())]
-        for name, cls in ((n, methods.find(n, k)) for k in ("patch", "stepper") for n in methods.names(k)) if cls.defaults
+        for name, cls in classes if cls.defaults
     ]  # fmt: skip
     parts += [
         "## training",

@@ -167,10 +167,15 @@ class Objective(ABC):
     trainer: ClassVar[str] = "trimtab.engine.trainers:CausalTrainer"  # an `engine.objectives.ObjectiveTrainer`
     evaluator: ClassVar[str] = "trimtab.inference.evaluate:answer"  # what `trimtab eval` calls
     defaults: ClassVar[dict[str, Any]] = {"lr_scheduler_type": "linear", "warmup_steps": 0}  # of `training:`
+    differentiable: ClassVar[bool] = True  # whether the loss has a gradient
 
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
         """A surgery for what the objective itself trains (a new classification head), or None."""
         return None
+
+    def cross_entropy(self) -> Objective:
+        """The objective whose loss is the model's own: for perplexity, and to compare shortcuts with."""
+        return self
 
     @abstractmethod
     def loss(self, model: PreTrainedModel, batch: Batch, count: Tensor | int | None = None) -> Loss:

@@ -30,7 +30,6 @@ from ..model.head import READ, read_head, router_loss
 from ..model.kept_rows import among_kept
 from ..model.undisturbed import undisturbed
 from ..recipe import Recipe
-from .arguments import unweighed
 from .prepare import apply_fused_ops
 
 ROWS, TOKENS = 2, 16
@@ -184,7 +183,7 @@ def probe(
             own = read(model, lambda: own_loss(model, batch), gradients, autocast)
 
         def mismatch(recipe: Recipe) -> str:
-            how = unweighed(recipe.load_objective())
+            how = recipe.load_objective().cross_entropy()
             with _fused(model, recipe):
                 try:
                     ours = read(model, lambda: how.loss(model, batch).value, gradients, autocast)

@@ -196,3 +196,20 @@ def next_token_loss(
     if torch.is_grad_enabled() and (balance := router_loss(model, output)) is not None:
         loss = loss + balance * (1.0 if count is None else seen / divisor.clamp(min=1))
     return loss, correct, seen
+
+
+@torch.no_grad()
+def predictions(
+    model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, whole: bool = False, chunk: int = 128
+) -> Tensor:
+    """-> the most probable token at each position whose next label counts, int64 (N,), row by row."""
+    head = Head() if whole else head_of(model)
+    keep_N = (labels_BT[:, 1:].reshape(-1) != -100).nonzero().squeeze(1)
+    if head.linear is None:
+        logits_BTV = model.forward(**inputs, use_cache=False).logits
+        return logits_BTV[:, :-1].flatten(0, 1).index_select(0, keep_N).argmax(-1)
+    hidden_BTH, _ = before_head(model, head.linear, inputs)
+    hidden_NH = hidden_BTH[:, :-1].flatten(0, 1).index_select(0, keep_N)
+    # a positive scale and a soft cap leave the order of the logits as it is
+    parts = [head.linear(hidden_CH)[:, : head.words].argmax(-1) for hidden_CH in hidden_NH.split(chunk)]
+    return torch.cat(parts) if parts else keep_N

@@ -66,7 +66,12 @@ class Points:
     def _check(self, loss: Callable[[], Tensor], count: int) -> None:
         """Computes losses in both ways, at points far enough from each other that mixed rows show."""
         far = [lambda number, p, g=g: p + (1 + g) * STEP * _alternating(p, number + g) for g in range(count)]
-        wanted, found = self._one_by_one(loss, far), self._stacked(loss, far)
+        try:
+            found = self._stacked(loss, far)
+        except SeveralPasses:  # a loss that generates
+            self.stacks, self.checked = False, True
+            return
+        wanted = self._one_by_one(loss, far)
         if type(wanted[0]) is not Tensor:  # a plan, without values
             return
         self.checked = True
@@ -137,6 +142,10 @@ class Points:
         return found
 
 
+class SeveralPasses(Exception):
+    """The loss runs the model more than once."""
+
+
 class _Stack:
     """Within it the first call of `owner` runs `blocks` on the batch repeated `count` times; each call returns what
     belongs to repetition `part`."""
@@ -144,6 +153,7 @@ class _Stack:
     def __init__(self, owner: nn.Module, blocks: Sequence[nn.Module], count: int):
         self.owner, self.blocks, self.count = owner, blocks, count
         self.part, self.rows, self.output = 0, 0, None
+        self.served: set[int] = set()
         self.whole: Any = None
 
     def __enter__(self) -> _Stack:
@@ -169,6 +179,9 @@ class _Stack:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.output is None:
             self.output = self.whole(*args, **kwargs)
+        elif self.part in self.served:
+            raise SeveralPasses
+        self.served.add(self.part)
         return self._each(self.output, lambda t: t.chunk(self.count)[self.part], self.rows * self.count)
 
     def _enter(self, args: tuple, kwargs: dict[str, Any], first: bool) -> tuple[tuple, dict[str, Any]]:

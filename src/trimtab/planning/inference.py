@@ -74,7 +74,9 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
         made = plan(recipe, **options)
         others = [patch for patch in recipe.load_patches() if not patch.counts_tokens]
         if recipe.trains and len(others) < len(recipe.patches):
-            made.notes.append(_saved(made, plan(dataclasses.replace(recipe, patches=others), **options)))
+            alike = {name: getattr(made, name) for name in ("rows", "tokens", "counted", "process")}
+            bare = dataclasses.replace(recipe, patches=others)
+            made.notes.append(_saved(made, plan(bare, **{**options, **alike})))
         return made
     length, process, notes = longest_allowed(recipe), process_bytes(known_overhead()), list[str]()
     if any(patch.counts_tokens for patch in recipe.load_patches()) and (seen := foreseen(recipe, notes)) is not None:
