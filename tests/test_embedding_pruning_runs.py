@@ -125,7 +125,7 @@ def test_a_plan_shows_the_count_before_anything_is_done(world, tmp_path, call):
     assert code == 0 and not (tmp_path / "run").exists()
     assert "of 512 ids occur in" in out and f"{KEPT} rows are kept" in out
     assert "coverage, by the most frequent ids:" in out and "100.0% of the tokens" in out
-    assert "at the peak it saves" in out and "the peak would be" in out
+    assert "at the peak it saves" in out
     for component in ("embedding and tied head -", "trained embedding", "gradients of the embedding", "moments of the"):
         assert component in out
 

@@ -74,7 +74,7 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
         made = plan(recipe, **options)
         others = [patch for patch in recipe.load_patches() if not patch.counts_tokens]
         if recipe.trains and len(others) < len(recipe.patches):
-            alike = {name: getattr(made, name) for name in ("rows", "tokens", "counted", "process")}
+            alike = {name: getattr(made, name) for name in ("rows", "tokens", "counted", "process")}  # not read again
             bare = dataclasses.replace(recipe, patches=others)
             made.notes.append(_saved(made, plan(bare, **{**options, **alike})))
         return made
@@ -91,13 +91,10 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
 
 
 def _saved(made: Plan, without: Plan) -> str:
-    """How much less of the fast tier `made` uses at its peak than the plan `without` a patch, as a note."""
-    less = without.fast_peak_bytes - made.fast_peak_bytes
+    """How much less tensors use at the peak of `made` than of the plan `without` a patch, as a note."""
+    less = without.live_peak_bytes - made.live_peak_bytes
     word = "saves" if less >= 0 else "costs"
-    return (
-        f"at the peak it {word} {gib(abs(less))} ({made.phase}): the peak would be {gib(without.fast_peak_bytes)} "
-        f"without it ({without.phase})"
-    )
+    return f"at the peak it {word} {gib(abs(less))} ({made.phase}; without it, the peak is at: {without.phase})"
 
 
 class PlannedInference(PlannedModel):
