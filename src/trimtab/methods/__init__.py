@@ -42,6 +42,8 @@ TABLE: dict[str, Row] = {
     "full": Row("full:Full", "patch", "Full fine-tuning", "trains every weight", exports=("merged",)),
     "pruning": Row("pruning:Pruning", "patch", "Magnitude pruning, Wanda", "sets the least important weights to zero, "
                    "before training or for export", "2306.11695", ("merged",), "both"),
+    "embedding_pruning": Row("embedding_pruning:EmbeddingPruning", "patch", "Embedding pruning", "keeps only the "
+                             "embeddings of ids that occur in the data", "2309.08708", ("merged",), "both"),
     "streaming_llm": Row("streaming_llm:StreamingLLM", "patch", "StreamingLLM", "keeps only the first and the newest "
                          "tokens in the KV cache", "2309.17453", when="infer"),
     "head": Row("classification:Head", "part", "Classification head", "the new head that classification trains"),

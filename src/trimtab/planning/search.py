@@ -141,7 +141,7 @@ def search(
     notes: list[str] = []
     at_start = process_bytes(calibrate.known_overhead())  # once for all: a process that makes many plans grows
     if tokens is None and (seen := foreseen(recipe, notes)) is not None:
-        tokens, at_start = seen.batch["tokens"], at_start + seen.nbytes
+        recipe, tokens, at_start = seen.recipe, seen.batch["tokens"], at_start + seen.nbytes
     process = at_start if process is None else process
     wanted = list(_combinations(recipe))
     requested, left_out = wanted[:MOST], len(wanted) - MOST

@@ -7,6 +7,7 @@ the model on exit. train.py adds limits and the report.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import weakref
 from collections.abc import Callable
@@ -87,10 +88,16 @@ class Session:
             tensors = (*self.model.parameters(), *self.model.buffers())
             self.as_loaded = [weakref.ref(t.untyped_storage()) for t in tensors]  # patches may keep some to revert
             compared = undo.enter_context(LossCompared(self.model, self.objective))
-            batches = None  # a checkpoint has what was calibrated
-            if not self.resumed:
-                batches = calibration_batches(self.recipe, self.inputs, self.args, self.place.device)
-            self.surgeries += apply_patches(self.model, self.patches, self.place, When.TRAIN, batches, compared.applied)
+
+            def applied(surgery: Any) -> None:
+                if surgery.patch.when is When.BOTH:
+                    self.as_loaded += [weakref.ref(p.untyped_storage()) for p in self.model.parameters()]
+                compared.applied(surgery)
+
+            batches = calibration_batches(self.recipe, self.inputs, self.args, self.place.device)
+            self.surgeries += apply_patches(
+                self.model, self.patches, self.place, When.TRAIN, batches, applied, self.resumed
+            )
             half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
             compared.require_unchanged(self.surgeries, half)
             if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
@@ -144,6 +151,13 @@ class Session:
             self.recipe.model, task=self.objective.head, labels=self.inputs.labels, names=self.rows.labels or (),
             device=self.place.device, say=self.say,
         )[0]  # fmt: skip
+
+    @property
+    def applied(self) -> Recipe:
+        """The recipe with its patches as they were applied: some depend on what calibration found."""
+        made = iter(self.surgeries)
+        patches = [patch if patch.when is When.INFER else next(made).patch for patch in self.patches]
+        return dataclasses.replace(self.recipe, patches=patches)
 
     # --- training ------------------------------------------------------------------------------------------------
 

@@ -142,7 +142,7 @@ def _planned(session: Session) -> Plan | None:
     from ..planning.fit import require_fit
     from ..planning.plan import plan
 
-    recipe = session.recipe
+    recipe = session.applied
     if session.args.world_size > 1:
         if recipe.budget:
             raise BadInput("budget: with several processes", "only runs of one process can be planned", "Remove it")
