@@ -98,7 +98,9 @@ def method_table(folder: str) -> str:
     for kind in ("objective", "stepper"):
         for name in methods.names(kind):
             row = methods.TABLE[name]
-            rows.append([row.title, f"`{kind}: {name}`", row.summary, "", ""])
+            paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})" if row.paper else ""
+            title = f"[{row.title}]({folder}{name}.md)" if paper else row.title  # those of a paper have a page
+            rows.append([title, f"`{kind}: {name}`", row.summary, paper, ""])
     return table(["method", "in a recipe", "what it does", "paper (arXiv)", "exports to"], rows)
 
 
@@ -267,9 +269,10 @@ def recipe_keys() -> str:
             if dataclasses.fields(cls):
                 parts.append(f"## {kind}: {{{name}: ...}}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
     defaults = [[f"`{key}`", shown(value)] for key, value in recipe.TRAINING_DEFAULTS.items()]
+    classes = [(name, methods.find(name, kind)) for kind in ("patch", "stepper") for name in methods.names(kind)]
     of_methods = [
         [f"`{name}`", ", ".join(f"`{key}: {shown(value).strip('`')}`" for key, value in cls.defaults.items())]
-        for name, cls in ((name, methods.find(name)) for name in methods.names("patch")) if cls.defaults
+        for name, cls in classes if cls.defaults
     ]  # fmt: skip
     parts += [
         "## training",

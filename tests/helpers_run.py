@@ -136,6 +136,7 @@ PATCHES = {
     "paca reselect": {"paca": {"r": 4, "reselect_every": 6}},
     "paca live reselect": {"paca": {"r": 4, "form": "live", "reselect_every": 3}},
     "lora dropout": {"lora": {"r": 4, "dropout": 0.2}},
+    "edora": {"edora": {"r": 4}},
     "parallel_adapter": {"parallel_adapter": {"r": 16}},
     "meft": {"meft": TABLES},
     "meft in ram": {"meft": TABLES},

@@ -190,7 +190,7 @@ def test_wrong_meta(change, words, good, tmp_path):
     refused(folder, *words)
 
 
-@pytest.mark.parametrize("name", ["paca", "lora", "parallel_adapter", "meft"])
+@pytest.mark.parametrize("name", ["paca", "lora", "edora", "parallel_adapter", "meft"])
 def test_a_rank_beyond_its_tensors(name, good, tmp_path):
     folder = copied(good[name], tmp_path)
     edit(folder / OURS, lambda m: m["config"].update(r=10**9))

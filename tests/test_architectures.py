@@ -39,6 +39,8 @@ TABLE = Path(__file__).parents[1] / "docs/architectures.json"
 FIELDS: dict[str, dict[str, Any]] = {
     "paca": {"r": 3, "alpha": 6.0},
     "lora": {"r": 3},
+    "edora": {"r": 3, "alpha": 6.0},
+    "senszoq": {"density": 0.05},
     "parallel_adapter": {"r": 6, "scale": 0.5},
     "meft": {"r": 12, "experts": 4, "probes": 4, "k": 12, "scale": 2.0},
     "full": {},
@@ -112,9 +114,10 @@ def fill(patch: str, surgery: Any) -> None:
     random = torch.Generator().manual_seed(3)
     if patch == "full":
         return
-    for tensor in surgery.own_tensors().values():
+    for key, tensor in surgery.own_tensors().items():
         if tensor.is_floating_point() and tensor.numel():
-            tensor.data.normal_(0, 0.1, generator=random)
+            noise = torch.empty_like(tensor).normal_(0, 0.1, generator=random)
+            tensor.data.copy_(tensor * (1 + noise) if key.endswith(".magnitude") else noise)
     for adapter in surgery.adapters.values() if patch == "meft" else ():
         adapter.router.refresh()
 
@@ -146,7 +149,7 @@ def of_run(
 
 
 def dense(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
-    """PaCA and LoRA: whole weights, made of the patch's tensors, in the place of the model's own."""
+    """PaCA, LoRA, EDoRA and SensZOQ: whole weights, made of the patch's tensors, in the place of the model's own."""
     model = model_of(name)
     own = {key: p.detach().clone().requires_grad_() for key, p in surgery.own_tensors().items() if p.requires_grad}
     for key, layer in surgery.layers.items():
@@ -155,6 +158,14 @@ def dense(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gra
         if hasattr(layer, "indices"):
             a_RI = torch.eye(layer.in_features)[layer.indices]
             change = 2.0 * own[f"{key}.delta"] @ a_RI
+        elif hasattr(layer, "counts"):
+            change = torch.zeros(layer.shape).view(-1).index_add(0, layer.pattern.flat, own[f"{key}.values"])
+            change = change.view(layer.shape)
+        elif hasattr(layer, "core"):
+            old_OI = old if isinstance(module, nn.Linear) else old.T
+            turned_OI = old_OI + 2.0 * layer.b_OR @ own[f"{key}.core"] @ layer.a_RI
+            gain_O = own[f"{key}.magnitude"] / turned_OI.detach().norm(dim=1)
+            change = gain_O[:, None] * turned_OI - old_OI
         else:
             change = 2.0 * own[f"{key}.lora_B.weight"] @ own[f"{key}.lora_A.weight"]
         del module.weight
@@ -229,7 +240,8 @@ def plain(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gra
 
 
 WAYS: dict[str, Callable[..., tuple[float, Gradients]]] = {
-    "paca": dense, "lora": dense, "parallel_adapter": beside, "meft": gated, "full": plain,
+    **dict.fromkeys(("paca", "lora", "edora", "senszoq"), dense), "parallel_adapter": beside, "meft": gated,
+    "full": plain,
 }  # fmt: skip
 
 
@@ -259,7 +271,7 @@ EXPERTS = {"num_local_experts": 4, "intermediate_size": 512}
 REACH = "4 stacked expert tensors (3.0 MiB) are not linears: all-linear does not include them"
 
 
-@pytest.mark.parametrize("patch", ["paca", "lora"])
+@pytest.mark.parametrize("patch", ["paca", "lora", "edora"])
 def test_what_all_linear_does_not_reach_is_said(patch):
     model = tiny("MixtralForCausalLM", **EXPERTS)
     row = methods.find(patch)
@@ -322,7 +334,7 @@ def test_merged_and_in_stock_peft_the_same(name, patch):
         assert not close(build(name)(input_ids=ids, use_cache=False).logits, ours)
 
 
-@pytest.mark.parametrize("linears", ["paca", "lora"])
+@pytest.mark.parametrize("linears", ["paca", "lora", "edora"])
 @pytest.mark.parametrize("beside", ["parallel_adapter", "meft"])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_pair_of_linears_is_found_also_where_another_patch_replaces_them(linears, beside, first):

@@ -157,7 +157,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(name, world, tmp_path):
     same({k: t.detach() for k, t in best.own_tensors().items()}, adapter.read_tensors(tmp_path / "run" / "adapter"))
 
 
-@pytest.mark.parametrize("name", ["paca", "paca live", "lora dropout", "parallel_adapter"])
+@pytest.mark.parametrize("name", ["paca", "paca live", "lora dropout", "edora", "parallel_adapter"])
 def test_accumulated_gradients_are_those_of_the_larger_batch(name, world, tmp_path):
     patch = {"lora": {"r": 4}} if name.startswith("lora") else PATCHES[name]
     wide = dict(max_steps=3, per_device_train_batch_size=4, optim="sgd", learning_rate=0.1)
@@ -170,7 +170,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(name, world, tmp_pa
         assert a == pytest.approx(b, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["paca", "paca live", "lora dropout", "parallel_adapter", "meft", "full"])
+@pytest.mark.parametrize("name", ["paca", "paca live", "lora dropout", "edora", "parallel_adapter", "meft", "full"])
 def test_recomputed_activations_give_the_same_run(name, world, tmp_path):
     for kind in (False, True):
         keys = tree(world, tmp_path / str(kind), PATCHES[name], max_steps=3, gradient_checkpointing=kind)
@@ -179,7 +179,7 @@ def test_recomputed_activations_give_the_same_run(name, world, tmp_path):
         assert a == pytest.approx(b, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["full", "lora dropout", "paca", "parallel_adapter", "meft"])
+@pytest.mark.parametrize("name", ["full", "lora dropout", "paca", "edora", "parallel_adapter", "meft"])
 def test_bf16_autocast(name, world, tmp_path):
     keys = tree(world, tmp_path / "run", PATCHES[name], max_steps=12, bf16=True)
     run(keys)
@@ -233,7 +233,8 @@ def test_only_the_assistant_is_learned(world, tmp_path):
     assert words.split() == ["france", "</s>", "the", "bad", "film", "</s>"]
 
 
-@pytest.mark.parametrize("name,fields,rate", [("paca", {"r": 16}, 2e-2), ("lora", {}, 5e-3), ("full", {}, 2e-3)])
+@pytest.mark.parametrize("name,fields,rate", [("paca", {"r": 16}, 2e-2), ("lora", {}, 5e-3), ("edora", {}, 2e-2),
+                                              ("full", {}, 2e-3)])  # fmt: skip
 def test_a_classifier_is_trained_saved_and_read_again(name, fields, rate, world, tmp_path):
     keys = films(world, tmp_path / "run", {name: fields}, max_steps=60, per_device_train_batch_size=4,
                  eval_strategy="steps", eval_steps=60, learning_rate=rate, lr_scheduler_type="constant")  # fmt: skip

@@ -20,6 +20,7 @@ from trimtab.training import progress
 CASES = {
     "paca": {"r": 4},
     "lora": {"r": 4},
+    "edora": {"r": 4},
     "parallel_adapter": {"r": 16},
     "meft": {"r": 64, "k": 16, "scale": 1.0},
     "senszoq": {"density": 0.02},

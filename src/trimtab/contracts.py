@@ -58,7 +58,9 @@ class Surgery(ABC):
     patch: Patch
     stores: list = []  # tables in the slow tier (TieredStore), if the method has any
     starts_at_zero: bool = True  # before training, the patched model computes exactly what the unpatched one does
+    keeps_outputs: bool = False  # inference on the bare base gives the same outputs, so that an export may omit it
     notes: tuple[str, ...] = ()  # for the user, on how the patch was applied
+    in_slow_tier: list[Tensor] = []  # tensors of the base that it has moved to the slow tier
 
     @abstractmethod
     def revert(self) -> None:
@@ -84,7 +86,7 @@ class Surgery(ABC):
                     own[name].copy_(tensor)
 
     def calibrate(self, batches: Iterable[Batch]) -> None:  # noqa: B027
-        """Set what depends on data. Called once in a new run, before the next patch is applied, with
+        """Set what depends on data. Called once in a new run, before the next patch is applied, with the first
         `patch.calibration_rows` rows of data in batches; a saved adapter has the result in its tensors."""
 
     def merge(self) -> None:
@@ -128,6 +130,7 @@ class Patch(ABC):
     exclusive_reason: ClassVar[str] = ""  # why no other trained patch can be applied with it; "" if one can
     defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the objective's
     uses_tables: ClassVar[bool] = False  # whether it has tables in the slow tier
+    counts_tokens: ClassVar[bool] = False  # calibration needs only token ids, and a plan counts them for it (`counted`)
     shrinkable: ClassVar[tuple[str, ...]] = ()  # fields that use less memory when smaller, the least harmful first
 
     @abstractmethod
@@ -142,6 +145,11 @@ class Patch(ABC):
     def calibration_file(self) -> str:
         """The file of these rows, as in `data.train`, for a language model; "": data.train itself."""
         return ""
+
+    def counted(self, model: Any, counts: Tensor) -> tuple[Patch, tuple[str, ...]]:
+        """The patch for a plan, with what follows from how often each id occurs in data.train, `counts` (V,), and
+        notes for the user. `model` has no values."""
+        return self, ()
 
     def config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -162,10 +170,15 @@ class Objective(ABC):
     trainer: ClassVar[str] = "trimtab.engine.trainers:CausalTrainer"  # an `engine.objectives.ObjectiveTrainer`
     evaluator: ClassVar[str] = "trimtab.inference.evaluate:answer"  # what `trimtab eval` calls
     defaults: ClassVar[dict[str, Any]] = {"lr_scheduler_type": "linear", "warmup_steps": 0}  # of `training:`
+    differentiable: ClassVar[bool] = True  # whether the loss has a gradient
 
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
         """A surgery for what the objective itself trains (a new classification head), or None."""
         return None
+
+    def cross_entropy(self) -> Objective:
+        """The objective whose loss is the model's own: for perplexity, and to compare shortcuts with."""
+        return self
 
     @abstractmethod
     def loss(self, model: PreTrainedModel, batch: Batch, count: Tensor | int | None = None) -> Loss:
@@ -180,6 +193,9 @@ class Objective(ABC):
 class Stepper:
     """Turns losses into gradients, and gradients into steps. This class does it by the ordinary backward pass and the
     optimizer of `training.optim`."""
+
+    defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the patches'
+    uses_gradients: ClassVar[bool] = True  # whether `backward` runs a backward pass
 
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
         """A surgery for what the stepper itself needs on the model, or None."""
@@ -197,6 +213,10 @@ class Stepper:
         value = loss()
         back(value)
         return value.detach()
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says about the stepper at the end."""
+        return {}
 
 
 def cache_of(surgeries: Iterable[Surgery]) -> Cache | None:

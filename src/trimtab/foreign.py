@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter as tree_iter
 
 softmax_backward = torch._softmax_backward_data  # (gradient, softmax, dim, dtype) -> gradient of softmax's input
 fused_adam, fused_adamw = torch._fused_adam_, torch._fused_adamw_  # one step on lists of tensors, in place
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # attribute of a model: names that DDP does not broadcast
 foreach_copy = torch._foreach_copy_  # (to, from): lists of tensors
 
 

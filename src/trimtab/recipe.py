@@ -171,6 +171,7 @@ class Recipe(Block):
         for of_patch in (methods.find(next(iter(entry))).defaults for entry in self.patches):
             rate = min(of_patch.get("learning_rate", math.inf), wanted.get("learning_rate", math.inf))
             wanted |= of_patch | ({"learning_rate": rate} if rate < math.inf else {})
+        wanted |= self._class(self.stepper, "stepper").defaults
         return {**TRAINING_DEFAULTS, **wanted, **given}
 
     # --- doing ---------------------------------------------------------------------------------------------------

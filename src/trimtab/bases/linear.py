@@ -62,8 +62,12 @@ class LinearPatch(Patch):
         surgery = self.surgery(model)
         targets = anatomy.target_linears(model, self.targets)
         freeze_base(model, surgery.swaps)
-        for name, linear in targets.items():
-            layer = self.wrap(linear, name)
-            surgery.swaps.replace(name, layer)
-            surgery.layers[name] = layer
+        try:
+            for name, linear in targets.items():
+                layer = self.wrap(linear, name)
+                surgery.swaps.replace(name, layer)
+                surgery.layers[name] = layer
+        except BaseException:  # a refusal leaves the model as it was
+            surgery.revert()
+            raise
         return surgery

@@ -35,6 +35,7 @@ def _int8(_: int | None, x: Tensor, threshold: float = 0.0) -> tuple:
 
 BOUNDS: dict[str, Callable[..., Any]] = {  # by name, since bitsandbytes may not be installed
     "aten::nonzero": _nonzero, "aten::_unique2": _unique, "bitsandbytes::int8_vectorwise_quant": _int8,
+    "aten::equal": lambda *_: True,  # a cached value counts as current
 }  # fmt: skip
 
 

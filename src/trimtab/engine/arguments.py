@@ -74,15 +74,11 @@ def weighed(objective: Objective, args: TrainingArguments) -> Objective:
     return made
 
 
-def unweighed(objective: Objective) -> Objective:
-    """The objective with plain cross-entropy, for perplexity and for comparison with the model's own loss."""
-    plain = {"smoothing": 0.0, "dft": False}
-    have = {f.name for f in dataclasses.fields(objective)}  # type: ignore[arg-type]
-    return dataclasses.replace(objective, **{k: v for k, v in plain.items() if k in have})  # type: ignore[type-var]
-
-
 def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
     """BadInput for an optimizer that would not be used, or that cannot step the rows of a patch's tables."""
+    if recipe.load_stepper().uses_gradients and not recipe.load_objective().differentiable:
+        asked = f"objective: {recipe.objective} with stepper: {recipe.stepper}"
+        raise BadInput(asked, "the loss has no gradient", "Set stepper: mezo")
     stepper, tables = recipe.load_stepper(), [patch for patch in recipe.load_patches() if patch.uses_tables]
     if type(stepper).optimizer is not Stepper.optimizer:
         name = type(stepper).__name__

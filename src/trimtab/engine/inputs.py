@@ -22,6 +22,8 @@ from ..data.rows import Rows, read_rows
 from ..data.spec import DataSpec
 from ..errors import BadInput
 from ..memory.meter import process_memory
+from ..model.limits import vocabulary
+from ..model.vocabulary import TOKENIZER, count_tokens, token_parts
 from ..recipe import Recipe
 from .arguments import training_arguments
 from .checks import check_batches, check_data_fields
@@ -54,7 +56,8 @@ def make_trainer(job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs
 
 def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) -> Callable[[Patch], Iterator[Batch]]:
     """-> a function (patch) that yields the rows which the patch is calibrated with, in batches on `device`, collated
-    as in a run: the first ones of `data.train`, or of the patch's own file. BadInput for too little text."""
+    as in a run: the first ones of `data.train`, or of the patch's own file; for a patch that counts tokens, only their
+    ids on the CPU, in parts. BadInput for too little text."""
     from transformers import IntervalStrategy
 
     from ..model.load import empty_model
@@ -72,6 +75,9 @@ def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) 
             trainer = make_trainer(job, recipe, model, own, Inputs(inputs.tokenizer, few, None))
             if patch.calibration_file:
                 _check_text(patch.calibration_file, trainer.train_dataset)
+        if patch.counts_tokens:
+            yield from ({"input_ids": ids} for ids in token_parts(trainer.train_dataset))
+            return
         for batch in trainer.get_eval_dataloader(trainer.train_dataset):
             yield {key: value.to(device) for key, value in batch.items()}
 
@@ -129,6 +135,8 @@ class Foreseen:
 
     batch: dict[str, Any]
     nbytes: int
+    recipe: Recipe  # with its patches as the tokens of data.train make them (Patch.counted)
+    notes: tuple[str, ...] = ()  # on these tokens
 
 
 def foresee(recipe: Recipe) -> Foreseen:
@@ -148,7 +156,21 @@ def foresee(recipe: Recipe) -> Foreseen:
         model, _ = empty_model(recipe.model, task=objective.head, labels=inputs.labels)
         trainer = make_trainer(Job.without_patches(recipe, model), recipe, model, args, inputs)
         gc.collect()
-        return Foreseen(largest_batch(trainer), max(0, process_memory()["anon"] - before))
+        nbytes = max(0, process_memory()["anon"] - before)
+        setattr(model, TOKENIZER, inputs.tokenizer)
+        return Foreseen(largest_batch(trainer), nbytes, *_counted(recipe, model, trainer.train_dataset))
+
+
+def _counted(recipe: Recipe, model: Any, dataset: Any) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with the patches of `Patch.counted`, and their notes; the recipe itself if none counts tokens."""
+    patches, notes = recipe.load_patches(), []
+    if not any(patch.counts_tokens for patch in patches):
+        return recipe, ()
+    counts = count_tokens(dataset, vocabulary(model) or 0)
+    for at, patch in enumerate(patches):
+        patches[at], lines = patch.counted(model, counts)
+        notes += lines
+    return dataclasses.replace(recipe, patches=patches), tuple(notes)
 
 
 def unread(recipe: Recipe) -> str:

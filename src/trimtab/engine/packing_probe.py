@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..errors import BadInput
+from ..model.kept_rows import among_kept
 from ..model.undisturbed import undisturbed
 from .packed_rows import PackedRows
 
@@ -60,8 +61,9 @@ def leak(model: PreTrainedModel, rows: PackedRows) -> str:
     words = model.config.get_text_config().vocab_size
     random = torch.Generator().manual_seed(0)
     low, high = words // 4, max(words // 2, words // 4 + 1)
-    documents = [torch.randint(low, high, (size,), generator=random) for size in LENGTHS]
-    others = [torch.randint(low, high, (LENGTHS[0],), generator=random), *documents[1:]]
+    sizes = (*LENGTHS, LENGTHS[0])
+    *documents, other = [among_kept(model, torch.randint(low, high, (size,), generator=random)) for size in sizes]
+    others = [other, *documents[1:]]
     alone_within, changed_within = APART.get(model.dtype, APART_HALF)
     if getattr(model, "is_loaded_in_8bit", False):
         alone_within, changed_within = APART_INT8
@@ -84,7 +86,8 @@ def packed_batch(model: PreTrainedModel, rows: PackedRows) -> dict[str, Tensor]:
     words = model.config.get_text_config().vocab_size
     random, examples = torch.Generator().manual_seed(0), []
     for sizes in (LENGTHS, LENGTHS[1:]):
-        ids = torch.randint(words // 4, max(words // 2, words // 4 + 1), (sum(sizes),), generator=random).tolist()
+        ids = torch.randint(words // 4, max(words // 2, words // 4 + 1), (sum(sizes),), generator=random)
+        ids = among_kept(model, ids).tolist()
         examples.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]], "seq_lengths": list(sizes)})
     device = model.get_input_embeddings().weight.device
     return {key: value.to(device) for key, value in rows.torch_call(examples).items()}

@@ -11,13 +11,14 @@ from ..contracts import Batch, Patch, Place, Surgery, When
 def apply_patches(
     model: Any, patches: Iterable[Patch], place: Place, phase: When,
     batches: Callable[[Patch], Iterable[Batch]] | None = None,
-    applied: Callable[[Surgery], None] = lambda surgery: None,
+    applied: Callable[[Surgery], None] = lambda surgery: None, resumed: bool = False,
 ) -> list[Surgery]:  # fmt: skip
     """Applies those of `patches` that act in `phase` (TRAIN or INFER), in order; -> their surgeries.
 
     A patch that needs calibration is calibrated before the next is applied: `batches(patch)` returns the rows
-    that it needs in batches (None: a plan, whose model has no values). `applied` is called with each complete surgery.
-    If one patch is refused, those before it are undone.
+    that it needs in batches (None: a plan, whose model has no values). In a `resumed` run the checkpoint has the
+    result; only patches that count tokens are calibrated, since the shapes of later patches depend on them. `applied`
+    is called with each complete surgery. If one patch is refused, those before it are undone.
     """
     made: list[Surgery] = []
     try:
@@ -25,7 +26,8 @@ def apply_patches(
             if patch.when in (phase, When.BOTH):
                 made.append(patch.apply(model, place))
                 if batches is not None and patch.calibration_rows:
-                    made[-1].calibrate(batches(patch))
+                    if not resumed or patch.counts_tokens:
+                        made[-1].calibrate(batches(patch))
                 applied(made[-1])
     except BaseException:
         revert(made)

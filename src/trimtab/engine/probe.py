@@ -27,9 +27,9 @@ from ..contracts import Objective, Surgery
 from ..errors import BadInput, TrimtabError
 from ..model.fused_ops import FUSED_OPS
 from ..model.head import READ, read_head, router_loss
+from ..model.kept_rows import among_kept
 from ..model.undisturbed import undisturbed
 from ..recipe import Recipe
-from .arguments import unweighed
 from .prepare import apply_fused_ops
 
 ROWS, TOKENS = 2, 16
@@ -60,6 +60,7 @@ def batch_of(model: PreTrainedModel, rows: int = ROWS, tokens: int = TOKENS) -> 
     tokens = min(tokens, most) if isinstance(most, int) and most > 3 else tokens
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(words // 4, max(words // 2, words // 4 + 1), (rows, tokens), generator=random)
+    ids = among_kept(model, ids)
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[-1, tokens - tokens // 4 :] = 0
     labels[mask == 0] = -100
@@ -182,7 +183,7 @@ def probe(
             own = read(model, lambda: own_loss(model, batch), gradients, autocast)
 
         def mismatch(recipe: Recipe) -> str:
-            how = unweighed(recipe.load_objective())
+            how = recipe.load_objective().cross_entropy()
             with _fused(model, recipe):
                 try:
                     ours = read(model, lambda: how.loss(model, batch).value, gradients, autocast)

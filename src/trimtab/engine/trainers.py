@@ -81,12 +81,18 @@ class _OurTrainer(ClipsRows):
         model.train()
         inputs = self._prepare_inputs(inputs)
 
+        losses, tokens = len(self.step_losses), self._total_train_tokens
+
         def loss() -> torch.Tensor:
+            self._total_train_tokens = tokens  # a stepper may compute the loss several times
             with self.compute_loss_context_manager():
                 value = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             return value if num_items_in_batch is not None else value / self.current_gradient_accumulation_steps
 
-        return stepper.backward(loss, self.accelerator.backward)
+        value = stepper.backward(loss, self.accelerator.backward)
+        times = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
+        self.step_losses[losses:] = [value.detach().float() * times]
+        return value
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The stepper's optimizer, or else the one that the arguments name."""

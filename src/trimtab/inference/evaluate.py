@@ -46,7 +46,7 @@ def evaluate(
     made = Inference(recipe, adapter, base_only, say)
     result: dict[str, Any] = {
         "model": recipe.model.name,
-        "adapter": made.run.folder and str(made.run.folder),
+        "adapter": made.run.folder and str(adapter or recipe.output),
     }
     if not tasks and made.base.task != recipe.load_objective().head:
         have = f"the adapter was trained for {made.base.task}"
@@ -113,7 +113,7 @@ def losses(made: Inference, rows: Any, size: int) -> dict[str, float]:
 
     from transformers import IntervalStrategy
 
-    from ..engine.arguments import training_arguments, unweighed
+    from ..engine.arguments import training_arguments
     from ..engine.inputs import Inputs, largest_batch, make_trainer
     from ..engine.objectives import arguments_class
     from ..engine.prepare import autocast_dtype, restore_model, training_forward
@@ -135,7 +135,7 @@ def losses(made: Inference, rows: Any, size: int) -> dict[str, float]:
         remove_printing(trainer)
         half = autocast_dtype([], model.dtype, trainer.autocast_wanted)
         recipe = checked(trainer, recipe, made.say, gradients=False, autocast=half)
-        with training_forward(model, unweighed(recipe.load_objective()), recipe):
+        with training_forward(model, recipe.load_objective().cross_entropy(), recipe):
             batch = largest_batch(trainer)
             made.evaluation(batch["rows"], batch["tokens"], batch["lengths"])
             trainer.add_callback(Guarded(made))

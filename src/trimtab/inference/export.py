@@ -87,6 +87,7 @@ def _peft(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries: l
     from ..model.limits import vocabulary
     from ..model.stock_peft import require_loadable
 
+    surgeries = [s for s in surgeries if not s.keeps_outputs] or surgeries
     if len(surgeries) != 1:
         names = ", ".join(type(s.patch).__name__ for s in surgeries)
         raise BadInput("export to peft", f"the adapter has several parts ({names})", "Export it as merged")

@@ -67,6 +67,7 @@ def load_run(
     except BaseException:
         revert(loaded.surgeries)
         raise
+    loaded.patches = [surgery.patch for surgery in loaded.surgeries]  # as calibration has left them
     model.eval()
     return loaded
 

@@ -31,17 +31,21 @@ TABLE: dict[str, Row] = {
                 "makes it QPaCA", "2503.01905", ("peft", "merged")),
     "lora": Row("lora:LoRA", "patch", "LoRA, QLoRA, DoRA", "low-rank adapters, computed by peft", "2106.09685",
                 ("peft", "merged")),
+    "edora": Row("edora:EDoRA", "patch", "EDoRA", "trains an r x r core between the weight's own singular vectors, and "
+                 "each row's norm", "2501.12067", ("peft", "merged")),
+    "senszoq": Row("senszoq:SensZOQ", "patch", "SensZOQ", "trains the 0.1 % of the weights that matter most, as "
+                   "a sparse change of a dense or 4-bit base", "2406.02913", ("peft", "merged")),
     "parallel_adapter": Row("parallel_adapter:ParallelAdapter", "patch", "Parallel Adapter",
                             "a wide two-layer ReLU network beside each FFN", "2110.04366"),
     "meft": Row("meft:Meft", "patch", "MEFT", "a sparse adapter larger than fast memory; only the experts that a batch "
                 "needs are fetched", "2406.04984"),
     "full": Row("full:Full", "patch", "Full fine-tuning", "trains every weight", exports=("merged",)),
-    "senszoq": Row("senszoq:SensZOQ", "patch", "SensZOQ", "trains the 0.1 % of the weights that matter most, as "
-                   "a sparse change of a dense or 4-bit base", "2406.02913", ("peft", "merged")),
     "diff_pruning": Row("diff_pruning:DiffPruning", "patch", "Diff pruning", "learns which 0.5 % of the parameters a "
                         "task changes, by gates that open and close", "2012.07463", ("peft", "merged")),
     "pruning": Row("pruning:Pruning", "patch", "Magnitude pruning, Wanda", "sets the least important weights to zero, "
                    "before training or for export", "2306.11695", ("merged",), "both"),
+    "embedding_pruning": Row("embedding_pruning:EmbeddingPruning", "patch", "Embedding pruning", "keeps only the "
+                             "embeddings of ids that occur in the data", "2309.08708", ("merged",), "both"),
     "streaming_llm": Row("streaming_llm:StreamingLLM", "patch", "StreamingLLM", "keeps only the first and the newest "
                          "tokens in the KV cache", "2309.17453", when="infer"),
     "head": Row("classification:Head", "part", "Classification head", "the new head that classification trains"),
@@ -49,6 +53,9 @@ TABLE: dict[str, Row] = {
                      "next-token loss; logits are computed in chunks"),
     "classification": Row("classification:Classification", "objective", "Sequence classification",
                           "a classification head on an encoder or decoder"),
+    "black_box": Row("causal_lm:BlackBox", "objective", "Black-box metrics",
+                     "one minus accuracy, exact match or F1 of replies; for `stepper: mezo`"),
+    "mezo": Row("mezo:Mezo", "stepper", "MeZO", "steps by differences of losses: forward passes only", "2305.17333"),
     "backprop": Row("backprop:Backprop", "stepper", "Back-propagation", "autograd and transformers' optimizers"),
 }  # fmt: skip
 

@@ -28,8 +28,11 @@ def learned_positions(model: nn.Module) -> int | None:
 
 def vocabulary(model: Any) -> int | None:
     """The number of tokens in the model's embedding table; None if its input layer is not a table."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    return None if weight is None or weight.dim() != 2 else weight.shape[0]
+    table = model.get_input_embeddings()
+    weight = getattr(table, "weight", None)
+    if weight is None or weight.dim() != 2:
+        return None
+    return getattr(table, "num_embeddings", weight.shape[0])  # the weight may hold some rows only
 
 
 def check_ids(model: Any, ids: Sequence[int], asked: str) -> None:

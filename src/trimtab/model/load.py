@@ -36,6 +36,7 @@ from . import anatomy
 from .hub import Say, cached_folder
 from .quant import quantise_empty
 from .spec import ModelSpec
+from .vocabulary import TOKENIZER
 
 __all__ = ["base_hash", "cached_folder", "empty_model", "load_model", "load_tokenizer"]
 
@@ -56,7 +57,8 @@ def load_model(
     device: torch.device | str | None = None,
     say: Say | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """-> (model in eval mode, tokenizer with a pad token). Sets `model.trimtab_base` to its `base_hash`.
+    """-> (model in eval mode, tokenizer with a pad token). Sets `model.trimtab_base` to its `base_hash`, and keeps the
+    tokenizer on the model (vocabulary.TOKENIZER).
 
     `task`: "causal-lm" or "classification" (a sequence head of `labels` classes; 1 is regression). `names`: of the
     classes. `device`: None is the CPU. BadInput for a wrong name and for missing or damaged files.
@@ -87,6 +89,7 @@ def load_model(
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: index for index, name in enumerate(names)}
     model.trimtab_base = base
+    setattr(model, TOKENIZER, tokenizer)
     for note in left_dense(model) if say is not None else ():
         say(note)
     return model, tokenizer

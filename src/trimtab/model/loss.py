@@ -6,6 +6,9 @@ projected, turned into its loss *and* its gradient with respect to the hidden st
 remains. This takes two matrix products per chunk instead of the three of a recomputing head. Nothing is computed for
 masked positions, and a frozen head gets no gradient buffer.
 
+A head may hold only some rows of its vocabulary (model/kept_rows.py). Then the loss is over those only, or over all:
+the logits of the other ids, and their part of the hidden state's gradient, come from the slow tier by blocks.
+
 Two of TRL's variants are supported: label smoothing, (1 - e) (lse - z_y) + e (lse - mean z), with gradient
 p - (1 - e) 1_y - e / V; and DFT (arXiv 2508.05629), p_y (lse - z_y) with p_y constant, with gradient p_y (p - 1_y).
 
@@ -23,6 +26,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .head import Head, before_head, head_of, router_loss
+from .kept_rows import KEPT, KeptRows
 
 ROWS = 64
 CHUNK_BYTES = 48 * 2**20  # of logits and their fp32 softmax, per chunk; below 128 positions the GEMMs get slow
@@ -30,7 +34,7 @@ CHUNK_BYTES = 48 * 2**20  # of logits and their fp32 softmax, per chunk; below 1
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, bias_V, target_N, chunk, cap, scale, smoothing, dft, counted):
+    def forward(ctx, hidden_NH, weight_VH, bias_V, target_N, chunk, cap, scale, smoothing, dft, counted, kept):
         wants = ctx.needs_input_grad
         grad_NH = torch.empty_like(hidden_NH) if wants[0] else None
         grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants[1] else None
@@ -38,12 +42,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
         correct = hidden_NH.new_zeros((), dtype=torch.int64)
         # two buffers for all chunks; no other tensor is that large
-        shape = (min(chunk, hidden_NH.shape[0]), weight_VH.shape[0])
+        shape = (min(chunk, hidden_NH.shape[0]), weight_VH.shape[0] if kept is None else kept.size)
         logits = hidden_NH.new_empty(shape)
         probabilities = hidden_NH.new_empty(shape, dtype=torch.float32)
         for start in range(0, hidden_NH.shape[0], chunk):
             hidden_CH, target_C1 = hidden_NH[start : start + chunk], target_N[start : start + chunk, None]
-            logits_CV = torch.mm(hidden_CH, weight_VH.t(), out=logits[: hidden_CH.shape[0]])
+            logits_CV = logits[: hidden_CH.shape[0]]
+            if kept is None:
+                torch.mm(hidden_CH, weight_VH.t(), out=logits_CV)
+            else:
+                kept.fill(hidden_CH, weight_VH, logits_CV)
             if bias_V is not None:
                 logits_CV += bias_V
             if scale != 1.0:
@@ -76,12 +84,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if scale != 1.0:
                 probability_CV.mul_(scale)
             slope_CV = logits_CV.copy_(probability_CV)  # d loss / d logits, in the logits' own memory
-            if grad_NH is not None:
+            if grad_V is not None:
+                grad_V += slope_CV.sum(0, dtype=torch.float32)
+            if kept is not None:
+                into = torch.empty_like(hidden_CH) if grad_NH is None else grad_NH[start : start + chunk]
+                slope_CV = kept.pull(slope_CV, weight_VH, into)
+            elif grad_NH is not None:
                 torch.mm(slope_CV, weight_VH, out=grad_NH[start : start + chunk])
             if grad_VH is not None:
                 grad_VH += slope_CV.t() @ hidden_CH
-            if grad_V is not None:
-                grad_V += slope_CV.sum(0, dtype=torch.float32)
         ctx.save_for_backward(grad_NH, grad_VH, grad_V)
         ctx.weight_dtype = weight_VH.dtype
         ctx.mark_non_differentiable(correct)
@@ -95,7 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             scaled[1] = scaled[1].to(ctx.weight_dtype)
         if scaled[2] is not None:
             scaled[2] = scaled[2].to(ctx.weight_dtype)
-        return (*scaled, *[None] * 7)
+        return (*scaled, *[None] * 8)
 
 
 def chunked_cross_entropy(
@@ -109,15 +120,18 @@ def chunked_cross_entropy(
     scale: float = 1.0,
     smoothing: float = 0.0,
     dft: bool = False,
+    kept: KeptRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> (summed cross-entropy (nats) of `target_N` under softmax(cap(scale * (hidden W^T + b))), correct argmaxes).
 
     `chunk`: positions projected at once (default: `CHUNK_BYTES` worth). Gradients flow to hidden, weight and bias,
     whichever require them. Second derivatives are not supported. `smoothing`: of labels, in [0, 1); `dft`: each
-    position is weighted by its target's probability.
+    position is weighted by its target's probability. `kept`: `weight_VH` has only these rows, and the softmax is over
+    all; targets and bias are those of all.
     """
     if chunk is None:
-        chunk = max(128, CHUNK_BYTES // (weight_VH.shape[0] * (4 + weight_VH.element_size())) // 64 * 64)
+        words = weight_VH.shape[0] if kept is None else kept.size
+        chunk = max(128, CHUNK_BYTES // (words * (4 + weight_VH.element_size())) // 64 * 64)
     if torch.is_autocast_enabled(hidden_NH.device.type):  # here, not inside: products with `out=` ignore autocast
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
     weight_VH = weight_VH.to(hidden_NH.dtype)
@@ -125,7 +139,7 @@ def chunked_cross_entropy(
     if hidden_NH.device.type == "cpu" and hidden_NH.element_size() == 2 and (more := -counted % ROWS):
         hidden_NH, target_N = F.pad(hidden_NH, (0, 0, 0, more)), F.pad(target_N, (0, more))
     return _ChunkedCrossEntropy.apply(
-        hidden_NH, weight_VH, bias_V, target_N, chunk, softcap, scale, smoothing, dft, counted
+        hidden_NH, weight_VH, bias_V, target_N, chunk, softcap, scale, smoothing, dft, counted, kept
     )
 
 
@@ -144,7 +158,12 @@ def next_token_loss(
     gradient accumulation, each batch's is weighted by its share of the counted tokens, so that the step has their mean.
     """
     head = Head() if whole else head_of(model)
+    kept: KeptRows | None = getattr(head.linear, KEPT, None)
+    if kept is not None and head.words is not None:
+        head, kept = Head(), None
     target_N = labels_BT[:, 1:].reshape(-1)
+    if kept is not None and not kept.uses_all():  # an id without a row has no logit
+        target_N = torch.where(kept.row_of[target_N.clamp(min=0)] >= 0, target_N, -100)
     keep_N = (target_N != -100).nonzero().squeeze(1)
     if head.linear is None:
         output = model.forward(**inputs, use_cache=False)
@@ -162,9 +181,14 @@ def next_token_loss(
         weight_VH, bias_V = head.linear.weight, head.linear.bias
         if head.words is not None:
             weight_VH, bias_V = weight_VH[: head.words], None if bias_V is None else bias_V[: head.words]
+        if kept is not None and kept.plain_for(rows_NX):
+            weight_VH, kept = kept.cold, None
+        elif kept is not None and not kept.uses_all():
+            target_N, bias_V = kept.row_of[target_N].long(), None if bias_V is None else bias_V[kept.ids]
+            kept = None
         total, correct = chunked_cross_entropy(
             rows_NX, weight_VH, target_N, bias_V, chunk=chunk, softcap=head.softcap, scale=head.scale,
-            smoothing=smoothing, dft=dft,
+            smoothing=smoothing, dft=dft, kept=kept,
         )  # fmt: skip
     seen = torch.as_tensor(target_N.numel(), device=total.device)
     divisor = seen if count is None else torch.as_tensor(count, device=total.device)
@@ -172,3 +196,20 @@ def next_token_loss(
     if torch.is_grad_enabled() and (balance := router_loss(model, output)) is not None:
         loss = loss + balance * (1.0 if count is None else seen / divisor.clamp(min=1))
     return loss, correct, seen
+
+
+@torch.no_grad()
+def predictions(
+    model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, whole: bool = False, chunk: int = 128
+) -> Tensor:
+    """-> the most probable token at each position whose next label counts, int64 (N,), row by row."""
+    head = Head() if whole else head_of(model)
+    keep_N = (labels_BT[:, 1:].reshape(-1) != -100).nonzero().squeeze(1)
+    if head.linear is None:
+        logits_BTV = model.forward(**inputs, use_cache=False).logits
+        return logits_BTV[:, :-1].flatten(0, 1).index_select(0, keep_N).argmax(-1)
+    hidden_BTH, _ = before_head(model, head.linear, inputs)
+    hidden_NH = hidden_BTH[:, :-1].flatten(0, 1).index_select(0, keep_N)
+    # a positive scale and a soft cap leave the order of the logits as it is
+    parts = [head.linear(hidden_CH)[:, : head.words].argmax(-1) for hidden_CH in hidden_NH.split(chunk)]
+    return torch.cat(parts) if parts else keep_N

@@ -13,9 +13,10 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..memory.budget import gib
 from ..recipe import Recipe
 from .calibrate import known_overhead
-from .plan import Plan, growth, limits, longest_allowed, plan, process_bytes
+from .plan import Plan, foreseen, growth, limits, longest_allowed, plan, process_bytes
 from .planned_model import PlannedModel, at_whole_depth
 
 if TYPE_CHECKING:
@@ -67,17 +68,33 @@ def plan_inference(
 
 
 def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
-    """What `trimtab plan` shows: the plan of training, or of a reply where the recipe trains nothing."""
+    """What `trimtab plan` shows: the plan of training, or of a reply where the recipe trains nothing. Of a patch that
+    counts tokens, it also says what the peak would be without it."""
     if recipe.trains or not recipe.patches:
-        return plan(recipe, **options)
-    length = longest_allowed(recipe)
-    process = process_bytes(known_overhead())
+        made = plan(recipe, **options)
+        others = [patch for patch in recipe.load_patches() if not patch.counts_tokens]
+        if recipe.trains and len(others) < len(recipe.patches):
+            alike = {name: getattr(made, name) for name in ("rows", "tokens", "counted", "process")}  # not read again
+            bare = dataclasses.replace(recipe, patches=others)
+            made.notes.append(_saved(made, plan(bare, **{**options, **alike})))
+        return made
+    length, process, notes = longest_allowed(recipe), process_bytes(known_overhead()), list[str]()
+    if any(patch.counts_tokens for patch in recipe.load_patches()) and (seen := foreseen(recipe, notes)) is not None:
+        recipe, notes = seen.recipe, list(seen.notes)
     head = recipe.load_objective().head
     work = Work(1, length, NEW if head == "causal-lm" else 0)
     made = plan_inference(recipe, recipe.load_patches(), work, head, None, process)
     what = f"a prompt of {length} tokens (max_length)" + (f" and a reply of {work.new}" if work.new else "")
+    made.notes.extend(notes)
     made.notes.append(f"nothing is trained: for {what}")
     return made
+
+
+def _saved(made: Plan, without: Plan) -> str:
+    """How much less tensors use at the peak of `made` than of the plan `without` a patch, as a note."""
+    less = without.live_peak_bytes - made.live_peak_bytes
+    word = "saves" if less >= 0 else "costs"
+    return f"at the peak it {word} {gib(abs(less))} ({made.phase}; without it, the peak is at: {without.phase})"
 
 
 class PlannedInference(PlannedModel):

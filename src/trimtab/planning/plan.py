@@ -207,6 +207,7 @@ def plan(
         if (seen := foreseen(recipe, notes)) is not None:
             tokens, counted, filled, lengths = (seen.batch[key] for key in ("tokens", "counted", "filled", "lengths"))
             rows, process = rows or seen.batch["rows"], at_start + seen.nbytes if process is None else process
+            recipe = seen.recipe
         else:
             tokens = longest_allowed(recipe)
     rows = rows or args.per_device_train_batch_size
@@ -269,6 +270,7 @@ def foreseen(recipe: Recipe, notes: list[str]) -> Foreseen | None:
         return None
     seen = foresee(recipe)
     notes.append(f"for the longest rows of data.train: {seen.batch['tokens']} tokens")
+    notes += seen.notes
     return seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ class PlannedModel:
         labels: int | None = None,
     ):  # fmt: skip
         from ..model import anatomy
+        from ..model.kept_rows import IN_FILE
         from ..model.load import assembled, empty_model, left_dense, load_model
 
         self.recipe, self.blocks, self.real, self.head = recipe, blocks, real, head
@@ -38,18 +40,32 @@ class PlannedModel:
         copies = [*fresh, *assembled(self.model, recipe.model)]
         self.in_file = {_key(p) for p in self.model.parameters()} - {_key(p) for p in copies}
         self.mapped = self.mapped and recipe.place.device.type == "cpu"  # another device gets copies
+        for parameter in self.model.parameters():
+            mapped = self.mapped and _key(parameter) in self.in_file and parameter.is_floating_point()
+            setattr(parameter, IN_FILE, mapped)
         self.surgeries: list[Surgery] = []
+        self.between: dict[int, Any] = {}  # weak references to storages that slimming patches put into the model
 
     def patch(self, patches: Iterable[Patch], phase: When, *parts: Any) -> None:
         """Applies the patches that act in `phase`, and the surgeries of `parts` (stepper, objective)."""
         from ..engine.patching import apply_patches, prepare
 
         try:
-            self.surgeries += apply_patches(self.model, patches, self.recipe.place, phase)
+            self.surgeries += apply_patches(self.model, patches, self.recipe.place, phase, applied=self._applied)
             self.surgeries += prepare(self.model, *parts)
         except (RuntimeError, NotImplementedError) as error:  # a library's code may read values
             why = f"the patch cannot be applied to a model without values ({' '.join(str(error).split())[:120]})"
             raise Untraceable(f"plan {', '.join(map(str, self.recipe.patches))}", why, "Remove budget:") from error
+
+    def _applied(self, surgery: Surgery) -> None:
+        import torch
+
+        from ..contracts import When
+
+        if self.real and surgery.patch.counts_tokens:  # the number of rows is known, and their ids do not matter
+            surgery.calibrate([{"input_ids": torch.arange(self.model.config.get_text_config().vocab_size)}])
+        if surgery.patch.when is When.BOTH:
+            self.between |= {_key(p): weakref.ref(p.untyped_storage()) for p in self.model.parameters()}
 
     @property
     def notes(self) -> list[str]:
@@ -72,10 +88,16 @@ class PlannedModel:
         inside = {_key(t) for t in (*self.model.parameters(), *self.model.buffers())}
         slimming = (surgery for surgery in self.surgeries if surgery.patch.when is When.BOTH)
         own = [tensor for surgery in slimming for tensor in surgery.own_tensors().values()]
-        found = {_key(t): (ADAPTER, t) for t in own}
+        found = {_key(t): (ADAPTER, t.untyped_storage()) for t in own}
+        found |= {key: (WEIGHTS, s) for key, ref in self.between.items() if (s := ref()) is not None}
         for key, tensor in self.base.items():
-            found[key] = (MAPPED if self.mapped and key in self.in_file else WEIGHTS, tensor)
-        return [(kind, t.untyped_storage().nbytes()) for key, (kind, t) in found.items() if key not in inside]
+            slow = (self.mapped and key in self.in_file) or key in self._moved()
+            found[key] = (MAPPED if slow else WEIGHTS, tensor.untyped_storage())
+        return [(kind, storage.nbytes()) for key, (kind, storage) in found.items() if key not in inside]
+
+    def _moved(self) -> set[int]:
+        """Storages of the base that patches have moved to the slow tier."""
+        return {_key(tensor) for surgery in self.surgeries for tensor in surgery.in_slow_tier}
 
     def with_kept(self, peaks: Peaks, kept: list[tuple[str, int]]) -> None:
         """Adds the result of `kept` to each phase."""
@@ -112,6 +134,8 @@ class PlannedModel:
     def kind_of(self, name: str, tensor: Any) -> str:
         from ..cost.trace import ADAPTER, MAPPED, WEIGHTS
 
+        if _key(tensor) in self._moved():
+            return MAPPED
         if _key(tensor) not in self.base:
             return ADAPTER
         if _key(tensor) not in self.in_file:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import multiprocessing
 from collections.abc import Iterator
@@ -29,9 +30,9 @@ from . import calibrate
 from .fit import CHECKPOINTING, MICRO, TIMES, halves
 from .plan import Plan, foreseen, plan, process_bytes
 
-PRECISIONS = ("bf16", "fp32", "nf4", "int8")
+PRECISIONS, USUAL = ("bf16", "nf4", "fp32", "int8"), 2  # the first two win unless the processor lacks bf16
 SMALL_CHUNK = 32  # positions; the loss's own choice is 128 or more
-MOST, MOST_CHUNKS = 42, 2  # combinations that are planned, and how many of them again with the small chunk
+MOST, MOST_CHUNKS = 60, 2  # combinations that are planned, and how many of them again with the small chunk
 ALIKE = 1.05  # speeds within this factor count as equal; then the number of trained parameters decides
 
 
@@ -140,7 +141,7 @@ def search(
     notes: list[str] = []
     at_start = process_bytes(calibrate.known_overhead())  # once for all: a process that makes many plans grows
     if tokens is None and (seen := foreseen(recipe, notes)) is not None:
-        tokens, at_start = seen.batch["tokens"], at_start + seen.nbytes
+        recipe, tokens, at_start = seen.recipe, seen.batch["tokens"], at_start + seen.nbytes
     process = at_start if process is None else process
     wanted = list(_combinations(recipe))
     requested, left_out = wanted[:MOST], len(wanted) - MOST
@@ -182,7 +183,8 @@ def check_free(path: Path, overwrite: bool) -> None:
 
 
 def _combinations(recipe: Recipe) -> Iterator[Candidate]:
-    """The extremes first (the whole batch at once, the smallest micro-batch with checkpointing), then the others."""
+    """The extremes first (the whole batch at once; the smallest micro-batch with checkpointing), on the precisions that
+    are usually best; then the other precisions, then what lies between."""
     values = recipe.training_values()
     whole = values[MICRO] * values.get(TIMES, 1)
     sizes = [whole, *halves(whole)]
@@ -190,13 +192,14 @@ def _combinations(recipe: Recipe) -> Iterator[Candidate]:
     ways = (
         [values[CHECKPOINTING]] if {CHECKPOINTING, "gradient_checkpointing"} & recipe.training.keys() else [False, True]
     )
-    variants = [(size, again) for again in ways for size in sizes]
-    variants.sort(key=lambda v: (v not in ((sizes[0], ways[0]), (sizes[-1], ways[-1])), v[1], -v[0]))
+    ends = list(dict.fromkeys([(sizes[0], ways[0]), (sizes[-1], ways[-1])]))
+    between = [(size, again) for again in ways for size in sizes if (size, again) not in ends]
+    free = recipe.model.precision == "auto"
+    groups = (PRECISIONS[:USUAL], PRECISIONS[USUAL:]) if free else ((recipe.model.precision,),)
     stated = {RENAMED.get(key, key): value for key, value in recipe.training.items()}  # methods differ in defaults
-    precisions = PRECISIONS if recipe.model.precision == "auto" else (recipe.model.precision,)
-    for size, again in variants:
-        for precision in precisions:
-            for name, patches in _methods(recipe):
+    for variants in (ends, between):
+        for group, (size, again) in itertools.product(groups, variants):
+            for precision, (name, patches) in itertools.product(group, _methods(recipe)):
                 training = {**stated, MICRO: size, TIMES: whole // size, CHECKPOINTING: again}
                 model = dataclasses.replace(recipe.model, precision=precision)
                 changed = dataclasses.replace(recipe, patches=patches, training=training, model=model)

@@ -44,6 +44,9 @@ class Pieces(NamedTuple):
     sums: Checksums | None = None  # computed while it is written
 
 
+ALIGNED = 64  # bytes; products of mapped tensors then round as those of allocated ones do
+
+
 def pieces_of(tensor: Tensor, sums: Checksums | None = None) -> Pieces:
     return Pieces(tuple(tensor.shape), tensor.dtype, cut(tensor), sums)
 
@@ -72,7 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[s
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNED)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:

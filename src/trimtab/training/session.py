@@ -7,6 +7,7 @@ the model on exit. train.py adds limits and the report.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import weakref
 from collections.abc import Callable
@@ -53,8 +54,8 @@ class Ended:
 class Session:
     """A recipe's model, data and training arguments. Within `with`, the model is patched and has a trainer."""
 
-    def __init__(self, recipe: Recipe, output: Path, say: Say, quiet: bool):
-        self.recipe, self.output, self.say, self.quiet = recipe, output, say, quiet
+    def __init__(self, recipe: Recipe, output: Path, say: Say, quiet: bool, resumed: bool = False):
+        self.recipe, self.output, self.say, self.quiet, self.resumed = recipe, output, say, quiet, resumed
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.objective, self.stepper = recipe.load_objective(), recipe.load_stepper()
         self.patches, self.place = recipe.load_patches(), place_of(recipe)
@@ -87,8 +88,16 @@ class Session:
             tensors = (*self.model.parameters(), *self.model.buffers())
             self.as_loaded = [weakref.ref(t.untyped_storage()) for t in tensors]  # patches may keep some to revert
             compared = undo.enter_context(LossCompared(self.model, self.objective))
+
+            def applied(surgery: Any) -> None:
+                if surgery.patch.when is When.BOTH:
+                    self.as_loaded += [weakref.ref(p.untyped_storage()) for p in self.model.parameters()]
+                compared.applied(surgery)
+
             batches = calibration_batches(self.recipe, self.inputs, self.args, self.place.device)
-            self.surgeries += apply_patches(self.model, self.patches, self.place, When.TRAIN, batches, compared.applied)
+            self.surgeries += apply_patches(
+                self.model, self.patches, self.place, When.TRAIN, batches, applied, self.resumed
+            )
             half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
             compared.require_unchanged(self.surgeries, half)
             if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
@@ -107,7 +116,9 @@ class Session:
             )
             self.trainer = make_trainer(job, self.recipe, self.model, self.args, self.inputs)
             remove_printing(self.trainer)
-            self.recipe = checked(self.trainer, self.recipe, self.say, gradients=True, autocast=half)
+            self.recipe = checked(
+                self.trainer, self.recipe, self.say, gradients=self.stepper.uses_gradients, autocast=half
+            )
             self.objective = job.objective = weighed(self.recipe.load_objective(), self.args)
             self._undo = undo.pop_all()
         return self
@@ -140,6 +151,13 @@ class Session:
             self.recipe.model, task=self.objective.head, labels=self.inputs.labels, names=self.rows.labels or (),
             device=self.place.device, say=self.say,
         )[0]  # fmt: skip
+
+    @property
+    def applied(self) -> Recipe:
+        """The recipe with its patches as they were applied: some depend on what calibration found."""
+        made = iter(self.surgeries)
+        patches = [patch if patch.when is When.INFER else next(made).patch for patch in self.patches]
+        return dataclasses.replace(self.recipe, patches=patches)
 
     # --- training ------------------------------------------------------------------------------------------------
 

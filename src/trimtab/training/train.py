@@ -69,7 +69,7 @@ def _run(
     from ..planning.remembered import shown
     from .session import Session  # imports TRL: after the cheap checks
 
-    session = Session(recipe, output, say, quiet)
+    session = Session(recipe, output, say, quiet, resumed=checkpoint is not None)
     _check_shortest(session)
     with _write_errors(output), session:
         say = session.say
@@ -142,7 +142,7 @@ def _planned(session: Session) -> Plan | None:
     from ..planning.fit import require_fit
     from ..planning.plan import plan
 
-    recipe = session.recipe
+    recipe = session.applied
     if session.args.world_size > 1:
         if recipe.budget:
             raise BadInput("budget: with several processes", "only runs of one process can be planned", "Remove it")
@@ -204,6 +204,7 @@ def _record(session: Session, began: float) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "tokens": tokens,
         "kept_step": _kept_step(trainer),
+        **session.stepper.record(),
         "final_loss": _final_loss(trainer),
         "evaluation": _evaluation(trainer),
         "measured": {
