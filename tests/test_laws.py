@@ -322,9 +322,8 @@ def test_on_a_quantised_base(name, kind):
     batch, before, weights = tiny_batch(model), snapshot(model), values(model)
     outputs = logits(model, batch)
     surgery = put(name, model)
-SMOOTH = {**dict.fromkeys(["meft", *STORED], WHOLE), "edora": {"detach_norm": False}}
-QUANTISED = ("paca", "lora", "edora", "parallel_adapter", "meft", "senszoq", "diff_pruning", *STORED)
-DEQUANTISED = ("paca", "edora", "senszoq", "diff_pruning")  # bitsandbytes also rounds the input of an int8 product
+    rounded = kind == "int8" and name in DEQUANTISED
+    assert torch.allclose(logits(model, batch), outputs, atol=0.1 if rounded else 1e-4)
     losses = train(model, surgery, 8)
     assert losses[-1] < 0.9 * losses[0]
     surgery.revert()
