@@ -105,3 +105,10 @@ def test_a_run_killed_in_either_phase_is_resumed_bit_for_bit(step, world, tmp_pa
     assert any(key.endswith(".alpha") for key in read_tensors(last)) == (step == 3)
     run(keys, resume=True)
     identical(left(tmp_path / "run"), unkilled)
+
+
+def test_it_needs_gradients(world, tmp_path):
+    keys = tree(world, tmp_path / "run", KILLED, max_steps=2)
+    with pytest.raises(BadInput, match="DiffPruning with Mezo: its gates"):
+        run({**keys, "stepper": "mezo"})
+    assert not (tmp_path / "run").exists()

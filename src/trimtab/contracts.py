@@ -129,6 +129,7 @@ class Patch(ABC):
     trains_base: ClassVar[bool] = False  # whether the base's own weights are trained (full fine-tuning)
     exclusive_reason: ClassVar[str] = ""  # why no other trained patch can be applied with it; "" if one can
     defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the objective's
+    gradient_reason: ClassVar[str] = ""  # why no stepper without gradients can train it; "" if one can
     uses_tables: ClassVar[bool] = False  # whether it has tables in the slow tier
     counts_tokens: ClassVar[bool] = False  # calibration needs only token ids, and a plan counts them for it (`counted`)
     shrinkable: ClassVar[tuple[str, ...]] = ()  # fields that use less memory when smaller, the least harmful first

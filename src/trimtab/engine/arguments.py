@@ -80,6 +80,10 @@ def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
         asked = f"objective: {recipe.objective} with stepper: {recipe.stepper}"
         raise BadInput(asked, "the loss has no gradient", "Set stepper: mezo")
     stepper, tables = recipe.load_stepper(), [patch for patch in recipe.load_patches() if patch.uses_tables]
+    for patch in recipe.load_patches():
+        if patch.gradient_reason and not stepper.uses_gradients:
+            asked = f"{type(patch).__name__} with {type(stepper).__name__}"
+            raise BadInput(asked, patch.gradient_reason, "Set stepper: backprop, or use another patch")
     if type(stepper).optimizer is not Stepper.optimizer:
         name = type(stepper).__name__
         if "optim" in recipe.training:

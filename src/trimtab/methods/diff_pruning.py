@@ -65,6 +65,7 @@ class DiffPruning(SparsePatch):
 
     paper: ClassVar[str] = "2012.07463"
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3}
+    gradient_reason: ClassVar[str] = "its gates are told apart by small gradients, and its parameters become fewer"
 
     density: float = 0.005  # share of the whole model's parameters that change in the end (section 4: 0.5 %)
     structured: bool = True  # a further gate for each weight matrix (section 3.2)
