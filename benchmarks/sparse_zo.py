@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import Clock, alternate, conclude, follow, itself, options, ratios, say, seek, spread  # noqa: E402
+from llama_shape import write_model, write_text  # noqa: E402
 
 GIB, ROWS, LENGTH, DENSITY = 2**30, 16, 64, 0.001
 STEPS, TRIED, SEEDS = 120, 40, (1, 2)  # of the comparison of losses; of the search for a rate
@@ -270,8 +271,6 @@ def losses(train: Path, apart: Path, quick: bool) -> tuple[float, list[dict[str,
 
 
 def seven_b(blocks: int) -> tuple[float, dict[str, Any]]:
-    from seven_b import write_model, write_text
-
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "model", blocks)
         write_text(Path(folder) / "text.jsonl", 8)

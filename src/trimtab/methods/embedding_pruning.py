@@ -55,9 +55,7 @@ class EmbeddingPruning(Patch):
 
     unseen: Literal["fetch", "unk", "error"] = "fetch"  # ids without a row: fetched, read as <unk>, or refused
     softmax: Literal["exact", "kept"] = "exact"  # what training normalises over: all ids, or those that are kept
-    rows: int | None = (
-        None  # at most so many rows, of the most frequent ids, up to a multiple of 64; null: all that occur
-    )
+    rows: int | None = None  # of the most frequent ids at most so many, up to a multiple of 64; null: all that occur
 
     @property
     def calibration_rows(self) -> int:
