@@ -41,6 +41,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 3},
     "edora": {"r": 3, "alpha": 6.0},
     "senszoq": {"density": 0.05},
+    "diff_pruning": {"density": 1e-4, "candidates": 0.05},
     "parallel_adapter": {"r": 6, "scale": 0.5},
     "meft": {"r": 12, "experts": 4, "probes": 4, "k": 12, "scale": 2.0},
     "full": {},
@@ -149,7 +150,7 @@ def of_run(
 
 
 def dense(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
-    """PaCA, LoRA, EDoRA and SensZOQ: whole weights, made of the patch's tensors, in the place of the model's own."""
+    """Patches of linears: whole weights, made of the patch's tensors, in the place of the model's own."""
     model = model_of(name)
     own = {key: p.detach().clone().requires_grad_() for key, p in surgery.own_tensors().items() if p.requires_grad}
     for key, layer in surgery.layers.items():
@@ -159,8 +160,11 @@ def dense(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gra
             a_RI = torch.eye(layer.in_features)[layer.indices]
             change = 2.0 * own[f"{key}.delta"] @ a_RI
         elif hasattr(layer, "counts"):
-            change = torch.zeros(layer.shape).view(-1).index_add(0, layer.pattern.flat, own[f"{key}.values"])
-            change = change.view(layer.shape)
+            values = own[f"{key}.values"]
+            if hasattr(layer, "alpha"):
+                gates = (torch.sigmoid(layer.alpha + own[f"{key}.shift"]) * 3 - 1.5).clamp(0, 1)
+                values = values * gates[:-1] * gates[-1]
+            change = torch.zeros(layer.shape).view(-1).index_add(0, layer.pattern.flat, values).view(layer.shape)
         elif hasattr(layer, "core"):
             old_OI = old if isinstance(module, nn.Linear) else old.T
             turned_OI = old_OI + 2.0 * layer.b_OR @ own[f"{key}.core"] @ layer.a_RI
@@ -240,8 +244,8 @@ def plain(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gra
 
 
 WAYS: dict[str, Callable[..., tuple[float, Gradients]]] = {
-    **dict.fromkeys(("paca", "lora", "edora", "senszoq"), dense), "parallel_adapter": beside, "meft": gated,
-    "full": plain,
+    **dict.fromkeys(("paca", "lora", "edora", "senszoq", "diff_pruning"), dense), "parallel_adapter": beside,
+    "meft": gated, "full": plain,
 }  # fmt: skip
 
 

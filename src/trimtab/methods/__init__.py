@@ -35,13 +35,13 @@ TABLE: dict[str, Row] = {
                  "each row's norm", "2501.12067", ("peft", "merged")),
     "senszoq": Row("senszoq:SensZOQ", "patch", "SensZOQ", "trains the 0.1 % of the weights that matter most, as "
                    "a sparse change of a dense or 4-bit base", "2406.02913", ("peft", "merged")),
+    "diff_pruning": Row("diff_pruning:DiffPruning", "patch", "Diff pruning", "learns which 0.5 % of the parameters a "
+                        "task changes, by gates that open and close", "2012.07463", ("peft", "merged")),
     "parallel_adapter": Row("parallel_adapter:ParallelAdapter", "patch", "Parallel Adapter",
                             "a wide two-layer ReLU network beside each FFN", "2110.04366"),
     "meft": Row("meft:Meft", "patch", "MEFT", "a sparse adapter larger than fast memory; only the experts that a batch "
                 "needs are fetched", "2406.04984"),
     "full": Row("full:Full", "patch", "Full fine-tuning", "trains every weight", exports=("merged",)),
-    "diff_pruning": Row("diff_pruning:DiffPruning", "patch", "Diff pruning", "learns which 0.5 % of the parameters a "
-                        "task changes, by gates that open and close", "2012.07463", ("peft", "merged")),
     "pruning": Row("pruning:Pruning", "patch", "Magnitude pruning, Wanda", "sets the least important weights to zero, "
                    "before training or for export", "2306.11695", ("merged",), "both"),
     "embedding_pruning": Row("embedding_pruning:EmbeddingPruning", "patch", "Embedding pruning", "keeps only the "
