@@ -11,10 +11,12 @@ import transformers
 from torch import nn
 
 from helpers_reply import SKY, byte_folder, learned, write_gguf
+from helpers_run import make_world, tree
 from trimtab.artifacts.adapter import short_targets
 from trimtab.inference.export import export
 from trimtab.model.hub import cached_folder
 from trimtab.model.sampling import sample
+from trimtab.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +86,20 @@ def test_short_targets_find_the_same_modules(tmp_path):
     found = get_peft_model(model, LoraConfig(target_modules=names)).base_model.targeted_module_names
     assert len(found) == 7 and all(".0." in name for name in found)
     assert torch.is_tensor(model.lm_head.weight)
+
+
+def test_a_sparse_change_is_exported_as_shira(tmp_path):
+    peft = pytest.importorskip("peft")
+    world = make_world(tmp_path)
+    keys = tree(world, tmp_path / "run", {"senszoq": {"density": 0.02}}, max_steps=2)
+    recipe = Recipe.from_dict(keys)
+    recipe.train()
+    folder = export(recipe, "peft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "SHIRA" and "q_proj" in str(config["target_modules"])
+    auto = transformers.AutoModelForCausalLM
+    stock = peft.PeftModel.from_pretrained(auto.from_pretrained(world / "llama"), folder).eval()
+    merged = auto.from_pretrained(export(recipe, "merged")).eval()
+    ids = torch.tensor([[3, 5, 7, 9]])
+    with torch.no_grad():
+        assert torch.allclose(stock(ids).logits, merged(ids).logits, atol=1e-5)

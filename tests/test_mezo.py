@@ -171,6 +171,7 @@ def test_updates_are_those_of_the_rules(update):
     for step in range(6):
         slopes = torch.tensor([1.5 - step, 0.5])
         reference.grad = sum(slopes[j] * noise(0, step, j, 0, p) for j in range(2)) / 2
+        stepper.run._start(p.device)
         stepper.run.slopes = slopes
         optimizer.step()
         other.step()
@@ -232,7 +233,7 @@ def test_steps_without_a_finite_loss_are_skipped_and_counted():
     assert all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
     step(1.0)
     assert not all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
-    assert stepper.record() == {"skipped_steps": 2}
+    assert stepper.record() == {"skipped_steps": 2, "flat_steps": 0}
     losses = [step(float("nan")) for _ in range(3)]
     assert losses[:2] == [losses[0]] * 2 and losses[2] != losses[2], "after three in a row the loss is NaN"
 
@@ -315,9 +316,14 @@ def test_what_it_cannot_step_is_refused(world, tmp_path):
     keys = tree(world, tmp_path / "run", {"paca": {}}, max_steps=1, optim="adamw_torch")
     with pytest.raises(BadInput, match="optimizer of its own"):
         Recipe.from_dict({**keys, "stepper": "mezo"}).train()
-    for field, value in (("eps", 0.0), ("directions", 0), ("patience", 0)):
-        with pytest.raises(BadInput, match="above 0"):
+    odd = [("eps", 0.0), ("eps", float("inf")), ("directions", 0), ("patience", 0), ("momentum", 1.0)]
+    for field, value in (*odd, ("momentum", float("nan")), ("beta2", -1.0)):
+        with pytest.raises(BadInput, match="it must be"):
             Mezo(**{field: value}).prepare(MODELS["llama"]())
+    for fields, match in (({"max_grad_norm": 0.5}, "no gradient"), ({"weight_decay": 0.1}, "only matrices")):
+        keys = tree(world, tmp_path / "run", {"senszoq": {"score": "weight"}}, max_steps=1, **fields)
+        with pytest.raises(BadInput, match=match):
+            Recipe.from_dict({**keys, "stepper": "mezo"}).train()
     with pytest.raises(BadInput, match="several processes"):
         Mezo().optimizer([nn.Parameter(torch.ones(1))], type("A", (ARGS,), {"world_size": 2}))
     half = MODELS["llama"]().half()
@@ -375,5 +381,10 @@ def test_a_run_on_a_metric(metric, world, tmp_path):
     keys |= {"objective": {"black_box": {"metric": metric}}, "stepper": {"mezo": {"eps": 0.1, "directions": 4}}}
     made = Recipe.from_dict(keys).train()
     assert 0 <= made["final_loss"] <= 1
+    assert made["flat_steps"] + made["skipped_steps"] <= 3
+    for change in ({"training": {**keys["training"], "packing": True}}, {"objective": {"black_box": {"dft": True}}}):
+        if metric != "accuracy":
+            with pytest.raises(BadInput, match="packed rows|cross-entropy"):
+                Recipe.from_dict({**keys, **change, "output": str(tmp_path / min(change))}).train()
     with pytest.raises(BadInput, match="has no gradient"):
         Recipe.from_dict({**keys, "stepper": "backprop", "output": str(tmp_path / "other")}).train()

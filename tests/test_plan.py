@@ -128,8 +128,16 @@ def test_forward_passes_only_are_planned_so(folders, name, fields):
     two = {"directions": 2, "update": "adam"}
     stepped = dataclasses.replace(recipe, stepper={"mezo": two if name == "senszoq" else {}})
     close(stepped, within=0.03)
+    assert not any("real step" in note for note in plan(stepped).notes)
     if name != "senszoq":  # two directions are four batches at once
         assert plan(stepped).live_peak_bytes < plan(recipe).live_peak_bytes
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "exact_match", "f1"])
+def test_metrics_are_planned_without_values(folders, metric):
+    recipe = recipe_of(folders("llama", torch.bfloat16), {"senszoq": {"density": 0.02}})
+    black = dataclasses.replace(recipe, stepper="mezo", objective={"black_box": {"metric": metric}})
+    assert not any("real step" in note for note in plan(black).notes)
 
 
 def test_masked_positions_cost_no_logits(folders):

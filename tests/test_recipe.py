@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,9 @@ def test_what_is_written_is_what_is_read(file, tmp_path):
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "recipe.yaml").write_text(recipe.to_yaml())
     again = Recipe.load(tmp_path / "again")  # the folder of a run
-    assert again == recipe and again.hash == recipe.hash
+    assert again == dataclasses.replace(recipe, output=str(tmp_path / "again")), "a copied run is its own"
+    assert again.hash == recipe.hash
+    assert Recipe.load(tmp_path / "again", ["output=other"]).output == "other"
 
 
 def test_the_hash_names_what_is_computed(file):
@@ -220,3 +223,8 @@ def test_a_chat_template_is_looked_for_beside_the_recipe(tmp_path, monkeypatch):
     assert Recipe.load(recipe).data.chat_template == str(recipe.parent / "own.jinja")
     recipe.write_text("data: {train: t.jsonl, chat_template: chatml}\npatches: [full]\n")
     assert Recipe.load(recipe).data.chat_template == "chatml"
+
+
+def test_a_field_of_a_stepper_that_is_named_by_text_can_be_set(file):
+    made = Recipe.load(file, ["stepper=mezo", "stepper.mezo.eps=0.01", "objective.causal_lm.chunk=64"])
+    assert made.stepper == {"mezo": {"eps": 0.01}} and made.load_objective().chunk == 64

@@ -172,6 +172,7 @@ class Objective(ABC):
     evaluator: ClassVar[str] = "trimtab.inference.evaluate:answer"  # what `trimtab eval` calls
     defaults: ClassVar[dict[str, Any]] = {"lr_scheduler_type": "linear", "warmup_steps": 0}  # of `training:`
     differentiable: ClassVar[bool] = True  # whether the loss has a gradient
+    ignored: ClassVar[dict[str, str]] = {}  # fields of `training:` that would do nothing -> why; they are refused
 
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
         """A surgery for what the objective itself trains (a new classification head), or None."""
@@ -197,6 +198,7 @@ class Stepper:
 
     defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the patches'
     uses_gradients: ClassVar[bool] = True  # whether `backward` runs a backward pass
+    ignored: ClassVar[dict[str, str]] = {}  # as an objective's
 
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
         """A surgery for what the stepper itself needs on the model, or None."""

@@ -107,10 +107,12 @@ class Recipe(Block):
 
         Data files are looked for beside the recipe first, then in the working folder.
         """
-        path = Path(path)
+        path, run = Path(path), None
         if (path / "recipe.yaml").is_file():
-            path = path / "recipe.yaml"
+            path, run = path / "recipe.yaml", path
         tree = _read_yaml(path)
+        if run is not None:  # a copied or moved run is its own
+            tree["output"] = str(run)
         for text in overrides:
             override(tree, text)
         recipe = cls.from_dict(tree)
@@ -240,6 +242,8 @@ def override(tree: dict[str, Any], order: str) -> None:
     for block in (ModelSpec, DataSpec, Place):
         if parents == [block.key()] and isinstance(tree.get(block.key()), str | list):
             tree[block.key()] = {block.short: tree[block.key()]}
+    if len(parents) > 1 and parents[0] in ("objective", "stepper") and tree.get(parents[0]) == parents[1]:
+        tree[parents[0]] = {parents[1]: {}}
     for parent in parents:
         if isinstance(node, list):  # patches.paca.r
             entry = next((i for i, e in enumerate(node) if e == parent or isinstance(e, dict) and parent in e), None)

@@ -18,6 +18,8 @@ from ..model.sparse_delta import Pattern, SparseDelta
 from ..model.sparse_linear import SparseLinear
 from .linear import LinearPatch, LinearSurgery
 
+UNCHOSEN = "the weights to train were not chosen by data: call calibrate(batches) before training"
+
 
 @dataclass(frozen=True)
 class SparsePatch(LinearPatch):
@@ -74,10 +76,13 @@ class SparseSurgery(LinearSurgery):
                 count, whole = len(layer.values), layer.out_features * layer.in_features
                 flat = torch.arange(count, device=device) * whole // count
                 layer.set_pattern(Pattern.of(flat, layer.shape))
+            if device.type != "meta":
+                self.notes += (UNCHOSEN,)
             return
         self.set_patterns(self._best(()))
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
+        self.notes = tuple(note for note in self.notes if note != UNCHOSEN)
         self.set_patterns(self._best(batches))
 
     def _best(self, batches: Iterable[Batch]) -> dict[str, Pattern]:

@@ -64,43 +64,51 @@ class BlackBox(CausalLM):
     """1 - metric, in [0, 1]. It has no gradient."""
 
     differentiable: ClassVar[bool] = False
+    ignored: ClassVar[dict[str, str]] = dict.fromkeys(("label_smoothing_factor", "loss_type"), "a metric has no labels")
 
-    metric: Literal["accuracy", "exact_match", "f1"] = "accuracy"
+    metric: Literal["accuracy", "exact_match", "f1"] = "accuracy"  # what is one minus the loss
+
+    def __post_init__(self) -> None:
+        if self.smoothing or self.dft:
+            have = "they change a cross-entropy, and this is a metric"
+            raise BadInput("black_box: smoothing or dft", have, "Remove them")
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel, batch: Batch, count: Tensor | int | None = None) -> Loss:
         labels_BT = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        counts_BT = labels_BT[:, 1:] != -100
-        seen = counts_BT.sum()
-        if self.metric == "f1":
-            scores_B = self._f1(model, inputs, labels_BT)
-            correct = (scores_B == 1).sum()
+        if self.metric != "accuracy" and "position_ids" in inputs:
+            have = "a reply belongs to one row, and these are several in one"
+            raise BadInput(f"black_box: metric: {self.metric} of packed rows", have, "Set packing: false")
+        places_N, said_N = predictions(model, inputs, labels_BT, self.whole, self.chunk or 128)
+        wanted_M = labels_BT[:, 1:].reshape(-1)
+        seen = torch.as_tensor(places_N.numel(), device=labels_BT.device)
+        wrong_M = torch.zeros(wanted_M.shape, device=labels_BT.device)
+        wrong_M = wrong_M.index_copy(0, places_N, (said_N != wanted_M[places_N]).float())
+        wrong_BT, counts_B = wrong_M.view(len(labels_BT), -1), (labels_BT[:, 1:] != -100).any(1)
+        correct = seen - wrong_M.sum().long()
+        if self.metric == "accuracy":
+            score = correct / seen.clamp(min=1)
+        elif self.metric == "f1" and type(labels_BT) is Tensor:  # a plan, without values, has one forward pass
+            score = self._f1(model, inputs, labels_BT, counts_B)
         else:
-            right_BT = torch.zeros_like(counts_BT)
-            right_BT[counts_BT] = predictions(model, inputs, labels_BT, self.whole) == labels_BT[:, 1:][counts_BT]
-            correct = right_BT.sum()
-            scores_B = (right_BT | ~counts_BT).all(1).float()
-        score = correct / seen.clamp(min=1) if self.metric == "accuracy" else scores_B[counts_BT.any(1)].mean()
+            score = ((wrong_BT.sum(1) == 0) & counts_B).sum() / counts_B.sum().clamp(min=1)
         share = 1.0 if count is None else seen / torch.as_tensor(count, device=seen.device).clamp(min=1)
         return Loss((1 - score.float()) * share, correct, seen)
 
-    def _f1(self, model: PreTrainedModel, inputs: Batch, labels_BT: Tensor) -> Tensor:
-        if "position_ids" in inputs:
-            have = "each reply is generated from its own row"
-            raise BadInput("black_box: metric: f1 of packed rows", have, "Set packing: false")
-        found = []
-        for row, labels_T in enumerate(labels_BT):
-            places = (labels_T != -100).nonzero().squeeze(1)
-            if not len(places):
-                found.append(torch.nan)
-                continue
-            start, answer = int(places[0]), labels_T[places].tolist()
-            ids = inputs["input_ids"][row : row + 1, :start]
-            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[row : row + 1, :start]
-            reply = model.generate(
-                ids, attention_mask=mask, max_new_tokens=len(answer), do_sample=False, pad_token_id=0
-            )[0, start:].tolist()  # fmt: skip
+    def _f1(self, model: PreTrainedModel, inputs: Batch, labels_BT: Tensor, counts_B: Tensor) -> Tensor:
+        """The mean over rows that have labels. Replies are greedy, whatever the model's generation config says."""
+        found, mask_BT = [], inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        for row in counts_B.nonzero().squeeze(1).tolist():
+            places = (labels_BT[row] != -100).nonzero().squeeze(1)
+            start, answer = int(places[0]), labels_BT[row, places].tolist()
+            if not start:
+                have = "its first label is its first token, so there is no prompt to reply to"
+                raise BadInput("black_box: metric: f1 of a row of plain text", have, "Give rows with a prompt")
+            ids = inputs["input_ids"][row, :start][mask_BT[row, :start]][None]
+            for _ in answer:
+                ids = torch.cat([ids, model.forward(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            reply = ids[0, -len(answer) :].tolist()
             shared = sum((Counter(reply) & Counter(answer)).values())
             found.append(2 * shared / (len(reply) + len(answer)))
-        return torch.tensor(found, device=labels_BT.device)
+        return torch.tensor(found, device=labels_BT.device).mean()

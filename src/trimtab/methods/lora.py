@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,7 +53,7 @@ class LoRA(Patch):
     targets: str = "all-linear"  # "all-linear", a comma list of name endings ("q_proj,v_proj"), or a regex on the path
     dora: bool = False
     rslora: bool = False
-    init: str = "default"  # one of INITS, as peft's init_lora_weights has them ("default" is its True)
+    init: str = "default"  # as peft's init_lora_weights; "default" is its True
     seed: int = 0
 
     def apply(self, model: PreTrainedModel, place: Place) -> LoraSurgery:
@@ -116,6 +117,10 @@ class LoRA(Patch):
     def _check(self, targets: dict[str, nn.Module]) -> None:
         if self.r < 1:
             raise BadInput(f"lora: r: {self.r}", "a rank is at least 1", "Set r to 8, for example")
+        if self.alpha is not None and not 0 < abs(self.alpha) < math.inf:
+            raise BadInput(f"lora: alpha: {self.alpha}", "alpha / r scales the adapter", "Set alpha to 16, for example")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"lora: dropout: {self.dropout}", "it is a share, 0 or more and below 1", "Set dropout: 0")
         if self.init not in INITS and not self.init.startswith("pissa_niter_"):
             raise BadInput(f'lora: init: "{self.init}"', "there is no such init", f"Use one of {', '.join(INITS)}")
         on_cpu = [linear for linear in targets.values() if linear.weight.device.type in ("cpu", "meta")]

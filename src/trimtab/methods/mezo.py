@@ -9,7 +9,7 @@ much it differs (definitions 1 and 2, n-SPSA):
 
 z_j is never stored: it is drawn again from (seed, step, j, parameter) wherever it is needed. `update: momentum | adam`
 feed u to that rule (appendix B.2). With `senszoq` this is SensZOQ (arXiv 2406.02913), with `full` it is MeZO; `lora`,
-`paca` and `parallel_adapter` work too.
+`paca`, `edora` and `parallel_adapter` work too.
 
 What differs from the paper, and why. The paper's code adds eps z to the weights in place, twice, and back again: four
 sweeps over all of them, after which 16-bit weights are not what they were. Here the weights are not touched before the
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -44,10 +45,16 @@ class Mezo(Stepper):
 
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-6, "lr_scheduler_type": "constant", "warmup_steps": 0}
     uses_gradients: ClassVar[bool] = False
+    ignored: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ("max_grad_norm", "activation_checkpointing", "gradient_checkpointing"), "there is no gradient"
+        ),
+        **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), "the stepper has its own momentum and beta2"),
+    }
 
     eps: float = 1e-3  # distance of the two points (appendix E: 1e-3; 1e-2 for LoRA)
     directions: int = 1  # pairs of points in a step; more average out noise, and take as much more time
-    update: Literal["sgd", "momentum", "adam"] = "sgd"
+    update: Literal["sgd", "momentum", "adam"] = "sgd"  # the rule that u is fed to
     momentum: float = 0.9  # of momentum; Adam's first beta
     beta2: float = 0.999  # Adam's second
     patience: int = 10  # steps in a row without a finite loss, after which the run ends
@@ -58,10 +65,13 @@ class Mezo(Stepper):
         return Run(self)
 
     def prepare(self, model: PreTrainedModel) -> Surgery | None:
-        for name in ("eps", "directions", "patience"):
-            if not getattr(self, name) > 0:
-                do = f"Set {name}: {getattr(type(self), name)}"
-                raise BadInput(f"mezo: {name}: {getattr(self, name)}", "it must be above 0", do)
+        most = {"eps": 1.0, "directions": math.inf, "patience": math.inf, "momentum": 1.0, "beta2": 1.0}
+        for name, top in most.items():
+            value, low = getattr(self, name), 0 if name in ("momentum", "beta2") else 1e-12
+            if not low <= value < top:
+                have = f"it must be {'above 0' if low else '0 or more'}"
+                have += f", and below {top:g}" if top < math.inf else ""
+                raise BadInput(f"mezo: {name}: {value}", have, f"Set {name}: {getattr(type(self), name)}")
         self.run.model = model
         return None
 
@@ -75,7 +85,9 @@ class Mezo(Stepper):
         return self.run.differences(loss)
 
     def record(self) -> dict[str, Any]:
-        return {"skipped_steps": int(self.run.skipped)}
+        """How many steps were skipped, and how many had no difference between the losses of their points."""
+        run = self.run
+        return {"skipped_steps": int(run.skipped), "flat_steps": int(run.flat)} if not run.skipped.dim() else {}
 
 
 class Run:
@@ -85,9 +97,16 @@ class Run:
         self.mezo, self.step = mezo, 0
         self.model: PreTrainedModel | None = None
         self.points: Points | None = None
-        self.slopes = torch.zeros(mezo.directions)  # sums of g_j since the last step
-        self.finite = torch.tensor(True)
-        self.skipped, self.in_a_row, self.last = torch.tensor(0), torch.tensor(0), torch.tensor(0.0)
+        self.slopes: Tensor | None = None  # (directions,): sums of g_j since the last step
+        self.finite = self.skipped = self.flat = self.in_a_row = self.last = torch.empty(0)
+
+    def _start(self, device: torch.device) -> None:
+        self.slopes = torch.zeros(self.mezo.directions, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        if not self.skipped.dim():
+            return
+        self.skipped, self.flat, self.in_a_row = torch.zeros(3, dtype=torch.int32, device=device).unbind()
+        self.last = torch.full((), torch.nan, device=device)  # of the newest finite loss
 
     def z(self, number: int, direction: int, like: Tensor) -> Tensor:
         return noise(self.mezo.seed, self.step, direction, number, like)
@@ -103,18 +122,23 @@ class Run:
             for j, sign in signs
         ]
         losses = torch.stack(self.points.losses(loss, near)).float().view(-1, 2)
+        if self.slopes is None:
+            self._start(losses.device)
+        assert self.slopes is not None
         finite, mean = losses.isfinite().all(), losses.mean()
         slopes = (losses[:, 0] - losses[:, 1]) / (2 * mezo.eps)
-        self.slopes = self.slopes.to(losses.device) + torch.where(finite, slopes, 0.0)
-        self.finite = self.finite.to(losses.device) & finite
+        self.slopes = self.slopes + torch.where(finite, slopes, 0.0)
+        self.finite = self.finite & finite
         self.last = torch.where(finite, mean, self.last)
         gone = self.in_a_row + (~finite).int() >= mezo.patience
         return torch.where(finite | ~gone, self.last, mean)
 
     def stepped(self) -> None:
+        assert self.slopes is not None
         self.skipped = self.skipped + (~self.finite).int()
+        self.flat = self.flat + (self.finite & (self.slopes == 0).all()).int()
         self.in_a_row = torch.where(self.finite, 0, self.in_a_row + 1)
-        self.slopes, self.finite = torch.zeros_like(self.slopes), torch.ones_like(self.finite)
+        self.slopes = None
         self.step += 1
 
 
@@ -128,6 +152,9 @@ class MezoOptimizer(torch.optim.Optimizer):
         self.run = run
         super().__init__(list(parameters), {"lr": learning_rate, "weight_decay": weight_decay})
         every = self._every()
+        if weight_decay and all(p.dim() < 2 for p in every):
+            have = "only matrices are decayed, and the patch trains none"
+            raise BadInput(f"training: weight_decay: {weight_decay} with mezo", have, "Remove it")
         if any(p.dtype == torch.float16 for p in every):
             have = "they cannot take steps as small as these"
             raise BadInput("stepper: mezo on fp16 weights", have, "Use full: {dtype: fp32}, or a base in bf16")
@@ -145,6 +172,9 @@ class MezoOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         run, mezo = self.run, self.run.mezo
+        if run.slopes is None:
+            run._start(self._every()[0].device)
+        assert run.slopes is not None
         live = run.finite.double()
         slopes = torch.where(run.finite, run.slopes, 0.0) / mezo.directions
         rate = self.param_groups[0]["lr"]
@@ -211,5 +241,6 @@ def replay(mezo: Mezo, parameters: Sequence[nn.Parameter], log: Tensor, weight_d
     optimizer = MezoOptimizer(parameters, run, 0.0, weight_decay)
     for rate, live, *slopes in log.tolist():
         optimizer.param_groups[0]["lr"] = rate
+        run._start(optimizer._every()[0].device)
         run.slopes, run.finite = torch.tensor(slopes), torch.tensor(bool(live))
         optimizer.step()

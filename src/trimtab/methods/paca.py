@@ -22,6 +22,7 @@ Shapes: T tokens (all leading dimensions), I in, O out, R chosen columns.
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -60,12 +61,13 @@ class PaCA(LinearPatch):
         linears = list(anatomy.target_linears(model, self.targets).values())
         if self.r < 1:
             raise BadInput(f"paca: r: {self.r}", "r is the number of trained columns", "Set r to 1 or more")
+        if self.alpha is not None and not 0 < abs(self.alpha) < math.inf:
+            raise BadInput(f"paca: alpha: {self.alpha}", "alpha / r scales the columns", "Leave alpha out")
         if self.form == "live" and any(map(quant.is_quantised, linears)):
             raise BadInput("paca: form: live", "the base is quantised, so no column can be written", "Use form: side")
         if self.form == "live" and (tie := anatomy.tied(model, linears)):
             raise BadInput(f"paca: form: live on {tie[0]}", f"it is tied to {tie[1]}", "Use form: side")
-        notes = anatomy.unreached(model, self.targets)
-        surgery = super().apply(model, place)
+        notes, surgery = anatomy.unreached(model, self.targets), super().apply(model, place)
         surgery.notes = notes
         names = list(surgery.layers)
         for group in anatomy.shared_input_groups(names) if self.share_inputs else [[name] for name in names]:
@@ -96,8 +98,7 @@ class PartialLinear(ModulePatch):
         self.register_buffer("held_indices", torch.zeros(0, dtype=torch.int64, device=device))
         self.register_buffer("held_delta", torch.zeros(self.out_features, 0, device=device))
         self.group, self.shared, self.start = name, SharedSlice(), None
-        self._original: Tensor | None = None  # live form: original values of the chosen and the held columns
-        self._written: object = None
+        self._original, self._written = None, None  # live form: values of the chosen and held columns; their state
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, selection={self.patch.selection}, form={self.patch.form}"
@@ -160,16 +161,16 @@ class PartialLinear(ModulePatch):
         self.add_columns(weight_OI)
         return weight_OI, True
 
+    @torch.no_grad()
     def add_columns(self, weight_OI: Tensor) -> None:
         """Add s D to weight[:, I], and the columns held from earlier draws; in place, in the weight's dtype."""
-        with torch.no_grad():
-            if self.held_indices.numel():
-                weight_OI.index_add_(1, self.held_indices, self.held_delta.to(weight_OI.dtype))
-            step_OR = (self.delta * self.scale).to(weight_OI.dtype)
-            if self.start is not None:
-                weight_OI[:, self.start : self.start + self.r] += step_OR
-            else:
-                weight_OI.index_add_(1, self.indices, step_OR)
+        if self.held_indices.numel():
+            weight_OI.index_add_(1, self.held_indices, self.held_delta.to(weight_OI.dtype))
+        step_OR = (self.delta * self.scale).to(weight_OI.dtype)
+        if self.start is not None:
+            weight_OI[:, self.start : self.start + self.r] += step_OR
+        else:
+            weight_OI.index_add_(1, self.indices, step_OR)
 
     def refresh(self) -> None:
         """Live form: write the columns if `delta` may have changed since they were last written.
@@ -247,9 +248,8 @@ class _Partial(torch.autograd.Function):
             flat_TO = y_TO.view(-1, layer.out_features)
             flat_TO.addmm_(x_TR.reshape(-1, layer.r), delta_OR.to(x_TI.dtype).t(), alpha=layer.scale)
             if layer.held_indices.numel():
-                flat_TO.addmm_(
-                    x_TI.reshape(-1, layer.in_features)[:, layer.held_indices], layer.held_delta.to(x_TI.dtype).t()
-                )
+                held_TH = x_TI.reshape(-1, layer.in_features)[:, layer.held_indices]
+                flat_TO.addmm_(held_TH, layer.held_delta.to(x_TI.dtype).t())
         ctx.save_for_backward(x_TR, delta_OR)
         ctx.layer = layer
         return y_TO

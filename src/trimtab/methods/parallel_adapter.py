@@ -22,6 +22,7 @@ computed in the model's precision (or autocast's); the weights and their gradien
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -53,6 +54,8 @@ class ParallelAdapter(BesideFFN):
     def apply(self, model: PreTrainedModel, place: Place) -> BesideSurgery:
         if self.r < 1:
             raise BadInput(f"parallel_adapter: r: {self.r}", "a layer needs at least one pair", "Set r to 512, say")
+        if not 0 < abs(self.scale) < math.inf:
+            raise BadInput(f"parallel_adapter: scale: {self.scale}", "it scales the adapter's output", "Set scale: 1")
         return super().apply(model, place)
 
     def beside(self, ffns: Sequence[anatomy.Ffn], surgery: BesideSurgery, place: Place) -> Iterator[Adapter]:

@@ -17,10 +17,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..bases.cache import CacheScorer, CacheSurgery
-from ..contracts import Place
+from ..bases.cache import CacheScorer
 from ..errors import BadInput
 from ..model.kv_cache import BoundedLayer
 
@@ -42,9 +40,8 @@ class StreamingLLM(CacheScorer):
     def scores(self, layer: BoundedLayer) -> Tensor:
         return layer.positions.float().masked_fill(layer.positions < self.sinks, torch.inf)
 
-    def apply(self, model: PreTrainedModel, place: Place) -> CacheSurgery:
+    def __post_init__(self) -> None:
         for name, least in (("window", 1), ("sinks", 0)):
             if (value := getattr(self, name)) < least:
                 raise BadInput(f"streaming_llm: {name}: {value}", f"it must be {least} or more",
                                f"Set {name}: {getattr(StreamingLLM, name)}")  # fmt: skip
-        return super().apply(model, place)

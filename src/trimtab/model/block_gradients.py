@@ -8,6 +8,7 @@ a weight's size is kept from one block to the next: the weights need no gradient
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import BadInput
+from ..files import writing
 from . import anatomy
 from .block_inputs import call_block, without_cache
 from .undisturbed import undisturbed
@@ -121,5 +123,8 @@ def _stored(tensor: Tensor, file: Path) -> Tensor:
     """A copy that is mapped from a file, so that it uses no anonymous memory."""
     if tensor.device.type != "cpu":
         return tensor.detach().to("cpu")
-    made = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-    return made.copy_(tensor.detach())
+    with writing(f"write hidden states to {file.parent}", "Free some space, or lower the number of calibration rows"):
+        with file.open("wb") as made:
+            os.posix_fallocate(made.fileno(), 0, max(1, tensor.nbytes))
+    mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    return mapped.copy_(tensor.detach())

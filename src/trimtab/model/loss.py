@@ -201,15 +201,16 @@ def next_token_loss(
 @torch.no_grad()
 def predictions(
     model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, whole: bool = False, chunk: int = 128
-) -> Tensor:
-    """-> the most probable token at each position whose next label counts, int64 (N,), row by row."""
+) -> tuple[Tensor, Tensor]:
+    """-> the positions of labels[:, 1:] that count, flat, int64 (N,), and the most probable token at each."""
     head = Head() if whole else head_of(model)
-    keep_N = (labels_BT[:, 1:].reshape(-1) != -100).nonzero().squeeze(1)
+    target_M = labels_BT[:, 1:].reshape(-1)
+    keep_N = (target_M != -100).nonzero().squeeze(1)
     if head.linear is None:
         logits_BTV = model.forward(**inputs, use_cache=False).logits
-        return logits_BTV[:, :-1].flatten(0, 1).index_select(0, keep_N).argmax(-1)
+        return keep_N, logits_BTV[:, :-1].flatten(0, 1).index_select(0, keep_N).argmax(-1)
     hidden_BTH, _ = before_head(model, head.linear, inputs)
     hidden_NH = hidden_BTH[:, :-1].flatten(0, 1).index_select(0, keep_N)
     # a positive scale and a soft cap leave the order of the logits as it is
     parts = [head.linear(hidden_CH)[:, : head.words].argmax(-1) for hidden_CH in hidden_NH.split(chunk)]
-    return torch.cat(parts) if parts else keep_N
+    return keep_N, torch.cat(parts) if parts else keep_N

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import BadInput
@@ -20,12 +21,21 @@ DO = "Export it as merged, or train other targets (q_proj, k_proj, v_proj, o_pro
 
 
 def require_loadable(model: PreTrainedModel, config: Any, names: Iterable[str]) -> None:
-    """BadInput if peft refuses `config` (a LoraConfig) on such a model, or expects other tensors than `names`."""
+    """BadInput if peft refuses `config` on such a model, or expects other tensors than `names`."""
     from peft import inject_adapter_in_model
 
     asked = f"export to peft on {type(model).__name__}"
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config))
+    if config.peft_type.value == "SHIRA":  # peft chooses its entries by values, which the twin does not have
+        ends = tuple(config.target_modules)
+        theirs = {
+            name: m for name, m in twin.named_modules() if name in ends or name.endswith(tuple("." + e for e in ends))
+        }
+        ours = {name.removeprefix("base_model.model.").partition(".shira_")[0] for name in names}
+        if odd := sorted(theirs.keys() ^ ours or (name for name, m in theirs.items() if type(m) is not nn.Linear)):
+            raise BadInput(asked, f"peft's SHiRA cannot be put on the same linears, {odd[0]} among them", DO)
+        return
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the comparison below finds what they warn of

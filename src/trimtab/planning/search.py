@@ -135,6 +135,9 @@ def search(
     """
     import torch
 
+    from ..engine.objectives import arguments_class
+
+    arguments_class(recipe.load_objective())  # loads the libraries that a run's process has, before it is measured
     device = recipe.place.device.type
     if rates is None and (device == "cpu" or torch.cuda.is_available()):  # a plan for another machine has no speed
         rates = calibrate.measured_rates(device)

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from .session import Ended, Session
 
 
+NOT_TAKEN = {  # keys of run.json: why a stepper took no step
+    "skipped_steps": "their losses were not finite",
+    "flat_steps": "the loss did not change between the points (a larger eps or more directions may help)",
+}
+
+
 @silence_libraries()
 @no_dataset_bars()
 def train(
@@ -251,6 +257,9 @@ def _report(run: dict[str, Any], output: Path, say: Callable[[str], None]) -> No
     rate = measured["tokens_per_second"]  # 0 if no step was timed
     speed = f", {rate:,.0f} tokens/s" if rate else ""
     say(f"{run['steps']} steps, {run['tokens']:,} tokens{loss}{speed}")
+    for key, what in NOT_TAKEN.items():
+        if run.get(key):
+            say(f"{run[key]} of {run['steps']} steps did nothing: {what}")
     growth = measured["fast_growth_bytes"] / GIB
     say(f"fast tier: {measured['fast_peak_bytes'] / GIB:.2f} GiB at the peak, {growth:.2f} GiB of it for this run")
     if "store_up_bytes_per_step" in measured:
