@@ -17,6 +17,7 @@ from trimtab.methods.causal_lm import BlackBox
 from trimtab.methods.full import Full
 from trimtab.methods.mezo import LOG, Mezo, MezoOptimizer, noise, replay, rounded_at_random
 from trimtab.methods.senszoq import SensZOQ
+from trimtab.model import perturbed
 from trimtab.model.perturbed import Points
 from trimtab.recipe import Recipe
 from world import CASES, PLACE, at_step, make, train, values
@@ -87,6 +88,19 @@ def test_blocks_before_the_first_change_are_computed_once():
     assert [float(x) for x in got] == pytest.approx(
         naive(model, lambda: model(**batch).loss, [moved(1, 0.1), moved(1, -0.1), moved(2, 0.1)]), rel=1e-5
     )
+
+
+def test_many_points_are_stacked_in_parts(monkeypatch):
+    model = MODELS["llama"]()
+    SensZOQ(density=0.05, score="weight").apply(model, PLACE)
+    monkeypatch.setattr(perturbed, "MOST", 2)
+    rows, batch, points = [], tiny_batch(model), Points(model)
+    points.checked = True
+    model.model.norm.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    near = [moved(seed, 0.05) for seed in range(5)]
+    got = points.losses(lambda: model(**batch).loss, near)
+    assert rows == [6, 6, 3]
+    assert [float(x) for x in got] == pytest.approx(naive(model, lambda: model(**batch).loss, near), rel=1e-5)
 
 
 def test_a_model_that_mixes_its_rows_is_computed_one_after_another():

@@ -2,9 +2,9 @@
 
 Each point is a function (number of a parameter, parameter) -> its values there. Two ways, with the same results:
 
-- Stacked. If all that is trained in the blocks are sparse changes (sparse_linear.py), one forward pass computes all
-  points: from the first block with a change on, the batch is repeated once for each point, and each linear adds each
-  repetition's own values to one shared product. The blocks before are computed once for all points.
+- Stacked. If all that is trained in the blocks are sparse changes (sparse_linear.py), one forward pass computes up to
+  16 points: from the first block with a change on, the batch is repeated once for each point, and each linear adds each
+  repetition's own values to the shared weight. The blocks before are computed once for all points.
 - One after another. A block's parameters are replaced while the block runs, so that only one block's are there twice.
 
 At the first batch both ways are compared; if they differ, as for a model that mixes the rows of a batch, the second is
@@ -27,6 +27,7 @@ from .sparse_linear import SparseLinear
 Point = Callable[[int, Tensor], Tensor]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative, of a loss; 16-bit products differ more
 HALF = 2e-2
+MOST = 16  # points that are stacked at a time
 STEP = 0.02  # of the check: as large as a usual weight
 
 
@@ -60,12 +61,15 @@ class Points:
         """`loss` at each point. It is called once for each, and must run one forward pass of the model on one batch."""
         with self._without_dropout():
             if self.stacks and not self.checked:
-                self._check(loss, len(points))
-            return self._stacked(loss, points) if self.stacks else self._one_by_one(loss, points)
+                self._check(loss)
+            if not self.stacks:
+                return self._one_by_one(loss, points)
+            some = (points[start : start + MOST] for start in range(0, len(points), MOST))
+            return [value for part in some for value in self._stacked(loss, part)]
 
-    def _check(self, loss: Callable[[], Tensor], count: int) -> None:
-        """Computes losses in both ways, at points far enough from each other that mixed rows show."""
-        far = [lambda number, p, g=g: p + (1 + g) * STEP * _alternating(p, number + g) for g in range(count)]
+    def _check(self, loss: Callable[[], Tensor]) -> None:
+        """Computes two losses in both ways, at points far enough from each other that mixed rows show."""
+        far = [lambda number, p, g=g: p + (1 + g) * STEP * _alternating(p, number + g) for g in range(2)]
         try:
             found = self._stacked(loss, far)
         except SeveralPasses:  # a loss that generates
