@@ -28,7 +28,7 @@ from common import Clock, alternate, conclude, follow, itself, options, ratios, 
 from llama_shape import write_model, write_text  # noqa: E402
 
 GIB, ROWS, LENGTH, DENSITY = 2**30, 16, 64, 0.001
-STEPS, TRIED, SEEDS = 120, 40, (1, 2)  # of the comparison of losses; of the search for a rate
+STEPS, TRIED, SEEDS = 80, 30, (1, 2)  # of the comparison of losses; of the search for a rate
 TARGETS = {
     "growth_to_inference": ["<=", 1.1], "steps_to_mezo": [">=", 2.0], "loss_minus_mezo": ["<", 0.0],
     "cosine": [">=", 0.95], "seven_b_gib": ["<=", 8.0],

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from conftest import MODELS, tiny_batch
 from trimtab.errors import BadInput
+from trimtab.memory.meter import LiveTensors
 from trimtab.methods.causal_lm import CausalLM
 from trimtab.model.loss import chunked_cross_entropy, next_token_loss
 
@@ -177,3 +178,13 @@ def test_rows_that_fill_a_product_up_count_nowhere():
     assert total.item() == pytest.approx(plain.item(), rel=1e-2) and correct == (logits.argmax(-1) == target).sum()
     for ours, own in zip(grads, (hidden.grad.float(), weight.grad.float()), strict=True):
         assert (ours - own).norm() < 2e-2 * own.norm()
+
+
+def test_without_gradients_none_are_computed():
+    hidden, weight = torch.randn(12, 64, requires_grad=True), torch.randn(4000, 64, requires_grad=True)
+    target, peaks = torch.randint(4000, (12,)), []
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), LiveTensors([hidden, weight, target]) as live:
+            chunked_cross_entropy(hidden, weight, target)
+        peaks.append(live.peak_bytes)
+    assert peaks[0] < 1.5 * weight.nbytes and peaks[1] > 2 * weight.nbytes, "a gradient is as large as the weight"

@@ -135,6 +135,9 @@ def chunked_cross_entropy(
     if torch.is_autocast_enabled(hidden_NH.device.type):  # here, not inside: products with `out=` ignore autocast
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
     weight_VH = weight_VH.to(hidden_NH.dtype)
+    if not torch.is_grad_enabled():  # a Function is told that trainable inputs need gradients even then
+        hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     counted = hidden_NH.shape[0]
     if hidden_NH.device.type == "cpu" and hidden_NH.element_size() == 2 and (more := -counted % ROWS):
         hidden_NH, target_N = F.pad(hidden_NH, (0, 0, 0, more)), F.pad(target_N, (0, more))
