@@ -103,11 +103,8 @@ class SparseSurgery(LinearSurgery):
     # --- files ---------------------------------------------------------------------------------------------------
 
     def own_tensors(self) -> dict[str, Tensor]:
-        found = {}
+        found = super().own_tensors()
         for name, layer in self.layers.items():
-            for key, tensor in layer.state_dict(keep_vars=True).items():
-                if not key.startswith("base."):
-                    found[f"{name}.{key}"] = tensor
             found[f"{name}.columns"], found[f"{name}.counts"] = layer.pattern.encoded()
         return found
 

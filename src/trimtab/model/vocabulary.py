@@ -14,7 +14,7 @@ from torch import Tensor
 
 TOKENIZER = "trimtab_tokenizer"  # attribute of a model: the tokenizer that it was loaded with
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # the name of a byte in SentencePiece vocabularies
-TOP = (100, 1000, 4000, 16000, 64000)  # ids of which the coverage is shown
+TOP = (100, 1000, 4000, 16000, 64000)  # numbers of most frequent ids for which the coverage is shown
 
 
 def always_used(model: Any, size: int) -> Tensor:
