@@ -8,6 +8,7 @@ model is loaded and training has not begun (growth is measured from a mark), and
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import statistics
@@ -263,14 +264,36 @@ def table_arguments(
     parser: argparse.ArgumentParser, worker: Callable[[dict[str, Any]], None]
 ) -> argparse.Namespace | None:
     """The arguments of a benchmark of MEFT's tables; None in a child (`itself`), whose `worker` has done its job."""
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help="where tables and runs are written (default: the temporary folder)")
     parser.add_argument("--fields", default="{}", type=json.loads, help="fields of meft other than r, as JSON")
+    return arguments(parser, worker)
+
+
+def arguments(
+    parser: argparse.ArgumentParser, worker: Callable[[dict[str, Any]], None], needs_data: bool = False
+) -> argparse.Namespace | None:
+    """The arguments of a benchmark; None in a child (`itself`), whose `worker` has done its job."""
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker is None:
-        return args
-    worker(json.loads(args.worker))
-    return None
+    if args.worker is not None:
+        worker(json.loads(args.worker))
+        return None
+    if needs_data and not args.data:
+        raise SystemExit("--data FOLDER is needed: the rows are not part of the repository")
+    return args
+
+
+def glue_rows(name: str, data: Path, out: Path, apart: int) -> dict[str, str]:
+    """Writes the rows of a GLUE set; -> paths of those to train on, of the `apart` ones set apart, and of the test."""
+    rows = {}
+    for part in ("train", "validation"):
+        whole = gzip.decompress((data / f"glue_{name}" / f"{part}.jsonl.gz").read_bytes()).decode().splitlines()
+        rows[part] = [json.loads(line) for line in whole]
+    parts = {"train": rows["train"][apart:], "apart": rows["train"][:apart], "test": rows["validation"]}
+    for part, of in parts.items():
+        lines = [{key: row[key] for key in ("sentence", "sentence1", "sentence2", "label") if key in row} for row in of]
+        (out / f"{name}_{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return {part: str(out / f"{name}_{part}.jsonl") for part in parts}
 
 
 def itself(file: str, job: dict[str, Any], **how: Any) -> dict[str, Any]:

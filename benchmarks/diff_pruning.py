@@ -16,7 +16,6 @@ Switching: from one task to another in the weights of the base model, in place.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import statistics
 import sys
@@ -26,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import (  # noqa: E402
+from common import (
     RESULTS,
     Clock,
     Kept,
     alternate,
+    arguments,  # noqa: E402
     conclude,
     follow,
+    glue_rows,
     itself,
     options,
     ratios,
@@ -57,19 +58,6 @@ HELD, MIB = "anon_growth_since_train", 2**20
 
 
 # --- accuracy --------------------------------------------------------------------------------------------------------
-
-
-def prepare(name: str, data: Path, out: Path) -> dict[str, str]:
-    """-> paths of the rows to train on, of those set apart, and of the test."""
-    rows = {}
-    for part in ("train", "validation"):
-        whole = gzip.decompress((data / f"glue_{name}" / f"{part}.jsonl.gz").read_bytes()).decode().splitlines()
-        rows[part] = [json.loads(line) for line in whole]
-    parts = {"train": rows["train"][APART:], "apart": rows["train"][:APART], "test": rows["validation"]}
-    for part, of in parts.items():
-        lines = [{key: row[key] for key in ("sentence", "sentence1", "sentence2", "label") if key in row} for row in of]
-        (out / f"{name}_{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return {part: str(out / f"{name}_{part}.jsonl") for part in parts}
 
 
 def recipe(job: dict[str, Any], paths: dict[str, str], out: Path) -> Any:
@@ -100,7 +88,7 @@ def accuracy(args: argparse.Namespace, folder: Path) -> tuple[dict[str, float], 
     means: dict[str, list[float]] = {side: [] for side in SIDES}
     rows = []
     for name in ("mrpc",) if args.quick else SETS:
-        paths = prepare(name, Path(args.data), folder)
+        paths = glue_rows(name, Path(args.data), folder, APART)
 
         def run(paths: dict[str, str] = paths, **job: Any) -> dict[str, Any]:
             if (found := kept.get(job)) is None:
@@ -169,7 +157,7 @@ def memory(args: argparse.Namespace, folder: Path) -> tuple[dict[str, float], li
     from trimtab.model.hub import cached_folder
 
     name = "mrpc"
-    paths = prepare(name, Path(args.data), folder)
+    paths = glue_rows(name, Path(args.data), folder, APART)
     job = {"set": name, "on": "test", "steps": 6, "rate": 1e-4, "seed": 0, "paths": paths}
     pairs = [(batch, side) for batch in (BATCH, PAPER_BATCH) for side in ("full", "structured")]
     run = lambda batch, side: itself(__file__, {**job, "batch": batch, "side": side})  # noqa: E731
@@ -198,16 +186,11 @@ def memory(args: argparse.Namespace, folder: Path) -> tuple[dict[str, float], li
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--data", metavar="FOLDER", help="the folder of the two GLUE sets")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", default="memory,accuracy", help="the other part's figures stay in the result file")
-    args = parser.parse_args()
-    if args.worker:
-        worker(json.loads(args.worker))
+    if (args := arguments(parser, worker, needs_data=True)) is None:
         return
-    if not args.data:
-        raise SystemExit("--data FOLDER is needed: the rows are not part of the repository")
     path = Path(args.json) if args.json else RESULTS / "diff_pruning.json"
     before = {"summary": {}, "rows": []} if args.quick or not path.is_file() else json.loads(path.read_text())
     summary, rows = before["summary"], before["rows"]

@@ -17,7 +17,6 @@ result contains no rows. Each training's result is kept in results/edora_trainin
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import random
 import statistics
@@ -27,13 +26,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import (  # noqa: E402
+from common import (
     RESULTS,
     Clock,
     Kept,
     alternate,
+    arguments,  # noqa: E402
     conclude,
     follow,
+    glue_rows,
     itself,
     options,
     ratios,
@@ -190,19 +191,6 @@ RATES = {"edora": (4e-3, 8e-3), "lora": (1e-3, 2e-3)}
 FURTHER = 2  # from the best rate to the next one that is tried, where the best was at an end
 
 
-def prepare(name: str, data: Path, out: Path) -> dict[str, str]:
-    """-> paths of the rows to train on, of those set apart, and of the test."""
-    rows = {}
-    for part in ("train", "validation"):
-        whole = gzip.decompress((data / f"glue_{name}" / f"{part}.jsonl.gz").read_bytes()).decode().splitlines()
-        rows[part] = [json.loads(line) for line in whole]
-    parts = {"train": rows["train"][APART:], "apart": rows["train"][:APART], "test": rows["validation"]}
-    for part, of in parts.items():
-        lines = [{key: row[key] for key in ("sentence", "sentence1", "sentence2", "label") if key in row} for row in of]
-        (out / f"{name}_{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return {part: str(out / f"{name}_{part}.jsonl") for part in parts}
-
-
 def learned(job: dict[str, Any], paths: dict[str, str], out: str) -> dict[str, Any]:
     """Train, then the accuracy on `job["on"]`. Nothing is timed, so no process of its own is needed."""
     from trimtab import Recipe
@@ -227,7 +215,7 @@ def accuracy(args: argparse.Namespace) -> None:
         path = Path(folder) / "kept" if args.quick else RESULTS / "edora_trainings.jsonl"
         kept = Kept(path)
         for name in SETS:
-            paths = prepare(name, Path(args.data), Path(folder))
+            paths = glue_rows(name, Path(args.data), Path(folder), APART)
 
             def run(paths: dict[str, str] = paths, **job: Any) -> float:
                 if (found := kept.get(job)) is None:
@@ -289,14 +277,12 @@ NOTES = [
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", metavar="FOLDER", help="the folder of the two GLUE sets: measure the accuracy")
-    args = parser.parse_args()
-    if args.worker:
-        job = json.loads(args.worker)
-        (peer if job["side"].startswith("PEFT") else ours)(job)
-    elif args.data:
+    worker = lambda job: (peer if job["side"].startswith("PEFT") else ours)(job)  # noqa: E731
+    if (args := arguments(parser, worker)) is None:
+        return
+    if args.data:
         accuracy(args)
     else:
         speed(args)

@@ -10,7 +10,6 @@ shows what a frozen table saves. `--data FOLDER` has the three data sets.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gzip
 import json
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Clock, alternate, conclude, follow, itself, options, ratios, say  # noqa: E402
+from common import Clock, alternate, arguments, conclude, follow, itself, options, ratios, say  # noqa: E402
 
 MIB = 2**20
 SETS = {"SST-2": "glue_sst2", "XQuAD": "xquad", "OASST1": "oasst1"}
@@ -193,15 +192,10 @@ def one(model: str, name: str, above: str, args: Any, folder: Path) -> dict[str,
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help="the folder with the three data sets")
     parser.add_argument("--rounds", type=int, default=2)
-    args = parser.parse_args()
-    if args.worker:
-        worker(json.loads(args.worker))
+    if (args := arguments(parser, worker, needs_data=True)) is None:
         return
-    if not args.data:
-        raise SystemExit("--data FOLDER is needed: the rows are not part of the repository")
     if args.quick:
         args.rounds = 1
     names = ["SST-2"] if args.quick else list(SETS)

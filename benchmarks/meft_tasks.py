@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import HERE, RESULTS, Kept, itself, options, say, seek, write_result  # noqa: E402
+from common import HERE, RESULTS, Kept, arguments, itself, options, say, seek, write_result  # noqa: E402
 
 EXAMPLES = HERE.parent / "examples" / "meft"
 MODEL = "smollm2-135m"
@@ -137,16 +137,11 @@ def shown(name: str, side: str, rate: float | None, runs: list[dict[str, Any]]) 
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--data", help="the folder with the four data sets")
     parser.add_argument("--sets", default=",".join(SETS), help="only these, by commas")
     parser.add_argument("--seeds", type=int, default=1)
-    args = parser.parse_args()
-    if args.worker:
-        worker(json.loads(args.worker))
+    if (args := arguments(parser, worker, needs_data=True)) is None:
         return
-    if not args.data:
-        raise SystemExit("--data FOLDER is needed: the rows are not part of the repository")
     path = Path(args.json) if args.json else RESULTS / "meft_tasks.json"
     for name in args.sets.split(","):
         with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,6 @@ FOLDER has glue_sst2/train.jsonl.gz with the keys sentence and label; without it
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Clock, alternate, conclude, follow, itself, options, ratios, say, seek, spread  # noqa: E402
+from common import Clock, alternate, arguments, conclude, follow, itself, options, ratios, say, seek, spread  # noqa: E402
 from llama_shape import write_model, write_text  # noqa: E402
 
 GIB, ROWS, LENGTH, DENSITY = 2**30, 16, 64, 0.001
@@ -288,13 +287,10 @@ def seven_b(blocks: int) -> tuple[float, dict[str, Any]]:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--data", metavar="FOLDER")
     parser.add_argument("--without-7b", action="store_true")
-    args = parser.parse_args()
-    if args.worker:
-        job = json.loads(args.worker)
-        return WORKERS[job["kind"]](job)
+    if (args := arguments(parser, lambda job: WORKERS[job["kind"]](job))) is None:
+        return
     with tempfile.TemporaryDirectory() as folder:
         train, apart = write_rows(Path(folder), args.data)
         base = {"train": str(train), "steps": 4 if args.quick else 8}
