@@ -25,6 +25,7 @@ from ..memory.guard import Guard
 from ..memory.meter import Meter
 from ..planning.inference import Work, plan_inference
 from ..planning.plan import Plan
+from ..planning.planned_model import taken
 from ..recipe import Recipe
 from .load_run import load_run
 
@@ -99,6 +100,7 @@ class Inference:
                     raise
                 return work
             if made.fits:
+                made = made.settled(self.device, lambda spare: taken(self.surgeries, spare))
                 if self.plan is None or made.fast_peak_bytes > self.plan.fast_peak_bytes:
                     self.plan = made
                 if self.recipe.budget:

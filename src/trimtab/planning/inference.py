@@ -63,7 +63,7 @@ def plan_inference(
     beside = 0 if device.type == "cuda" else overhead.of(growth(kinds), 0, False, 0, shapes)
     return Plan(
         kinds, phase, 0 if device.type == "cuda" else process, beside + cost.copied_ahead, 0, budget, machine,
-        work.rows, work.tokens, notes=list(cost.notes),
+        work.rows, work.tokens, notes=list(cost.notes), take=cost.take,
     )  # fmt: skip
 
 
@@ -72,6 +72,7 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
     counts tokens, it also says what the peak would be without it."""
     if recipe.trains or not recipe.patches:
         made = plan(recipe, **options)
+        made = made.settled(recipe.place.device)
         others = [patch for patch in recipe.load_patches() if not patch.counts_tokens]
         if recipe.trains and len(others) < len(recipe.patches):
             alike = {name: getattr(made, name) for name in ("rows", "tokens", "counted", "process")}  # not read again
@@ -83,7 +84,7 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
         recipe, notes = seen.recipe, list(seen.notes)
     head = recipe.load_objective().head
     work = Work(1, length, NEW if head == "causal-lm" else 0)
-    made = plan_inference(recipe, recipe.load_patches(), work, head, None, process)
+    made = plan_inference(recipe, recipe.load_patches(), work, head, None, process).settled(recipe.place.device)
     what = f"a prompt of {length} tokens (max_length)" + (f" and a reply of {work.new}" if work.new else "")
     made.notes.extend(notes)
     made.notes.append(f"nothing is trained: for {what}")
@@ -106,6 +107,7 @@ class PlannedInference(PlannedModel):
         from ..contracts import When
 
         super().__init__(recipe, blocks, False, head, labels)
+        self.patch(patches, When.LOAD)
         self.patch([patch for patch in patches if patch.when is not When.INFER], When.TRAIN)
         self.patch([patch for patch in patches if patch.when is When.INFER], When.INFER)
         self.model.eval()
@@ -113,7 +115,7 @@ class PlannedInference(PlannedModel):
     def complete(self, cost: StepCost) -> StepCost:
         self.with_tables(cost.peaks)
         carried = max((store.carried for store in self.stores), default=0)
-        return dataclasses.replace(cost, copied_ahead=carried, notes=tuple(self.notes))
+        return dataclasses.replace(cost, copied_ahead=carried, notes=tuple(self.notes), take=self.take)
 
     def trace(self, work: Work) -> StepCost:
         """The cost of `work`, before `complete`."""

@@ -46,6 +46,7 @@ class PlannedStep(PlannedModel):
         if self.head == "causal-lm":
             weigh_router(self.model, args)
             setattr(self.model, READ, read_head(self.model))
+        self.patch(recipe.load_patches(), When.LOAD)
         self.patch(recipe.load_patches(), When.TRAIN, self.stepper, self.objective)
 
     @property
@@ -61,6 +62,7 @@ class PlannedStep(PlannedModel):
         return dataclasses.replace(
             cost, trained=self.trained, autocast=self.autocast is not None,
             copied_ahead=max((store.carried for store in self.stores), default=0), notes=tuple(self.notes),
+            take=self.take,
         )  # fmt: skip
 
     def period(self) -> int:

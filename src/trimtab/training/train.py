@@ -147,6 +147,7 @@ def _planned(session: Session) -> Plan | None:
     """
     from ..planning.fit import require_fit
     from ..planning.plan import plan
+    from ..planning.planned_model import taken
 
     recipe = session.applied
     if session.args.world_size > 1:
@@ -163,6 +164,8 @@ def _planned(session: Session) -> Plan | None:
     made = dataclasses.replace(made, process=max(0, session.meter.rebase() - loaded), disk=None)  # tables exist already
     if recipe.budget:
         require_fit(made, recipe)
+    made = made.settled(session.place.device, lambda spare: taken(session.surgeries, spare))
+    if recipe.budget:
         session.say(f"planned: {made.fast_peak_bytes / GIB:.2f} GiB of the fast tier at the peak")
     return made
 

@@ -1,0 +1,306 @@
+"""Experts of a mixture in two tiers: one record for each in the slow tier, and slots of the fast tier for some.
+
+A record has the weights of one expert, end to end. The slow tier is a mapped file, or host RAM below a GPU. The fast
+tier is an arena of as many slots as its budget allows. Which experts have slots is up to a Residency.
+
+Of an expert without a slot, a CPU uses the record where it is mapped: the kernel reads the missing pages, and no memory
+of the process is used. A GPU gets it through a buffer of one slot.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from ..files import write_json
+from .mapped_file import MappedFile, map_file, require_memory, require_space, reserve
+from .record import PAGE, Part, round_up
+from .table import Traffic
+
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and precision of one expert's tensor
+DATA, MEANING = "experts.bin", "experts.json"  # files of a store that is kept
+
+
+class Residency(ABC):
+    """Chooses which experts have slots. Experts of all layers are numbered through: they are rows."""
+
+    def begin(self, layers: Sequence[range], slots: int) -> None:
+        """The store has these rows in each layer, and so many slots, all free. Also called when `slots` changes."""
+        self.layers, self.slots = layers, slots
+
+    def seen(self, layer: int, counts: Mapping[int, int], tokens: int) -> None:  # noqa: B027
+        """Of `tokens` tokens, so many (row -> number) use these rows of a layer."""
+
+    def used(self, row: int) -> None:  # noqa: B027
+        """A row that has a slot is used."""
+
+    @abstractmethod
+    def place(self, row: int, resident: Mapping[int, int], pinned: set[int]) -> int | None:
+        """For a row without a slot: the resident row that makes room for it, FREE if a slot is free, or None if it
+        gets no slot. Rows in `pinned` are in use and keep theirs."""
+
+
+FREE = -1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The rows of one layer, and where their tensors lie in a record."""
+
+    rows: range
+    start: int  # of the first record in the table, in bytes
+    parts: dict[str, Part]
+    record_bytes: int
+
+
+def _layers(shapes: Sequence[tuple[int, Shapes]]) -> list[Layer]:
+    found, row, start = [], 0, 0
+    for count, tensors in shapes:
+        parts, end = {}, 0
+        for name, (shape, dtype) in tensors.items():
+            parts[name] = Part(end, shape, dtype)
+            end = round_up(end + parts[name].nbytes, 64)
+        size = round_up(end, PAGE if end >= PAGE else 64)
+        found.append(Layer(range(row, row + count), start, parts, size))
+        row, start = row + count, round_up(start + count * size, PAGE)
+    return found
+
+
+class ExpertStore:
+    """`shapes`: of each layer, how many experts there are and what one consists of. `keep`: a folder in which the store
+    stays; "": the file has no name, and ends with the process. `identity`: what the weights come from; a store that was
+    kept must have the same. `planned`: for a model without values; takes no memory.
+    """
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, Shapes]], residency: Residency, *, device: torch.device, slow: str,
+        folder: str | None = None, keep: str = "", identity: str = "", planned: bool = False,
+    ):  # fmt: skip
+        self.layers, self.residency, self.device, self.slow = _layers(shapes), residency, device, slow
+        self.planned, self.traffic = planned, Traffic()
+        last = self.layers[-1]
+        self.rows, self.table_bytes = last.rows.stop, last.start + len(last.rows) * last.record_bytes
+        self.slot_bytes = max(layer.record_bytes for layer in self.layers)
+        self.in_place = device.type == "cpu"
+        self.filled = False
+        self._file: MappedFile | None = None
+        self._partial: tuple[Path, Path, str] | None = None
+        self._table = self._new_table(folder, keep, identity)
+        self._of_row = [layer for layer in self.layers for _ in layer.rows]
+        self.slot_of: dict[int, int] = {}
+        self.slots = 0
+        self._arena = self._buffer = torch.empty(0, dtype=torch.uint8)
+        if not self.in_place:
+            self._buffer = self._empty(1)
+        self.resize(0)
+
+    # --- the slow tier ------------------------------------------------------------------------------------------------
+
+    def _new_table(self, folder: str | None, keep: str, identity: str) -> Tensor:
+        if self.planned:
+            return torch.empty(self.table_bytes, dtype=torch.uint8, device="meta")
+        if keep:
+            self._file = self._kept(Path(keep), identity)
+        elif self.slow == "disk":
+            self._file = map_file(self.table_bytes, folder, "experts")
+        else:
+            require_memory(self.table_bytes, "experts")
+            return torch.empty(self.table_bytes, dtype=torch.uint8, pin_memory=not self.in_place)
+        return torch.frombuffer(self._file.map, dtype=torch.uint8)
+
+    def _kept(self, folder: Path, identity: str) -> MappedFile:
+        """The file in `folder`: an existing one of the same experts, or a new one, which `complete` names."""
+        layout = [[len(layer.rows), *((n, list(p.shape), str(p.dtype)) for n, p in layer.parts.items())]
+                  for layer in self.layers]  # fmt: skip
+        meaning = json.dumps({"identity": identity, "layout": layout})
+        data, said = folder / DATA, folder / MEANING
+        if said.is_file() or data.is_file():
+            try:
+                known = json.dumps(json.loads(said.read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                known = ""
+            if known != meaning:
+                have = "it has the experts of another model" if known else f"its {MEANING} is missing or damaged"
+                raise BadInput(f"store: {folder}", have, "Name another folder, or remove this one")
+            if data.is_file() and data.stat().st_size == self.table_bytes:
+                self.filled = True
+                with data.open("r+b") as file:
+                    return MappedFile(file.fileno(), self.table_bytes)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            require_space(self.table_bytes, folder, "experts")
+            partial = folder / f"{DATA}.{os.getpid()}"
+            with partial.open("w+b", buffering=0) as file:
+                reserve(file, self.table_bytes)
+                self._partial = (partial, data, meaning)
+                return MappedFile(file.fileno(), self.table_bytes)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise BadInput(f"store: {folder}", why, "Name a folder on a local disk that can be written") from None
+
+    def fill(self, experts: Callable[[int, int], Mapping[str, Tensor]], written: Callable[[int], None]) -> None:
+        """Write each expert's tensors: `experts(layer, expert)` returns them. `written(layer)` is called after each
+        layer. Nothing is written to a store that was kept or is planned."""
+        if self.planned:
+            return
+        try:
+            for number, layer in enumerate(self.layers):
+                for expert in range(0 if self.filled else len(layer.rows)):
+                    self._write(layer, expert, experts(number, expert))
+                written(number)
+        except BaseException:
+            self.abandon()
+            raise
+        self._complete()
+
+    def _write(self, layer: Layer, expert: int, tensors: Mapping[str, Tensor]) -> None:
+        for name, part in layer.parts.items():
+            values = tensors[name].detach().to("cpu", part.dtype).contiguous().reshape(-1).view(torch.uint8)
+            at = layer.start + expert * layer.record_bytes + part.offset
+            if self._file is None:
+                self._table[at : at + part.nbytes] = values
+            else:
+                self._file.write(at, values.numpy())
+
+    def _complete(self) -> None:
+        self.filled = True
+        if self._partial is not None:
+            partial, data, meaning = self._partial
+            os.replace(partial, data)
+            write_json(data.parent / MEANING, json.loads(meaning))
+            self._partial = None
+
+    def abandon(self) -> None:
+        """Remove a file that was not completed."""
+        if self._partial is not None:
+            self._partial[0].unlink(missing_ok=True)
+            self._partial = None
+
+    def original(self, row: int) -> dict[str, Tensor]:
+        """A row's tensors in the slow tier."""
+        layer = self._of_row[row]
+        at = layer.start + (row - layer.rows.start) * layer.record_bytes
+        return self._split(layer, self._table[at : at + layer.record_bytes])
+
+    @staticmethod
+    def _split(layer: Layer, record: Tensor) -> dict[str, Tensor]:
+        return {
+            name: record[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
+            for name, part in layer.parts.items()
+        }  # fmt: skip
+
+    # --- the fast tier ------------------------------------------------------------------------------------------------
+
+    def _empty(self, slots: int) -> Tensor:
+        device = torch.device("meta") if self.planned else self.device
+        return torch.empty(slots, self.slot_bytes, dtype=torch.uint8, device=device)
+
+    def resize(self, slots: int) -> None:
+        """Have this many slots, all free."""
+        self.slots = min(slots, self.rows)
+        self.slot_of.clear()
+        self._arena = torch.empty(0, dtype=torch.uint8)  # freed before the next is made
+        self._arena = self._empty(self.slots)
+        self._free = list(range(self.slots))[::-1]
+        self.residency.begin([layer.rows for layer in self.layers], self.slots)
+
+    @property
+    def fast(self) -> list[Tensor]:
+        """Its tensors in the fast tier."""
+        table = [self._table] if self.in_place and self._file is None and not self.planned else []
+        return [*table, *(tensor for tensor in (self._arena, self._buffer) if tensor.numel())]
+
+    @property
+    def below(self) -> list[Tensor]:
+        """Its tensors in the slow tier."""
+        return [] if self.in_place and self._file is None and not self.planned else [self._table]
+
+    def bring(self, layer: int, counts: Mapping[int, int], tokens: int) -> None:
+        """Of `tokens` tokens, so many (expert -> number) need these experts of a layer now: give slots to those that
+        the residency chooses. No expert that is needed now loses its slot."""
+        first = self.layers[layer].rows.start
+        needed = {first + expert: count for expert, count in counts.items()}
+        self.residency.seen(layer, needed, tokens)
+        pinned = set(needed)
+        for row in needed:
+            if row in self.slot_of:
+                self.traffic.hits += 1
+                self.residency.used(row)
+                continue
+            self.traffic.misses += 1
+            self.traffic.up += self._of_row[row].record_bytes
+            evicted = self.residency.place(row, self.slot_of, pinned) if self.slots else None
+            if evicted is None:
+                continue
+            assert evicted not in pinned, "an expert that is in use keeps its slot"
+            slot = self._free.pop() if evicted == FREE else self.slot_of.pop(evicted)
+            self._read(row, self._arena[slot])
+            self.slot_of[row] = slot
+
+    def _read(self, row: int, slot: Tensor) -> None:
+        layer = self._of_row[row]
+        at, size = layer.start + (row - layer.rows.start) * layer.record_bytes, layer.record_bytes
+        if self._file is not None and self.in_place:
+            self._file.read(at, slot[:size].numpy())
+        else:
+            slot[:size].copy_(self._table[at : at + size], non_blocking=True)
+
+    def weights(self, row: int) -> dict[str, Tensor]:
+        """A row's tensors where the model computes; valid until the next call of `bring` or, from the buffer, of this.
+        """
+        layer, slot = self._of_row[row], self.slot_of.get(row)
+        if slot is not None:
+            return self._split(layer, self._arena[slot])
+        if self.in_place:
+            return self.original(row)
+        self._read(row, self._buffer[0])
+        return self._split(layer, self._buffer[0])
+
+    def drop(self) -> None:
+        """Release both tiers; a file without a name is freed with its last view."""
+        self.abandon()
+        self._table = self._arena = self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.slot_of.clear()
+        self._file = None
+
+
+class ExpertLayer:
+    """One layer of a store, as its experts module uses it (model/experts.py)."""
+
+    def __init__(self, store: ExpertStore, number: int):
+        self.store, self.number, self.planned, self.device = store, number, store.planned, store.device
+        self.rows = store.layers[number].rows
+        self.experts = len(self.rows)
+
+    def each(self, pairs: Any, hidden_NH: Tensor) -> Iterable[tuple[int, Tensor, Tensor]]:
+        """(expert, tokens, ranks) of the experts that are used, after those with a slot were brought into it."""
+        if not self.planned:
+            self.store.bring(self.number, dict(zip(pairs.used, pairs.sizes, strict=True)), hidden_NH.shape[0])
+        yield from pairs.parts()
+
+    def weights(self, expert: int, hidden_NH: Tensor) -> dict[str, Tensor]:
+        """One expert's tensors, by name. In a plan they have no bytes: those of the store are counted by themselves."""
+        if not self.planned:
+            return self.store.weights(self.rows.start + expert)
+        parts = self.store.layers[self.number].parts
+        return {n: hidden_NH.new_empty((), dtype=p.dtype).expand(p.shape) for n, p in parts.items()}
+
+
+def slots_in(store: ExpertStore, size: int) -> int:
+    """How many slots of the store `size` bytes have."""
+    return min(store.rows, max(0, math.floor(size)) // store.slot_bytes)
+
+
+def rows_of(layers: Sequence[range]) -> Iterator[tuple[int, int]]:
+    """(layer, row) of every row."""
+    return ((number, row) for number, rows in enumerate(layers) for row in rows)
