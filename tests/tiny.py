@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import MODELS
+from conftest import MIXTURES, MODELS
 from trimtab.recipe import Recipe
 
 ROWS, TOKENS = 4, 32  # of a step of `recipe_of`
@@ -35,7 +35,7 @@ def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
 def tiny_folder(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> str:
     """Save conftest's tiny model of `family` with a tokenizer; -> the folder's name."""
     causal = family not in ("bert", "mpnet")
-    MODELS[family]().to(dtype).save_pretrained(folder)
+    {**MODELS, **MIXTURES}[family]().to(dtype).save_pretrained(folder)
     tiny_tokenizer(chat=causal).save_pretrained(folder)
     return str(folder)
 

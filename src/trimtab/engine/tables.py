@@ -71,7 +71,8 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
 
     Yields a function that returns the figures so far; empty without tables.
     """
-    tables, tokens = stores_of(surgeries), 0
+    experts = [surgery.tiers for surgery in surgeries if surgery.tiers is not None]
+    tables, tokens = [*stores_of(surgeries), *experts], 0
 
     def count(module: torch.nn.Module, args: tuple) -> None:
         nonlocal tokens
@@ -86,6 +87,7 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
             "tokens": tokens, "store_up_bytes_per_token": up // tokens,
             "store_rows_per_token": round((hits + misses) / tokens, 1),
             "store_hit_rate": round(hits / max(hits + misses, 1), 4),
+            "what": "experts" if experts and len(experts) == len(tables) else "tables",
         }  # fmt: skip
 
     if not tables:
@@ -101,8 +103,11 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
 
 def summary(reads: dict[str, Any]) -> str:
     """One line with the figures of `reading`."""
-    line = f"tables: {reads['store_up_bytes_per_token'] / 2**20:.2f} MiB read per token"
-    return f"{line}, {reads['store_rows_per_token']:,.1f} rows, {reads['store_hit_rate']:.0%} of them in the fast tier"
+    what, rows = reads["what"], "experts" if reads["what"] == "experts" else "rows"
+    line = f"{what}: {reads['store_up_bytes_per_token'] / 2**20:.2f} MiB read per token"
+    return (
+        f"{line}, {reads['store_rows_per_token']:,.1f} {rows}, {reads['store_hit_rate']:.0%} of them in the fast tier"
+    )
 
 
 class ClipsRows:

@@ -52,7 +52,11 @@ def load_run(
     loaded = Loaded(None, None, base, [*first, *before, *patches], None if base_only else folder)
     place = place_of(recipe)
     model, tokenizer = load_model(
-        recipe.model, task=base.task, labels=loaded.labels, names=base.labels, device=place.device,
+        recipe.model,
+        task=base.task,
+        labels=loaded.labels,
+        names=base.labels,
+        device=place.device,
         experts=not any(patch.reads_experts for patch in first),
     )
     loaded.model, loaded.tokenizer = model, tokenizer

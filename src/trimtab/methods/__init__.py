@@ -48,8 +48,8 @@ TABLE: dict[str, Row] = {
                              "embeddings of ids that occur in the data", "2309.08708", ("merged",), "both"),
     "streaming_llm": Row("streaming_llm:StreamingLLM", "patch", "StreamingLLM", "keeps only the first and the newest "
                          "tokens in the KV cache", "2309.17453", when="infer"),
-    "fiddler": Row("fiddler:Fiddler", "patch", "Fiddler", "keeps the experts of a mixture in slow memory, and a working "
-                   "set of them in fast memory; for generation and training", "2402.07033", when="load"),
+    "fiddler": Row("fiddler:Fiddler", "patch", "Fiddler", "keeps the experts of a mixture in slow memory, and a "
+                   "working set of them in fast memory; for generation and training", "2402.07033", when="load"),
     "head": Row("classification:Head", "part", "Classification head", "the new head that classification trains"),
     "causal_lm": Row("causal_lm:CausalLM", "objective", "Causal language modelling",
                      "next-token loss; logits are computed in chunks"),

@@ -88,6 +88,8 @@ class Fiddler(Patch):
         self._check()
         found = interface.require_mixtures(model, "fiddler")
         for path, module in found.items():
+            if interface.TIERS in vars(module):
+                raise BadInput("fiddler", f"{path} is in slow memory already", "Apply it once")
             for name, parameter in interface.leaves(module).items():
                 if not parameter.is_floating_point():
                     have = f"{path}.{name} is stored as {str(parameter.dtype).removeprefix('torch.')}"
@@ -299,7 +301,7 @@ class FiddlerSurgery(Surgery):
         return {}
 
     def merge(self) -> None:
-        self.revert()
+        raise BadInput("merge Fiddler", "it changes no weight", "Load the model without it")
 
     def revert(self) -> None:
         """Undo it; experts that were in memory before are read into memory again."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import WeightConverter, get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from ..errors import BadInput
 from .experts import leaves, mixtures, take_out
 
 FILES = "trimtab_expert_files"  # attribute of a model that was loaded without its experts
@@ -157,17 +155,3 @@ class ExpertFiles:
 
 def _natural(key: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
-
-
-def refuse_incomplete(asked: str) -> BadInput:
-    return BadInput(
-        asked, "its checkpoint stores experts in a form that cannot be read one at a time",
-        "Save the model with save_pretrained in bf16, and use that folder",
-    )  # fmt: skip
-
-
-def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Path -> stacked parameter of experts."""
-    for path, module in mixtures(model).items():
-        for leaf, parameter in leaves(module).items():
-            yield f"{path}.{leaf}", parameter

@@ -30,7 +30,7 @@ from . import anatomy
 from .fused_experts import rows_by_expert
 
 EXPERTS = "trimtab_tiered_experts"
-TIERS = "tiers"  # attribute of an experts module: an ExpertLayer (tiered/experts.py)
+TIERS = "trimtab_tiers"  # attribute of an experts module: an ExpertLayer (tiered/experts.py)
 
 
 def mixtures(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,18 +41,22 @@ def mixtures(model: nn.Module) -> dict[str, nn.Module]:
 def require_mixtures(model: PreTrainedModel, asked: str) -> dict[str, nn.Module]:
     """`mixtures`; BadInput if there are none, or if some of the model's experts are computed otherwise."""
     found = mixtures(model)
-    lists = [path for path, module in model.named_modules() if path.endswith("experts") and _many(module)]
-    others = [path for path in (*anatomy.stacked_experts(model), *lists) if not path.startswith(tuple(found))]
-    if others and not (found and set(lists).isdisjoint(others) and all(".experts." not in path for path in others)):
-        have = f"{type(model).__name__} does not compute {others[0]} through transformers' experts interface"
-        raise BadInput(asked, have, "Use a mixture of experts that does, such as Mixtral, Qwen3-MoE, OLMoE or GPT-OSS")
+    others = [path for path in (*anatomy.stacked_experts(model), *_lists(model)) if not path.startswith(tuple(found))]
+    for path in others:
+        owner = type(model.get_submodule(path.rpartition(".")[0])).__name__
+        if "expert" in path.lower() or "Expert" in owner:
+            have = f"{type(model).__name__} does not compute {path} through transformers' experts interface"
+            raise BadInput(asked, have, "Use a mixture that does, such as Mixtral, Qwen3-MoE, OLMoE or GPT-OSS")
     if not found:
         raise BadInput(asked, f"{type(model).__name__} has no experts", "Use it on a mixture of experts")
     return found
 
 
-def _many(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) > 1
+def _lists(model: nn.Module) -> Iterator[str]:
+    """Paths of experts that are modules of a list."""
+    for path, module in model.named_modules():
+        if path.endswith("experts") and isinstance(module, nn.ModuleList) and len(module) > 1:
+            yield path
 
 
 def leaves(experts: nn.Module) -> dict[str, nn.Parameter]:
@@ -136,6 +140,7 @@ def _forward(experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, share_NK: 
         y_SH = output(experts, hidden_NH[tokens_S], tiers.weights(expert, hidden_NH))
         y_SH = y_SH * share_NK[tokens_S, ranks_S, None]
         out_NH.index_add_(0, tokens_S, y_SH.to(out_NH.dtype))
+        del y_SH  # before the next expert's
     return out_NH
 
 
@@ -166,7 +171,7 @@ class _Tiered(torch.autograd.Function):
             d_x_SH, d_share_S = torch.autograd.grad(y_SH, (x_SH, share_S), slope_NH[tokens_S])
             d_hidden_NH.index_add_(0, tokens_S, d_x_SH)
             d_share_NK.index_put_((tokens_S, ranks_S), d_share_S)
-            del x_SH, y_SH, d_x_SH
+            del x_SH, y_SH, share_S, d_x_SH, d_share_S  # before the next expert's
         return d_hidden_NH, d_share_NK, None, None
 
 

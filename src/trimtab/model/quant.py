@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import dense_view, widths
+from .experts import TIERS
 from .surgery import is_patch
 
 
@@ -64,7 +65,8 @@ def parameters_of(model: nn.Module) -> int:
             if parameter is not None and not is_patch(module):
                 packed = name == "weight" and is_quantised(module)
                 found[id(parameter)] = math.prod(widths(module)) if packed else parameter.numel()
-    return sum(found.values())
+    tiers = [vars(module)[TIERS] for module in model.modules() if TIERS in vars(module)]  # experts outside the model
+    return sum(found.values()) + sum(layer.numel for layer in tiers)
 
 
 def quantise_empty(model: nn.Module, config: Any, heads: list[str]) -> None:

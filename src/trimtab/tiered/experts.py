@@ -256,8 +256,7 @@ class ExpertStore:
             slot[:size].copy_(self._table[at : at + size], non_blocking=True)
 
     def weights(self, row: int) -> dict[str, Tensor]:
-        """A row's tensors where the model computes; valid until the next call of `bring` or, from the buffer, of this.
-        """
+        """A row's tensors where the model computes, until the next call of `bring` or, from the buffer, of this."""
         layer, slot = self._of_row[row], self.slot_of.get(row)
         if slot is not None:
             return self._split(layer, self._arena[slot])
@@ -281,6 +280,11 @@ class ExpertLayer:
         self.store, self.number, self.planned, self.device = store, number, store.planned, store.device
         self.rows = store.layers[number].rows
         self.experts = len(self.rows)
+
+    @property
+    def numel(self) -> int:
+        """How many weights the layer's experts have."""
+        return self.experts * sum(math.prod(part.shape) for part in self.store.layers[self.number].parts.values())
 
     def each(self, pairs: Any, hidden_NH: Tensor) -> Iterable[tuple[int, Tensor, Tensor]]:
         """(expert, tokens, ranks) of the experts that are used, after those with a slot were brought into it."""
