@@ -126,14 +126,13 @@ def tiered_forward(experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, shar
     """The library's interface of an experts module. `share`: the router's weights."""
     if torch.is_grad_enabled() and (hidden_NH.requires_grad or share_NK.requires_grad):
         return _Tiered.apply(hidden_NH, share_NK, index_NK, experts)
-    return _forward(experts, hidden_NH, index_NK, share_NK)
+    return _forward(experts, hidden_NH, index_NK, share_NK, getattr(experts, TIERS))
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, tiered_forward)
 
 
-def _forward(experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, share_NK: Tensor) -> Tensor:
-    tiers = getattr(experts, TIERS)
+def _forward(experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, share_NK: Tensor, tiers: Any) -> Tensor:
     pairs = chosen(index_NK, tiers.experts, tiers.planned)
     out_NH = torch.zeros_like(hidden_NH)
     for expert, tokens_S, ranks_S in tiers.each(pairs, hidden_NH):
@@ -152,7 +151,7 @@ class _Tiered(torch.autograd.Function):
         ctx.save_for_backward(hidden_NH, share_NK, index_NK)
         ctx.experts, device = experts, hidden_NH.device.type
         ctx.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return _forward(experts, hidden_NH, index_NK, share_NK)
+        return _forward(experts, hidden_NH, index_NK, share_NK, getattr(experts, TIERS))
 
     @staticmethod
     @once_differentiable
@@ -162,7 +161,7 @@ class _Tiered(torch.autograd.Function):
         device = hidden_NH.device.type
         pairs = chosen(index_NK, tiers.experts, tiers.planned)
         d_hidden_NH, d_share_NK = torch.zeros_like(hidden_NH), torch.zeros_like(share_NK)
-        for expert, tokens_S, ranks_S in tiers.each(pairs, hidden_NH):
+        for expert, tokens_S, ranks_S in tiers.each(pairs, hidden_NH, back=True):
             x_SH = hidden_NH[tokens_S].requires_grad_()
             share_S = share_NK[tokens_S, ranks_S].requires_grad_()
             with torch.enable_grad(), torch.autocast(device, ctx.autocast, enabled=ctx.autocast is not None):
@@ -197,7 +196,37 @@ def _linear(experts: nn.Module, name: str, x_SI: Tensor, weights: dict[str, Tens
     return x_SI @ weight if bias is None else x_SI @ weight + bias
 
 
+def router_of(model: nn.Module, path: str, experts: int) -> str | None:
+    """The path of the router beside the experts module `path`: a module with a weight (E, H). None: there is none."""
+    parent = path.rpartition(".")[0]
+    for name, module in model.get_submodule(parent).named_modules(prefix=parent):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == experts and not name.startswith(path):
+            return name
+    return None
+
+
+@torch.no_grad()
+def routed(model: nn.Module, router: str, hidden_NH: Tensor, each: int) -> list[int]:
+    """The experts that a router's weight chooses for these hidden states, `each` for a token. What else a router does
+    (biases, groups) is left out: it is a guess, to read ahead."""
+    scores_NE = hidden_NH.detach() @ model.get_submodule(router).weight.t().to(hidden_NH.dtype)
+    return scores_NE.topk(min(each, scores_NE.shape[1])).indices.unique().tolist()
+
+
 # --- the check --------------------------------------------------------------------------------------------------------
+
+
+class _Uncounted:
+    """A layer of a store, whose use moves and counts nothing."""
+
+    planned = False
+
+    def __init__(self, tiers: Any):
+        self.experts, self.weights = tiers.experts, tiers.weights
+
+    def each(self, pairs: Chosen, hidden_NH: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        return pairs.parts()
 
 
 class _OneByOne:
@@ -219,7 +248,7 @@ def require_same(experts: nn.Module, hidden: int, dtype: torch.dtype, names: lis
     hidden_NH = torch.randn(3, hidden, generator=random).to(tiers.device, dtype)
     index_NK = torch.stack([torch.randperm(tiers.experts, generator=random)[:used] for _ in range(3)]).to(tiers.device)
     share_NK = torch.rand(3, used, generator=random).to(tiers.device, dtype)
-    ours = _forward(experts, hidden_NH, index_NK, share_NK)
+    ours = _forward(experts, hidden_NH, index_NK, share_NK, _Uncounted(tiers))
     config, had = experts.config, experts.config._experts_implementation
     try:
         config._experts_implementation = "eager"

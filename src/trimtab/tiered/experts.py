@@ -24,10 +24,12 @@ from torch import Tensor
 from ..errors import BadInput
 from ..files import write_json
 from .mapped_file import MappedFile, map_file, require_memory, require_space, reserve
+from .prefetch import PIECE, Reader, Request
 from .record import PAGE, Part, round_up
 from .table import Traffic
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and precision of one expert's tensor
+SAMPLED = 4  # records whose first pages are checked, to see whether all are in memory
 DATA, MEANING = "experts.bin", "experts.json"  # files of a store that is kept
 
 
@@ -77,14 +79,15 @@ def _layers(shapes: Sequence[tuple[int, Shapes]]) -> list[Layer]:
 
 
 class ExpertStore:
-    """`shapes`: of each layer, how many experts there are and what one consists of. `keep`: a folder in which the store
-    stays; "": the file has no name, and ends with the process. `identity`: what the weights come from; a store that was
-    kept must have the same. `planned`: for a model without values; takes no memory.
+    """`shapes`: of each layer, how many experts there are and what one consists of. `reader`: reads records ahead.
+    `keep`: a folder in which the store stays; "": the file has no name, and ends with the process. `identity`: what the
+    weights come from; a store that was kept must have the same. `planned`: for a model without values; takes no memory.
     """
 
     def __init__(
         self, shapes: Sequence[tuple[int, Shapes]], residency: Residency, *, device: torch.device, slow: str,
         folder: str | None = None, keep: str = "", identity: str = "", planned: bool = False,
+        reader: Reader | None = None,
     ):  # fmt: skip
         self.layers, self.residency, self.device, self.slow = _layers(shapes), residency, device, slow
         self.planned, self.traffic = planned, Traffic()
@@ -96,6 +99,8 @@ class ExpertStore:
         self._file: MappedFile | None = None
         self._partial: tuple[Path, Path, str] | None = None
         self._table = self._new_table(folder, keep, identity)
+        self.reader = reader if self.in_place and self._file is not None else None
+        self._prefetched: Request | None = None
         self._of_row = [layer for layer in self.layers for _ in layer.rows]
         self.slot_of: dict[int, int] = {}
         self.slots = 0
@@ -186,11 +191,15 @@ class ExpertStore:
             self._partial[0].unlink(missing_ok=True)
             self._partial = None
 
+    def _span(self, row: int) -> slice:
+        """Where a row's record is in the table, in bytes."""
+        layer = self._of_row[row]
+        start = layer.start + (row - layer.rows.start) * layer.record_bytes
+        return slice(start, start + layer.record_bytes)
+
     def original(self, row: int) -> dict[str, Tensor]:
         """A row's tensors in the slow tier."""
-        layer = self._of_row[row]
-        at = layer.start + (row - layer.rows.start) * layer.record_bytes
-        return self._split(layer, self._table[at : at + layer.record_bytes])
+        return self._split(self._of_row[row], self._table[self._span(row)])
 
     @staticmethod
     def _split(layer: Layer, record: Tensor) -> dict[str, Tensor]:
@@ -232,6 +241,7 @@ class ExpertStore:
         needed = {first + expert: count for expert, count in counts.items()}
         self.residency.seen(layer, needed, tokens)
         pinned = set(needed)
+        self._read_missing([row for row in needed if row not in self.slot_of])
         for row in needed:
             if row in self.slot_of:
                 self.traffic.hits += 1
@@ -248,12 +258,11 @@ class ExpertStore:
             self.slot_of[row] = slot
 
     def _read(self, row: int, slot: Tensor) -> None:
-        layer = self._of_row[row]
-        at, size = layer.start + (row - layer.rows.start) * layer.record_bytes, layer.record_bytes
+        span, size = self._span(row), self._of_row[row].record_bytes
         if self._file is not None and self.in_place:
-            self._file.read(at, slot[:size].numpy())
+            self._file.read(span.start, slot[:size].numpy())
         else:
-            slot[:size].copy_(self._table[at : at + size], non_blocking=True)
+            slot[:size].copy_(self._table[span], non_blocking=True)
 
     def weights(self, row: int) -> dict[str, Tensor]:
         """A row's tensors where the model computes, until the next call of `bring` or, from the buffer, of this."""
@@ -265,31 +274,93 @@ class ExpertStore:
         self._read(row, self._buffer[0])
         return self._split(layer, self._buffer[0])
 
+    # --- reading ahead ------------------------------------------------------------------------------------------------
+
+    def pages(self, rows: Sequence[int], kinds: Sequence[str]) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Where records lie: -> the table, and spans of (address, bytes, how many of the rows are complete by then)."""
+        table, found = self._table, []
+        for number, row in enumerate(rows if table.numel() else ()):
+            span = self._span(row)
+            for start in range(span.start // PAGE * PAGE, span.stop, PIECE):
+                length = min(PIECE, span.stop - start)
+                found.append((table.data_ptr() + start, length, number + (start + length == span.stop)))
+        return table, found
+
+    @property
+    def wants_prefetch(self) -> bool:
+        """Whether records had to be read from the disk lately."""
+        return self.reader is not None and self.reader.cold
+
+    def prefetch(self, rows: Iterable[int]) -> None:
+        """Start reading the records that the next `bring` will need. Returns at once."""
+        self._end_prefetch([])
+        if self.reader is not None:
+            self._prefetched = self.reader.request(self, [row for row in rows if row not in self.slot_of])
+
+    def _read_missing(self, rows: list[int]) -> None:
+        """Request the records of these rows together, if some are not in memory."""
+        if self.reader is None:
+            return
+        counted, ready = self.reader.cold, self._end_prefetch(rows)
+        absent = [row for row in rows if row not in ready]
+        some = (
+            self._table.data_ptr() + self._span(row).start // PAGE * PAGE for row in absent[:: len(absent) // 4 or 1]
+        )
+        if absent and (self.reader.cold or not self.reader.resident(some)):
+            self.reader.request(self, absent, now=True)
+        if counted:
+            self.traffic.needed += len(rows)
+            self.traffic.foreseen += len(ready)
+
+    def _end_prefetch(self, used: Sequence[int]) -> set[int]:
+        """-> those of the rows `used` whose prefetch was complete."""
+        request, self._prefetched = self._prefetched, None
+        if request is None:
+            return set()
+        request.cancelled = True
+        self.traffic.unused += len(set(request.read).difference(used)) * self.slot_bytes
+        return set(request.rows[: request.done]).intersection(used)
+
     def drop(self) -> None:
         """Release both tiers; a file without a name is freed with its last view."""
         self.abandon()
+        self._end_prefetch([])
         self._table = self._arena = self._buffer = torch.empty(0, dtype=torch.uint8)
         self.slot_of.clear()
         self._file = None
 
 
 class ExpertLayer:
-    """One layer of a store, as its experts module uses it (model/experts.py)."""
+    """One layer of a store, as its experts module uses it (model/experts.py). `above`: the layer after it, which tells
+    by `guess` (hidden states, experts of each token) which of its experts they will use; `below`: the layer before."""
+
+    above: ExpertLayer | None = None
+    below: ExpertLayer | None = None
+    guess: Callable[[Tensor, int], list[int]] | None = None
 
     def __init__(self, store: ExpertStore, number: int):
         self.store, self.number, self.planned, self.device = store, number, store.planned, store.device
         self.rows = store.layers[number].rows
         self.experts = len(self.rows)
+        self.used: list[int] = []  # in the newest pass
 
     @property
     def numel(self) -> int:
         """How many weights the layer's experts have."""
         return self.experts * sum(math.prod(part.shape) for part in self.store.layers[self.number].parts.values())
 
-    def each(self, pairs: Any, hidden_NH: Tensor) -> Iterable[tuple[int, Tensor, Tensor]]:
-        """(expert, tokens, ranks) of the experts that are used, after those with a slot were brought into it."""
+    def each(self, pairs: Any, hidden_NH: Tensor, back: bool = False) -> Iterable[tuple[int, Tensor, Tensor]]:
+        """(expert, tokens, ranks) of the experts that are used, after those with a slot were brought into it. `back`:
+        for the backward pass."""
         if not self.planned:
             self.store.bring(self.number, dict(zip(pairs.used, pairs.sizes, strict=True)), hidden_NH.shape[0])
+            if self.store.wants_prefetch:
+                if back and self.below is not None:
+                    self.store.prefetch(self.below.rows[expert] for expert in self.below.used)
+                elif not back and self.above is not None and self.above.guess is not None:
+                    guess = self.above.guess(hidden_NH, len(pairs.tokens) // hidden_NH.shape[0])
+                    self.store.prefetch(self.above.rows[expert] for expert in guess)
+            self.used = pairs.used
         yield from pairs.parts()
 
     def weights(self, expert: int, hidden_NH: Tensor) -> dict[str, Tensor]:

@@ -37,9 +37,6 @@ class Traffic:
     foreseen: int = 0  # of these, rows whose prefetch was complete
     unused: int = 0  # bytes prefetched in vain; no other counter includes them
 
-    def clear(self) -> None:
-        self.__init__()  # type: ignore[misc]
-
 
 class Table:
     """`rows` rows of `shape` values each.

@@ -1,0 +1,176 @@
+"""Patches that move the experts of a mixture into a store of two tiers, and choose which have slots of the fast one."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..contracts import Patch, Place, Surgery, When
+from ..cost.trace import EXPERT_ROWS, EXPERTS
+from ..errors import BadInput
+from ..memory.budget import gib
+from ..memory.meter import file_ranges, is_mapped
+from ..model import experts as interface
+from ..model.expert_files import FILES
+from ..model.load import base_hash
+from ..model.surgery import Swaps
+from ..tiered.experts import ExpertLayer, ExpertStore, Residency, slots_in
+from ..tiered.mapped_file import slow_kind
+from ..tiered.prefetch import Reader
+
+
+@dataclass(frozen=True)
+class ExpertsPatch(Patch):
+    """Its outputs are the model's own. `new_residency` chooses the working set."""
+
+    when: ClassVar[When] = When.LOAD
+    reads_experts: ClassVar[bool] = True
+    exclusive_reason: ClassVar[str] = "one store has the experts"
+
+    cache: float | None = None  # GiB of fast memory for slots; None: what budget.fast leaves, and 0 without a budget
+    prefetch: bool = True  # read the experts that the next layer's router would choose now, while files are read
+    store: str = ""  # a folder that keeps the experts' file for later runs; "": the file ends with the run
+
+    @abstractmethod
+    def new_residency(self) -> Residency: ...
+
+
+class ExpertsSurgery(Surgery):
+    """The experts are in `tiers`. Those that were in memory are read into memory again when it is undone."""
+
+    keeps_outputs = True
+    patch: ExpertsPatch
+
+    def __init__(self, patch: ExpertsPatch, model: PreTrainedModel, place: Place):
+        self.patch, self.model, self.swaps = patch, model, Swaps(model)
+        self.name = type(patch).__name__.lower()
+        self.found = interface.require_mixtures(model, self.name)
+        self.stacked = {path: interface.leaves(module) for path, module in self.found.items()}
+        self._check()
+        self.files: Any = getattr(model, FILES, None)
+        parameters = [parameter for leaves in self.stacked.values() for parameter in leaves.values()]
+        self.planned = parameters[0].is_meta and self.files is None
+        self.in_slow_tier = [parameter.data for parameter in parameters] if self.planned else []
+        self.residency = patch.new_residency()
+        self.released: list[tuple[str, str, nn.Parameter, torch.Size]] = []
+        self.hash = "" if self.planned else base_hash(model)
+        self.tiers = self._new_store(place, place.device if parameters[0].is_meta else parameters[0].device)
+        try:
+            self._move()
+            self._take_over()
+            self._set_slots()
+        except BaseException:
+            self.revert()
+            raise
+        self.notes = tuple(self._notes())
+
+    def _check(self) -> None:
+        for path, leaves in self.stacked.items():
+            if interface.TIERS in vars(self.found[path]):
+                raise BadInput(self.name, f"{path} is in slow memory already", "Apply it once")
+            for name, parameter in leaves.items():
+                if not parameter.is_floating_point():
+                    have = f"{path}.{name} is stored as {str(parameter.dtype).removeprefix('torch.')}"
+                    raise BadInput(f"{self.name} on packed experts", have, "Load the model in bf16")
+
+    def _new_store(self, place: Place, device: torch.device) -> ExpertStore:
+        shapes = [(len(next(iter(leaves.values()))), {n: (tuple(p.shape[1:]), p.dtype) for n, p in leaves.items()})
+                  for leaves in self.stacked.values()]  # fmt: skip
+        identity = self.files.fingerprint() if self.files is not None and self.patch.store else self.hash
+        return ExpertStore(
+            shapes, self.residency, device=device, slow=slow_kind(place.slow, device), folder=place.folder,
+            keep=self.patch.store, identity=identity, planned=self.planned,
+            reader=Reader() if self.patch.prefetch and not self.planned else None,
+        )  # fmt: skip
+
+    def _move(self) -> None:
+        """Write the experts to the store, one at a time, and release those that are in memory, a layer at a time."""
+        names, mapped = list(self.found), [] if self.planned else file_ranges()
+
+        def tensors(layer: int, expert: int) -> dict[str, Tensor]:
+            leaves = self.stacked[path := names[layer]]
+            if self.files is not None:
+                return {name: self.files.expert(f"{path}.{name}", expert) for name in leaves}
+            return {name: parameter[expert] for name, parameter in leaves.items()}
+
+        def written(layer: int) -> None:
+            for name, parameter in self.stacked[names[layer]].items():
+                if not parameter.is_meta and not is_mapped(parameter, mapped):
+                    self.released.append((names[layer], name, parameter, parameter.shape))
+                    parameter.data = parameter.data.new_empty(0)
+
+        self.tiers.fill(tensors, written)
+        if self.files is not None:
+            self.files.close()
+
+    def _take_over(self) -> None:
+        """Have the library compute the experts from the store."""
+        layers = [ExpertLayer(self.tiers, number) for number in range(len(self.found))]
+        for layer, (path, module) in zip(layers, self.found.items(), strict=True):
+            self.swaps.on_undo(interface.take_out(module))
+            self.swaps.set_attribute(module, interface.TIERS, layer)
+            if (router := interface.router_of(self.model, path, layer.experts)) is not None:
+                layer.guess = functools.partial(interface.routed, self.model, router)
+        for layer, above in itertools.pairwise(layers):
+            layer.above, above.below = above, layer
+        if not self.planned:
+            if not getattr(self.model, "trimtab_base", None):  # its hash covers the experts
+                self.swaps.set_attribute(self.model, "trimtab_base", self.hash)
+            (path, first), *_ = self.found.items()
+            width, dtype = self.model.config.get_text_config().hidden_size, self.model.dtype
+            interface.require_same(first, width, dtype, list(self.stacked[path]), self.name)
+        had = self.model.config._experts_implementation
+        self.model.set_experts_implementation(interface.EXPERTS)
+        self.swaps.on_undo(lambda: self.model.set_experts_implementation(had))
+
+    def _set_slots(self) -> None:
+        if self.patch.cache is None:
+            return
+        size, one = int(self.patch.cache * 2**30), self.tiers.slot_bytes
+        if 0 < size < one:
+            asked, have = f"{self.name}: cache: {self.patch.cache}", f"one expert needs {gib(one)}"
+            raise BadInput(asked, have, "Set cache: 0, which keeps none in fast memory, or allow more")
+        self.tiers.resize(slots_in(self.tiers, size))
+
+    def _notes(self) -> Iterator[str]:
+        store, layers = self.tiers, len(self.found)
+        where = f"{store.rows} experts of {layers} layers are in the slow tier"
+        yield f"{self.name}: {where}: {gib(store.table_bytes)}, {gib(store.slot_bytes)} each"
+        if not store.in_place:
+            yield f"{self.name}: not yet measured on a GPU"
+
+    def take(self, spare: int) -> int:
+        if self.patch.cache is not None:
+            return 0
+        self.tiers.resize(slots_in(self.tiers, spare))
+        return self.tiers.slots * self.tiers.slot_bytes
+
+    def outside(self) -> dict[str, list[Tensor]]:
+        return {EXPERTS: self.tiers.fast, EXPERT_ROWS: self.tiers.below}
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def merge(self) -> None:
+        raise BadInput(f"merge {self.name}", "it changes no weight", "Load the model without it")
+
+    def revert(self) -> None:
+        store, names = self.tiers, list(self.found)
+        for path, name, parameter, shape in self.released:
+            whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+            for expert, row in enumerate(store.layers[names.index(path)].rows):
+                whole[expert] = store.original(row)[name]
+            parameter.data = whole
+        self.released.clear()
+        self.swaps.undo()
+        if store.reader is not None:
+            store.reader.close()
+        store.drop()
