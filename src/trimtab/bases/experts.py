@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..contracts import Patch, Place, Surgery, When
+from ..cost.experts import Trace
 from ..cost.trace import EXPERT_ROWS, EXPERTS
 from ..errors import BadInput
 from ..memory.budget import gib
@@ -22,9 +25,10 @@ from ..model import experts as interface
 from ..model.expert_files import FILES
 from ..model.load import base_hash
 from ..model.surgery import Swaps
-from ..tiered.experts import ExpertLayer, ExpertStore, Residency, slots_in
+from ..tiered.experts import ExpertLayer, ExpertStore, slots_in
 from ..tiered.mapped_file import slow_kind
 from ..tiered.prefetch import Reader
+from ..tiered.residency import Residency
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,19 @@ class ExpertsSurgery(Surgery):
 
     def outside(self) -> dict[str, list[Tensor]]:
         return {EXPERTS: self.tiers.fast, EXPERT_ROWS: self.tiers.below}
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[Trace]:
+        """Within it, which experts each pass uses is recorded in the trace that it yields (cost/experts.py)."""
+        store = self.tiers
+        matrices = [part for name, part in store.layers[0].parts.items() if not name.endswith("_bias")]
+        trace = Trace([layer.rows for layer in store.layers], store.slot_bytes,
+                      2.0 * sum(math.prod(part.shape) for part in matrices))  # fmt: skip
+        store.trace = trace.steps
+        try:
+            yield trace
+        finally:
+            store.trace = None
 
     def own_tensors(self) -> dict[str, Tensor]:
         return {}

@@ -50,7 +50,7 @@ from transformers import PreTrainedModel
 from ..bases.experts import ExpertsPatch, ExpertsSurgery
 from ..contracts import Batch, Place
 from ..errors import BadInput, nearest
-from ..tiered.experts import FREE, Residency
+from ..tiered.residency import FREE, Residency
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,33 +25,12 @@ from ..files import write_json
 from .mapped_file import MappedFile, map_file, require_memory, require_space, reserve
 from .prefetch import PIECE, Reader, Request
 from .record import PAGE, Part, round_up
+from .residency import Residency, WorkingSet
 from .table import Traffic
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and precision of one expert's tensor
 SAMPLED = 4  # records whose first pages are checked, to see whether all are in memory
 DATA, MEANING = "experts.bin", "experts.json"  # files of a store that is kept
-
-
-class Residency(ABC):
-    """Chooses which experts have slots. Experts of all layers are numbered through: they are rows."""
-
-    def begin(self, layers: Sequence[range], slots: int) -> None:
-        """The store has these rows in each layer, and so many slots, all free. Also called when `slots` changes."""
-        self.layers, self.slots = layers, slots
-
-    def seen(self, layer: int, counts: Mapping[int, int], tokens: int) -> None:  # noqa: B027
-        """Of `tokens` tokens, so many (row -> number) use these rows of a layer."""
-
-    def used(self, row: int) -> None:  # noqa: B027
-        """A row that has a slot is used."""
-
-    @abstractmethod
-    def place(self, row: int, resident: Mapping[int, int], pinned: set[int]) -> int | None:
-        """For a row without a slot: the resident row that makes room for it, FREE if a slot is free, or None if it
-        gets no slot. Rows in `pinned` are in use and keep theirs."""
-
-
-FREE = -1
 
 
 @dataclass(frozen=True)
@@ -89,7 +67,7 @@ class ExpertStore:
         folder: str | None = None, keep: str = "", identity: str = "", planned: bool = False,
         reader: Reader | None = None,
     ):  # fmt: skip
-        self.layers, self.residency, self.device, self.slow = _layers(shapes), residency, device, slow
+        self.layers, self.device, self.slow = _layers(shapes), device, slow
         self.planned, self.traffic = planned, Traffic()
         last = self.layers[-1]
         self.rows, self.table_bytes = last.rows.stop, last.start + len(last.rows) * last.record_bytes
@@ -102,8 +80,8 @@ class ExpertStore:
         self.reader = reader if self.in_place and self._file is not None else None
         self._prefetched: Request | None = None
         self._of_row = [layer for layer in self.layers for _ in layer.rows]
-        self.slot_of: dict[int, int] = {}
-        self.slots = 0
+        self.working = WorkingSet([layer.rows for layer in self.layers], residency)
+        self.trace: list[tuple[int, int, dict[int, int]]] | None = None  # (layer, tokens, row -> how many), if recorded
         self._arena = self._buffer = torch.empty(0, dtype=torch.uint8)
         if not self.in_place:
             self._buffer = self._empty(1)
@@ -216,12 +194,18 @@ class ExpertStore:
 
     def resize(self, slots: int) -> None:
         """Have this many slots, all free."""
-        self.slots = min(slots, self.rows)
-        self.slot_of.clear()
+        self.working.resize(slots)
         self._arena = torch.empty(0, dtype=torch.uint8)  # freed before the next is made
         self._arena = self._empty(self.slots)
-        self._free = list(range(self.slots))[::-1]
-        self.residency.begin([layer.rows for layer in self.layers], self.slots)
+
+    @property
+    def slots(self) -> int:
+        return self.working.slots
+
+    @property
+    def slot_of(self) -> dict[int, int]:
+        """Row -> slot."""
+        return self.working.slot_of
 
     @property
     def fast(self) -> list[Tensor]:
@@ -239,23 +223,20 @@ class ExpertStore:
         the residency chooses. No expert that is needed now loses its slot."""
         first = self.layers[layer].rows.start
         needed = {first + expert: count for expert, count in counts.items()}
-        self.residency.seen(layer, needed, tokens)
-        pinned = set(needed)
+        if self.trace is not None:
+            self.trace.append((layer, tokens, needed))
         self._read_missing([row for row in needed if row not in self.slot_of])
-        for row in needed:
-            if row in self.slot_of:
-                self.traffic.hits += 1
-                self.residency.used(row)
-                continue
-            self.traffic.misses += 1
-            self.traffic.up += self._of_row[row].record_bytes
-            evicted = self.residency.place(row, self.slot_of, pinned) if self.slots else None
-            if evicted is None:
-                continue
-            assert evicted not in pinned, "an expert that is in use keeps its slot"
-            slot = self._free.pop() if evicted == FREE else self.slot_of.pop(evicted)
-            self._read(row, self._arena[slot])
-            self.slot_of[row] = slot
+        done = self.working.use(layer, needed, tokens)
+        try:
+            for row, slot in done.moved:
+                self._read(row, self._arena[slot])
+        except BaseException:  # some slots do not have what the books say
+            self.working.resize(self.slots)
+            raise
+        misses = len(done.moved) + len(done.streamed)
+        self.traffic.hits += len(done.hits)
+        self.traffic.misses += misses
+        self.traffic.up += misses * self.layers[layer].record_bytes
 
     def _read(self, row: int, slot: Tensor) -> None:
         span, size = self._span(row), self._of_row[row].record_bytes
@@ -374,8 +355,3 @@ class ExpertLayer:
 def slots_in(store: ExpertStore, size: int) -> int:
     """How many slots of the store `size` bytes have."""
     return min(store.rows, max(0, math.floor(size)) // store.slot_bytes)
-
-
-def rows_of(layers: Sequence[range]) -> Iterator[tuple[int, int]]:
-    """(layer, row) of every row."""
-    return ((number, row) for number, rows in enumerate(layers) for row in rows)

@@ -1,0 +1,216 @@
+"""Seconds of a mixture's experts in two tiers: for a decision now, and for machines that are not here.
+
+A recorded routing trace says which experts each pass of each layer used, and for how many tokens. `replay` runs it
+through a residency with so many slots and adds up what each pass takes on a Machine. Fiddler's three costs (arXiv
+2402.07033, section 3.2) are rooflines here:
+
+    fast(s) = max(bytes / B_fast, s flops / F_fast) + c_fast          the expert is in the fast tier
+    move    = bytes / B_link + c_link                                 its weights are moved there
+    host(s) = max(bytes / B_host, s flops / F_host) + c_host          it is computed where its weights are
+
+    s: tokens of the expert   bytes: of its weights   flops: of one token
+
+The paper adds the costs of a layer's experts. Here device, link and host work at the same time, so what counts is when
+the last of them ends (`makespan`). A figure for a machine that is not here is simulated, and to be labelled so.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+from ..files import write_json
+from ..tiered.residency import Residency, WorkingSet
+
+Step = tuple[int, int, dict[int, int]]  # layer, tokens of the pass, row -> tokens that use it
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of a device and of what lies below it, per second. Without `host_flops` the slow tier cannot compute."""
+
+    name: str
+    fast_bytes: float
+    fast_flops: float
+    link_bytes: float
+    host_bytes: float = 0.0
+    host_flops: float = 0.0
+    fast_start: float = 0.0  # seconds that an expert takes on the device besides
+    link_start: float = 0.0
+    host_start: float = 0.0
+
+    def fast(self, size: float, flops: float) -> float:
+        return max(size / self.fast_bytes, flops / self.fast_flops) + self.fast_start
+
+    def move(self, size: float) -> float:
+        return size / self.link_bytes + self.link_start
+
+    def host(self, size: float, flops: float) -> float:
+        if not self.host_flops:
+            return float("inf")
+        return max(size / self.host_bytes, flops / self.host_flops) + self.host_start
+
+
+# A GPU of 24 GB (1.0 TB/s and 165 TFLOP/s in 16 bits by its maker's sheet) over three links, at 80 % of one direction's
+# rate, beside a host of two memory channels a socket (80 GB/s, 2 TFLOP/s). Not measured: for simulations.
+GPUS = tuple(
+    Machine(f"24 GB GPU, PCIe {generation} x16", 1.0e12, 1.65e14, 0.8 * rate, 8e10, 2e12, 3e-5, 2e-5, 2e-5)
+    for generation, rate in ((3, 15.75e9), (4, 31.5e9), (5, 63e9))
+)
+
+
+@dataclass
+class Trace:
+    """Which experts a run used. `rows`: of each layer; `size`: bytes of an expert; `flops`: of one of its tokens."""
+
+    rows: list[range]
+    size: int
+    flops: float
+    steps: list[Step] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        steps = [[layer, tokens, list(needed), list(needed.values())] for layer, tokens, needed in self.steps]
+        write_json(path, {"layers": [len(rows) for rows in self.rows], "size": self.size, "flops": self.flops,
+                          "steps": steps})  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            starts = [sum(found["layers"][:at]) for at in range(len(found["layers"]) + 1)]
+            rows = [range(*pair) for pair in zip(starts, starts[1:], strict=False)]
+            steps = [(layer, tokens, dict(zip(needed, counts, strict=True)))
+                     for layer, tokens, needed, counts in found["steps"]]  # fmt: skip
+            return cls(rows, found["size"], found["flops"], steps)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            have = f"it cannot be read ({type(error).__name__})"
+            raise BadInput(f"trace {path}", have, "Record it again") from None
+
+    @property
+    def passes(self) -> int:
+        """Passes of the whole stack."""
+        return sum(layer == 0 for layer, _, _ in self.steps)
+
+
+@dataclass
+class Replayed:
+    """What a trace takes: seconds in the experts, and how their uses were served."""
+
+    seconds: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    moved: int = 0  # misses whose weights were moved to the fast tier, to stay or not
+    hosted: int = 0  # misses that were computed on the host
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "hit_rate": self.hit_rate}
+
+
+def replay(trace: Trace, residency: Residency, slots: int, machine: Machine) -> Replayed:
+    """Runs the trace with so many slots, all free at first."""
+    working, found = WorkingSet(trace.rows, residency), Replayed()
+    working.resize(slots)
+    for layer, tokens, needed in trace.steps:
+        done = working.use(layer, needed, tokens)
+        kept = [row for row, _ in done.moved]
+        hosted = makespan(machine, trace.size, trace.flops, needed, [*done.hits], kept, done.streamed)
+        found.seconds += hosted.seconds
+        found.hits += len(done.hits)
+        found.misses += len(kept) + len(done.streamed)
+        found.hosted += len(hosted.rows)
+        found.moved += len(kept) + len(done.streamed) - len(hosted.rows)
+    return found
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """The rows that are computed on the host, and the seconds until device, link and host are done."""
+
+    rows: list[int]
+    seconds: float
+
+
+def makespan(
+    machine: Machine, size: float, flops: float, needed: Mapping[int, int], hits: Sequence[int],
+    kept: Sequence[int], streamed: Sequence[int],
+) -> Hosted:  # fmt: skip
+    """For one pass of a layer: which of the rows without a slot (`streamed`) the host computes. Rows with a slot
+    (`hits`) run on the device at once; `kept` are moved there first, to stay.
+
+    The rows with the most tokens gain the most from the device, and moving costs the same for each. So the rows are
+    sorted by tokens, the first k go to the device and the others to the host, and every k is tried.
+    """
+
+    def fast(row: int) -> float:
+        return machine.fast(size, needed[row] * flops)
+
+    device, link = sum(map(fast, hits)), 0.0
+    for row in kept:
+        link += machine.move(size)
+        device = max(device, link) + fast(row)
+    order = sorted(streamed, key=lambda row: (-needed[row], row))
+    host = sum(machine.host(size, needed[row] * flops) for row in order)
+    best, first = max(device, host), 0
+    for at, row in enumerate(order):
+        link += machine.move(size)
+        device = max(device, link) + fast(row)
+        host = sum(machine.host(size, needed[other] * flops) for other in order[at + 1 :])
+        if max(device, host) < best:
+            best, first = max(device, host), at + 1
+    return Hosted(order[first:], best)
+
+
+def least_seconds(
+    machine: Machine, size: float, flops: float, needed: Mapping[int, int], hits: Sequence[int],
+    streamed: Sequence[int],
+) -> float:  # fmt: skip
+    """The best of all assignments of `streamed`, tried one by one: to compare `makespan` with."""
+    best = float("inf")
+    for choice in range(1 << len(streamed)):
+        hosted = [row for at, row in enumerate(streamed) if choice >> at & 1]
+        device, link = sum(machine.fast(size, needed[row] * flops) for row in hits), 0.0
+        for row in sorted((row for row in streamed if row not in hosted), key=lambda row: (-needed[row], row)):
+            link += machine.move(size)
+            device = max(device, link) + machine.fast(size, needed[row] * flops)
+        host = sum(machine.host(size, needed[row] * flops) for row in hosted)
+        best = min(best, max(device, host))
+    return best
+
+
+def best_hits(steps: Iterable[Step], slots: int) -> int:
+    """Belady's bound: the most uses that so many slots can serve, if the future is known. A row may pass without a
+    slot; of the rows that could stay, those whose next use is nearest do."""
+    uses: dict[int, list[int]] = defaultdict(list)
+    steps = list(steps)
+    for at, (_, _, needed) in enumerate(steps):
+        for row in needed:
+            uses[row].append(at)
+    order: list[tuple[int, int]] = []  # (next use, row) of the resident rows, rising
+    resident: dict[int, int] = {}  # row -> its next use
+    hits = 0
+    for at, (_, _, needed) in enumerate(steps):
+        for row in needed:
+            hits += row in resident
+        for row in needed:
+            if row in resident:
+                order.pop(bisect.bisect_left(order, (resident.pop(row), row)))
+        for row in needed:
+            later = bisect.bisect_right(uses[row], at)
+            if later == len(uses[row]):
+                continue
+            resident[row] = uses[row][later]
+            bisect.insort(order, (resident[row], row))
+        while len(resident) > slots:
+            del resident[order.pop()[1]]
+    return hits
