@@ -16,6 +16,7 @@ from conftest import GQA, MIXTURES, logits, quantise, tiny_batch
 from tiny import tiny_folder, tiny_tokenizer
 from trimtab import bases
 from trimtab.contracts import Place
+from trimtab.cost.experts import Machine
 from trimtab.errors import BadInput
 from trimtab.inference.generate import generate
 from trimtab.memory.meter import process_memory
@@ -119,7 +120,7 @@ def test_an_interrupted_pass_leaves_nothing_wrong():
 
 def test_a_read_that_fails_leaves_no_slot_with_other_weights(monkeypatch):
     model = MIXTURES["mixtral"]()
-    batch, own = tiny_batch(model), ExpertStore._read
+    batch, own = tiny_batch(model), ExpertStore.read
     outputs = logits(model, batch)
     surgery = Fiddler(cache=4e-4).apply(model, PLACE)
     assert torch.allclose(logits(model, batch), outputs, atol=1e-6)
@@ -133,7 +134,7 @@ def test_a_read_that_fails_leaves_no_slot_with_other_weights(monkeypatch):
         own(self, row, slot)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ExpertStore, "_read", fails)
+        patched.setattr(ExpertStore, "read", fails)
         with pytest.raises(KeyboardInterrupt):
             logits(model, batch)
     assert torch.allclose(logits(model, batch), outputs, atol=1e-6) and surgery.tiers.slot_of
@@ -320,6 +321,31 @@ def test_a_store_that_was_not_completed_is_not_used(tmp_path, monkeypatch):
     assert os.listdir(keep) == []
     Fiddler(store=str(keep)).apply(model, PLACE)
     assert sorted(os.listdir(keep)) == [DATA, MEANING]
+
+
+# --- another device ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slow", ["ram", "disk"])
+@pytest.mark.parametrize("cache", [0.0, 1e-4])
+def test_beside_a_device_experts_move_or_the_host_computes_them(slow, cache, monkeypatch):
+    """As for a GPU, which is the CPU here: the weights are copied to slots or to the buffer, or the tokens move."""
+    monkeypatch.setattr(ExpertStore, "in_place", False)
+    slowly = Machine("a test", 1e9, 1e12, link_bytes=1e6, host_bytes=1e6, host_flops=1e7)
+    monkeypatch.setattr(bases.experts, "measure", lambda *_: slowly)
+    model = MIXTURES["qwen3_moe"]()
+    model.set_experts_implementation("eager")
+    batch = tiny_batch(model)
+    own, moves = logits(model, batch), []
+    surgery = Fiddler(cache=cache).apply(model, Place(fast="cpu", slow=slow))
+    store, read = surgery.tiers, ExpertStore.read
+    monkeypatch.setattr(ExpertStore, "read", lambda self, row, slot: (moves.append(row), read(self, row, slot)))
+    hosted = []
+    for module in surgery.found.values():
+        module.register_forward_hook(lambda *_: hosted.extend(store.hosted))
+    assert torch.allclose(logits(model, batch), own, atol=1e-6)
+    assert hosted and moves and set(hosted).isdisjoint(moves)
+    assert surgery.outside()["experts"][-1].numel() == store.slot_bytes, "the buffer"
 
 
 # --- reading ahead ----------------------------------------------------------------------------------------------------

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..contracts import Patch, Place, Surgery, When
-from ..cost.experts import Trace
+from ..cost.experts import Trace, flops_of, makespan, measure
 from ..cost.trace import EXPERT_ROWS, EXPERTS
 from ..errors import BadInput
 from ..memory.budget import gib
@@ -28,7 +27,7 @@ from ..model.surgery import Swaps
 from ..tiered.experts import ExpertLayer, ExpertStore, slots_in
 from ..tiered.mapped_file import slow_kind
 from ..tiered.prefetch import Reader
-from ..tiered.residency import Residency
+from ..tiered.residency import Residency, Use
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ class ExpertsSurgery(Surgery):
             self._move()
             self._take_over()
             self._set_slots()
+            self._measure()
         except BaseException:
             self.revert()
             raise
@@ -144,6 +144,22 @@ class ExpertsSurgery(Surgery):
             raise BadInput(asked, have, "Set cache: 0, which keeps none in fast memory, or allow more")
         self.tiers.resize(slots_in(self.tiers, size))
 
+    def _measure(self) -> None:
+        """Beside a GPU: have the costs, measured now, decide for each expert without a slot whether its weights move
+        to the GPU or its tokens to the host. Not yet measured on a GPU."""
+        store, module = self.tiers, next(iter(self.found.values()))
+        if self.planned or store.in_place or module.has_post_expert_norm:
+            return
+        machine = measure(module, store)
+
+        def choose(needed: Mapping[int, int], done: Use) -> list[int]:
+            kept = [row for row, _ in done.moved]
+            return makespan(
+                machine, store.slot_bytes, flops_of(store), needed, done.hits, kept, done.streamed
+            ).rows  # fmt: skip
+
+        store.choose = choose
+
     def _notes(self) -> Iterator[str]:
         store, layers = self.tiers, len(self.found)
         where = f"{store.rows} experts of {layers} layers are in the slow tier"
@@ -164,9 +180,7 @@ class ExpertsSurgery(Surgery):
     def recorded(self) -> Iterator[Trace]:
         """Within it, which experts each pass uses is recorded in the trace that it yields (cost/experts.py)."""
         store = self.tiers
-        matrices = [part for name, part in store.layers[0].parts.items() if not name.endswith("_bias")]
-        trace = Trace([layer.rows for layer in store.layers], store.slot_bytes,
-                      2.0 * sum(math.prod(part.shape) for part in matrices))  # fmt: skip
+        trace = Trace([layer.rows for layer in store.layers], store.slot_bytes, flops_of(store))
         store.trace = trace.steps
         try:
             yield trace

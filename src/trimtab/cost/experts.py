@@ -19,22 +19,31 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from ..errors import BadInput
 from ..files import write_json
+from ..model.experts import output
+from ..tiered.experts import ExpertStore
 from ..tiered.residency import Residency, WorkingSet
+from .microbench import least_seconds
 
+MANY = 64  # tokens of an expert at which products are limited by arithmetic
 Step = tuple[int, int, dict[int, int]]  # layer, tokens of the pass, row -> tokens that use it
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of a device and of what lies below it, per second. Without `host_flops` the slow tier cannot compute."""
+    """Rates of a device and of what lies below it, per second. Without `host_flops` the slow tier cannot compute.
+    `alone`: one processor does all of it, one thing after the other (a CPU, to which a file is mapped)."""
 
     name: str
     fast_bytes: float
@@ -45,6 +54,7 @@ class Machine:
     fast_start: float = 0.0  # seconds that an expert takes on the device besides
     link_start: float = 0.0
     host_start: float = 0.0
+    alone: bool = False
 
     def fast(self, size: float, flops: float) -> float:
         return max(size / self.fast_bytes, flops / self.fast_flops) + self.fast_start
@@ -155,6 +165,9 @@ def makespan(
     def fast(row: int) -> float:
         return machine.fast(size, needed[row] * flops)
 
+    if machine.alone:
+        there = sum(machine.host(size, needed[row] * flops) for row in streamed)
+        return Hosted([*streamed], sum(map(fast, [*hits, *kept])) + len(kept) * machine.move(size) + there)
     device, link = sum(map(fast, hits)), 0.0
     for row in kept:
         link += machine.move(size)
@@ -171,7 +184,7 @@ def makespan(
     return Hosted(order[first:], best)
 
 
-def least_seconds(
+def best_seconds(
     machine: Machine, size: float, flops: float, needed: Mapping[int, int], hits: Sequence[int],
     streamed: Sequence[int],
 ) -> float:  # fmt: skip
@@ -186,6 +199,43 @@ def least_seconds(
         host = sum(machine.host(size, needed[row] * flops) for row in hosted)
         best = min(best, max(device, host))
     return best
+
+
+@torch.no_grad()
+def measure(experts: nn.Module, store: ExpertStore, name: str = "this machine") -> Machine:
+    """Measures Fiddler's costs with experts of `store`, whose module is `experts`: of one token and of MANY."""
+    device, dtype = store.device, next(iter(store.layers[0].parts.values())).dtype
+    rows = [*store.layers[0].rows]
+    size, flops = store.slot_bytes, flops_of(store)
+    width = hidden_size(experts, store)
+    slots = torch.empty(len(rows), size, dtype=torch.uint8, device=device)
+    for row in rows:
+        store.read(row, slots[row])
+
+    def seconds(tokens: int, weights: Callable[[int], dict[str, Tensor]]) -> float:
+        """Of one expert. Each is used in turn, so that none of them is in a cache."""
+        x = torch.randn(tokens, width, device=next(iter(weights(0).values())).device).to(dtype)
+        return least_seconds(lambda: [output(experts, x, weights(row)) for row in rows], device, 3, 0.02) / len(rows)
+
+    kept, there = (lambda row: store.split(row, slots[row])), store.original
+    fast, host = ([seconds(tokens, weights) for tokens in (1, MANY)] for weights in (kept, there))
+    move = least_seconds(lambda: [store.read(row, slots[row]) for row in rows], device, 3, 0.02) / len(rows)
+    return Machine(
+        name, size / fast[0], MANY * flops / fast[1], size / move, size / host[0], MANY * flops / host[1],
+        alone=store.in_place,
+    )  # fmt: skip
+
+
+def flops_of(store: ExpertStore) -> float:
+    """Floating-point operations of one expert for one token."""
+    parts = store.layers[0].parts.items()
+    return 2.0 * sum(math.prod(part.shape) for name, part in parts if not name.endswith("_bias"))
+
+
+def hidden_size(experts: nn.Module, store: ExpertStore) -> int:
+    """What an expert reads."""
+    rising = next(iter(store.layers[0].parts.values())).shape
+    return rising[0] if experts.is_transposed else rising[1]
 
 
 def best_hits(steps: Iterable[Step], slots: int) -> int:

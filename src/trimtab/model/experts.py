@@ -136,7 +136,8 @@ def _forward(experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, share_NK: 
     pairs = chosen(index_NK, tiers.experts, tiers.planned)
     out_NH = torch.zeros_like(hidden_NH)
     for expert, tokens_S, ranks_S in tiers.each(pairs, hidden_NH):
-        y_SH = output(experts, hidden_NH[tokens_S], tiers.weights(expert, hidden_NH))
+        weights = tiers.weights(expert, hidden_NH)
+        y_SH = output(experts, _beside(hidden_NH[tokens_S], weights), weights).to(hidden_NH.device)
         y_SH = y_SH * share_NK[tokens_S, ranks_S, None]
         out_NH.index_add_(0, tokens_S, y_SH.to(out_NH.dtype))
         del y_SH  # before the next expert's
@@ -165,13 +166,19 @@ class _Tiered(torch.autograd.Function):
             x_SH = hidden_NH[tokens_S].requires_grad_()
             share_S = share_NK[tokens_S, ranks_S].requires_grad_()
             with torch.enable_grad(), torch.autocast(device, ctx.autocast, enabled=ctx.autocast is not None):
-                y_SH = output(experts, x_SH, tiers.weights(expert, hidden_NH)) * share_S[:, None]
+                weights = tiers.weights(expert, hidden_NH)
+                y_SH = output(experts, _beside(x_SH, weights), weights).to(hidden_NH.device) * share_S[:, None]
                 y_SH = y_SH.to(hidden_NH.dtype)
             d_x_SH, d_share_S = torch.autograd.grad(y_SH, (x_SH, share_S), slope_NH[tokens_S])
             d_hidden_NH.index_add_(0, tokens_S, d_x_SH)
             d_share_NK.index_put_((tokens_S, ranks_S), d_share_S)
             del x_SH, y_SH, share_S, d_x_SH, d_share_S  # before the next expert's
         return d_hidden_NH, d_share_NK, None, None
+
+
+def _beside(x_SH: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """The tokens where the weights are: on the host, if it computes the expert."""
+    return x_SH.to(next(iter(weights.values())).device)
 
 
 def output(experts: nn.Module, x_SH: Tensor, weights: dict[str, Tensor]) -> Tensor:

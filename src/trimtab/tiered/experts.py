@@ -25,7 +25,7 @@ from ..files import write_json
 from .mapped_file import MappedFile, map_file, require_memory, require_space, reserve
 from .prefetch import PIECE, Reader, Request
 from .record import PAGE, Part, round_up
-from .residency import Residency, WorkingSet
+from .residency import Residency, Use, WorkingSet
 from .table import Traffic
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and precision of one expert's tensor
@@ -72,7 +72,6 @@ class ExpertStore:
         last = self.layers[-1]
         self.rows, self.table_bytes = last.rows.stop, last.start + len(last.rows) * last.record_bytes
         self.slot_bytes = max(layer.record_bytes for layer in self.layers)
-        self.in_place = device.type == "cpu"
         self.filled = False
         self._file: MappedFile | None = None
         self._partial: tuple[Path, Path, str] | None = None
@@ -81,11 +80,18 @@ class ExpertStore:
         self._prefetched: Request | None = None
         self._of_row = [layer for layer in self.layers for _ in layer.rows]
         self.working = WorkingSet([layer.rows for layer in self.layers], residency)
+        self.choose: Callable[[Mapping[int, int], Use], Iterable[int]] | None = None  # rows to compute on the host
+        self.hosted: set[int] = set()
         self.trace: list[tuple[int, int, dict[int, int]]] | None = None  # (layer, tokens, row -> how many), if recorded
         self._arena = self._buffer = torch.empty(0, dtype=torch.uint8)
         if not self.in_place:
             self._buffer = self._empty(1)
         self.resize(0)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the model computes with records where they lie."""
+        return self.device.type == "cpu"
 
     # --- the slow tier ------------------------------------------------------------------------------------------------
 
@@ -98,7 +104,7 @@ class ExpertStore:
             self._file = map_file(self.table_bytes, folder, "experts")
         else:
             require_memory(self.table_bytes, "experts")
-            return torch.empty(self.table_bytes, dtype=torch.uint8, pin_memory=not self.in_place)
+            return torch.empty(self.table_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         return torch.frombuffer(self._file.map, dtype=torch.uint8)
 
     def _kept(self, folder: Path, identity: str) -> MappedFile:
@@ -177,13 +183,13 @@ class ExpertStore:
 
     def original(self, row: int) -> dict[str, Tensor]:
         """A row's tensors in the slow tier."""
-        return self._split(self._of_row[row], self._table[self._span(row)])
+        return self.split(row, self._table[self._span(row)])
 
-    @staticmethod
-    def _split(layer: Layer, record: Tensor) -> dict[str, Tensor]:
+    def split(self, row: int, record: Tensor) -> dict[str, Tensor]:
+        """The tensors of a row in its record, by name."""
         return {
             name: record[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
-            for name, part in layer.parts.items()
+            for name, part in self._of_row[row].parts.items()
         }  # fmt: skip
 
     # --- the fast tier ------------------------------------------------------------------------------------------------
@@ -229,16 +235,18 @@ class ExpertStore:
         done = self.working.use(layer, needed, tokens)
         try:
             for row, slot in done.moved:
-                self._read(row, self._arena[slot])
+                self.read(row, self._arena[slot])
         except BaseException:  # some slots do not have what the books say
             self.working.resize(self.slots)
             raise
+        self.hosted = set() if self.choose is None else set(self.choose(needed, done))
         misses = len(done.moved) + len(done.streamed)
         self.traffic.hits += len(done.hits)
         self.traffic.misses += misses
         self.traffic.up += misses * self.layers[layer].record_bytes
 
-    def _read(self, row: int, slot: Tensor) -> None:
+    def read(self, row: int, slot: Tensor) -> None:
+        """Copy a row's record into a slot."""
         span, size = self._span(row), self._of_row[row].record_bytes
         if self._file is not None and self.in_place:
             self._file.read(span.start, slot[:size].numpy())
@@ -247,13 +255,13 @@ class ExpertStore:
 
     def weights(self, row: int) -> dict[str, Tensor]:
         """A row's tensors where the model computes, until the next call of `bring` or, from the buffer, of this."""
-        layer, slot = self._of_row[row], self.slot_of.get(row)
+        slot = self.slot_of.get(row)
         if slot is not None:
-            return self._split(layer, self._arena[slot])
-        if self.in_place:
+            return self.split(row, self._arena[slot])
+        if self.in_place or row in self.hosted:
             return self.original(row)
-        self._read(row, self._buffer[0])
-        return self._split(layer, self._buffer[0])
+        self.read(row, self._buffer[0])
+        return self.split(row, self._buffer[0])
 
     # --- reading ahead ------------------------------------------------------------------------------------------------
 
@@ -331,8 +339,8 @@ class ExpertLayer:
         return self.experts * sum(math.prod(part.shape) for part in self.store.layers[self.number].parts.values())
 
     def each(self, pairs: Any, hidden_NH: Tensor, back: bool = False) -> Iterable[tuple[int, Tensor, Tensor]]:
-        """(expert, tokens, ranks) of the experts that are used, after those with a slot were brought into it. `back`:
-        for the backward pass."""
+        """(expert, tokens, ranks) of the experts that are used, after those with a slot were brought into it.
+        Those that the host computes are last, so that it works while a GPU does. `back`: for the backward pass."""
         if not self.planned:
             self.store.bring(self.number, dict(zip(pairs.used, pairs.sizes, strict=True)), hidden_NH.shape[0])
             if self.store.wants_prefetch:
@@ -342,7 +350,10 @@ class ExpertLayer:
                     guess = self.above.guess(hidden_NH, len(pairs.tokens) // hidden_NH.shape[0])
                     self.store.prefetch(self.above.rows[expert] for expert in guess)
             self.used = pairs.used
-        yield from pairs.parts()
+        hosted = [expert for expert in pairs.used if self.rows.start + expert in self.store.hosted]
+        if not hosted:
+            return pairs.parts()
+        return sorted(pairs.parts(), key=lambda part: part[0] in hosted)
 
     def weights(self, expert: int, hidden_NH: Tensor) -> dict[str, Tensor]:
         """One expert's tensors, by name. In a plan they have no bytes: those of the store are counted by themselves."""
