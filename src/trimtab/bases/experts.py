@@ -17,14 +17,16 @@ from transformers import PreTrainedModel
 from ..contracts import Patch, Place, Surgery, When
 from ..cost.experts import Trace, flops_of, makespan, measure
 from ..cost.trace import EXPERT_ROWS, EXPERTS
-from ..errors import BadInput
+from ..errors import BadInput, nearest
 from ..memory.budget import gib
 from ..memory.meter import file_ranges, is_mapped
 from ..model import experts as interface
 from ..model.expert_files import FILES
 from ..model.load import base_hash
+from ..model.packed_experts import Nf4
 from ..model.surgery import Swaps
-from ..tiered.experts import ExpertLayer, ExpertStore, slots_in
+from ..tiered.expert_layer import ExpertLayer
+from ..tiered.experts import ExpertStore, slots_in
 from ..tiered.mapped_file import slow_kind
 from ..tiered.prefetch import Reader
 from ..tiered.residency import Residency, Use
@@ -40,6 +42,7 @@ class ExpertsPatch(Patch):
 
     cache: float | None = None  # GiB of fast memory for slots; None: what budget.fast leaves, and 0 without a budget
     prefetch: bool = True  # read the experts that the next layer's router would choose now, while files are read
+    precision: str = "auto"  # of the experts: the model's; "nf4" stores 4 bits a weight, which changes the outputs
     store: str = ""  # a folder that keeps the experts' file for later runs; "": the file ends with the run
 
     @abstractmethod
@@ -58,6 +61,9 @@ class ExpertsSurgery(Surgery):
         self.found = interface.require_mixtures(model, self.name)
         self.stacked = {path: interface.leaves(module) for path, module in self.found.items()}
         self._check()
+        if packed := patch.precision == "nf4":
+            self.starts_at_zero = self.keeps_outputs = False
+        self.form = Nf4() if packed else None
         self.files: Any = getattr(model, FILES, None)
         parameters = [parameter for leaves in self.stacked.values() for parameter in leaves.values()]
         self.planned = parameters[0].is_meta and self.files is None
@@ -77,6 +83,9 @@ class ExpertsSurgery(Surgery):
         self.notes = tuple(self._notes())
 
     def _check(self) -> None:
+        if self.patch.precision not in (known := ("auto", "nf4")):
+            asked = f'{self.name}: precision: "{self.patch.precision}"'
+            raise BadInput(asked, "there is no such choice", nearest(self.patch.precision, known))
         for path, leaves in self.stacked.items():
             if interface.TIERS in vars(self.found[path]):
                 raise BadInput(self.name, f"{path} is in slow memory already", "Apply it once")
@@ -92,7 +101,7 @@ class ExpertsSurgery(Surgery):
         return ExpertStore(
             shapes, self.residency, device=device, slow=slow_kind(place.slow, device), folder=place.folder,
             keep=self.patch.store, identity=identity, planned=self.planned,
-            reader=Reader() if self.patch.prefetch and not self.planned else None,
+            reader=Reader() if self.patch.prefetch and not self.planned else None, form=self.form,
         )  # fmt: skip
 
     def _move(self) -> None:
@@ -107,7 +116,8 @@ class ExpertsSurgery(Surgery):
 
         def written(layer: int) -> None:
             for name, parameter in self.stacked[names[layer]].items():
-                if not parameter.is_meta and not is_mapped(parameter, mapped):
+                kept = self.form is not None  # only the originals have all their bits
+                if not kept and not parameter.is_meta and not is_mapped(parameter, mapped):
                     self.released.append((names[layer], name, parameter, parameter.shape))
                     parameter.data = parameter.data.new_empty(0)
 
@@ -164,6 +174,8 @@ class ExpertsSurgery(Surgery):
         store, layers = self.tiers, len(self.found)
         where = f"{store.rows} experts of {layers} layers are in the slow tier"
         yield f"{self.name}: {where}: {gib(store.table_bytes)}, {gib(store.slot_bytes)} each"
+        if self.form is not None:
+            yield f"{self.name}: the experts are stored in {self.form.name}, so outputs differ from the model's"
         if not store.in_place:
             yield f"{self.name}: not yet measured on a GPU"
 

@@ -204,7 +204,7 @@ def best_seconds(
 @torch.no_grad()
 def measure(experts: nn.Module, store: ExpertStore, name: str = "this machine") -> Machine:
     """Measures Fiddler's costs with experts of `store`, whose module is `experts`: of one token and of MANY."""
-    device, dtype = store.device, next(iter(store.layers[0].parts.values())).dtype
+    device, (_, dtype) = store.device, next(iter(store.layers[0].shapes.values()))
     rows = [*store.layers[0].rows]
     size, flops = store.slot_bytes, flops_of(store)
     width = hidden_size(experts, store)
@@ -228,13 +228,13 @@ def measure(experts: nn.Module, store: ExpertStore, name: str = "this machine") 
 
 def flops_of(store: ExpertStore) -> float:
     """Floating-point operations of one expert for one token."""
-    parts = store.layers[0].parts.items()
-    return 2.0 * sum(math.prod(part.shape) for name, part in parts if not name.endswith("_bias"))
+    shapes = store.layers[0].shapes.items()
+    return 2.0 * sum(math.prod(shape) for name, (shape, _) in shapes if not name.endswith("_bias"))
 
 
 def hidden_size(experts: nn.Module, store: ExpertStore) -> int:
     """What an expert reads."""
-    rising = next(iter(store.layers[0].parts.values())).shape
+    rising, _ = next(iter(store.layers[0].shapes.values()))
     return rising[0] if experts.is_transposed else rising[1]
 
 

@@ -60,7 +60,7 @@ class Fiddler(ExpertsPatch):
     paper: ClassVar[str] = "2402.07033"
 
     residency: str = "dynamic"  # which experts have slots: "dynamic", "popular" (the paper) or "lru"
-    halflife: int = 64  # dynamic: tokens after which a hit counts half
+    halflife: int = 32  # dynamic: tokens after which a hit counts half
     hysteresis: float = 0.2  # dynamic: by what share a count must exceed that of the expert whose slot it takes
     rows: int = 64  # popular: rows of text whose routing is counted
     calibration: str = ""  # popular: the file of these rows, as data.train; "": data.train itself

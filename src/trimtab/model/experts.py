@@ -2,8 +2,8 @@
 
 transformers computes an experts module through a table of functions (ALL_EXPERTS_FUNCTIONS). The function here sorts
 the pairs of a token and an expert by expert, once per layer, and multiplies each expert's tokens by the weights that
-`tiers` (tiered/experts.py) has of it. Products, their rows and the order of sums are those of the library's eager form,
-so the outputs are the same numbers.
+`tiers` (tiered/expert_layer.py) has of it. Products, their rows and the order of sums are those of the library's eager
+form, so the outputs are the same numbers.
 
 In training the experts are frozen. Nothing is stored but the inputs: the backward pass asks for each expert's weights
 again, recomputes its output, and returns the gradients of the hidden states and of the router's weights.
@@ -30,7 +30,7 @@ from . import anatomy
 from .fused_experts import rows_by_expert
 
 EXPERTS = "trimtab_tiered_experts"
-TIERS = "trimtab_tiers"  # attribute of an experts module: an ExpertLayer (tiered/experts.py)
+TIERS = "trimtab_tiers"  # attribute of an experts module: an ExpertLayer (tiered/expert_layer.py)
 
 
 def mixtures(model: nn.Module) -> dict[str, nn.Module]:

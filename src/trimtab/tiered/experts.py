@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,33 +41,48 @@ class Layer:
     start: int  # of the first record in the table, in bytes
     parts: dict[str, Part]
     record_bytes: int
+    shapes: Shapes  # of an expert's tensors, before they are packed
 
 
-def _layers(shapes: Sequence[tuple[int, Shapes]]) -> list[Layer]:
+class Form(Protocol):
+    """How an expert's tensors are packed in its record."""
+
+    name: str
+
+    def parts(self, shapes: Shapes) -> Shapes: ...
+
+    def packed(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]: ...
+
+    def unpacked(self, parts: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]: ...
+
+
+def _layers(shapes: Sequence[tuple[int, Shapes]], form: Form | None) -> list[Layer]:
     found, row, start = [], 0, 0
     for count, tensors in shapes:
         parts, end = {}, 0
-        for name, (shape, dtype) in tensors.items():
+        for name, (shape, dtype) in (tensors if form is None else form.parts(tensors)).items():
             parts[name] = Part(end, shape, dtype)
             end = round_up(end + parts[name].nbytes, 64)
         size = round_up(end, PAGE if end >= PAGE else 64)
-        found.append(Layer(range(row, row + count), start, parts, size))
+        found.append(Layer(range(row, row + count), start, parts, size, tensors))
         row, start = row + count, round_up(start + count * size, PAGE)
     return found
 
 
 class ExpertStore:
     """`shapes`: of each layer, how many experts there are and what one consists of. `reader`: reads records ahead.
-    `keep`: a folder in which the store stays; "": the file has no name, and ends with the process. `identity`: what the
-    weights come from; a store that was kept must have the same. `planned`: for a model without values; takes no memory.
+    `form`: how records are packed. `keep`: a folder in which the store stays; "": the file has no name, and ends with
+    the process. `identity`: what the weights come from; a store that was kept must have the same. `planned`: for a
+    model without values; takes no memory.
     """
 
     def __init__(
         self, shapes: Sequence[tuple[int, Shapes]], residency: Residency, *, device: torch.device, slow: str,
         folder: str | None = None, keep: str = "", identity: str = "", planned: bool = False,
-        reader: Reader | None = None,
+        reader: Reader | None = None, form: Form | None = None,
     ):  # fmt: skip
-        self.layers, self.device, self.slow = _layers(shapes), device, slow
+        self.layers, self.device, self.slow = _layers(shapes, form), device, slow
+        self.form = form
         self.planned, self.traffic = planned, Traffic()
         last = self.layers[-1]
         self.rows, self.table_bytes = last.rows.stop, last.start + len(last.rows) * last.record_bytes
@@ -111,7 +126,8 @@ class ExpertStore:
         """The file in `folder`: an existing one of the same experts, or a new one, which `complete` names."""
         layout = [[len(layer.rows), *((n, list(p.shape), str(p.dtype)) for n, p in layer.parts.items())]
                   for layer in self.layers]  # fmt: skip
-        meaning = json.dumps({"identity": identity, "layout": layout})
+        form = {} if self.form is None else {"form": self.form.name}
+        meaning = json.dumps({"identity": identity, **form, "layout": layout})
         data, said = folder / DATA, folder / MEANING
         if said.is_file() or data.is_file():
             try:
@@ -153,6 +169,8 @@ class ExpertStore:
         self._complete()
 
     def _write(self, layer: Layer, expert: int, tensors: Mapping[str, Tensor]) -> None:
+        if self.form is not None:
+            tensors = self.form.packed(tensors, layer.shapes)
         for name, part in layer.parts.items():
             values = tensors[name].detach().to("cpu", part.dtype).contiguous().reshape(-1).view(torch.uint8)
             at = layer.start + expert * layer.record_bytes + part.offset
@@ -186,11 +204,13 @@ class ExpertStore:
         return self.split(row, self._table[self._span(row)])
 
     def split(self, row: int, record: Tensor) -> dict[str, Tensor]:
-        """The tensors of a row in its record, by name."""
-        return {
+        """The tensors of a row in its record, by name; unpacked, if they are packed."""
+        layer = self._of_row[row]
+        parts = {
             name: record[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
-            for name, part in self._of_row[row].parts.items()
+            for name, part in layer.parts.items()
         }  # fmt: skip
+        return parts if self.form is None else self.form.unpacked(parts, layer.shapes)
 
     # --- the fast tier ------------------------------------------------------------------------------------------------
 
@@ -310,6 +330,11 @@ class ExpertStore:
         self.traffic.unused += len(set(request.read).difference(used)) * self.slot_bytes
         return set(request.rows[: request.done]).intersection(used)
 
+    def forget(self) -> None:
+        """Have the kernel drop the file's pages from memory, to measure what reading them takes."""
+        if self._file is not None:
+            self._file.forget()
+
     def drop(self) -> None:
         """Release both tiers; a file without a name is freed with its last view."""
         self.abandon()
@@ -317,50 +342,6 @@ class ExpertStore:
         self._table = self._arena = self._buffer = torch.empty(0, dtype=torch.uint8)
         self.slot_of.clear()
         self._file = None
-
-
-class ExpertLayer:
-    """One layer of a store, as its experts module uses it (model/experts.py). `above`: the layer after it, which tells
-    by `guess` (hidden states, experts of each token) which of its experts they will use; `below`: the layer before."""
-
-    above: ExpertLayer | None = None
-    below: ExpertLayer | None = None
-    guess: Callable[[Tensor, int], list[int]] | None = None
-
-    def __init__(self, store: ExpertStore, number: int):
-        self.store, self.number, self.planned, self.device = store, number, store.planned, store.device
-        self.rows = store.layers[number].rows
-        self.experts = len(self.rows)
-        self.used: list[int] = []  # in the newest pass
-
-    @property
-    def numel(self) -> int:
-        """How many weights the layer's experts have."""
-        return self.experts * sum(math.prod(part.shape) for part in self.store.layers[self.number].parts.values())
-
-    def each(self, pairs: Any, hidden_NH: Tensor, back: bool = False) -> Iterable[tuple[int, Tensor, Tensor]]:
-        """(expert, tokens, ranks) of the experts that are used, after those with a slot were brought into it.
-        Those that the host computes are last, so that it works while a GPU does. `back`: for the backward pass."""
-        if not self.planned:
-            self.store.bring(self.number, dict(zip(pairs.used, pairs.sizes, strict=True)), hidden_NH.shape[0])
-            if self.store.wants_prefetch:
-                if back and self.below is not None:
-                    self.store.prefetch(self.below.rows[expert] for expert in self.below.used)
-                elif not back and self.above is not None and self.above.guess is not None:
-                    guess = self.above.guess(hidden_NH, len(pairs.tokens) // hidden_NH.shape[0])
-                    self.store.prefetch(self.above.rows[expert] for expert in guess)
-            self.used = pairs.used
-        hosted = [expert for expert in pairs.used if self.rows.start + expert in self.store.hosted]
-        if not hosted:
-            return pairs.parts()
-        return sorted(pairs.parts(), key=lambda part: part[0] in hosted)
-
-    def weights(self, expert: int, hidden_NH: Tensor) -> dict[str, Tensor]:
-        """One expert's tensors, by name. In a plan they have no bytes: those of the store are counted by themselves."""
-        if not self.planned:
-            return self.store.weights(self.rows.start + expert)
-        parts = self.store.layers[self.number].parts
-        return {n: hidden_NH.new_empty((), dtype=p.dtype).expand(p.shape) for n, p in parts.items()}
 
 
 def slots_in(store: ExpertStore, size: int) -> int:

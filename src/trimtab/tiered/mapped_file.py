@@ -96,6 +96,12 @@ class MappedFile:
                 raise OSError(errno.EIO, "the file is shorter than it was")
             offset, left = offset + done, left[done:]
 
+    def forget(self) -> None:
+        """Have the kernel drop the file's pages from memory, as if it did not hold the file."""
+        os.fdatasync(self._descriptor)
+        self.map.madvise(mmap.MADV_DONTNEED)
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
 
 def map_file(size: int, folder: str | None, what: str) -> MappedFile:
     """`size` bytes of zeros in a file without a name: it is freed when the process ends, however it ends."""
