@@ -39,6 +39,7 @@ class ExpertsPatch(Patch):
     when: ClassVar[When] = When.LOAD
     reads_experts: ClassVar[bool] = True
     exclusive_reason: ClassVar[str] = "one store has the experts"
+    shrinkable: ClassVar[tuple[str, ...]] = ("cache",)
 
     cache: float | None = None  # GiB of fast memory for slots; None: what budget.fast leaves, and 0 without a budget
     prefetch: bool = True  # read the experts that the next layer's router would choose now, while files are read

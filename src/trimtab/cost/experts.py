@@ -20,6 +20,8 @@ import bisect
 import dataclasses
 import json
 import math
+import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,10 +33,9 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..files import write_json
-from ..model.experts import output
+from ..model.experts import TIERS, Uncounted, forward, output
 from ..tiered.experts import ExpertStore
 from ..tiered.residency import Residency, WorkingSet
-from .microbench import least_seconds
 
 MANY = 64  # tokens of an expert at which products are limited by arithmetic
 Step = tuple[int, int, dict[int, int]]  # layer, tokens of the pass, row -> tokens that use it
@@ -54,6 +55,7 @@ class Machine:
     fast_start: float = 0.0  # seconds that an expert takes on the device besides
     link_start: float = 0.0
     host_start: float = 0.0
+    layer_start: float = 0.0  # seconds that a pass of a layer takes besides its experts
     alone: bool = False
 
     def fast(self, size: float, flops: float) -> float:
@@ -166,9 +168,9 @@ def makespan(
         return machine.fast(size, needed[row] * flops)
 
     if machine.alone:
-        there = sum(machine.host(size, needed[row] * flops) for row in streamed)
+        there = sum(machine.host(size, needed[row] * flops) for row in streamed) + machine.layer_start
         return Hosted([*streamed], sum(map(fast, [*hits, *kept])) + len(kept) * machine.move(size) + there)
-    device, link = sum(map(fast, hits)), 0.0
+    device, link = sum(map(fast, hits)) + machine.layer_start, 0.0
     for row in kept:
         link += machine.move(size)
         device = max(device, link) + fast(row)
@@ -215,15 +217,40 @@ def measure(experts: nn.Module, store: ExpertStore, name: str = "this machine") 
     def seconds(tokens: int, weights: Callable[[int], dict[str, Tensor]]) -> float:
         """Of one expert. Each is used in turn, so that none of them is in a cache."""
         x = torch.randn(tokens, width, device=next(iter(weights(0).values())).device).to(dtype)
-        return least_seconds(lambda: [output(experts, x, weights(row)) for row in rows], device, 3, 0.02) / len(rows)
+        return typical_seconds(lambda: [output(experts, x, weights(row)) for row in rows], device) / len(rows)
 
     kept, there = (lambda row: store.split(row, slots[row])), store.original
     fast, host = ([seconds(tokens, weights) for tokens in (1, MANY)] for weights in (kept, there))
-    move = least_seconds(lambda: [store.read(row, slots[row]) for row in rows], device, 3, 0.02) / len(rows)
+    move = typical_seconds(lambda: [store.read(row, slots[row]) for row in rows], device) / len(rows)
+    tiers = Uncounted(getattr(experts, TIERS))
+    hidden_1H = torch.randn(1, width, device=device).to(dtype)
+
+    def layer(used: int) -> float:
+        """Seconds of a pass of one token that uses so many experts, others in each pass."""
+        share_1K = torch.ones(1, used, dtype=dtype, device=device)
+        turns = [(torch.arange(used, device=device)[None] + at) % len(rows) for at in range(0, len(rows), used)]
+        passes = lambda: [forward(experts, hidden_1H, index_1K, share_1K, tiers) for index_1K in turns]  # noqa: E731
+        return typical_seconds(passes, device) / len(turns)
+
+    one, two = layer(1), layer(2)
+    there = host[0] if store.in_place else fast[0] + move
+    each = max(0.0, two - one - there)  # besides an expert's products
     return Machine(
-        name, size / fast[0], MANY * flops / fast[1], size / move, size / host[0], MANY * flops / host[1],
-        alone=store.in_place,
+        name, size / fast[0], MANY * flops / fast[1], size / move, size / host[0], MANY * flops / host[1], each, 0.0,
+        each, max(0.0, one - there - each), store.in_place,
     )  # fmt: skip
+
+
+def typical_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    """The median time of `work()` after a first one: runs are predicted as they are, not as they could be."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
 
 
 def flops_of(store: ExpertStore) -> float:

@@ -126,13 +126,14 @@ def tiered_forward(experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, shar
     """The library's interface of an experts module. `share`: the router's weights."""
     if torch.is_grad_enabled() and (hidden_NH.requires_grad or share_NK.requires_grad):
         return _Tiered.apply(hidden_NH, share_NK, index_NK, experts)
-    return _forward(experts, hidden_NH, index_NK, share_NK, getattr(experts, TIERS))
+    return forward(experts, hidden_NH, index_NK, share_NK, getattr(experts, TIERS))
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, tiered_forward)
 
 
-def _forward(experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, share_NK: Tensor, tiers: Any) -> Tensor:
+def forward(experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, share_NK: Tensor, tiers: Any) -> Tensor:
+    """The module's output (N, H), without gradients, with the weights that `tiers` has."""
     pairs = chosen(index_NK, tiers.experts, tiers.planned)
     out_NH = torch.zeros_like(hidden_NH)
     for expert, tokens_S, ranks_S in tiers.each(pairs, hidden_NH):
@@ -152,7 +153,7 @@ class _Tiered(torch.autograd.Function):
         ctx.save_for_backward(hidden_NH, share_NK, index_NK)
         ctx.experts, device = experts, hidden_NH.device.type
         ctx.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return _forward(experts, hidden_NH, index_NK, share_NK, getattr(experts, TIERS))
+        return forward(experts, hidden_NH, index_NK, share_NK, getattr(experts, TIERS))
 
     @staticmethod
     @once_differentiable
@@ -224,7 +225,7 @@ def routed(model: nn.Module, router: str, hidden_NH: Tensor, each: int) -> list[
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-class _Uncounted:
+class Uncounted:
     """A layer of a store, whose use moves and counts nothing."""
 
     planned = False
@@ -255,7 +256,7 @@ def require_same(experts: nn.Module, hidden: int, dtype: torch.dtype, names: lis
     hidden_NH = torch.randn(3, hidden, generator=random).to(tiers.device, dtype)
     index_NK = torch.stack([torch.randperm(tiers.experts, generator=random)[:used] for _ in range(3)]).to(tiers.device)
     share_NK = torch.rand(3, used, generator=random).to(tiers.device, dtype)
-    ours = _forward(experts, hidden_NH, index_NK, share_NK, _Uncounted(tiers))
+    ours = forward(experts, hidden_NH, index_NK, share_NK, Uncounted(tiers))
     config, had = experts.config, experts.config._experts_implementation
     try:
         config._experts_implementation = "eager"

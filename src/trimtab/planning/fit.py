@@ -109,8 +109,11 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
                 yield f"patches.{name}.{key}={value}", dataclasses.replace(recipe, patches=changed)
 
 
-def _lower(value: int | float) -> list[int | float]:
-    """Smaller values: 0 for a share of memory (a fraction); for a count its halves, up to TIMES_HALVED times."""
+def _lower(value: int | float | None) -> list[int | float]:
+    """Smaller values: 0 for a share of memory (a fraction); for a count its halves, up to TIMES_HALVED times; none for
+    what is chosen by the plan (None)."""
+    if value is None:
+        return []
     if isinstance(value, float):
         return [0.0] if value else []
     return [size for k in range(1, TIMES_HALVED + 1) if (size := value >> k)]
