@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 import transformers as T
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from architectures import build
@@ -509,6 +510,28 @@ def test_twice_is_refused():
         Fiddler().apply(model, PLACE)
     with pytest.raises(BadInput, match="one store"):
         Recipe(model="x", patches=["fiddler", "fiddler"]).load_patches()
+
+
+def test_a_model_without_its_experts_is_not_saved(tmp_path):
+    model = MIXTURES["mixtral"]()
+    surgery = Fiddler().apply(model, PLACE)
+    with pytest.raises(BadInput, match="would lack them"):
+        model.save_pretrained(tmp_path)
+    surgery.revert()
+    model.save_pretrained(tmp_path)
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in load_file(tmp_path / "model.safetensors")
+
+
+def test_slots_keep_their_experts_if_their_number_hardly_changes():
+    model = MIXTURES["mixtral"]()
+    surgery = Fiddler().apply(model, PLACE)
+    one = surgery.tiers.slot_bytes
+    assert surgery.take(5 * one) == 5 * one
+    logits(model, tiny_batch(model))
+    held = dict(surgery.tiers.slot_of)
+    assert surgery.take(6 * one) == 5 * one and surgery.tiers.slot_of == held
+    assert surgery.take(4 * one + 1) == 4 * one and not surgery.tiers.slot_of
+    assert surgery.take(100 * one) == 8 * one
 
 
 def test_attention_in_four_bits_is_taken():

@@ -142,9 +142,16 @@ class ExpertsSurgery(Surgery):
             (path, first), *_ = self.found.items()
             width, dtype = self.model.config.get_text_config().hidden_size, self.model.dtype
             interface.require_same(first, width, dtype, list(self.stacked[path]), self.name)
+        self.swaps.set_attribute(self.model, "save_pretrained", self._refuse_to_save)
         had = self.model.config._experts_implementation
         self.model.set_experts_implementation(interface.EXPERTS)
         self.swaps.on_undo(lambda: self.model.set_experts_implementation(had))
+
+    def _refuse_to_save(self, *args: Any, **kwargs: Any) -> None:
+        have = "its experts are in slow memory, so the folder would lack them"
+        raise BadInput(
+            f"save {type(self.model).__name__}", have, f"Revert {self.name} first, or save the adapter alone"
+        )
 
     def _set_slots(self) -> None:
         if self.patch.cache is None:
@@ -183,7 +190,9 @@ class ExpertsSurgery(Surgery):
     def take(self, spare: int) -> int:
         if self.patch.cache is not None:
             return 0
-        self.tiers.resize(slots_in(self.tiers, spare))
+        slots, had = slots_in(self.tiers, spare), self.tiers.slots
+        if not had <= slots <= 1.25 * had:  # what is in slots stays there, if their number hardly changes
+            self.tiers.resize(slots)
         return self.tiers.slots * self.tiers.slot_bytes
 
     def outside(self) -> dict[str, list[Tensor]]:
