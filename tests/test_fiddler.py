@@ -321,6 +321,7 @@ def test_a_store_that_was_not_completed_is_not_used(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             Fiddler(store=str(keep)).apply(model, PLACE)
     assert os.listdir(keep) == []
+    (keep / f"{DATA}.4194999").write_bytes(b"of a process that was killed")
     Fiddler(store=str(keep)).apply(model, PLACE)
     assert sorted(os.listdir(keep)) == [DATA, MEANING]
 

@@ -143,6 +143,9 @@ class ExpertStore:
                     return MappedFile(file.fileno(), self.table_bytes)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f"{DATA}.*"):  # by a process that was killed
+                if not Path("/proc", left.suffix[1:]).exists():
+                    left.unlink(missing_ok=True)
             require_space(self.table_bytes, folder, "experts")
             partial = folder / f"{DATA}.{os.getpid()}"
             with partial.open("w+b", buffering=0) as file:
