@@ -3,6 +3,7 @@ against the store itself."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -10,10 +11,15 @@ import pytest
 import torch
 
 from conftest import MIXTURES, tiny_batch
+from tiny import ROWS as ROWS_OF_STEP
+from tiny import TOKENS, recipe_of, tiny_folder
 from trimtab.cost.experts import GPUS, Machine, Trace, best_hits, best_seconds, makespan, replay
+from trimtab.engine.arguments import training_arguments
+from trimtab.engine.objectives import arguments_class
 from trimtab.errors import BadInput
 from trimtab.methods.fiddler import Dynamic, Fiddler, LeastRecentlyUsed, Popular
-from world import PLACE
+from trimtab.planning.step import PlannedStep
+from world import PLACE, flat
 
 ROWS = [range(4), range(4, 8)]
 DISK = Machine("a disk", fast_bytes=1e10, fast_flops=1e11, link_bytes=1e9)
@@ -110,3 +116,19 @@ def test_a_damaged_trace_is_refused(tmp_path):
         path.write_text(content)
         with pytest.raises(BadInput, match="Record it again"):
             Trace.load(path)
+
+
+def test_a_plan_counts_the_products_of_every_expert_that_a_token_uses(tmp_path):
+    """Two experts a token take twice the seconds of one in the experts."""
+    seconds = []
+    for each in (1, 2, 3):
+        model = tiny_folder(tmp_path / str(each), "mixtral", torch.float32, num_experts_per_tok=each)
+        step = recipe_of(model, {"lora": {"r": 4}})
+        over = dataclasses.replace(step, patches=[{"fiddler": {}}, *step.patches])
+        args = training_arguments(over, arguments_class(over.load_objective()), tmp_path, True)
+        taken = PlannedStep(over, args, None).trace(ROWS_OF_STEP, TOKENS, None, flat(bandwidth=1e15)).seconds
+        seconds.append(sum(taken.values()))
+    one, two, three = seconds
+    layer = 2 * ROWS_OF_STEP * TOKENS * 3 * 64 * 128 / 1e9  # of one expert for all tokens, at 1 GFLOP/s
+    passes = 2 * (1 + 2) * layer  # forward; recomputed and backward; in two layers
+    assert two - one == pytest.approx(passes, rel=0.1) and three - two == pytest.approx(passes, rel=0.1)

@@ -326,7 +326,7 @@ def _speed(
     from ..cost.roofline import read_again, written_back
     from ..cost.trace import MAPPED, live
 
-    mapped, tables = kinds.get(MAPPED, 0), kinds.get(TABLES, 0)
+    mapped, tables = kinds.get(MAPPED, 0) + kinds.get(EXPERTS, 0), kinds.get(TABLES, 0)
     free = ram().get("MemAvailable", mapped + tables + live(kinds)) - live(kinds)
     read = read_again(mapped, free, micro_batches)
     seconds = cost.step_seconds(micro_batches)

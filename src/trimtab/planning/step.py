@@ -85,6 +85,9 @@ class PlannedStep(PlannedModel):
         if not self.real:  # a real step's work on tables is traced
             for store in self.stores:
                 store.clock = clock
+            for surgery in self.surgeries:
+                if surgery.tiers is not None:
+                    surgery.tiers.clock = clock
         plain = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compile=False))
         with training_forward(model, self.objective, plain):
             if recipe.place.device.type != "cpu":  # fused attention is for CPUs only

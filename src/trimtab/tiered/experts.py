@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -97,6 +97,7 @@ class ExpertStore:
         self.working = WorkingSet([layer.rows for layer in self.layers], residency)
         self.choose: Callable[[Mapping[int, int], Use], Iterable[int]] | None = None  # rows to compute on the host
         self.hosted: set[int] = set()
+        self.clock: Any = None  # counts the seconds of a plan (cost/roofline.Clock)
         self.trace: list[tuple[int, int, dict[int, int]]] | None = None  # (layer, tokens, row -> how many), if recorded
         self._arena = self._buffer = torch.empty(0, dtype=torch.uint8)
         if not self.in_place:
