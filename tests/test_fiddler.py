@@ -326,6 +326,15 @@ def test_a_store_that_was_not_completed_is_not_used(tmp_path, monkeypatch):
     assert sorted(os.listdir(keep)) == [DATA, MEANING]
 
 
+def test_a_store_in_ram_counts_as_fast_memory_on_a_cpu():
+    model = MIXTURES["mixtral"]()
+    own = logits(model, batch := tiny_batch(model))
+    surgery = Fiddler(cache=1e-4).apply(model, Place(fast="cpu", slow="ram"))
+    assert torch.allclose(logits(model, batch), own, atol=1e-6)
+    table, arena = surgery.outside()["experts"]
+    assert surgery.outside()["experts in the slow tier"] == [] and len(table) == surgery.tiers.table_bytes > len(arena)
+
+
 # --- another device ---------------------------------------------------------------------------------------------------
 
 
@@ -535,9 +544,10 @@ def test_slots_keep_their_experts_if_their_number_hardly_changes():
     assert surgery.take(100 * one) == 8 * one
 
 
-def test_attention_in_four_bits_is_taken():
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_attention_in_four_or_eight_bits_is_taken(kind):
     model = MIXTURES["mixtral"]()
-    quantise(model, "nf4")
+    quantise(model, kind)
     batch = tiny_batch(model)
     own = logits(model, batch)
     Fiddler(cache=0.0).apply(model, Place(fast="cpu"))

@@ -55,10 +55,10 @@ class WorkingSet:
 
     def use(self, layer: int, needed: Mapping[int, int], tokens: int) -> Use:
         """Of `tokens` tokens, so many (row -> number) need these rows of a layer now. No row that is needed now loses
-        its slot."""
+        its slot. Those with the most tokens are placed first."""
         self.residency.seen(layer, needed, tokens)
         pinned, done = set(needed), Use()
-        for row in needed:
+        for row in sorted(needed, key=needed.__getitem__, reverse=True):
             if row in self.slot_of:
                 self.residency.used(row)
                 done.hits.append(row)
