@@ -594,3 +594,42 @@ def test_four_bits_are_planned_and_trained_over(tmp_path):
     paca.revert()
     surgery.revert()
     assert snapshot(model) == before and same(model.state_dict(), weights)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_stand_ins_replace_experts_without_a_slot_and_say_what_that_changes(family):
+    model = MIXTURES[family]()
+    model.set_experts_implementation("eager")
+    batch = tiny_batch(model)
+    own = logits(model, batch)
+    surgery = Fiddler(cache=0.0, stand_in="nf4").apply(model, PLACE)
+    ours = logits(model, batch)
+    assert not torch.equal(ours, own) and surgery.tiers.traffic.up == 0, "nothing is read"
+    assert sum(t.nbytes for t in surgery.outside()["experts"]) < surgery.tiers.table_bytes / 5
+    want = float((own.softmax(-1) * (own.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).mean())
+    surgery.calibrate([batch])
+    assert surgery.divergence([batch]) == pytest.approx(want, rel=1e-3) and want > 0
+    assert any(f"KL {want:.2g} nats" in note for note in surgery.notes)
+    surgery.tiers.resize(8)
+    assert torch.equal(logits(model, batch), own), "with a slot for each expert, no stand-in is used"
+    surgery.revert()
+    model.set_experts_implementation("eager")
+    assert torch.equal(logits(model, batch), own)
+
+
+def test_gradients_are_exact_beside_stand_ins():
+    model, losses = MIXTURES["mixtral"](), []
+    batch = tiny_batch(model)
+    for fields in ({}, {"stand_in": "nf4"}):
+        surgery = Fiddler(cache=0.0, **fields).apply(model, PLACE)
+        paca = PaCA(r=4).apply(model, PLACE)
+        losses.append(train(model, paca, 3))
+        assert torch.is_grad_enabled() and model(**batch).loss.requires_grad
+        paca.revert()
+        surgery.revert()
+    assert losses[0] == losses[1]
+
+
+def test_two_forms_of_four_bits_are_refused():
+    with pytest.raises(BadInput, match="all experts are in 4 bits"):
+        Fiddler(precision="nf4", stand_in="nf4").apply(MIXTURES["mixtral"](), PLACE)

@@ -105,6 +105,19 @@ def test_a_resumed_run_is_the_whole_one(world, tmp_path):
     assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 
 
+def test_stand_ins_serve_replies_and_not_training(world, tmp_path):
+    stand_in = {"fiddler": {"cache": 0.0, "stand_in": "nf4", "rows": 4}}
+    plain, over = (run(world, tmp_path / name, [fiddler, {"lora": ATTENTION}])
+                   for name, fiddler in (("plain", {"fiddler": {"cache": 0.0}}), ("over", stand_in)))  # fmt: skip
+    record = train(over)
+    train(plain)
+    losses, own = ([row[1] for row in metrics(tmp_path / name)] for name in ("over", "plain"))
+    assert losses == own and not record["measured"]["bytes"].get("experts")
+    said: list[str] = []
+    list(generate(over, ASK, max_new_tokens=3, say=said.append))
+    assert any("KL" in line for line in said) and any("0.00 MiB read per token" in line for line in said)
+
+
 def test_popular_counts_the_rows_of_the_run(world, tmp_path):
     popular = {"fiddler": {"residency": "popular", "cache": 1e-4, "rows": 6}}
     record = train(run(world, tmp_path / "run", [popular, {"lora": ATTENTION}]))

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..contracts import Patch, Place, Surgery, When
+from ..contracts import Batch, Patch, Place, Surgery, When
 from ..cost.experts import Trace, flops_of, makespan, measure
 from ..cost.trace import EXPERT_ROWS, EXPERTS
 from ..errors import BadInput, nearest
@@ -30,6 +30,7 @@ from ..tiered.experts import ExpertStore, slots_in
 from ..tiered.mapped_file import slow_kind
 from ..tiered.prefetch import Reader
 from ..tiered.residency import Residency, Use
+from ..tiered.stand_ins import StandIns
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ExpertsPatch(Patch):
     cache: float | None = None  # GiB of fast memory for slots; None: what budget.fast leaves, and 0 without a budget
     prefetch: bool = True  # read the experts that the next layer's router would choose now, while files are read
     precision: str = "auto"  # of the experts: the model's; "nf4" stores 4 bits a weight, which changes the outputs
+    stand_in: str = "none"  # "nf4": experts without a slot are replaced by copies in 4 bits, which changes the outputs
     store: str = ""  # a folder that keeps the experts' file for later runs; "": the file ends with the run
 
     @abstractmethod
@@ -62,7 +64,8 @@ class ExpertsSurgery(Surgery):
         self.found = interface.require_mixtures(model, self.name)
         self.stacked = {path: interface.leaves(module) for path, module in self.found.items()}
         self._check()
-        if packed := patch.precision == "nf4":
+        packed = patch.precision == "nf4"
+        if packed or patch.stand_in != "none":
             self.starts_at_zero = self.keeps_outputs = False
         self.form = Nf4() if packed else None
         self.files: Any = getattr(model, FILES, None)
@@ -75,6 +78,8 @@ class ExpertsSurgery(Surgery):
         self.tiers = self._new_store(place, place.device if parameters[0].is_meta else parameters[0].device)
         try:
             self._move()
+            if patch.stand_in != "none":
+                self.tiers.stand_ins = StandIns(self.tiers, Nf4())
             self._take_over()
             self._set_slots()
             self._measure()
@@ -84,9 +89,12 @@ class ExpertsSurgery(Surgery):
         self.notes = tuple(self._notes())
 
     def _check(self) -> None:
-        if self.patch.precision not in (known := ("auto", "nf4")):
-            asked = f'{self.name}: precision: "{self.patch.precision}"'
-            raise BadInput(asked, "there is no such choice", nearest(self.patch.precision, known))
+        for field, known in (("precision", ("auto", "nf4")), ("stand_in", ("none", "nf4"))):
+            if (value := getattr(self.patch, field)) not in known:
+                raise BadInput(f'{self.name}: {field}: "{value}"', "there is no such choice", nearest(value, known))
+        if self.patch.precision == self.patch.stand_in:
+            asked = f"{self.name}: stand_in: nf4 with precision: nf4"
+            raise BadInput(asked, "all experts are in 4 bits then", "Leave one of them out")
         for path, leaves in self.stacked.items():
             if interface.TIERS in vars(self.found[path]):
                 raise BadInput(self.name, f"{path} is in slow memory already", "Apply it once")
@@ -184,6 +192,9 @@ class ExpertsSurgery(Surgery):
         yield f"{self.name}: {where}: {gib(store.table_bytes)}, {gib(store.slot_bytes)} each"
         if self.form is not None:
             yield f"{self.name}: the experts are stored in {self.form.name}, so outputs differ from the model's"
+        if store.stand_ins is not None:
+            size = gib(store.stand_ins.table.nbytes)
+            yield f"{self.name}: experts without a slot are replaced by copies in 4 bits ({size}), so outputs differ"
         if not store.in_place:
             yield f"{self.name}: not yet measured on a GPU"
 
@@ -197,6 +208,24 @@ class ExpertsSurgery(Surgery):
 
     def outside(self) -> dict[str, list[Tensor]]:
         return {EXPERTS: self.tiers.fast, EXPERT_ROWS: self.tiers.below}
+
+    @torch.no_grad()
+    def divergence(self, batches: Iterable[Batch]) -> float:
+        """The mean divergence KL(exact || with stand-ins) of the next token's distribution, in nats, over the tokens
+        that count."""
+        total = count = 0.0
+        for batch in batches:
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+            ours, had = self.model(**inputs, use_cache=False).logits.float().log_softmax(-1), self.tiers.stand_ins
+            try:
+                self.tiers.stand_ins = None
+                own = self.model(**inputs, use_cache=False).logits.float().log_softmax(-1)
+            finally:
+                self.tiers.stand_ins = had
+            counted = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+            total += float(((own.exp() * (own - ours)).sum(-1) * counted).sum())
+            count += float(counted.sum())
+        return total / max(1.0, count)
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[Trace]:

@@ -35,6 +35,13 @@ def apply_patches(
     return made
 
 
+def without_stand_ins(surgeries: Iterable[Surgery]) -> None:
+    """A run that trains uses a base's experts as they are: copies of them in few bits are released."""
+    for surgery in surgeries:
+        if surgery.tiers is not None:
+            surgery.tiers.stand_ins = None
+
+
 def prepare(model: Any, *parts: Any) -> list[Surgery]:
     """The surgeries of an objective and a stepper, applied after the patches."""
     return [surgery for part in parts if (surgery := part.prepare(model)) is not None]

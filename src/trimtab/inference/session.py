@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..contracts import cache_of
+from ..contracts import When, cache_of
 from ..cost.machine import machine, now, versions
 from ..engine.tables import reading
 from ..errors import BadInput, DoesNotFit, Stopped
@@ -59,6 +59,9 @@ class Inference:
         self.run = load_run(recipe, adapter, base_only)
         self.model, self.tokenizer, self.surgeries = self.run.model, self.run.tokenizer, self.run.surgeries
         self.base = self.run.base
+        for surgery in self.surgeries:
+            for note in surgery.notes if surgery.patch.when is When.LOAD else ():
+                say(note)
 
     def __enter__(self) -> Inference:
         self.began = time.monotonic()

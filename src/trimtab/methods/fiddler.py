@@ -62,12 +62,12 @@ class Fiddler(ExpertsPatch):
     residency: str = "dynamic"  # which experts have slots: "dynamic", "popular" (the paper) or "lru"
     halflife: int = 32  # dynamic: tokens after which a hit counts half
     hysteresis: float = 0.2  # dynamic: by what share a count must exceed that of the expert whose slot it takes
-    rows: int = 64  # popular: rows of text whose routing is counted
-    calibration: str = ""  # popular: the file of these rows, as data.train; "": data.train itself
+    rows: int = 64  # rows of text for popular, whose routing is counted, and for stand_in, whose effect is measured
+    calibration: str = ""  # the file of these rows, as data.train; "": data.train itself
 
     @property
     def calibration_rows(self) -> int:
-        return self.rows if self.residency == "popular" else 0
+        return self.rows if self.residency == "popular" or self.stand_in != "none" else 0
 
     @property
     def calibration_file(self) -> str:
@@ -184,11 +184,15 @@ class FiddlerSurgery(ExpertsSurgery):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
-        """Counts which experts the rows use."""
-        popular = self.residency
-        assert isinstance(popular, Popular)
-        popular.counting = True
-        for batch in batches:
-            self.model(**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}, use_cache=False)
-        popular.counting = False
-        self.tiers.resize(self.tiers.slots)
+        """Counts which experts the rows use, and how much stand-ins change the outputs."""
+        batches = list(batches)
+        if isinstance(self.residency, Popular):
+            self.residency.counting = True
+            for batch in batches:
+                inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+                self.model(**inputs, use_cache=False)
+            self.residency.counting = False
+            self.tiers.resize(self.tiers.slots)
+        if self.tiers.stand_ins is not None:
+            found = self.divergence(batches)
+            self.notes = (*self.notes, f"fiddler: stand-ins: KL {found:.2g} nats a token, of {self.patch.rows} rows")

@@ -126,18 +126,20 @@ def tiered_forward(experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, shar
     """The library's interface of an experts module. `share`: the router's weights."""
     if torch.is_grad_enabled() and (hidden_NH.requires_grad or share_NK.requires_grad):
         return _Tiered.apply(hidden_NH, share_NK, index_NK, experts)
-    return forward(experts, hidden_NH, index_NK, share_NK, getattr(experts, TIERS))
+    return forward(experts, hidden_NH, index_NK, share_NK, getattr(experts, TIERS), exact=False)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, tiered_forward)
 
 
-def forward(experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, share_NK: Tensor, tiers: Any) -> Tensor:
-    """The module's output (N, H), without gradients, with the weights that `tiers` has."""
+def forward(
+    experts: nn.Module, hidden_NH: Tensor, index_NK: Tensor, share_NK: Tensor, tiers: Any, exact: bool = True
+) -> Tensor:
+    """The module's output (N, H), without gradients, with the weights that `tiers` has. `exact`: without stand-ins."""
     pairs = chosen(index_NK, tiers.experts, tiers.planned)
     out_NH = torch.zeros_like(hidden_NH)
-    for expert, tokens_S, ranks_S in tiers.each(pairs, hidden_NH):
-        weights = tiers.weights(expert, hidden_NH)
+    for expert, tokens_S, ranks_S in tiers.each(pairs, hidden_NH, exact=exact):
+        weights = tiers.weights(expert, hidden_NH, exact)
         y_SH = output(experts, _beside(hidden_NH[tokens_S], weights), weights).to(hidden_NH.device)
         y_SH = y_SH * share_NK[tokens_S, ranks_S, None]
         out_NH.index_add_(0, tokens_S, y_SH.to(out_NH.dtype))
@@ -233,7 +235,7 @@ class Uncounted:
     def __init__(self, tiers: Any):
         self.experts, self.weights = tiers.experts, tiers.weights
 
-    def each(self, pairs: Chosen, hidden_NH: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def each(self, pairs: Chosen, hidden_NH: Tensor, exact: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
         return pairs.parts()
 
 

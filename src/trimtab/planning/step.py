@@ -37,6 +37,7 @@ class PlannedStep(PlannedModel):
     def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
         from ..contracts import When
         from ..engine.arguments import weighed
+        from ..engine.patching import without_stand_ins
         from ..engine.prepare import weigh_router
         from ..model.head import READ, read_head
 
@@ -47,6 +48,7 @@ class PlannedStep(PlannedModel):
             weigh_router(self.model, args)
             setattr(self.model, READ, read_head(self.model))
         self.patch(recipe.load_patches(), When.LOAD)
+        without_stand_ins(self.surgeries)
         self.patch(recipe.load_patches(), When.TRAIN, self.stepper, self.objective)
 
     @property

@@ -30,12 +30,15 @@ class ExpertLayer:
         """How many weights the layer's experts have."""
         return self.experts * sum(math.prod(shape) for shape, _ in self.store.layers[self.number].shapes.values())
 
-    def each(self, pairs: Any, hidden_NH: Tensor, back: bool = False) -> Iterable[tuple[int, Tensor, Tensor]]:
+    def each(
+        self, pairs: Any, hidden_NH: Tensor, back: bool = False, exact: bool = True
+    ) -> Iterable[tuple[int, Tensor, Tensor]]:
         """(expert, tokens, ranks) of the experts that are used, after those with a slot were brought into it.
-        Those that the host computes are last, so that it works while a GPU does. `back`: for the backward pass."""
+        Those that the host computes are last, so that it works while a GPU does. `back`: for the backward pass.
+        `exact`: without stand-ins."""
         if self.planned:
             return self._planned(pairs, hidden_NH.shape[0])
-        self.store.bring(self.number, dict(zip(pairs.used, pairs.sizes, strict=True)), hidden_NH.shape[0])
+        self.store.bring(self.number, dict(zip(pairs.used, pairs.sizes, strict=True)), hidden_NH.shape[0], exact)
         if self.store.wants_prefetch:
             if back and self.below is not None:
                 self.store.prefetch(self.below.rows[expert] for expert in self.below.used)
@@ -60,12 +63,12 @@ class ExpertLayer:
         with clock.repeated(each):
             yield from pairs.parts()
 
-    def weights(self, expert: int, hidden_NH: Tensor) -> dict[str, Tensor]:
+    def weights(self, expert: int, hidden_NH: Tensor, exact: bool = True) -> dict[str, Tensor]:
         """One expert's tensors, by name. In a plan they have no bytes, unless they are unpacked: those of the store are
         counted by themselves."""
         if not self.planned:
-            return self.store.weights(self.rows.start + expert)
+            return self.store.weights(self.rows.start + expert, exact)
         shapes = self.store.layers[self.number].shapes.items()
-        if self.store.form is not None:
+        if self.store.form is not None or (self.store.stand_ins is not None and not exact):
             return {name: hidden_NH.new_empty(shape, dtype=dtype) for name, (shape, dtype) in shapes}
         return {name: hidden_NH.new_empty((), dtype=dtype).expand(shape) for name, (shape, dtype) in shapes}

@@ -56,7 +56,7 @@ class Form(Protocol):
     def unpacked(self, parts: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]: ...
 
 
-def _layers(shapes: Sequence[tuple[int, Shapes]], form: Form | None) -> list[Layer]:
+def layers_of(shapes: Sequence[tuple[int, Shapes]], form: Form | None) -> list[Layer]:
     found, row, start = [], 0, 0
     for count, tensors in shapes:
         parts, end = {}, 0
@@ -81,7 +81,7 @@ class ExpertStore:
         folder: str | None = None, keep: str = "", identity: str = "", planned: bool = False,
         reader: Reader | None = None, form: Form | None = None,
     ):  # fmt: skip
-        self.layers, self.device, self.slow = _layers(shapes, form), device, slow
+        self.layers, self.device, self.slow = layers_of(shapes, form), device, slow
         self.form = form
         self.planned, self.traffic = planned, Traffic()
         last = self.layers[-1]
@@ -97,6 +97,7 @@ class ExpertStore:
         self.working = WorkingSet([layer.rows for layer in self.layers], residency)
         self.choose: Callable[[Mapping[int, int], Use], Iterable[int]] | None = None  # rows to compute on the host
         self.hosted: set[int] = set()
+        self.stand_ins: Any = None  # StandIns, if experts without a slot are replaced by copies in few bits
         self.clock: Any = None  # counts the seconds of a plan (cost/roofline.Clock)
         self.trace: list[tuple[int, int, dict[int, int]]] | None = None  # (layer, tokens, row -> how many), if recorded
         self._arena = self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -241,33 +242,34 @@ class ExpertStore:
     def fast(self) -> list[Tensor]:
         """Its tensors in the fast tier."""
         table = [self._table] if self.in_place and self._file is None and not self.planned else []
-        return [*table, *(tensor for tensor in (self._arena, self._buffer) if tensor.numel())]
+        copies = [] if self.stand_ins is None else [self.stand_ins.table]
+        return [*table, *copies, *(tensor for tensor in (self._arena, self._buffer) if tensor.numel())]
 
     @property
     def below(self) -> list[Tensor]:
         """Its tensors in the slow tier."""
         return [] if self.in_place and self._file is None and not self.planned else [self._table]
 
-    def bring(self, layer: int, counts: Mapping[int, int], tokens: int) -> None:
+    def bring(self, layer: int, counts: Mapping[int, int], tokens: int, exact: bool = True) -> None:
         """Of `tokens` tokens, so many (expert -> number) need these experts of a layer now: give slots to those that
-        the residency chooses. No expert that is needed now loses its slot."""
+        the residency chooses. No expert that is needed now loses its slot. `exact`: no stand-in will be used."""
         first = self.layers[layer].rows.start
         needed = {first + expert: count for expert, count in counts.items()}
         if self.trace is not None:
             self.trace.append((layer, tokens, needed))
-        self._read_missing([row for row in needed if row not in self.slot_of])
         done = self.working.use(layer, needed, tokens)
+        used = [row for row, _ in done.moved] + (done.streamed if exact or self.stand_ins is None else [])
         try:
+            self._read_missing(used)
             for row, slot in done.moved:
                 self.read(row, self._arena[slot])
         except BaseException:  # some slots do not have what the books say
             self.working.resize(self.slots)
             raise
         self.hosted = set() if self.choose is None else set(self.choose(needed, done))
-        misses = len(done.moved) + len(done.streamed)
         self.traffic.hits += len(done.hits)
-        self.traffic.misses += misses
-        self.traffic.up += misses * self.layers[layer].record_bytes
+        self.traffic.misses += len(done.moved) + len(done.streamed)
+        self.traffic.up += len(used) * self.layers[layer].record_bytes
 
     def read(self, row: int, slot: Tensor) -> None:
         """Copy a row's record into a slot."""
@@ -277,11 +279,14 @@ class ExpertStore:
         else:
             slot[:size].copy_(self._table[span], non_blocking=True)
 
-    def weights(self, row: int) -> dict[str, Tensor]:
-        """A row's tensors where the model computes, until the next call of `bring` or, from the buffer, of this."""
+    def weights(self, row: int, exact: bool = True) -> dict[str, Tensor]:
+        """A row's tensors where the model computes, until the next call of `bring` or, from the buffer, of this. Unless
+        it is to be `exact`, a stand-in may be used."""
         slot = self.slot_of.get(row)
         if slot is not None:
             return self.split(row, self._arena[slot])
+        if self.stand_ins is not None and not exact:
+            return self.stand_ins.weights(row)
         if self.in_place or row in self.hosted:
             return self.original(row)
         self.read(row, self._buffer[0])

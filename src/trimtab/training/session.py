@@ -25,7 +25,7 @@ from ..engine.arguments import check_optimizer, training_arguments, weighed
 from ..engine.divergence import Diverged, StopIfDiverged, chance_of
 from ..engine.inputs import calibration_batches, largest_batch, make_trainer, read_inputs
 from ..engine.objectives import arguments_class
-from ..engine.patching import apply_patches, prepare, revert
+from ..engine.patching import apply_patches, prepare, revert, without_stand_ins
 from ..engine.prepare import autocast_dtype, restore_model, training_forward
 from ..engine.start import LossCompared, checked
 from ..engine.tables import notes_of
@@ -87,6 +87,7 @@ class Session:
             undo.callback(self.meter.stop)
             batches = calibration_batches(self.recipe, self.inputs, self.args, self.place.device)
             self.surgeries += apply_patches(self.model, self.patches, self.place, When.LOAD, batches)
+            without_stand_ins(self.surgeries)
             tensors = (*self.model.parameters(), *self.model.buffers())
             self.as_loaded = [weakref.ref(t.untyped_storage()) for t in tensors]  # patches may keep some to revert
             compared = undo.enter_context(LossCompared(self.model, self.objective))
