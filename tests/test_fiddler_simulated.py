@@ -52,7 +52,7 @@ def test_the_decision_is_near_the_best_of_all(machine):
 
 
 def test_few_tokens_are_computed_beside_the_weights_and_many_on_the_device():
-    """Section 3.2: decoding chooses the host, a long prompt the device."""
+    """As in the paper: decoding chooses the host, a long prompt the device."""
     for machine in GPUS[:2]:
         one, many = ({row: count for row in range(2)} for count in (1, 4096))
         assert makespan(machine, 3.5e8, 3.5e8, one, [], [], [0, 1]).rows == [0, 1]

@@ -2,7 +2,7 @@
 
 A recorded routing trace says which experts each pass of each layer used, and for how many tokens. `replay` runs it
 through a residency with so many slots and adds up what each pass takes on a Machine. Fiddler's three costs (arXiv
-2402.07033, section 3.2) are rooflines here:
+2402.07033) are rooflines here:
 
     fast(s) = max(bytes / B_fast, s flops / F_fast) + c_fast          the expert is in the fast tier
     move    = bytes / B_link + c_link                                 its weights are moved there

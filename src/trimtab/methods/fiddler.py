@@ -5,13 +5,14 @@ The experts of a mixture are most of its weights, and a token uses few of them. 
 and head stay in fast memory, and the experts in slow memory. A working set of them has slots in fast memory. Outputs
 are the model's own, whatever is where.
 
-    s_j = number of tokens whose router chose expert j        (section 3.2)
-    experts with s_j = 0 are not touched; of the others:
-    j has a slot                  -> it is used there
-    j has none, and the working set wants it   -> it is read into a slot, whose expert leaves
-    j has none                    -> it is used from slow memory, and nothing leaves
+    s_j = number of tokens of a pass whose router chose expert j; those with s_j = 0 are not touched, and of the others
+    (a) j has a slot                               it is used there
+    (b) j has none, but the working set wants it   it is read into a slot, whose expert leaves
+    (c) j has none                                 it is used from slow memory, and nothing leaves
+        beside a GPU, the k of these with the most tokens move to it and the host computes the others; of all k, the one
+        with the least max(GPU, link, host) of their seconds (cost/experts.py)
 
-Which experts have slots (section 3.4 has the first):
+Which experts have slots (the paper's is the first):
 
     popular   those with the most hits in calibration text, over all layers; they never change
     lru       in each layer, those used last (Eliseev and Mazur 2023)
@@ -22,9 +23,11 @@ Which experts have slots (section 3.4 has the first):
     d: decay, from `halflife`   h: `hysteresis`
 
 What differs from the paper, and why:
-- The slow tier here is a file below RAM, or RAM below a GPU. A disk cannot compute, so the paper's choice (c), to run
-  an expert on the CPU beside the weights, does not exist below RAM. There a CPU uses an expert without a slot where its
+- The slow tier here is a file below RAM, or RAM below a GPU. A disk cannot compute, so the paper's choice to run an
+  expert on the CPU beside the weights does not exist below RAM. There a CPU uses an expert without a slot where its
   file is mapped: the kernel reads the pages that are missing, and no memory of the process is used.
+- The paper adds the costs of a layer's experts, with a CPU's in proportion to tokens. Here GPU, link and host work at
+  the same time, and each cost is a roofline, measured when the patch is applied. Not yet measured on a GPU.
 - The file has one record for each expert, made from the checkpoint one expert at a time: the library's loader stacks
   them, which takes twice the memory.
 - Popularity is nearly flat in Mixtral (the authors' counts: 25 % of hits where 22 % are expected from chance), and
@@ -55,7 +58,7 @@ from ..tiered.residency import FREE, Residency
 
 @dataclass(frozen=True)
 class Fiddler(ExpertsPatch):
-    """Keep the experts of a mixture in slow memory, and a working set of them in fast memory (section 3)."""
+    """Keep the experts of a mixture in slow memory, and a working set of them in fast memory."""
 
     paper: ClassVar[str] = "2402.07033"
 
