@@ -75,7 +75,8 @@ def write_model(folder: Path, layers: int, dtype: str = "bfloat16") -> None:
     def drawn(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if "norm" in name:
             return torch.ones(shape, dtype=kind)
-        value = torch.empty(shape).normal_(0, 0.02, generator=draw)
+        wide = 0.05 if name.endswith("embed_tokens.weight") else 0.02
+        value = torch.empty(shape).normal_(0, wide, generator=draw)
         if name.endswith("embed_tokens.weight"):
             value += 0.8 * topic * torch.where(torch.arange(WORDS) < WORDS // 2, 1.0, -1.0)[:, None]
         if name.endswith("mlp.gate.weight"):  # which topic an expert prefers, and how common it is

@@ -27,7 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..errors import BadInput
 from . import anatomy
-from .fused_experts import rows_by_expert
+from .fused_experts import LAST, rows_by_expert
 
 EXPERTS = "trimtab_tiered_experts"
 TIERS = "trimtab_tiers"  # attribute of an experts module: an ExpertLayer (tiered/expert_layer.py)
@@ -185,21 +185,33 @@ def _beside(x_SH: Tensor, weights: dict[str, Tensor]) -> Tensor:
 
 
 def output(experts: nn.Module, x_SH: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """One expert's output (S, H), before the router's weight. `weights`: by the names of `leaves`."""
+    """One expert's output (S, H), before the router's weight. `weights`: by the names of `leaves`.
+
+    In 16 bits on a CPU, few tokens are padded to a power of two: products of few sizes (fused_experts.py), and reading
+    the weights once takes longer than the padding.
+    """
+    rows = x_SH.shape[0]
+    if few_sizes(x_SH, next(iter(weights.values()))) and rows < LAST:
+        x_SH = F.pad(x_SH, (0, 0, 0, (1 << (rows - 1).bit_length()) - rows))
     if experts.has_gate:
         inner = experts._apply_gate(_linear(experts, "gate_up_proj", x_SH, weights))
     else:
         inner = experts.act_fn(_linear(experts, "up_proj", x_SH, weights))
     out_SH = _linear(experts, "down_proj", inner, weights)
-    return experts.post_expert_norm(out_SH) if experts.has_post_expert_norm else out_SH
+    return (experts.post_expert_norm(out_SH) if experts.has_post_expert_norm else out_SH)[:rows]
+
+
+def few_sizes(x_SI: Tensor, weight: Tensor) -> bool:
+    """Whether a product is to have one of few numbers of rows, and has another."""
+    half = x_SI.device.type == "cpu" and x_SI.dtype == weight.dtype and weight.element_size() == 2
+    return half and x_SI.shape[0].bit_count() > 1
 
 
 def _linear(experts: nn.Module, name: str, x_SI: Tensor, weights: dict[str, Tensor]) -> Tensor:
     weight, bias = weights[name], weights.get(f"{name}_bias")
-    rows = x_SI.shape[0]
-    if x_SI.device.type == "cpu" and weight.element_size() == 2 and rows & (rows - 1) and x_SI.dtype == weight.dtype:
-        turned = weight if experts.is_transposed else weight.t()  # a product of few sizes (fused_experts.py)
-        out = rows_by_expert(x_SI, turned[None], torch.tensor([rows]))
+    if few_sizes(x_SI, weight):
+        turned = weight if experts.is_transposed else weight.t()
+        out = rows_by_expert(x_SI, turned[None], torch.tensor([x_SI.shape[0]]))
         return out if bias is None else out + bias
     if not experts.is_transposed:
         return F.linear(x_SI, weight, bias)
