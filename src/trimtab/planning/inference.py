@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..memory.budget import gib
@@ -143,31 +143,41 @@ class PlannedInference(PlannedModel):
             self.model(**batch)
 
     def _reply(self, trace: Trace, work: Work) -> None:
-        from ..cost.trace import TEMPORARIES
-        from ..model.kv_cache import attending
-
-        self._pass(trace, "prompt", work.rows, work.tokens, None)
+        most = getattr(getattr(cache := self._cache(trace), "policy", None), "chunk", 0) or work.tokens
+        before = max(0, work.tokens - most)  # tokens of the prompt that earlier chunks have read
+        with self._attending(cache, work):
+            self._fill(trace, cache, work.rows, before)
+            self._pass(trace, "prompt", work.rows, work.tokens - before, cache)
         self.prompt_shapes = len(trace.products)
         cache = self._cache(trace)
-        with attending(self.model, cache):
-            self._pass(trace, "", work.rows, work.tokens + work.new - 1, cache)
-            trace.peaks.pop("", None)  # this pass only fills the cache; in a run it does not happen
-            trace.heights.pop("", None)
-            trace.enter("reply", TEMPORARIES)
+        with self._attending(cache, work):
+            self._fill(trace, cache, work.rows, work.tokens + work.new - 1)
             self._pass(trace, "reply", work.rows, 1, cache)
+
+    @contextlib.contextmanager
+    def _attending(self, cache: Any, work: Work) -> Iterator[None]:
+        from ..model.kv_cache import KeptCache, attending
+
+        if isinstance(cache, KeptCache):
+            cache.expect([(0, work.tokens)] * work.rows, work.new)
+        with attending(self.model, cache):
+            yield
+
+    def _fill(self, trace: Trace, cache: Any, rows: int, tokens: int) -> None:
+        """Fills the cache in a pass that does not happen like this in a run, and does not count."""
+        if tokens:
+            self._pass(trace, "", rows, tokens, cache)
+            trace.peaks.pop("", None)
+            trace.heights.pop("", None)
 
     def _pass(self, trace: Trace, phase: str, rows: int, tokens: int, cache: Any) -> None:
         from ..cost.trace import TEMPORARIES
-        from ..model.kv_cache import attending
 
         trace.enter(phase, TEMPORARIES)
-        batch, own = _inputs(rows, tokens), cache is None
-        cache = cache or self._cache(trace)
-        known = 0 if own else cache.get_seq_length()
-        batch["attention_mask"] = batch["attention_mask"].new_ones(rows, known + tokens)
+        batch = _inputs(rows, tokens)
+        batch["attention_mask"] = batch["attention_mask"].new_ones(rows, cache.get_seq_length() + tokens)
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        with attending(self.model, cache if own else None):
-            logits = self.model(**batch, past_key_values=cache, use_cache=True, **last).logits[:, -1].float()
+        logits = self.model(**batch, past_key_values=cache, use_cache=True, **last).logits[:, -1].float()
         logits.log_softmax(-1)  # as sampling does; greedy search copies them as well
 
     def _cache(self, trace: Trace) -> Any:
