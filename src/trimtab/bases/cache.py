@@ -130,8 +130,9 @@ class BudgetedPolicy(CachePolicy):
         if self._bytes is None:
             return layers * int(self.budget)
         rings = 0 if row.queries is None else layers * row.queries[:, :1].nbytes * self.queries
-        if (tokens := (self._bytes - rings) // row.token_bytes) < layers * self.least:
-            self._too_small(f"{gib(self._bytes)}", gib(layers * self.least * row.token_bytes + rings))
+        tokens = (self._bytes - rings) // row.token_bytes - layers  # each layer has room for the next token
+        if tokens < layers * self.least:
+            self._too_small(f"{gib(self._bytes)}", gib(layers * (self.least + 1) * row.token_bytes + rings))
         return tokens
 
     def _too_small(self, what: str, least: int | str) -> None:

@@ -69,7 +69,8 @@ class KeptLayer(CacheLayerMixin):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         many, known = len(key_states), self.cache.prompts  # beams repeat each prompt
         texts = [known[i * len(known) // many] if known else (0, 0) for i in range(many)]
-        self.rows = [Row(self.cache.policy.bits, *text, self.cache.expected) for text in texts]
+        step = self.cache.policy.slack + 1 if self.cache.policy.bounded else 0
+        self.rows = [Row(self.cache.policy.bits, *text, self.cache.expected, step) for text in texts]
         self.width = value_states.shape[-1]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

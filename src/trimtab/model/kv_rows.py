@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 GROUP = 32  # values that share a scale, where the head size is a multiple of it
-GROWTH = 8  # a full buffer grows by an eighth
+GROWTH = 8  # a full buffer grows by this part of it
 LEVELS = {8: 255, 4: 15}
 
 
@@ -23,8 +23,9 @@ class Row:
     Heads may keep different tokens. The new tokens of a pass are the last ones, in order; others may be in any order.
     """
 
-    def __init__(self, bits: int, padding: int = 0, prompt: int = 0, expected: int = 0):
+    def __init__(self, bits: int, padding: int = 0, prompt: int = 0, expected: int = 0, step: int = 0):
         self.bits, self.expected = bits, expected  # `expected`: tokens to reserve memory for
+        self.step = step  # tokens by which a full buffer grows; 0: by an eighth
         self.padding, self.prompt = padding, prompt  # tokens on the left of the prompt; tokens of the prompt, 0: unknown
         self.parts: dict[str, Tensor] = {}  # buffers (H, capacity, width)
         self.length = 0  # N
@@ -47,7 +48,8 @@ class Row:
 
     def _move(self, like: dict[str, Tensor], needed: int, stay_HN: Tensor | None) -> None:
         """Copies what is kept to new buffers for `needed` tokens and more."""
-        step = needed // GROWTH if stay_HN is None and needed == self.length + 1 else 0
+        more = (self.step or needed // GROWTH) - 1
+        step = max(0, more) if stay_HN is None and needed == self.length + 1 else 0
         size = max(needed + step, self.expected if stay_HN is None else 0)
         old, self.parts = self.parts, {}
         for name, part in like.items():

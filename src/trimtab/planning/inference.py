@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..memory.budget import gib
@@ -188,16 +188,23 @@ class PlannedInference(PlannedModel):
         from ..cost.trace import CACHE
 
         cache = cache_of(self.surgeries) or DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        update, reference = type(cache).update, weakref.ref(cache)  # a cycle would keep the cache alive
+        reference = weakref.ref(cache)  # a cycle would keep the cache alive
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            before, trace.kind = trace.kind, CACHE
-            try:
-                return update(reference(), *args, **kwargs)
-            finally:
-                trace.kind = before
+        def counted(name: str) -> Callable[..., Any]:
+            own = getattr(type(cache), name)
 
-        cache.update = counted
+            def call(*args: Any, **kwargs: Any) -> Any:
+                before, trace.kind = trace.kind, CACHE
+                try:
+                    return own(reference(), *args, **kwargs)
+                finally:
+                    trace.kind = before
+
+            return call
+
+        for name in ("update", "attended"):  # the second one evicts
+            if hasattr(cache, name):
+                setattr(cache, name, counted(name))
         return cache
 
 
