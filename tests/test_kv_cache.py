@@ -18,8 +18,8 @@ from trimtab.model.sampling import complete
 from world import PLACE
 
 EVICTING = {
-    "cake": {"budget": 12, "window": 4}, "snapkv": {"budget": 12, "window": 4}, "pyramidkv": {"budget": 12, "window": 4},
-    "tova": {"budget": 12}, "streaming_llm": {"window": 10, "sinks": 2},
+    "cake": {"budget": 12, "window": 4}, "snapkv": {"budget": 12, "window": 4}, "tova": {"budget": 12},
+    "pyramidkv": {"budget": 12, "window": 4}, "streaming_llm": {"window": 10, "sinks": 2},
 }  # fmt: skip
 
 
@@ -233,8 +233,8 @@ def test_the_chunk_of_a_policy_is_used_by_generate():
         ("cake", {"budget": "64"}, "no unit"), ("cake", {"budget": "64 parsecs"}, "not a unit"),
         ("cake", {"gamma": -1.0}, "0 or more"), ("cake", {"tau1": 0.0}, "0.05 or more"),
         ("cake", {"tau2": float("nan")}, "0.05 or more"), ("snapkv", {"window": 0}, "1 or more"),
-        ("snapkv", {"kernel": 4}, "odd"), ("pyramidkv", {"beta": 0.5}, "1 or more"), ("tova", {"budget": 1}, "at least"),
-        ("tova", {"bits": 5}, "16, 8 or 4"), ("full_cache", {"chunk": -1}, "two tokens or more"),
+        ("snapkv", {"kernel": 4}, "odd"), ("pyramidkv", {"beta": 0.5}, "1 or more"),
+        ("tova", {"budget": 1}, "at least"), ("tova", {"bits": 5}, "16, 8 or 4"), ("full_cache", {"chunk": -1}, "two tokens or more"),
     ],
 )  # fmt: skip
 def test_bad_fields_are_refused(name, fields, match):

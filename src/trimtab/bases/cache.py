@@ -83,7 +83,7 @@ class BudgetedPolicy(CachePolicy):
 
     shrinkable: ClassVar[tuple[str, ...]] = ("budget",)
 
-    # what a text may keep: tokens per layer on average (1024), bytes in all layers (64MiB), or a share of its prompt (10%)
+    # what a text may keep: tokens per layer on average (1024), bytes over all layers (64MiB), a share of its prompt (3%)
     budget: int | str = 1024
 
     @property
@@ -91,7 +91,7 @@ class BudgetedPolicy(CachePolicy):
     def window(self) -> int: ...
 
     def __post_init__(self) -> None:
-        self._share, self._bytes  # refuses what is no budget
+        _ = self._share, self._bytes  # refuse what is no budget
         if isinstance(self.budget, int) and self.budget < self.least:
             self._too_small(f"{self.budget} tokens per layer", self.least)
 
@@ -110,7 +110,9 @@ class BudgetedPolicy(CachePolicy):
         except ValueError:
             share = 0.0
         if not 0 < share <= 1:
-            raise BadInput(f"{self._name}: budget: {self.budget}", "a share is above 0 and at most 100 %", 'Write "10%"')
+            raise BadInput(
+                f"{self._name}: budget: {self.budget}", "a share is above 0 and at most 100 %", 'Write "10%"'
+            )
         return share
 
     @property

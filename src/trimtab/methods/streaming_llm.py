@@ -5,9 +5,9 @@ the newest tokens, and evicts those between (section 3.2). Memory no longer grow
 
     kept = the first `sinks` positions  +  the last `window` positions
 
-What differs from the paper, and why. Positions are those in the text, not those in the cache: within the positions that
-the model was trained on this is exact, and the paper's renumbering matters only beyond them. A prompt is read in chunks,
-and evicted after each; one that is shorter than a chunk is read with full attention first, as in the paper's code.
+What differs from the paper, and why. Positions are those in the text, not those in the cache: within the positions
+that the model was trained on this is exact, and the paper's renumbering matters only beyond them. A long prompt is read
+in chunks, with eviction after each; a shorter one is read with full attention first, as in the paper's code.
 """
 
 from __future__ import annotations

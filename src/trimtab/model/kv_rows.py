@@ -26,7 +26,10 @@ class Row:
     def __init__(self, bits: int, padding: int = 0, prompt: int = 0, expected: int = 0, step: int = 0):
         self.bits, self.expected = bits, expected  # `expected`: tokens to reserve memory for
         self.step = step  # tokens by which a full buffer grows; 0: by an eighth
-        self.padding, self.prompt = padding, prompt  # tokens on the left of the prompt; tokens of the prompt, 0: unknown
+        self.padding, self.prompt = (
+            padding,
+            prompt,
+        )  # tokens on the left of the prompt; tokens of the prompt, 0: unknown
         self.parts: dict[str, Tensor] = {}  # buffers (H, capacity, width)
         self.length = 0  # N
         self.seen = 0  # tokens of the text so far, evicted ones included
@@ -51,12 +54,13 @@ class Row:
         more = (self.step or needed // GROWTH) - 1
         step = max(0, more) if stay_HN is None and needed == self.length + 1 else 0
         size = max(needed + step, self.expected if stay_HN is None else 0)
-        old, self.parts = self.parts, {}
-        for name, part in like.items():
+        old, self.parts, like = self.parts, {}, dict(like)
+        for name in list(like):
+            part = like.pop(name)
             self.parts[name] = new = part.new_empty(part.shape[0], size, part.shape[2])
             if stay_HN is not None:
                 at = stay_HN[..., None].expand(-1, -1, part.shape[2])
-                torch.gather(old[name], 1, at, out=new[:, : stay_HN.shape[1]])
+                torch.gather(old.pop(name), 1, at, out=new[:, : stay_HN.shape[1]])
             elif old:
                 new[:, : self.length] = old.pop(name)[:, : self.length]
 

@@ -35,7 +35,7 @@ def window_attention(row: Row, scale: float, window: int) -> Attention:
     """
     queries, positions, keys = row.queries, row.positions, row.keys
     assert queries is not None, "its policy asks for queries"
-    (many, width, _), (heads, length) = queries.shape, positions.shape
+    (_, width, _), (heads, length) = queries.shape, positions.shape
     asks = torch.arange(row.seen - width, row.seen, device=positions.device)
     before = row.seen - window
     means, variances, entropies, sums = [], [], [], []
