@@ -234,7 +234,8 @@ def test_the_chunk_of_a_policy_is_used_by_generate():
         ("cake", {"gamma": -1.0}, "0 or more"), ("cake", {"tau1": 0.0}, "0.05 or more"),
         ("cake", {"tau2": float("nan")}, "0.05 or more"), ("snapkv", {"window": 0}, "1 or more"),
         ("snapkv", {"kernel": 4}, "odd"), ("pyramidkv", {"beta": 0.5}, "1 or more"),
-        ("tova", {"budget": 1}, "at least"), ("tova", {"bits": 5}, "16, 8 or 4"), ("full_cache", {"chunk": -1}, "two tokens or more"),
+        ("tova", {"budget": 1}, "at least"), ("tova", {"bits": 5}, "16, 8 or 4"),
+        ("full_cache", {"chunk": -1}, "two tokens or more"),
     ],
 )  # fmt: skip
 def test_bad_fields_are_refused(name, fields, match):

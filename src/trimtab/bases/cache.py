@@ -83,7 +83,7 @@ class BudgetedPolicy(CachePolicy):
 
     shrinkable: ClassVar[tuple[str, ...]] = ("budget",)
 
-    # what a text may keep: tokens per layer on average (1024), bytes over all layers (64MiB), a share of its prompt (3%)
+    # what a text may keep: tokens per layer on average (1024), bytes over all layers (64MiB), or a share of its prompt
     budget: int | str = 1024
 
     @property

@@ -26,10 +26,7 @@ class Row:
     def __init__(self, bits: int, padding: int = 0, prompt: int = 0, expected: int = 0, step: int = 0):
         self.bits, self.expected = bits, expected  # `expected`: tokens to reserve memory for
         self.step = step  # tokens by which a full buffer grows; 0: by an eighth
-        self.padding, self.prompt = (
-            padding,
-            prompt,
-        )  # tokens on the left of the prompt; tokens of the prompt, 0: unknown
+        self.padding, self.prompt = padding, prompt  # tokens before the prompt, and in it; 0: unknown
         self.parts: dict[str, Tensor] = {}  # buffers (H, capacity, width)
         self.length = 0  # N
         self.seen = 0  # tokens of the text so far, evicted ones included
