@@ -249,8 +249,8 @@ class _Whole:
 
 @torch.no_grad()
 def require_exact(model: PreTrainedModel, method: str, layers: int) -> Row:
-    """-> the first layer's Row of a short text. BadInput if a KeptCache changes what `model` computes even if nothing is
-    evicted.
+    """-> the first layer's Row of a short text. BadInput if a KeptCache changes what `model` computes even if nothing
+    is evicted.
 
     This is so with sliding windows, soft caps, ALiBi and other attention than SDPA with a plain causal mask.
     """
