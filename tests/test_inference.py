@@ -177,3 +177,23 @@ def test_a_cache_from_the_command_line(runs, call):
     code, out, err = call("generate", folder, *said, "patches.cake.budget=3")
     assert code == 2 and "at least" in err and out == ""
     assert call("generate", folder, *said, "patches.cakes.budget=3")[0] == 2
+
+
+def test_a_cache_gets_what_the_budget_leaves(runs):
+    auto = {"cake": {"budget": "auto", "window": 4}}
+    made, said = Inference(with_keys(runs["lora"], patches=[*runs["lora"].patches, auto]), say=lambda line: None), []
+    made.say = said.append
+    with made:
+        lengths, new = [40, 30], 200_000
+        assert made.replies(lengths, new) == 2, "without a budget, nothing is evicted"
+        whole = made._planned(Work(1, 40, new))
+        budget = whole.fast_peak_bytes - whole.kinds["cache"] // 2
+        made.plan, made.recipe = None, with_keys(made.recipe, budget={"fast": budget})
+        made.budget = session.Budget(fast=budget)
+        assert made.replies(lengths, new) == 1
+        assert any("KV cache of a text gets" in line for line in said)
+        assert made.plan.fast_peak_bytes <= budget and made.plan.kinds["cache"] > whole.kinds["cache"] // 4
+        assert made.cache().policy.budget != "auto"
+        made.budget, made.recipe = session.Budget(fast=2**20), with_keys(made.recipe, budget={"fast": 2**20})
+        with pytest.raises(DoesNotFit):
+            made.replies(lengths, new)

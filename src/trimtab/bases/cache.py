@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from ..memory.budget import gib, parse
 from ..model import anatomy
 from ..model.kv_cache import KeptCache, require_exact
 from ..model.kv_rows import Row
+
+AUTO, UNLIMITED = "auto", 10**14  # bytes
 
 
 class CacheSurgery(Surgery):
@@ -83,7 +86,8 @@ class BudgetedPolicy(CachePolicy):
 
     shrinkable: ClassVar[tuple[str, ...]] = ("budget",)
 
-    # what a text may keep: tokens per layer on average (1024), bytes over all layers (64MiB), or a share of its prompt
+    # what a text may keep: tokens per layer on average (1024), bytes over all layers (64MiB), a share of its prompt
+    # (10%), or auto: what budget.fast leaves
     budget: int | str = 1024
 
     @property
@@ -119,7 +123,12 @@ class BudgetedPolicy(CachePolicy):
     def _bytes(self) -> int | None:
         if isinstance(self.budget, int) or self._share is not None:
             return None
+        if self.budget == AUTO:
+            return UNLIMITED
         return parse(self.budget, None, f"{self._name}: budget")
+
+    def within(self, size: int) -> BudgetedPolicy | None:
+        return dataclasses.replace(self, budget=f"{size}B") if self.budget == AUTO else None
 
     @property
     def _name(self) -> str:

@@ -29,6 +29,7 @@ from ..recipe import Recipe
 from .load_run import load_run
 
 Say = Callable[[str], None]
+TRIES = 4  # sizes of a KV cache that are planned until one fits
 
 
 class Guarded(TrainerCallback):
@@ -57,7 +58,7 @@ class Inference:
         self.plan: Plan | None = None  # of the work that uses the most
         self.run = load_run(recipe, adapter, base_only)
         self.model, self.tokenizer, self.surgeries = self.run.model, self.run.tokenizer, self.run.surgeries
-        self.base = self.run.base
+        self.base, self.opened = self.run.base, list(self.run.patches)
 
     def __enter__(self) -> Inference:
         self.began = time.monotonic()
@@ -80,7 +81,7 @@ class Inference:
         longest = sorted(lengths, reverse=True)
         sizes = [min(most >> k, len(longest)) for k in range(most.bit_length()) if most >> k < 2 * len(longest)]
         works = [Work(size * beams, longest[0], new, len(set(longest[::size]))) for size in sizes]
-        do = "Allow more, let replies be shorter (max_new_tokens), or bound the KV cache (patches: streaming_llm)"
+        do = "Allow more, let replies be shorter (max_new_tokens), or bound the KV cache (patches: cake)"
         return self._first_that_fits(works, f"reply to a prompt of {longest[0]} tokens", do).rows // beams
 
     def evaluation(self, rows: int, tokens: int, lengths: int) -> None:
@@ -93,7 +94,7 @@ class Inference:
         made = None
         for work in works:
             try:
-                made = self._planned(work)
+                made = self._within_budget(work, last=work is works[-1])
             except BadInput:
                 if self.recipe.budget:
                     raise
@@ -107,6 +108,28 @@ class Inference:
         assert made is not None, "there is a smallest batch"
         have = f"one row at a time would use {gib(made.fast_peak_bytes)} at its peak ({made.phase})"
         raise DoesNotFit(f"{gib(made.fast)} of the fast tier to {what}", have, do)
+
+    def _within_budget(self, work: Work, last: bool) -> Plan:
+        """The plan of `work`. A KV cache whose size is left open gets what the budget leaves. That it is smaller than
+        the full one is the last resort: only for the `last` work that is tried."""
+        opened = [(n, patch) for n, patch in enumerate(self.opened) if patch.within(1) is not None]
+        if not opened or self.budget.fast is None:
+            return self._planned(work)
+        self.run.patches[:] = self.opened
+        made, size = self._planned(work), 0
+        for _ in range(TRIES if last and not made.fits else 0):
+            excess = (made.fast_peak_bytes - made.fast) // work.rows + 1
+            size = (size or made.kinds.get("cache", 0) // work.rows) - excess
+            if size <= 0:
+                break
+            for number, patch in opened:
+                self.run.patches[number] = patch.within(size) or patch
+            if (made := self._planned(work)).fits:
+                self.say(f"the KV cache of a text gets {gib(size)}")
+                break
+        for surgery, patch in zip(self.surgeries, self.run.patches, strict=True):
+            surgery.patch = patch
+        return made
 
     def _planned(self, work: Work) -> Plan:
         made = plan_inference(self.recipe, self.run.patches, work, self.base.task, self.run.labels)
