@@ -110,7 +110,7 @@ def memory(job: dict[str, Any]) -> None:
     model, tokenizer = load()
     layers, chunk, held = model.config.num_hidden_layers, 1024, [0]
     budget = job["budget"]
-    cache = KeptCache(layers, methods.find("cake")(budget=budget, chunk=chunk))
+    cache = KeptCache(layers, methods.find("cake")(budget=f"{budget}B", chunk=chunk))
     after = KeptCache.attended
 
     def watched(self: Any, number: int, new: int) -> None:
