@@ -69,8 +69,7 @@ class KeptLayer(CacheLayerMixin):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         many, known = len(key_states), self.cache.prompts  # beams repeat each prompt
         texts = [known[i * len(known) // many] if known else (0, 0) for i in range(many)]
-        step = self.cache.policy.slack + 1 if self.cache.policy.bounded else 0
-        self.rows = [Row(self.cache.policy.bits, *text, self.cache.expected, step) for text in texts]
+        self.rows = [Row(self.cache.policy.bits, *text, self.cache.expected) for text in texts]
         self.width = value_states.shape[-1]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -159,6 +158,8 @@ class KeptCache(Cache):
                 for n, row in enumerate(rows):
                     self._judge(row, self.layers[n].scale)
                 self._divide(rows, rows, total - self.policy.slack * len(rows), len(rows))
+                for row in rows:
+                    row.scores = None
 
     def _of_prompt(self, at: int, number: int, total: int) -> None:
         """Row `at`: divides the budget among the layers up to `number`, which has just attended to a chunk."""
@@ -193,8 +194,10 @@ class KeptCache(Cache):
         shares = water_filling(preferences[:layers], least, most, total - sum(windows), layers < len(self.layers))
         room = self.policy.slack + 1 if rows[-1].new == 1 else 1
         for row, share, window in zip(rows, shares, windows, strict=False):
-            if any(row is other for other in evict) and share + window < row.length:
-                self._evict(row, share + window, room)
+            if any(row is other for other in evict):
+                if share + window < row.length:
+                    self._evict(row, share + window, room)
+                row.expected = row.length + room  # it grows no further before the budget is divided again
 
     def _evict(self, row: Row, share: int, room: int) -> None:
         assert row.scores is not None
@@ -202,8 +205,6 @@ class KeptCache(Cache):
             row.drop_one(row.scores[:, : row.length].argmin(1))
         else:
             row.keep(row.scores.topk(share, dim=1).indices.sort(1).values, room)
-        if row.new == 1:
-            row.scores = None
 
     @property
     def nbytes(self) -> int:

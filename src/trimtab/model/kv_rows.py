@@ -23,9 +23,8 @@ class Row:
     Heads may keep different tokens. The new tokens of a pass are the last ones, in order; others may be in any order.
     """
 
-    def __init__(self, bits: int, padding: int = 0, prompt: int = 0, expected: int = 0, step: int = 0):
+    def __init__(self, bits: int, padding: int = 0, prompt: int = 0, expected: int = 0):
         self.bits, self.expected = bits, expected  # `expected`: tokens to reserve memory for
-        self.step = step  # tokens by which a full buffer grows; 0: by an eighth
         self.padding, self.prompt = padding, prompt  # tokens before the prompt, and in it; 0: unknown
         self.parts: dict[str, Tensor] = {}  # buffers (H, capacity, width)
         self.length = 0  # N
@@ -48,9 +47,10 @@ class Row:
 
     def _move(self, like: dict[str, Tensor], needed: int, stay_HN: Tensor | None) -> None:
         """Copies what is kept to new buffers for `needed` tokens and more."""
-        more = (self.step or needed // GROWTH) - 1
-        step = max(0, more) if stay_HN is None and needed == self.length + 1 else 0
-        size = max(needed + step, self.expected if stay_HN is None else 0)
+        size = needed
+        if stay_HN is None:
+            more = needed // GROWTH if needed == self.length + 1 > self.expected else 0
+            size = max(needed + more, self.expected)
         old, self.parts, like = self.parts, {}, dict(like)
         for name in list(like):
             part = like.pop(name)
