@@ -36,7 +36,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..bases.linear import LinearPatch, LinearSurgery
@@ -223,7 +222,7 @@ class _Decomposed(torch.autograd.Function):
     def forward(ctx: Any, x_TI: Tensor, core_RR: Tensor, magnitude_O: Tensor, gain_O: Tensor, layer: Any) -> Tensor:
         dtype, bias = x_TI.dtype, None if layer.base.bias is None else layer.base.bias.to(x_TI.dtype)
         low_OR = (layer.scale * (1 + gain_O))[:, None] * (layer.b_OR.to(core_RR.dtype) @ core_RR)
-        y_TO = F.linear(x_TI, quant.dense_weight(layer.base, dtype), bias)
+        y_TO = quant.product(layer.base, x_TI)
         h_TR = x_TI.reshape(-1, layer.in_features) @ layer.a_RI.to(dtype).t()
         flat_TO = y_TO.view(-1, layer.out_features)
         flat_TO.addcmul_(flat_TO, gain_O.to(dtype))

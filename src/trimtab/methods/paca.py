@@ -29,13 +29,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..bases.linear import LinearPatch, LinearSurgery
 from ..contracts import ModulePatch, Place, Portable
 from ..errors import BadInput
-from ..model import anatomy, quant
+from ..model import anatomy, packed, quant
 from ..model.shared_slice import SharedSlice
 
 
@@ -241,9 +240,9 @@ class _Partial(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TI: Tensor, x_TR: Tensor, delta_OR: Tensor, layer: PartialLinear) -> Tensor:
-        weight_OI, holds_delta = layer.weight_now(x_TI.dtype)
-        bias = None if layer.base.bias is None else layer.base.bias.to(x_TI.dtype)
-        y_TO = F.linear(x_TI, weight_OI, bias)
+        apart = packed.few(layer.base, x_TI)  # decoding in 4 bits: the columns are added to the output
+        weight_OI, holds_delta = (None, False) if apart else layer.weight_now(x_TI.dtype)
+        y_TO = quant.product(layer.base, x_TI, weight_OI)
         if not holds_delta:
             flat_TO = y_TO.view(-1, layer.out_features)
             flat_TO.addmm_(x_TR.reshape(-1, layer.r), delta_OR.to(x_TI.dtype).t(), alpha=layer.scale)

@@ -30,12 +30,13 @@ NEW = 256  # tokens of the reply that a plan without prompts is for
 @dataclasses.dataclass(frozen=True)
 class Work:
     """The largest batch. `new`: tokens generated after it; 0: evaluation only. `lengths`: how many distinct lengths the
-    batches have."""
+    batches have. `packed`: with 4-bit weights in the form for decoding (model/packed.py)."""
 
     rows: int
     tokens: int
     new: int = 0
     lengths: int = 1
+    packed: bool = False
 
 
 def plan_inference(
@@ -83,6 +84,10 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
         recipe, notes = seen.recipe, list(seen.notes)
     head = recipe.load_objective().head
     work = Work(1, length, NEW if head == "causal-lm" else 0)
+    if work.new and recipe.model.precision == "nf4" and recipe.place.device.type == "cpu":
+        from ..model.packed import available
+
+        work = dataclasses.replace(work, packed=available())
     made = plan_inference(recipe, recipe.load_patches(), work, head, None, process)
     what = f"a prompt of {length} tokens (max_length)" + (f" and a reply of {work.new}" if work.new else "")
     made.notes.extend(notes)
@@ -146,6 +151,8 @@ class PlannedInference(PlannedModel):
         from ..cost.trace import TEMPORARIES
         from ..model.kv_cache import attending
 
+        if work.packed:
+            self._pack(trace)
         self._pass(trace, "prompt", work.rows, work.tokens, None)
         self.prompt_shapes = len(trace.products)
         cache = self._cache(trace)
@@ -155,6 +162,16 @@ class PlannedInference(PlannedModel):
             trace.heights.pop("", None)
             trace.enter("reply", TEMPORARIES)
             self._pass(trace, "reply", work.rows, 1, cache)
+
+    def _pack(self, trace: Trace) -> None:
+        from ..cost.trace import TEMPORARIES, WEIGHTS
+        from ..model import packed
+
+        trace.enter("packing", TEMPORARIES)
+        for linear in packed.packable(self.model):
+            packed.pack(linear)
+            for tensor in packed.tensors(linear):
+                trace.relabel(tensor, WEIGHTS)
 
     def _pass(self, trace: Trace, phase: str, rows: int, tokens: int, cache: Any) -> None:
         from ..cost.trace import TEMPORARIES
