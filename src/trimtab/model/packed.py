@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-STATE = "trimtab_packed"  # attribute of a packed linear: a QuantState with the kernel's scales
+from ..quiet import silence_libraries
+
+STATE = "trimtab_packed"  # attribute of a packed linear: its _State
 MOST = 1024  # tokens beyond which dequantising is faster (benchmarks/nf4_decode.py)
 PAYS = 3  # new tokens from which packing and unpacking cost less than they save (benchmarks/nf4_decode.py)
 GROUP, HALF = 32, 16  # rows of the kernel's group, and those in its lower half bytes
@@ -37,10 +39,11 @@ GROUP, HALF = 32, 16  # rows of the kernel's group, and those in its lower half 
 @functools.cache
 def available() -> bool:
     """Whether this CPU has the kernel, and the kernel reads this file's order (tested on a small weight)."""
-    try:
-        from bitsandbytes.functional import dequantize_4bit, has_avx512bf16, quantize_4bit
-    except ImportError:
-        return False
+    with silence_libraries():
+        try:
+            from bitsandbytes.functional import dequantize_4bit, has_avx512bf16, quantize_4bit
+        except ImportError:
+            return False
     if not has_avx512bf16():
         return False
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -70,7 +73,7 @@ def _suits(linear: nn.Module) -> bool:
         return False
     if getattr(linear, "compute_dtype", None) is not torch.bfloat16 or len(state.shape) != 2:
         return False
-    ordinary = weight.shape[-1] == 1 and not getattr(state, "packing_format_for_cpu", False)
+    ordinary = not is_packed(linear) and not getattr(state, "packing_format_for_cpu", False)
     return ordinary and state.shape[0] % GROUP == 0 and state.shape[1] % state.blocksize == 0
 
 
@@ -93,9 +96,9 @@ def is_packed(linear: nn.Module) -> bool:
     return STATE in vars(linear)
 
 
-def tensors(linear: nn.Module) -> list[Tensor]:
-    """What packing has allocated: codes in the place of the ordinary ones, and scales beside the ordinary ones."""
-    return [linear._parameters["weight"].data, vars(linear)[STATE].absmax]  # type: ignore[union-attr]
+def scales(linear: nn.Module) -> Tensor:
+    """What a packed linear has beside its ordinary tensors."""
+    return vars(linear)[STATE].kernel.absmax
 
 
 def scales_bytes(model: nn.Module) -> int:
@@ -113,21 +116,32 @@ def unpack_all(model: nn.Module) -> None:
         unpack(module)
 
 
+class _State:
+    """Of a packed linear: the kernel's QuantState, and the codes in the ordinary order while the weight is written."""
+
+    def __init__(self, kernel: Any, ordinary: Tensor | None):
+        self.kernel, self.ordinary = kernel, ordinary
+
+
 def pack(linear: nn.Module) -> None:
-    """Put the linear's weight into the kernel's order. An interrupt at any point leaves what `unpack` undoes."""
+    """Write the linear's codes in the kernel's order, in place: another allocation would leave holes in the heap. An
+    interrupt at any point leaves what `unpack` undoes, and what computes the same until then."""
     weight: Any = linear._parameters["weight"]
-    setattr(linear, STATE, _for_kernel(weight.quant_state))
-    weight.data = to_packed(weight.data, weight.quant_state.shape)
+    codes = to_packed(weight.data, weight.quant_state.shape)
+    setattr(linear, STATE, _State(_for_kernel(weight.quant_state), weight.data.clone()))
     linear.__class__ = _decoding(type(linear))
+    weight.data.copy_(codes)
+    vars(linear)[STATE].ordinary = None
 
 
 def unpack(linear: nn.Module) -> None:
     """Undo `pack`, or what an interrupted one has done."""
     if not is_packed(linear):
         return
-    weight: Any = linear._parameters["weight"]
-    if weight.shape[1] > 1:
-        weight.data = ordinary_codes(linear)
+    state = vars(linear)[STATE]
+    if state.ordinary is None:
+        state.ordinary = ordinary_codes(linear)
+    linear._parameters["weight"].data.copy_(state.ordinary)  # type: ignore[union-attr]
     if isinstance(linear, _Decoding):
         linear.__class__ = type(linear).__bases__[1]
     delattr(linear, STATE)
@@ -159,11 +173,9 @@ def _decoding(kind: type[nn.Module]) -> type[nn.Module]:
 
 def few(linear: nn.Module, x_TK: Tensor) -> bool:
     """Whether `product` uses the kernel for `x`: the linear is packed, and x is in bf16, without gradients."""
-    gradients = torch.is_grad_enabled() and x_TK.requires_grad
-    return (
-        is_packed(linear) and x_TK.dtype is torch.bfloat16 and not gradients
-        and x_TK.numel() <= MOST * x_TK.shape[-1]
-    )  # fmt: skip
+    if not is_packed(linear) or vars(linear)[STATE].ordinary is not None or x_TK.dtype is not torch.bfloat16:
+        return False
+    return x_TK.numel() <= MOST * x_TK.shape[-1] and not (torch.is_grad_enabled() and x_TK.requires_grad)
 
 
 def product(linear: nn.Module, x_TK: Tensor) -> Tensor:
@@ -171,7 +183,7 @@ def product(linear: nn.Module, x_TK: Tensor) -> Tensor:
     bias = None if linear.bias is None else linear.bias.to(x_TK.dtype)
     if not few(linear, x_TK):
         return F.linear(x_TK, dense_weight(linear, x_TK.dtype), bias)
-    y_TN = _multiply(x_TK, linear._parameters["weight"].data, vars(linear)[STATE])  # type: ignore[union-attr]
+    y_TN = _multiply(x_TK, linear._parameters["weight"].data, vars(linear)[STATE].kernel)  # type: ignore
     return y_TN if bias is None else y_TN.add_(bias)
 
 
@@ -185,23 +197,25 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def ordinary_codes(linear: nn.Module) -> Tensor:
-    """The codes of a packed linear in the ordinary order, a new tensor."""
+    """The codes of a packed linear in the ordinary order."""
     weight: Any = linear._parameters["weight"]
+    if vars(linear)[STATE].ordinary is not None:
+        return vars(linear)[STATE].ordinary
     rows, columns = weight.quant_state.shape
     bytes_GKR = weight.data.view(torch.uint8).view(rows // GROUP, columns // 2, GROUP)
     even, odd = bytes_GKR.transpose(1, 2).contiguous().view(rows // GROUP, HALF, 2, columns // 2).unbind(2)
     low, high = even << 4 | odd & 0xF, even & 0xF0 | odd >> 4
-    return torch.stack([low, high], 1).view(-1).view(weight.dtype).view(-1, 1)
+    return torch.stack([low, high], 1).view(-1).view(weight.dtype).view(weight.shape)
 
 
 def to_packed(codes: Tensor, shape: torch.Size) -> Tensor:
-    """Codes in the ordinary order -> in the kernel's, (N, K/2)."""
+    """Codes in the ordinary order -> in the kernel's, of the same shape."""
     rows, columns = shape
     halves = codes.view(torch.uint8).view(rows // GROUP, 2, HALF, columns // 2)
     low, high = halves.unbind(1)
     even, odd = low >> 4 | high & 0xF0, low & 0xF | high << 4
     bytes_GRK = torch.stack([even, odd], 2).view(rows // GROUP, GROUP, columns // 2)
-    return bytes_GRK.transpose(1, 2).contiguous().view(rows, columns // 2).view(codes.dtype)
+    return bytes_GRK.transpose(1, 2).contiguous().view(-1).view(codes.dtype).view(codes.shape)
 
 
 def _for_kernel(state: Any) -> Any:

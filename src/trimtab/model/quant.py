@@ -114,6 +114,7 @@ def quantise_empty(model: nn.Module, config: Any, heads: list[str]) -> None:
             packed = empty((rows * columns + 1) // 2, 1, dtype=torch.uint8)
             linear.weight = Params4bit(packed, quant_state=state, quant_type=state.quant_type, bnb_quantized=True)
             linear.quant_state = state
+            linear.support_avx512bf16_for_cpu = False  # as load_model does
         elif isinstance(linear, Linear8bitLt):
             rows = linear.weight.shape[0]
             packed = empty(*linear.weight.shape, dtype=torch.int8)

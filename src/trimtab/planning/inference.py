@@ -170,8 +170,7 @@ class PlannedInference(PlannedModel):
         trace.enter("packing", TEMPORARIES)
         for linear in packed.packable(self.model):
             packed.pack(linear)
-            for tensor in packed.tensors(linear):
-                trace.relabel(tensor, WEIGHTS)
+            trace.relabel(packed.scales(linear), WEIGHTS)
 
     def _pass(self, trace: Trace, phase: str, rows: int, tokens: int, cache: Any) -> None:
         from ..cost.trace import TEMPORARIES
