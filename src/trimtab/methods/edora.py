@@ -42,6 +42,7 @@ from ..bases.linear import LinearPatch, LinearSurgery
 from ..contracts import ModulePatch, Place, Portable
 from ..errors import BadInput
 from ..model import anatomy, quant
+from ..quiet import peft
 
 MORE, SWEEPS = 8, 4  # of the randomised SVD: columns beyond r, and products with W W^T
 ZERO = 1e-6  # of the largest singular value: those below count as zero
@@ -267,8 +268,6 @@ class EDoraSurgery(LinearSurgery):
 
     def portable(self) -> Portable:
         """A DoRA with lora_A = A and lora_B = s B R; since lora_alpha = r, peft's own scale is 1."""
-        from peft import LoraConfig
-
         tensors = {}
         for name, layer in self.layers.items():
             prefix = f"base_model.model.{name}.lora_"
@@ -278,5 +277,5 @@ class EDoraSurgery(LinearSurgery):
             tensors[f"{prefix}magnitude_vector"] = layer.magnitude.detach()
         turned = any(isinstance(layer.base, anatomy.Conv1D) for layer in self.layers.values())
         r, targets = self.patch.r, sorted(self.layers)
-        config = LoraConfig(r=r, lora_alpha=r, use_dora=True, target_modules=targets, fan_in_fan_out=turned)
+        config = peft().LoraConfig(r=r, lora_alpha=r, use_dora=True, target_modules=targets, fan_in_fan_out=turned)
         return Portable(config, tensors)

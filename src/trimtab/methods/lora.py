@@ -31,6 +31,7 @@ from ..errors import BadInput
 from ..model import anatomy, quant
 from ..model.freeze import freeze_base
 from ..model.surgery import PATCH_MARK, Swaps
+from ..quiet import no_kernel_lookup
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -56,6 +57,7 @@ class LoRA(Patch):
     seed: int = 0
 
     def apply(self, model: PreTrainedModel, place: Place) -> LoraSurgery:
+        no_kernel_lookup()
         from peft import inject_adapter_in_model
         from peft.tuners.tuners_utils import cast_adapter_dtype
 

@@ -36,6 +36,7 @@ from ..contracts import ModulePatch, Place, Portable
 from ..errors import BadInput
 from ..model import anatomy, packed, quant
 from ..model.shared_slice import SharedSlice
+from ..quiet import peft
 
 
 @dataclass(frozen=True)
@@ -301,8 +302,6 @@ class PacaSurgery(LinearSurgery):
 
     def portable(self) -> Portable:
         """LoRA with a one-hot A: A = rows I of the identity, B = s D."""
-        from peft import LoraConfig
-
         tensors = {}
         rank = max(layer.r + layer.held_indices.numel() for layer in self.layers.values())
         for name, layer in self.layers.items():
@@ -315,5 +314,6 @@ class PacaSurgery(LinearSurgery):
             tensors[f"base_model.model.{name}.lora_A.weight"] = a_RI
             tensors[f"base_model.model.{name}.lora_B.weight"] = wide_OR
         turned = any(isinstance(layer.base, anatomy.Conv1D) for layer in self.layers.values())
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(self.layers), fan_in_fan_out=turned)
+        targets = sorted(self.layers)
+        config = peft().LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=turned)
         return Portable(config, tensors)
