@@ -204,7 +204,7 @@ def replies(model: str, name: str, lora: bool, new: int, rounds: int) -> tuple[d
     return figures, row
 
 
-def crossover(shapes: tuple[tuple[int, int], ...], most: int) -> tuple[float, float, list[dict[str, Any]]]:
+def crossover(shapes: tuple[tuple[int, int], ...], most: int) -> tuple[float, float, list[str]]:
     slowest, pay, table = 0.0, 0.0, []
     for shape in shapes:
         found = itself(__file__, {"do": "rows", "shape": shape})
@@ -213,11 +213,12 @@ def crossover(shapes: tuple[tuple[int, int], ...], most: int) -> tuple[float, fl
             chosen = entry["kernel" if count <= most else "dequantised"]
             slowest = max(slowest, chosen / min(entry["kernel"], entry["dequantised"]))
         pay = max(pay, found["both"] / (times[1]["ordinary"] - times[1]["kernel"]))
-        shown = (f"{1e3 * e['ordinary']:.2f} / {1e3 * e['kernel']:.2f} / {1e3 * e['dequantised']:.2f}" for e in
-                 times.values())  # fmt: skip
-        table.append({"linear": f"{shape[0]} x {shape[1]}", "pack and unpack, ms": f"{1e3 * found['both']:.1f}",
-                      **{f"{count} rows": text for count, text in zip(times, shown, strict=True)}})  # fmt: skip
-        print(json.dumps(table[-1]), flush=True)
+        shown = (
+            f"{count} {1e3 * e['ordinary']:.2f} / {1e3 * e['kernel']:.2f} / {1e3 * e['dequantised']:.2f}"
+            for count, e in times.items()
+        )
+        table.append(f"{shape[0]} x {shape[1]}: pack and unpack {1e3 * found['both']:.1f} ms; {', '.join(shown)}.")
+        print(table[-1], flush=True)
     return slowest, pay, table
 
 
@@ -260,8 +261,8 @@ def main() -> None:
     notes = [
         *NOTES,
         f"the losses: {plain:.5f} ordinary, {packed:.5f} packed. MOST: {MOST} rows; PAYS: {PAYS} tokens.",
-        "linears: ms of the ordinary form / the kernel / dequantised from the packed form, by number of rows.",
-        *(json.dumps(row) for row in linears),
+        "The 1B shape's linears, by number of rows: ms of the ordinary form / the kernel / dequantised from the packed "
+        "form. " + " ".join(linears),
     ]
     conclude("nf4_decode", args, summary, TARGETS, title="4-bit weights that decode fast", claim=CLAIM, rows=table,
              notes=notes)  # fmt: skip
