@@ -23,10 +23,10 @@ def tiny(family: str = "llama", seed: int = 0) -> nn.Module:
     return quantise(MODELS[family](seed).bfloat16(), dtype=torch.bfloat16)
 
 
-def linear(rows: int, columns: int, bias: bool = False) -> nn.Module:
+def linear(rows: int, columns: int, bias: bool = False, **fields) -> nn.Module:
     import bitsandbytes as bnb
 
-    made = bnb.nn.Linear4bit(columns, rows, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4")
+    made = bnb.nn.Linear4bit(columns, rows, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4", **fields)
     plain = nn.Linear(columns, rows, bias).state_dict()
     made.load_state_dict({key: tensor.normal_().bfloat16() for key, tensor in plain.items()})
     made.to("cpu").support_avx512bf16_for_cpu = False
@@ -66,6 +66,19 @@ def test_the_kernel_is_about_as_exact_as_the_ordinary_form(shape, bias):
         assert torch.equal(found, ordinary) == (rows > packed.MOST), "many rows are dequantised"
         packed.unpack(made)
         assert off(found, wanted) < worse * off(ordinary, wanted)
+
+
+@kernel
+def test_shapes_of_inputs_and_scales_that_are_not_quantised():
+    made = linear(64, 128, compress_statistics=False)
+    assert not made.weight.quant_state.nested
+    x = torch.randn(2, 3, 128, dtype=torch.bfloat16)
+    wanted = made(x)
+    packed.pack(made)
+    assert (
+        off(made(x), wanted) < 0.005 and off(made(x.float()), wanted) < 0.005 and made(x.float()).dtype is torch.float
+    )
+    assert made(x[:0]).shape == (0, 3, 64) and torch.equal(made(x[0, 0]), made(x)[0, 0])
 
 
 @kernel
