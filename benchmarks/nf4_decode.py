@@ -41,8 +41,8 @@ CLAIM = (
 NOTES = [
     "nf4_decode_gain: the smaller of the two models' medians of packed to ordinary, round by round, in tokens/s of "
     "decoding: 1 / the median time between two tokens, one reply at a time, after a prompt of 32 tokens. by CPU time: "
-    "the same ratio of the process's CPU time, which other work on the machine changes less. whole_reply_gain: the same "
-    "of the whole session's work after loading, with the prompt, packing and unpacking.",
+    "the same ratio of the process's CPU time, which other work on the machine changes less. whole_reply_gain: the "
+    "same of the whole session's work after loading, with the prompt, packing and unpacking.",
     "peak: anonymous memory of the process at its highest while it plans and replies, by the session's meter; "
     "peak_ratio: the larger of the two models' packed to ordinary. plan_error_percent: of the packed form, the median "
     "difference of planned and measured peak, of the worse model.",
