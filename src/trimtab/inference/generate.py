@@ -110,6 +110,8 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
             if recipe.budget and ids.shape[1] > planned:
                 planned = ids.shape[1]
                 made.replies([planned], _new(limited, planned))
+            elif not recipe.budget:
+                made.pack(made.packs(_new(limited, ids.shape[1])))
             reply = complete(
                 model, tokenizer, ids, torch.ones_like(ids), streamer=streamer, cache=made.cache(),
                 on_token=made.on_token, **limited,

@@ -23,6 +23,7 @@ from ..errors import BadInput, DoesNotFit, Stopped
 from ..memory.budget import Budget, fast_bytes, gib, slow_bytes
 from ..memory.guard import Guard
 from ..memory.meter import Meter
+from ..model import packed
 from ..planning.inference import Work, plan_inference
 from ..planning.plan import Plan
 from ..recipe import Recipe
@@ -81,8 +82,26 @@ class Inference:
         longest = sorted(lengths, reverse=True)
         sizes = [min(most >> k, len(longest)) for k in range(most.bit_length()) if most >> k < 2 * len(longest)]
         works = [Work(size * beams, longest[0], new, len(set(longest[::size]))) for size in sizes]
+        if packs := self.packs(new):
+            works = [dataclasses.replace(work, packed=True) for work in works] + works
         do = "Allow more, let replies be shorter (max_new_tokens), or bound the KV cache (patches: cake)"
-        return self._first_that_fits(works, f"reply to a prompt of {longest[0]} tokens", do).rows // beams
+        work = self._first_that_fits(works, f"reply to a prompt of {longest[0]} tokens", do)
+        if packs and not work.packed:
+            self.say("the budget leaves no room for 4-bit weights in the form that decodes fast: replies will be slow")
+        self.pack(work.packed)
+        return work.rows // beams
+
+    def packs(self, new: int) -> bool:
+        """Whether replies of `new` tokens are faster with the model's 4-bit weights in the form for decoding."""
+        there = packed.any_packed(self.model)
+        return there or (packed.pays(new) and bool(packed.packable(self.model)) and packed.available())
+
+    def pack(self, wanted: bool) -> None:
+        """Put 4-bit weights into the form for decoding, until `with` ends, or back into the ordinary one."""
+        if not wanted:
+            packed.unpack_all(self.model)
+        elif not packed.any_packed(self.model):
+            self._stack.enter_context(packed.hold(self.model))
 
     def evaluation(self, rows: int, tokens: int, lengths: int) -> None:
         """Plans the evaluation of batches of `rows` rows with `lengths` distinct lengths, the longest of `tokens`."""
@@ -94,7 +113,7 @@ class Inference:
         made = None
         for work in works:
             try:
-                made = self._within_budget(work, last=work is works[-1])
+                made = self._within_budget(work, last=work.rows == works[-1].rows)
             except BadInput:
                 if self.recipe.budget:
                     raise
@@ -136,6 +155,7 @@ class Inference:
         if self.device.type == "cuda":
             return made
         loaded = made.kinds.get("weights", 0) + made.kinds.get("adapter", 0)
+        loaded -= packed.scales_bytes(self.model) if work.packed else 0  # none are left to pack if they are there
         return dataclasses.replace(made, process=max(0, self.meter.rebase() - loaded))
 
     # --- during --------------------------------------------------------------------------------------------------

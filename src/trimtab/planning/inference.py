@@ -30,12 +30,13 @@ NEW = 256  # tokens of the reply that a plan without prompts is for
 @dataclasses.dataclass(frozen=True)
 class Work:
     """The largest batch. `new`: tokens generated after it; 0: evaluation only. `lengths`: how many distinct lengths the
-    batches have."""
+    batches have. `packed`: with 4-bit weights in the form for decoding (model/packed.py)."""
 
     rows: int
     tokens: int
     new: int = 0
     lengths: int = 1
+    packed: bool = False
 
 
 def plan_inference(
@@ -83,6 +84,10 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
         recipe, notes = seen.recipe, list(seen.notes)
     head = recipe.load_objective().head
     work = Work(1, length, NEW if head == "causal-lm" else 0)
+    if work.new and recipe.model.precision == "nf4" and recipe.place.device.type == "cpu":
+        from ..model.packed import available
+
+        work = dataclasses.replace(work, packed=available())
     made = plan_inference(recipe, recipe.load_patches(), work, head, None, process)
     what = f"a prompt of {length} tokens (max_length)" + (f" and a reply of {work.new}" if work.new else "")
     made.notes.extend(notes)
@@ -143,6 +148,8 @@ class PlannedInference(PlannedModel):
             self.model(**batch)
 
     def _reply(self, trace: Trace, work: Work) -> None:
+        if work.packed:
+            self._pack(trace)
         most = getattr(getattr(cache := self._cache(trace), "policy", None), "chunk", 0) or work.tokens
         before = max(0, work.tokens - most)  # tokens of the prompt that earlier chunks have read
         with self._attending(cache, work):
@@ -154,6 +161,7 @@ class PlannedInference(PlannedModel):
             self._fill(trace, cache, work.rows, work.tokens + work.new - 1)
             self._pass(trace, "reply", work.rows, 1, cache)
 
+<<<<<<< HEAD
     @contextlib.contextmanager
     def _attending(self, cache: Any, work: Work) -> Iterator[None]:
         from ..model.kv_cache import KeptCache, attending
@@ -169,6 +177,16 @@ class PlannedInference(PlannedModel):
             self._pass(trace, "", rows, tokens, cache)
             trace.peaks.pop("", None)
             trace.heights.pop("", None)
+=======
+    def _pack(self, trace: Trace) -> None:
+        from ..cost.trace import TEMPORARIES, WEIGHTS
+        from ..model import packed
+
+        trace.enter("packing", TEMPORARIES)
+        for linear in packed.packable(self.model):
+            packed.pack(linear)
+            trace.relabel(packed.scales(linear), WEIGHTS)
+>>>>>>> pack
 
     def _pass(self, trace: Trace, phase: str, rows: int, tokens: int, cache: Any) -> None:
         from ..cost.trace import TEMPORARIES
