@@ -161,7 +161,6 @@ class PlannedInference(PlannedModel):
             self._fill(trace, cache, work.rows, work.tokens + work.new - 1)
             self._pass(trace, "reply", work.rows, 1, cache)
 
-<<<<<<< HEAD
     @contextlib.contextmanager
     def _attending(self, cache: Any, work: Work) -> Iterator[None]:
         from ..model.kv_cache import KeptCache, attending
@@ -177,7 +176,7 @@ class PlannedInference(PlannedModel):
             self._pass(trace, "", rows, tokens, cache)
             trace.peaks.pop("", None)
             trace.heights.pop("", None)
-=======
+
     def _pack(self, trace: Trace) -> None:
         from ..cost.trace import TEMPORARIES, WEIGHTS
         from ..model import packed
@@ -186,7 +185,6 @@ class PlannedInference(PlannedModel):
         for linear in packed.packable(self.model):
             packed.pack(linear)
             trace.relabel(packed.scales(linear), WEIGHTS)
->>>>>>> pack
 
     def _pass(self, trace: Trace, phase: str, rows: int, tokens: int, cache: Any) -> None:
         from ..cost.trace import TEMPORARIES
