@@ -258,7 +258,7 @@ def losses(train: Path, apart: Path, quick: bool) -> tuple[float, list[dict[str,
             loss = itself(__file__, {**job, "train": str(apart), "steps": tried, "rate": rate, "seed": 0})["loss"]
             return -loss if loss == loss else -1e9
 
-        rate, _ = seek(score, rates[1:] if quick else rates)
+        rate, _ = seek(score, rates[1:] if quick else rates, further=0 if quick else 10)
         made = [itself(__file__, {**job, "train": str(train), "steps": steps, "rate": rate, "seed": s}) for s in seeds]
         found[name] = [run["loss"] for run in made]
         speed = spread([1 / r["seconds"] for r in made])
