@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import MODELS, tiny_batch
 from trimtab import methods
@@ -15,6 +18,8 @@ from trimtab.model.kv_cache import KeptCache, attending
 from trimtab.model.kv_rows import Row
 from trimtab.model.kv_scores import water_filling, window_attention
 from trimtab.model.sampling import complete
+from trimtab.planning.inference import Work, plan_inference
+from trimtab.recipe import Recipe
 from world import PLACE
 
 EVICTING = {
@@ -271,3 +276,27 @@ def test_a_prompt_shorter_than_the_window_is_kept_whole():
     for name in EVICTING:
         cache = KeptCache(2, policy(name))
         assert torch.equal(complete(model, TOKENIZER, ids, mask, cache=cache, max_new_tokens=8, eos_token_id=2), own)
+
+
+def test_a_cache_is_freed_at_once():
+    cache = KeptCache(2, policy("cake"))
+    passes(MODELS["llama"](), cache, *text(), [slice(0, 40)])
+    row = weakref.ref(cache.layers[0].rows[0])
+    gc.disable()
+    try:
+        del cache
+        assert row() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name,fields", [("cake", {"window": 4}), ("pyramidkv", {"window": 4}), ("tova", {})])
+def test_the_plan_of_a_deep_model_has_the_whole_budget(name, fields, tmp_path):
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=12,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "deep")
+    size = 200 * 1024
+    recipe = Recipe(model=str(tmp_path / "deep"), patches=[{name: {"budget": f"{size}B", **fields}}])
+    for work in (Work(1, 300, 50), Work(3, 300, 50)):
+        planned = plan_inference(recipe, recipe.load_patches(), work).kinds["cache"]
+        assert 0.9 * size < planned / work.rows < 1.25 * size

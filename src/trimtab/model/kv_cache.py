@@ -15,6 +15,7 @@ Shapes: B rows, A query heads, H key-value heads, T new tokens, N kept tokens, D
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -62,7 +63,8 @@ class KeptLayer(CacheLayerMixin):
 
     def __init__(self, cache: KeptCache, number: int):
         super().__init__()
-        self.cache, self.number, self.seen, self.rows = cache, number, 0, list[Row]()
+        self.cache = weakref.proxy(cache)  # a cycle would keep its tensors until Python looks for cycles
+        self.number, self.seen, self.rows = number, 0, list[Row]()
         self.scale = 1.0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -133,7 +135,7 @@ class KeptCache(Cache):
 
     def __init__(self, layers: int, policy: Policy):
         super().__init__(layers=[KeptLayer(self, number) for number in range(layers)])
-        self.policy = policy
+        self.policy, self.depth = policy, layers  # a plan's model may have fewer layers than the budget is for
         self.expected = 0  # tokens of the longest text; memory is reserved for them if the policy is not bounded
         self.prompts: list[tuple[int, int]] = []  # of each text: tokens of padding on its left, tokens of the prompt
 
@@ -151,7 +153,7 @@ class KeptCache(Cache):
             rows = [layer.rows[at] for layer in self.layers if layer.rows]
             if rows[number].new == 0:
                 continue
-            total = self.policy.tokens(rows[0], len(self.layers))
+            total = self.policy.tokens(rows[0], self.depth) * len(self.layers) // self.depth
             if new > 1:
                 self._of_prompt(at, number, total)
             elif number == len(self.layers) - 1 and sum(row.length for row in rows) > total:
@@ -245,7 +247,7 @@ class _Whole:
     """The policy that keeps everything."""
 
     bits, bounded = 16, False
-    queries = 0
+    queries = 1
 
 
 @torch.no_grad()

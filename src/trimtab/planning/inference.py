@@ -51,14 +51,21 @@ def plan_inference(
     import torch
 
     from ..cost.trace import highest
+    from ..model import anatomy
 
     device = recipe.place.device
     machine, budget = limits(recipe)
     overhead = known_overhead()
     with torch.random.fork_rng(devices=[]):
-        cost = at_whole_depth(
-            lambda blocks: PlannedInference(recipe, blocks, patches, head, labels), lambda model: model.trace(work)
-        )
+        depths: list[int] = []
+
+        def make(blocks: int | None) -> PlannedInference:
+            made = PlannedInference(recipe, blocks, patches, head, labels)
+            depths.append(len(anatomy.blocks(made.model)[1]))
+            made.depth = depths[0]  # the whole model comes first
+            return made
+
+        cost = at_whole_depth(make, lambda model: model.trace(work))
     phase, kinds = highest(cost.peaks)
     shapes = cost.product_shapes * (work.lengths - 1)
     beside = 0 if device.type == "cuda" else overhead.of(growth(kinds), 0, False, 0, shapes)
@@ -104,6 +111,8 @@ def _saved(made: Plan, without: Plan) -> str:
 
 class PlannedInference(PlannedModel):
     """A recipe's model with `patches`, for inference."""
+
+    depth: int  # blocks of the whole model
 
     def __init__(
         self, recipe: Recipe, blocks: int | None, patches: Sequence[Patch], head: str, labels: int | None
@@ -166,6 +175,7 @@ class PlannedInference(PlannedModel):
         from ..model.kv_cache import KeptCache, attending
 
         if isinstance(cache, KeptCache):
+            cache.depth = self.depth
             cache.expect([(0, work.tokens)] * work.rows, work.new)
         with attending(self.model, cache):
             yield
