@@ -29,6 +29,7 @@ from ..recipe import Recipe
 from .load_run import load_run
 
 Say = Callable[[str], None]
+SHORTER = "Allow more, let replies be shorter (max_new_tokens), or bound the KV cache (patches: streaming_llm)"
 
 
 class Guarded(TrainerCallback):
@@ -80,8 +81,12 @@ class Inference:
         longest = sorted(lengths, reverse=True)
         sizes = [min(most >> k, len(longest)) for k in range(most.bit_length()) if most >> k < 2 * len(longest)]
         works = [Work(size * beams, longest[0], new, len(set(longest[::size]))) for size in sizes]
-        do = "Allow more, let replies be shorter (max_new_tokens), or bound the KV cache (patches: streaming_llm)"
-        return self._first_that_fits(works, f"reply to a prompt of {longest[0]} tokens", do).rows // beams
+        return self._first_that_fits(works, f"reply to a prompt of {longest[0]} tokens", SHORTER).rows // beams
+
+    def batch(self, work: Work) -> None:
+        """Plans this batch of replies; DoesNotFit if it exceeds the budget."""
+        what = f"reply with {work.new} tokens to a prompt of {work.tokens}"
+        self._first_that_fits([work], what, SHORTER)
 
     def evaluation(self, rows: int, tokens: int, lengths: int) -> None:
         """Plans the evaluation of batches of `rows` rows with `lengths` distinct lengths, the longest of `tokens`."""
