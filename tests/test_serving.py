@@ -22,6 +22,7 @@ from trimtab.errors import BadInput, DoesNotFit, Stopped
 from trimtab.inference.generate import generate
 from trimtab.inference.session import Inference
 from trimtab.model.sampling import reply_text
+from trimtab.planning.inference import Work
 from trimtab.recipe import Recipe
 from trimtab.serving import protocol, worker
 from trimtab.serving.jobs import Reader
@@ -330,46 +331,73 @@ def test_a_batch_is_what_is_alike_and_fits(made, monkeypatch):
     wanted[1].new = 60 - len(wanted[1].ids)
     assert wanted[1] not in ready._batch(waiting)
     ready.places, ready.coarse, ready.room = None, False, Room(made)
-
-    def plan(work):
-        if work.rows > 3 or work.rows == 1 and work.new > 50:
-            raise DoesNotFit("so many", "too few", "Ask for less")
-
-    monkeypatch.setattr(made, "batch", plan)
+    limited(made, monkeypatch, lambda work: work.rows <= 3 and (work.rows > 1 or work.new <= 50))
     assert ready._batch(waiting) == wanted[:3]
     wanted[0].new = 60
-    with pytest.raises(DoesNotFit):
+    with pytest.raises(DoesNotFit, match=f"to reply with 60 tokens to a prompt of {len(wanted[0].ids)}: "):
         ready._batch(waiting)
 
 
-def test_what_fits_is_planned_once(made, monkeypatch):
+def limited(made, monkeypatch, fits) -> list[Work]:
+    """Lets plans of `made` fit where `fits(work)`; -> the list of what is planned."""
     planned = []
 
     def plan(work):
         planned.append(work)
-        if work.rows * (work.tokens + work.new) > 1000:
-            raise DoesNotFit("so many", "too few", "Ask for less")
+        return SimpleNamespace(fits=fits(work), fast=100, fast_peak_bytes=101, phase="prompt")
 
-    monkeypatch.setattr(made, "batch", plan)
+    monkeypatch.setattr(made, "planned", plan)
+    return planned
+
+
+def test_what_fits_is_planned_once(made, monkeypatch):
+    planned = limited(made, monkeypatch, lambda work: work.rows * (work.tokens + work.new) <= 1000)
     room = Room(made)
-    for tokens in range(10, 100):
-        room.require(2, tokens, 50)
-    assert len(planned) == 2
-    room.require(1, 500, 400)
+    assert not any(room.excess(Work(2, tokens, 50)) for tokens in range(10, 100)) and len(planned) == 2
+    assert not room.excess(Work(1, 500, 400)) and len(planned) == 4, "rounded, it does not fit"
     for _ in range(3):
-        with pytest.raises(DoesNotFit, match="so many"):
-            room.require(1, 700, 400)
-    with pytest.raises(DoesNotFit):
-        room.require(2, 800, 400)
-    assert len(planned) == 5, planned
+        assert room.excess(Work(1, 700, 400))[0] == Work(1, 700, 400)
+    assert room.excess(Work(2, 800, 400))[0] == Work(1, 700, 400) and len(planned) == 5
+    assert not room.known_excess(Work(1, 600, 401)) and room.known_excess(Work(1, 700, 401))
 
 
 def test_widths_of_16_bit_batches_are_few(made):
     ready = Worker(made, rows=8, most=9, failed=print)
     ready.coarse = True
-    widths = {ready._width(width, 1) for width in range(1, 4097)}
-    assert len(widths) < 50 and all(width <= ready._width(width, 1) <= 1.26 * width for width in range(8, 4097))
+    widths = {ready._width(width) for width in range(1, 4097)}
+    assert len(widths) < 50 and all(width <= ready._width(width) <= 1.26 * width for width in range(8, 4097))
     assert {2 * width for width in widths if 8 <= width <= 2048} <= widths, "of two rows, as of one of twice the width"
+
+
+def all_replies(made, prompts: list[str], new: int, **worker_settings) -> list[str]:
+    """The replies of a Worker to `prompts`, all submitted at once."""
+    events: Queue = Queue()
+    ask = read_ask({"prompt": prompts, "max_tokens": new}, "bytes", chat=False)
+    with Worker(made, rows=8, most=99, failed=print) as running:
+        vars(running).update(worker_settings)
+        running.submit(Reader(made, {}).jobs(ask, lambda at, event: events.put((at, event))))
+        found: dict[int, Reply] = {}
+        while len(found) < len(prompts):
+            at, event = events.get(timeout=SECONDS)
+            assert not isinstance(event, Exception), event
+            if isinstance(event, Reply):
+                found[at] = event
+    return [found[at].text.strip() for at in range(len(prompts))]
+
+
+def test_a_padded_width_changes_no_reply(runs, made):
+    """As for 16-bit weights on a CPU, in fp32."""
+    alone = list(generate(runs["paca"], ASKED[:7], raw=True, max_new_tokens=9))
+    assert all_replies(made, ASKED[:7], 9, coarse=True) == alone
+
+
+def test_within_learned_positions(tmp_path):
+    """Each reply is as long as if it were alone, although padding takes positions too."""
+    recipe = Recipe(model=byte_folder(tmp_path / "gpt2", family="GPT2", max_position_embeddings=64, n_inner=128))
+    prompts = ["a" * 50, "b" * 3, "c" * 40, "d" * 63, "e" * 4]
+    alone = [next(generate(recipe, [prompt], raw=True, base_only=True, max_new_tokens=64)) for prompt in prompts]
+    with Inference(recipe, base_only=True) as made:
+        assert all_replies(made, prompts, 64) == alone
 
 
 @pytest.mark.parametrize("fault", ["budget", "machine", "bug", "memory"])
@@ -401,7 +429,7 @@ def test_a_reply_that_fails_ends_alone(made, monkeypatch, capsys, fault):
 
 def test_a_process_beyond_its_budget_ends(made, monkeypatch):
     monkeypatch.setattr(worker.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(worker.Room, "_plan", lambda self, work: None)
+    monkeypatch.setattr(worker.Room, "_fits", lambda self, work: True)
     made.guard.budget = 1
     made.meter.sample()
     failures: Queue = Queue()

@@ -29,7 +29,6 @@ from ..recipe import Recipe
 from .load_run import load_run
 
 Say = Callable[[str], None]
-SHORTER = "Allow more, let replies be shorter (max_new_tokens), or bound the KV cache (patches: streaming_llm)"
 
 
 class Guarded(TrainerCallback):
@@ -81,31 +80,35 @@ class Inference:
         longest = sorted(lengths, reverse=True)
         sizes = [min(most >> k, len(longest)) for k in range(most.bit_length()) if most >> k < 2 * len(longest)]
         works = [Work(size * beams, longest[0], new, len(set(longest[::size]))) for size in sizes]
-        return self._first_that_fits(works, f"reply to a prompt of {longest[0]} tokens", SHORTER).rows // beams
-
-    def batch(self, work: Work) -> None:
-        """Plans this batch of replies; DoesNotFit if it exceeds the budget."""
-        what = f"reply with {work.new} tokens to a prompt of {work.tokens}"
-        self._first_that_fits([work], what, SHORTER)
+        do = "Allow more, let replies be shorter (max_new_tokens), or bound the KV cache (patches: streaming_llm)"
+        return self._first_that_fits(works, f"reply to a prompt of {longest[0]} tokens", do).rows // beams
 
     def evaluation(self, rows: int, tokens: int, lengths: int) -> None:
         """Plans the evaluation of batches of `rows` rows with `lengths` distinct lengths, the longest of `tokens`."""
         do = "Allow more, or lower training.per_device_train_batch_size"
         self._first_that_fits([Work(rows, tokens, 0, lengths)], f"evaluate {rows} rows of {tokens} tokens at once", do)
 
+    def planned(self, work: Work) -> Plan | None:
+        """The plan of one batch, which the record will have if it fits and no other uses more. None: it cannot be
+        planned, which is an error only with a budget."""
+        try:
+            made = self._planned(work)
+        except BadInput:
+            if self.recipe.budget:
+                raise
+            return None
+        if made.fits and (self.plan is None or made.fast_peak_bytes > self.plan.fast_peak_bytes):
+            self.plan = made
+        return made
+
     def _first_that_fits(self, works: list[Work], what: str, do: str) -> Work:
         """DoesNotFit if none fits. Without a budget, work that cannot be planned is done without a plan."""
         made = None
         for work in works:
-            try:
-                made = self._planned(work)
-            except BadInput:
-                if self.recipe.budget:
-                    raise
+            made = self.planned(work)
+            if made is None:
                 return work
             if made.fits:
-                if self.plan is None or made.fast_peak_bytes > self.plan.fast_peak_bytes:
-                    self.plan = made
                 if self.recipe.budget:
                     self.say(f"planned: {gib(made.fast_peak_bytes)} of the fast tier at the peak")
                 return work

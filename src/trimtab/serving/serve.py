@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput, DoesNotFit
+from ..errors import BadInput
 from ..quiet import silence_libraries
 from ..recipe import Recipe
 from .protocol import LOCAL
@@ -42,7 +42,7 @@ def serve(
         from ..files import write_json
         from ..inference.generate import language_model
         from .jobs import Reader
-        from .worker import Worker
+        from .worker import Worker, too_large
 
         made = language_model(recipe, adapter, base_only, lambda line: None)
         name = name or (made.base.name if base_only else Path(recipe.output).resolve().name)
@@ -50,9 +50,9 @@ def serve(
         with made:
             reader = Reader(made, settings or {})
             worker = Worker(made, batch, queue, failures.append)
-            worker.room.require(1, LEAST, reader.new)
-            with contextlib.suppress(DoesNotFit):  # planned now, not while clients wait
-                worker.room.require(batch, USUAL, reader.new)
+            if excess := worker.room.excess(worker.work(1, LEAST, reader.new)):
+                raise too_large(LEAST, reader.new, excess)
+            worker.room.excess(worker.work(batch, USUAL, reader.new))  # planned now, not while clients wait
             address = f"[{host}]" if ":" in host else host
             at = f"http://{address}:{listener.getsockname()[1]}/v1"
             if host not in LOCAL:
@@ -61,6 +61,7 @@ def serve(
                 say(f'serving "{name}" at {at}: replies of up to {reader.new} tokens; Ctrl-C ends it')
                 asyncio.run(_run(listener, name, reader, worker, signals, host in LOCAL))
             record = made.record()
+            record["measured"].pop("tokens_per_second", None)  # most of the time it may have waited
         if adapter is None and Path(recipe.output).is_dir():
             write_json(Path(recipe.output) / "serve.json", record)
     if failures:
@@ -98,9 +99,8 @@ async def _run(listener: socket.socket, name: str, reader: Any, worker: Any, sig
 
 async def _close(worker: Any, signals: list[int]) -> None:
     """Closes the worker when a signal has come; a second one cuts the running replies at once."""
-    for grace in (GRACE, 0.0):
-        seen = len(signals)
-        while len(signals) == seen:
+    for count, grace in ((1, GRACE), (2, 0.0)):
+        while len(signals) < count:
             await asyncio.sleep(0.05)
         worker.close(grace)
 

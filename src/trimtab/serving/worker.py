@@ -7,7 +7,7 @@ alone in its batch, so that its random numbers are its own.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import secrets
 import sys
 import threading
@@ -22,10 +22,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import BadInput, DoesNotFit, Stopped
 from ..inference.session import Inference
+from ..memory.budget import gib
 from ..memory.guard import ran_out
 from ..model.limits import learned_positions, rows_depend
 from ..model.sampling import complete
 from ..planning.inference import Work
+from ..planning.plan import Plan
 from .jobs import Job
 from .protocol import Refused
 
@@ -39,36 +41,40 @@ class Room:
     def __init__(self, made: Inference):
         self.made = made
         self.fit: list[Work] = []
-        self.rest: list[tuple[Work, DoesNotFit]] = []  # what does not fit
+        self.rest: list[tuple[Work, Plan]] = []  # what does not fit
 
-    def require(self, rows: int, tokens: int, new: int, lengths: int = 1) -> None:
-        """DoesNotFit unless `rows` prompts of `tokens` tokens, and replies of `new` tokens to them, fit at once."""
-        work = Work(rows, tokens, new, lengths)
+    def excess(self, work: Work) -> tuple[Work, Plan] | None:
+        """None if `work` fits; otherwise a batch no larger than it that does not fit, and its plan."""
         if any(_within(work, one) for one in self.fit):
-            return
-        if error := self.refusal(work):
-            raise error
-        rounded = Work(_up(rows, 1), _up(tokens), _up(new), lengths)
-        if not self.refusal(rounded):
-            try:
-                self._plan(rounded)
-                return
-            except DoesNotFit:
-                pass
-        self._plan(work)
+            return None
+        if known := self.known_excess(work):
+            return known
+        rounded = dataclasses.replace(work, rows=_up(work.rows, 1), tokens=_up(work.tokens), new=_up(work.new))
+        if not self.known_excess(rounded) and self._fits(rounded) or self._fits(work):
+            return None
+        return self.rest[-1]
 
-    def refusal(self, work: Work) -> DoesNotFit | None:
-        """A new error if `work` is known not to fit."""
-        return next((DoesNotFit(*error.args) for one, error in self.rest if _within(one, work)), None)
+    def known_excess(self, work: Work) -> tuple[Work, Plan] | None:
+        """The same without a new plan: None also if it is not known whether `work` fits."""
+        return next((pair for pair in self.rest if _within(pair[0], work)), None)
 
-    def _plan(self, work: Work) -> None:
-        try:
-            self.made.batch(work)
-        except DoesNotFit as error:
-            self.rest = [pair for pair in self.rest if not _within(work, pair[0])]
-            self.rest.append((work, DoesNotFit(*error.args)))  # without frames
-            raise
+    def _fits(self, work: Work) -> bool:
+        made = self.made.planned(work)
+        if made is not None and not made.fits:
+            self.rest = [pair for pair in self.rest if not _within(work, pair[0])] + [(work, made)]
+            return False
         self.fit = [one for one in self.fit if not _within(one, work)] + [work]
+        return True
+
+
+def too_large(tokens: int, new: int, excess: tuple[Work, Plan]) -> DoesNotFit:
+    """The error of a reply of `new` tokens to a prompt of `tokens` tokens, none of which is less than in `excess`."""
+    work, made = excess
+    return DoesNotFit(
+        f"{gib(made.fast)} of the fast tier to reply with {new} tokens to a prompt of {tokens}",
+        f"{work.new} tokens to a prompt of {work.tokens} would use {gib(made.fast_peak_bytes)} ({made.phase})",
+        "Send a shorter prompt, lower max_tokens, or start the server with a larger budget.fast",
+    )
 
 
 def _within(one: Work, other: Work) -> bool:
@@ -129,8 +135,8 @@ class Worker:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Refused if too many wait, if the server is stopping, or if it is known that one of `jobs` does not fit."""
         for job in jobs:
-            if error := self.room.refusal(self._work([job])):
-                raise error
+            if excess := self.room.known_excess(self._work([job])):
+                raise too_large(len(job.ids), job.new, excess)
         with self.busy:
             if self.cut_at is not None:
                 raise stopping()
@@ -202,13 +208,12 @@ class Worker:
     def _batch(self, waiting: list[Job]) -> list[Job]:
         """The jobs to reply to next, as many as fit."""
         first = waiting[0]
-        self._require([first])
+        if excess := self.room.excess(self._work([first])):
+            raise too_large(len(first.ids), first.new, excess)
         batch = [first]
         for job in waiting[1:]:
-            if len(batch) < self.rows and self._joins(job, batch):
-                with contextlib.suppress(DoesNotFit):
-                    self._require([*batch, job])
-                    batch.append(job)
+            if len(batch) < self.rows and self._joins(job, batch) and not self.room.excess(self._work([*batch, job])):
+                batch.append(job)
         if self.coarse:
             batch = batch[: 1 << (len(batch).bit_length() - 1)]
         return batch
@@ -222,15 +227,15 @@ class Worker:
         return self.places is None or work.tokens + work.new <= self.places
 
     def _work(self, batch: Sequence[Job]) -> Work:
-        width = max(len(job.ids) for job in batch)
-        return Work(len(batch), self._width(width, len(batch)), max(job.new for job in batch))
+        return self.work(len(batch), max(len(job.ids) for job in batch), max(job.new for job in batch))
 
-    def _require(self, batch: Sequence[Job]) -> None:
-        work = self._work(batch)
-        widths = BETWEEN * max(1, (work.rows * work.tokens).bit_length() - 2) if self.coarse else 1
-        self.room.require(work.rows, work.tokens, work.new, widths)
+    def work(self, rows: int, tokens: int, new: int) -> Work:
+        """A batch of `rows` prompts, the longest of `tokens` tokens, with replies of `new`."""
+        width = self._width(tokens)
+        lengths = BETWEEN * max(1, (rows * width).bit_length() - 2) if self.coarse else 1
+        return Work(rows, width, new, lengths)
 
-    def _width(self, width: int, rows: int) -> int:
+    def _width(self, width: int) -> int:
         """The width of a batch with prompts of up to `width` tokens: for 16-bit products on a CPU the next of 16, 20,
         24, 28, 32, 40, ..., since each shape of theirs costs memory. Within learned positions in any case."""
         if not self.coarse or width <= 2 * BETWEEN:
