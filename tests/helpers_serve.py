@@ -49,7 +49,7 @@ finally:
 class Served:
     """A running server. `name`: of its model."""
 
-    def __init__(self, process: subprocess.Popen, line: str):
+    def __init__(self, process: subprocess.Popen | None, line: str):
         self.process = process
         self.name = line.split('"')[1]
         self.url = line.split(" at ")[1].split(": ")[0]

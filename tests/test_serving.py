@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from types import SimpleNamespace
@@ -17,16 +18,18 @@ import openai
 import pytest
 
 from helpers_reply import byte_folder, byte_tokenizer, learned
-from helpers_serve import SECONDS, serving
+from helpers_serve import SECONDS, Served, serving
 from trimtab.errors import BadInput, DoesNotFit, Stopped
 from trimtab.inference.generate import generate
 from trimtab.inference.session import Inference
+from trimtab.memory.guard import Guard
 from trimtab.model.sampling import reply_text
 from trimtab.planning.inference import Work
 from trimtab.recipe import Recipe
 from trimtab.serving import protocol, worker
 from trimtab.serving.jobs import Reader
 from trimtab.serving.protocol import Refused, Reply, read_ask
+from trimtab.serving.serve import serve
 from trimtab.serving.text import Growing
 from trimtab.serving.worker import Room, Worker
 
@@ -439,6 +442,22 @@ def test_a_process_beyond_its_budget_ends(made, monkeypatch):
         assert isinstance(last(events), Stopped)
         error = failures.get(timeout=SECONDS)
         assert isinstance(error, Stopped) and "without any reply" in str(error)
+
+
+def test_a_server_beyond_its_budget_ends(runs, monkeypatch):
+    """`Stopped`, which is exit code 4; its last client gets the reason."""
+    monkeypatch.setattr(worker.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Guard, "of", classmethod(lambda cls, budget, device: Guard(budget=1)))
+    answers: Queue = Queue()
+
+    def ready(line: str) -> None:
+        ask = threading.Thread(target=lambda: answers.put(Served(None, line).post(MESSAGE)), daemon=True)
+        ask.start()
+
+    with pytest.raises(Stopped, match="without any reply"):
+        serve(runs["paca"], port=0, say=ready)
+    status, body = answers.get(timeout=SECONDS)
+    assert status == 413 and "stay within" in body["error"]["message"]
 
 
 def test_a_run_of_plain_prompts_takes_no_conversation(made):
