@@ -183,6 +183,7 @@ BAD = {  # what is wrong -> (the body, headers, status, what the error says)
     "form": (b"a=b", {"content_type": "application/x-www-form-urlencoded"}, 415, "Content-Type: application/json"),
     "another host": (MESSAGE, {"host": "evil.example"}, 403, "this machine only"),
     "unknown field": ({**MESSAGE, "max_token": 1}, {}, 400, 'Did you mean "max_tokens"'),
+    "odd field": (b'{"\\ud800": 1}', {}, 400, '"?": this server has no such field'),
     "n": ({**MESSAGE, "n": 2}, {}, 400, "n: 2: this server does not support it"),
     "n as truth": ({**MESSAGE, "n": True}, {}, 400, "n: True"),
     "tools": ({**MESSAGE, "tools": [{"type": "function"}]}, {}, 400, "does not support"),
@@ -248,7 +249,9 @@ def test_within_a_budget_until_sigterm(runs):
         after = server.chat(ASKED[0], max_tokens=9)
         assert after.choices[0].message.content == alone[0], "a million tokens would have taken an hour"
 
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool, socket.create_connection(("127.0.0.1", server.port)) as stalled:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {server.url.split('/')[2]}\r\nContent-Length: 9\r\n"
+            stalled.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())  # and no more
             stream = server.chat(endless, max_tokens=10**6, stream=True)
             heard = [next(stream) for _ in range(3)]
             waits = pool.submit(server.chat, ASKED[1])
@@ -259,6 +262,7 @@ def test_within_a_budget_until_sigterm(runs):
                 waits.result(SECONDS)
             os.kill(server.process.pid, signal.SIGTERM)  # again: at once
             heard += list(stream)
+            assert b"503 Service Unavailable" in stalled.recv(1000)
         assert heard[-1].choices[0].finish_reason == "length" and len(heard) > 4
         out, err = server.process.communicate(timeout=SECONDS)
         assert server.process.returncode == 0 and "ASKED []" in out and err == "", err[-3000:]

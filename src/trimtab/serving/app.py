@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,11 +22,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..errors import BadInput
+from ..errors import BadInput, TrimtabError
 from .jobs import Job, Reader
 from .protocol import LOCAL, MOST_BYTES, Ask, Form, Refused, Reply, error_body, read_ask, read_body, status_of
-from .worker import Worker
+from .worker import Worker, stopping
 
+BODY = 30  # seconds that a request's body may take
 STREAM = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -37,6 +39,7 @@ class Server:
         self.reader, self.worker, self.name, self.local = reader, worker, name, local
         self.most, self.active = worker.most + 2 * worker.rows, 0  # requests
         self.model = {"id": name, "object": "model", "created": began, "owned_by": "trimtab"}
+        self.reading: set[asyncio.Task[bytes]] = set()
         self.tokenising = ThreadPoolExecutor(1, "trimtab-prompts")
         self.app = Starlette(
             routes=[
@@ -75,6 +78,8 @@ class Server:
         return failure(Refused(error.status_code, f"{request.method} {request.url.path}", have, known))
 
     async def failed(self, request: Request, error: Exception) -> Response:
+        """A bug: Starlette raises it again, and uvicorn keeps silent (serve.py)."""
+        traceback.print_exception(error)
         return failure(error)
 
     def _checked(self, request: Request) -> Response | None:
@@ -94,18 +99,39 @@ class Server:
             return failure(Refused(429, "wait for a reply", have, "Try again later", "queue_full"))
         self.active += 1
         try:
-            ask = read_ask(read_body(await _body(request)), self.name, chat)
+            ask = read_ask(read_body(await self._body(request)), self.name, chat)
             events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
             loop = asyncio.get_running_loop()
             put = lambda at, event: loop.call_soon_threadsafe(events.put_nowait, (at, event))  # noqa: E731
             jobs = await loop.run_in_executor(self.tokenising, self.reader.jobs, ask, put)
             self.worker.submit(jobs)
             return Replies(ask, Form(ask, self.name), jobs, events, self._over)
-        except Exception as error:
+        except BaseException as error:
             self.active -= 1
-            if status_of(error) == 500 and not isinstance(error, ClientDisconnect):
+            if not isinstance(error, TrimtabError):
                 raise
             return failure(error)
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, if it comes in time and before the server stops."""
+        reading = asyncio.create_task(_body(request))
+        self.reading.add(reading)
+        try:
+            await asyncio.wait([reading], timeout=BODY)
+            if reading.cancelled():
+                raise stopping()
+            if not reading.done():
+                have = f"it has not come within {BODY} seconds"
+                raise Refused(408, "read the request's body", have, "Send it again")
+            return reading.result()
+        finally:
+            reading.cancel()
+            self.reading.discard(reading)
+
+    def close(self) -> None:
+        """Waits for no more bodies."""
+        for reading in self.reading:
+            reading.cancel()
 
     def _over(self, jobs: list[Job]) -> None:
         self.active -= 1

@@ -256,4 +256,5 @@ def error_body(error: Exception) -> dict[str, Any]:
     message = str(error) if known else "reply to the request: a bug in trimtab. The server's log has the traceback."
     code = error.code if isinstance(error, Refused) else "does_not_fit" if status == 413 else None
     kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    message = message.encode(errors="replace").decode()  # it may quote half of a surrogate pair
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

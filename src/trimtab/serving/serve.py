@@ -87,22 +87,23 @@ async def _run(listener: socket.socket, name: str, reader: Any, worker: Any, sig
             self.should_exit = self.should_exit or bool(signals) or not worker.thread.is_alive()
             return await super().on_tick(counter)
 
-    app = Server(name, int(time.time()), reader, worker, local).app
+    server = Server(name, int(time.time()), reader, worker, local)
     config = uvicorn.Config(
-        app, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
-        proxy_headers=False, server_header=False, timeout_graceful_shutdown=int(GRACE) + 2,
+        server.app, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="critical",
+        access_log=False, proxy_headers=False, server_header=False, timeout_graceful_shutdown=int(GRACE) + 1,
     )  # fmt: skip
-    closing = asyncio.create_task(_close(worker, signals))
+    closing = asyncio.create_task(_close(server, signals))
     await Own(config).serve(sockets=[listener])
     closing.cancel()
 
 
-async def _close(worker: Any, signals: list[int]) -> None:
-    """Closes the worker when a signal has come; a second one cuts the running replies at once."""
+async def _close(server: Any, signals: list[int]) -> None:
+    """Closes the server when a signal has come; a second one cuts the running replies at once."""
     for count, grace in ((1, GRACE), (2, 0.0)):
         while len(signals) < count:
             await asyncio.sleep(0.05)
-        worker.close(grace)
+        server.close()
+        server.worker.close(grace)
 
 
 @contextlib.contextmanager
