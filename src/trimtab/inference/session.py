@@ -97,6 +97,10 @@ class Inference:
         there = packed.any_packed(self.model)
         return there or (packed.pays(new) and bool(packed.packable(self.model)) and packed.available())
 
+    @property
+    def is_packed(self) -> bool:
+        return packed.any_packed(self.model)
+
     def pack(self, wanted: bool) -> None:
         """Put 4-bit weights into the form for decoding, until `with` ends, or back into the ordinary one."""
         if not wanted:
@@ -109,19 +113,27 @@ class Inference:
         do = "Allow more, or lower training.per_device_train_batch_size"
         self._first_that_fits([Work(rows, tokens, 0, lengths)], f"evaluate {rows} rows of {tokens} tokens at once", do)
 
+    def planned(self, work: Work, last: bool = False) -> Plan | None:
+        """The plan of one batch, which the record will have if it fits and no other uses more. None: it cannot be
+        planned, which is an error only with a budget. `last`: chunks and caches may shrink to make it fit."""
+        try:
+            made = self._within_budget(work, last)
+        except BadInput:
+            if self.recipe.budget:
+                raise
+            return None
+        if made.fits and (self.plan is None or made.fast_peak_bytes > self.plan.fast_peak_bytes):
+            self.plan = made
+        return made
+
     def _first_that_fits(self, works: list[Work], what: str, do: str) -> Work:
         """DoesNotFit if none fits. Without a budget, work that cannot be planned is done without a plan."""
         made = None
         for work in works:
-            try:
-                made = self._within_budget(work, last=work.rows == works[-1].rows)
-            except BadInput:
-                if self.recipe.budget:
-                    raise
+            made = self.planned(work, last=work.rows == works[-1].rows)
+            if made is None:
                 return work
             if made.fits:
-                if self.plan is None or made.fast_peak_bytes > self.plan.fast_peak_bytes:
-                    self.plan = made
                 if self.recipe.budget:
                     self.say(f"planned: {gib(made.fast_peak_bytes)} of the fast tier at the peak")
                 return work
@@ -130,8 +142,8 @@ class Inference:
         raise DoesNotFit(f"{gib(made.fast)} of the fast tier to {what}", have, do)
 
     def _within_budget(self, work: Work, last: bool) -> Plan:
-        """The plan of `work`. If not even the `last` work that is tried fits, prompts are read in smaller chunks, and a
-        KV cache whose size is left open gets what the budget leaves."""
+        """The plan of `work`. If it is the `last` that is tried and does not fit, prompts are read in smaller chunks, and
+        a KV cache whose size is left open gets what the budget leaves."""
         size = chunk = 0
         self._fit_caches(size, chunk)
         made = self._planned(work)
