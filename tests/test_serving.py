@@ -36,7 +36,7 @@ from trimtab.serving.worker import Room, Worker
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS = [{"question": "sky", "answer": "über blau, 空は青い, END and more"}, {"question": "coal", "answer": "black"}]
 ASKED = [f"what is {word} number {at}" for at in range(10) for word in ("sky", "coal", "x", "the third of these")]
-STREAMING = {"streaming_llm": {"window": 1000}}
+STREAMING = {"streaming_llm": {"window": 1000, "chunk": 0}}
 
 
 @pytest.fixture(scope="module")

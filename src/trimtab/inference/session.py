@@ -142,8 +142,8 @@ class Inference:
         raise DoesNotFit(f"{gib(made.fast)} of the fast tier to {what}", have, do)
 
     def _within_budget(self, work: Work, last: bool) -> Plan:
-        """The plan of `work`. If it is the `last` that is tried and does not fit, prompts are read in smaller chunks, and
-        a KV cache whose size is left open gets what the budget leaves."""
+        """The plan of `work`. If the `last` that is tried does not fit, prompts are read in smaller chunks, and a KV
+        cache whose size is left open gets what the budget leaves."""
         size = chunk = 0
         self._fit_caches(size, chunk)
         made = self._planned(work)
