@@ -238,7 +238,7 @@ def test_within_a_budget_until_sigterm(runs):
         assert [server.chat(ask, max_tokens=9).choices[0].message.content for ask in ASKED[:2]] == alone
         for more in ({}, {"stream": True}):
             with pytest.raises(openai.APIStatusError, match="of the fast tier to reply") as told:
-                server.chat("a" * 60_000, max_tokens=5, **more)
+                server.chat("a" * 500_000, max_tokens=5, **more)
             assert told.value.status_code == 413 and told.value.code == "does_not_fit"
 
         stream = server.chat(endless, max_tokens=10**6, stream=True)
