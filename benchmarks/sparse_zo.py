@@ -24,7 +24,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import (  # noqa: E402
-    RESULTS, Clock, alternate, arguments, conclude, follow, itself, options, ratios, say, seek, spread,
+    RESULTS,
+    Clock,
+    alternate,
+    arguments,
+    conclude,
+    follow,
+    itself,
+    options,
+    ratios,
+    say,
+    seek,
+    spread,
 )  # fmt: skip
 from llama_shape import write_model, write_text  # noqa: E402
 
