@@ -1,4 +1,4 @@
-"""A model of LLaMA-7B's shape with random weights, and text for it."""
+"""Models of LLaMA-7B's and Llama-3.2-1B's shapes with random weights, and text for them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,24 @@ def shape(blocks: int) -> Any:
     )  # fmt: skip
 
 
-def write_model(folder: Path, blocks: int) -> None:
-    """A shard for each block, made one after the other: nothing of the whole is ever in memory."""
+def shape_1b() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+
+
+def write_model(folder: Path, blocks: int, config: Any = None) -> None:
+    """A shard for each block, made one after the other: nothing of the whole is ever in memory. `config`: another shape
+    than LLaMA-7B's with `blocks` blocks."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    config = shape(blocks)
+    config = config or shape(blocks)
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
@@ -42,7 +52,9 @@ def write_model(folder: Path, blocks: int) -> None:
     size = sum(2 * s.numel() for s in shapes.values())
     told = {"metadata": {"total_size": size}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(told))
-    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 32000))])}
+    words = {
+        word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, config.vocab_size))])
+    }
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

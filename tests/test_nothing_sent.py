@@ -86,19 +86,58 @@ def test_no_verb_connects_to_anything(tmp_path):
     assert int(theirs) > 0, "a trainer of TRL's own still reports as its user has set it, and the count sees it"
 
 
-def test_importing_bitsandbytes_looks_up_no_kernel(tmp_path):
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text(
+@pytest.fixture(scope="module")
+def looked_up(tmp_path_factory):
+    """code -> the output of a process with a package `kernels` that says when it is asked for one. Skipped where
+    bitsandbytes asks for none."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "__init__.py").write_text(
         "def get_kernel(*a, **k):\n    print('LOOKED UP')\n    raise OSError"
     )
 
     def imported(code: str) -> str:
-        done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], env=environment(folder), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
     if "LOOKED UP" not in imported("import bitsandbytes"):
         pytest.skip("bitsandbytes looks for kernels on processors with AVX512-BF16 only")
+    return imported
+
+
+def test_importing_bitsandbytes_looks_up_no_kernel(looked_up):
     ours = "from trimtab.quiet import silence_libraries\nwith silence_libraries(): import bitsandbytes, peft\n"
-    found = imported(ours + "import kernels\nprint(kernels)")
-    assert "LOOKED UP" not in found and str(tmp_path) in found, "others find the package as before"
+    found = looked_up(ours + "import kernels\nprint(kernels)")
+    assert "LOOKED UP" not in found and "site" in found, "others find the package as before"
+
+
+OWN_MODEL = """
+import sys
+from transformers import LlamaConfig, LlamaForCausalLM
+from trimtab import Place, methods
+model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                     num_attention_heads=2))
+assert "bitsandbytes" not in sys.modules
+surgery = methods.find("{name}")(r=2).apply(model, Place())
+surgery.portable()
+assert "bitsandbytes" in sys.modules
+"""
+STEP = """
+import sys, torch
+from trimtab.tiered import adam_state, store, record
+made = store.TieredStore("table", 4, (3, 10), moments=torch.int8)
+assert "bitsandbytes" not in sys.modules
+adam_state.write(made, record.M, 0, torch.ones(3, 10))
+assert "bitsandbytes" in sys.modules
+"""
+BY_HAND = {
+    **{name: OWN_MODEL.format(name=name) for name in ("lora", "paca", "edora")},
+    "8-bit moments": STEP,
+    "packed": "import trimtab.model.packed as p, sys; p.available(); assert 'bitsandbytes' in sys.modules",
+}
+
+
+@pytest.mark.parametrize("what", BY_HAND)
+def test_neither_does_what_is_called_by_hand(looked_up, what):
+    assert "LOOKED UP" not in looked_up(BY_HAND[what])

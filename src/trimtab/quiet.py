@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 # logger, start of the line, why it does not matter here
 NOISE = (
@@ -59,6 +60,12 @@ def no_kernel_lookup() -> None:
         sys.modules.pop("kernels")
         if had is not None:
             sys.modules["kernels"] = had
+
+
+def peft() -> Any:
+    """The library peft, imported without the lookup, since it imports bitsandbytes."""
+    no_kernel_lookup()
+    return importlib.import_module("peft")
 
 
 @contextmanager

@@ -36,13 +36,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..bases.linear import LinearPatch, LinearSurgery
 from ..contracts import ModulePatch, Place, Portable
 from ..errors import BadInput
 from ..model import anatomy, quant
+from ..quiet import peft
 
 MORE, SWEEPS = 8, 4  # of the randomised SVD: columns beyond r, and products with W W^T
 ZERO = 1e-6  # of the largest singular value: those below count as zero
@@ -223,7 +223,7 @@ class _Decomposed(torch.autograd.Function):
     def forward(ctx: Any, x_TI: Tensor, core_RR: Tensor, magnitude_O: Tensor, gain_O: Tensor, layer: Any) -> Tensor:
         dtype, bias = x_TI.dtype, None if layer.base.bias is None else layer.base.bias.to(x_TI.dtype)
         low_OR = (layer.scale * (1 + gain_O))[:, None] * (layer.b_OR.to(core_RR.dtype) @ core_RR)
-        y_TO = F.linear(x_TI, quant.dense_weight(layer.base, dtype), bias)
+        y_TO = quant.product(layer.base, x_TI)
         h_TR = x_TI.reshape(-1, layer.in_features) @ layer.a_RI.to(dtype).t()
         flat_TO = y_TO.view(-1, layer.out_features)
         flat_TO.addcmul_(flat_TO, gain_O.to(dtype))
@@ -268,8 +268,6 @@ class EDoraSurgery(LinearSurgery):
 
     def portable(self) -> Portable:
         """A DoRA with lora_A = A and lora_B = s B R; since lora_alpha = r, peft's own scale is 1."""
-        from peft import LoraConfig
-
         tensors = {}
         for name, layer in self.layers.items():
             prefix = f"base_model.model.{name}.lora_"
@@ -279,5 +277,5 @@ class EDoraSurgery(LinearSurgery):
             tensors[f"{prefix}magnitude_vector"] = layer.magnitude.detach()
         turned = any(isinstance(layer.base, anatomy.Conv1D) for layer in self.layers.values())
         r, targets = self.patch.r, sorted(self.layers)
-        config = LoraConfig(r=r, lora_alpha=r, use_dora=True, target_modules=targets, fan_in_fan_out=turned)
+        config = peft().LoraConfig(r=r, lora_alpha=r, use_dora=True, target_modules=targets, fan_in_fan_out=turned)
         return Portable(config, tensors)

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..contracts import Patch, Place, Portable, Surgery
@@ -32,6 +31,7 @@ from ..errors import BadInput
 from ..model import anatomy, quant
 from ..model.freeze import freeze_base
 from ..model.surgery import PATCH_MARK, Swaps
+from ..quiet import no_kernel_lookup
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -57,6 +57,7 @@ class LoRA(Patch):
     seed: int = 0
 
     def apply(self, model: PreTrainedModel, place: Place) -> LoraSurgery:
+        no_kernel_lookup()
         from peft import inject_adapter_in_model
         from peft.tuners.tuners_utils import cast_adapter_dtype
 
@@ -260,8 +261,7 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a_RI: Tensor, b_OR: Tensor, base: nn.Module, scale: float) -> Tensor:
-        weight_OI = quant.dense_weight(base, x.dtype)
-        y = F.linear(x, weight_OI, None if base.bias is None else base.bias.to(x.dtype))
+        y = quant.product(base, x)
         x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         low_TR = x_TI @ a_RI.to(x.dtype).T
         y_TO.addmm_(low_TR, b_OR.to(x.dtype).T, alpha=scale)

@@ -29,14 +29,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..bases.linear import LinearPatch, LinearSurgery
 from ..contracts import ModulePatch, Place, Portable
 from ..errors import BadInput
-from ..model import anatomy, quant
+from ..model import anatomy, packed, quant
 from ..model.shared_slice import SharedSlice
+from ..quiet import peft
 
 
 @dataclass(frozen=True)
@@ -241,9 +241,9 @@ class _Partial(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TI: Tensor, x_TR: Tensor, delta_OR: Tensor, layer: PartialLinear) -> Tensor:
-        weight_OI, holds_delta = layer.weight_now(x_TI.dtype)
-        bias = None if layer.base.bias is None else layer.base.bias.to(x_TI.dtype)
-        y_TO = F.linear(x_TI, weight_OI, bias)
+        apart = packed.few(layer.base, x_TI)  # decoding in 4 bits: the columns are added to the output
+        weight_OI, holds_delta = (None, False) if apart else layer.weight_now(x_TI.dtype)
+        y_TO = quant.product(layer.base, x_TI, weight_OI)
         if not holds_delta:
             flat_TO = y_TO.view(-1, layer.out_features)
             flat_TO.addmm_(x_TR.reshape(-1, layer.r), delta_OR.to(x_TI.dtype).t(), alpha=layer.scale)
@@ -302,8 +302,6 @@ class PacaSurgery(LinearSurgery):
 
     def portable(self) -> Portable:
         """LoRA with a one-hot A: A = rows I of the identity, B = s D."""
-        from peft import LoraConfig
-
         tensors = {}
         rank = max(layer.r + layer.held_indices.numel() for layer in self.layers.values())
         for name, layer in self.layers.items():
@@ -316,5 +314,6 @@ class PacaSurgery(LinearSurgery):
             tensors[f"base_model.model.{name}.lora_A.weight"] = a_RI
             tensors[f"base_model.model.{name}.lora_B.weight"] = wide_OR
         turned = any(isinstance(layer.base, anatomy.Conv1D) for layer in self.layers.values())
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(self.layers), fan_in_fan_out=turned)
+        targets = sorted(self.layers)
+        config = peft().LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=turned)
         return Portable(config, tensors)

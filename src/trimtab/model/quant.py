@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from . import packed
 from .anatomy import dense_view, widths
 from .experts import TIERS
 from .surgery import is_patch
@@ -19,6 +21,8 @@ from .surgery import is_patch
 def stored_as(linear: nn.Module) -> str:
     """ "nf4", "int8" or "dense", by the attributes of the parameter: needs no import of bitsandbytes, and works on fake
     tensors, which cannot be of its classes."""
+    if packed.is_packed(linear):
+        return "nf4"
     weight = linear.weight
     if getattr(weight, "quant_state", None) is not None:
         return "nf4"
@@ -31,6 +35,8 @@ def is_quantised(linear: nn.Module) -> bool:
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """-> (out, in): a plain linear's own weight (not copied if its dtype is `dtype`), or a new dequantised tensor."""
+    if packed.is_packed(linear):
+        return packed.dense_weight(linear, dtype)
     weight = linear.weight
     kind = stored_as(linear)
     if kind == "nf4":
@@ -45,6 +51,15 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     else:
         dense = dense_view(linear)
     return dense if dtype is None else dense.to(dtype)
+
+
+def product(linear: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """x W^T + b in the dtype of `x`, (..., out), a new tensor; W is `weight` if given. A weight that is packed for
+    decoding is multiplied by its kernel, which computes no gradients."""
+    if weight is None and packed.is_packed(linear):
+        return packed.product(linear, x)
+    bias = None if linear.bias is None else linear.bias.to(x.dtype)
+    return F.linear(x, dense_weight(linear, x.dtype) if weight is None else weight, bias)
 
 
 def dense_linear(linear: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
@@ -101,6 +116,7 @@ def quantise_empty(model: nn.Module, config: Any, heads: list[str]) -> None:
             packed = empty((rows * columns + 1) // 2, 1, dtype=torch.uint8)
             linear.weight = Params4bit(packed, quant_state=state, quant_type=state.quant_type, bnb_quantized=True)
             linear.quant_state = state
+            linear.support_avx512bf16_for_cpu = False  # as load_model does
         elif isinstance(linear, Linear8bitLt):
             rows = linear.weight.shape[0]
             packed = empty(*linear.weight.shape, dtype=torch.int8)

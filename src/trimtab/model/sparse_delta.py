@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..quiet import peft
 from . import anatomy, quant
 
 NARROW = 2**16  # matrices with fewer columns are saved with 16-bit columns
@@ -162,8 +163,6 @@ class SparseDelta:
 
         PEFT has one rank r for all layers and r (O + I) entries in each: layers with fewer get entries of value zero.
         """
-        from peft import ShiraConfig
-
         rank = max(1, max(-(-len(p.values) // sum(p.pattern.shape)) for p in self.parts.values()))
         tensors = {}
         for name, part in self.parts.items():
@@ -173,7 +172,7 @@ class SparseDelta:
             indices = torch.stack([row, flat - row * columns]).to(torch.int32)
             tensors[f"base_model.model.{name}.shira_weight"] = values
             tensors[f"base_model.model.{name}.shira_indices"] = indices
-        return ShiraConfig(r=rank, target_modules=sorted(self.parts)), tensors
+        return peft().ShiraConfig(r=rank, target_modules=sorted(self.parts)), tensors
 
     @classmethod
     def from_shira(cls, base: str, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int]]) -> SparseDelta:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import anatomy, quant
+from . import anatomy, packed, quant
 from .sparse_delta import Part, Pattern
 from .surgery import ModulePatch
 
-FEW = 16  # tokens up to which S is added to the output
+FEW, FEW_PACKED = 16, 128  # tokens up to which S is added to the output; of a 4-bit base that is packed for decoding
 SPARSE = 0.01  # share of entries up to which dS is computed entry by entry: beyond it one dense product is faster
 CHUNK = 2**20  # elements of the input that are gathered at once
 
@@ -83,10 +83,10 @@ class SparseLinear(ModulePatch):
         return self._product(x_TI, values)
 
     def _product(self, x_TI: Tensor, values_K: Tensor) -> Tensor:
-        bias = None if self.base.bias is None else self.base.bias.to(x_TI.dtype)
-        if self.quantised or x_TI.numel() > FEW * self.in_features:
-            return F.linear(x_TI, self.weight_with(values_K, x_TI.dtype), bias)
-        y_TO = F.linear(x_TI, anatomy.dense_view(self.base).to(x_TI.dtype), bias)
+        few = (FEW_PACKED if packed.few(self.base, x_TI) else 0) if self.quantised else FEW
+        if x_TI.numel() > few * self.in_features:
+            return quant.product(self.base, x_TI, self.weight_with(values_K, x_TI.dtype))
+        y_TO = quant.product(self.base, x_TI)
         columns_IT = x_TI.reshape(-1, self.in_features).t().contiguous()
         added_OT = F.embedding_bag(
             self.columns, columns_IT, self.pattern.starts, mode="sum", per_sample_weights=values_K.to(x_TI.dtype)

@@ -16,14 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import BadInput
+from ..quiet import peft
 
 DO = "Export it as merged, or train other targets (q_proj, k_proj, v_proj, o_proj)"
 
 
 def require_loadable(model: PreTrainedModel, config: Any, names: Iterable[str]) -> None:
     """BadInput if peft refuses `config` on such a model, or expects other tensors than `names`."""
-    from peft import inject_adapter_in_model
-
     asked = f"export to peft on {type(model).__name__}"
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config))
@@ -39,7 +38,7 @@ def require_loadable(model: PreTrainedModel, config: Any, names: Iterable[str]) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the comparison below finds what they warn of
-            inject_adapter_in_model(copy.deepcopy(config), twin, low_cpu_mem_usage=True)
+            peft().inject_adapter_in_model(copy.deepcopy(config), twin, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(asked, f"stock peft refuses it ({error})".rstrip("."), DO) from None
     theirs = {

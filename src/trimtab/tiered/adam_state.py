@@ -9,10 +9,12 @@ divides by it.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..quiet import no_kernel_lookup
 from .record import BLOCK, SCALES, VALUES, M, V
 from .store import TieredStore
 
@@ -27,10 +29,9 @@ def read(store: TieredStore, kind: str, row: int) -> Tensor:
     stored, wide = store.part(kind, row), store.parts[VALUES].dtype
     if SCALES[kind] not in store.parts:
         return stored.to(wide, copy=True)
-    from bitsandbytes.functional import dequantize_blockwise
-
     scales = store.part(SCALES[kind], row)
-    found = dequantize_blockwise(stored, absmax=scales, code=_codes(kind).to(stored.device), blocksize=BLOCK)
+    codes = _codes(kind).to(stored.device)
+    found = _functions().dequantize_blockwise(stored, absmax=scales, code=codes, blocksize=BLOCK)
     return (found.square_() if kind == V else found).to(wide)
 
 
@@ -39,10 +40,8 @@ def write(store: TieredStore, kind: str, row: int, moment: Tensor) -> None:
     if SCALES[kind] not in store.parts:
         store.put(kind, [row], [moment.to(store.parts[kind].dtype)])
         return
-    from bitsandbytes.functional import quantize_blockwise
-
     plain = moment.float().sqrt() if kind == V else moment.float()
-    codes, state = quantize_blockwise(plain, code=_codes(kind).to(moment.device), blocksize=BLOCK)
+    codes, state = _functions().quantize_blockwise(plain, code=_codes(kind).to(moment.device), blocksize=BLOCK)
     if kind == V:
         codes = torch.where((codes == 0) & (plain > 0), 1, codes)
     store.put(kind, [row], [codes])
@@ -52,6 +51,11 @@ def write(store: TieredStore, kind: str, row: int, moment: Tensor) -> None:
 @functools.cache
 def _codes(kind: str) -> Tensor:
     """The 256 values from -1 (roots: 0) to 1 of the codes, ascending."""
-    from bitsandbytes.functional import create_dynamic_map
+    return _functions().create_dynamic_map(signed=kind == M)
 
-    return create_dynamic_map(signed=kind == M)
+
+def _functions() -> Any:
+    no_kernel_lookup()
+    from bitsandbytes import functional
+
+    return functional
