@@ -322,6 +322,12 @@ def test_a_store_that_was_not_completed_is_not_used(tmp_path, monkeypatch):
             Fiddler(store=str(keep)).apply(model, PLACE)
     assert os.listdir(keep) == []
     (keep / f"{DATA}.4194999").write_bytes(b"of a process that was killed")
+    with monkeypatch.context() as patched:
+        replace = os.replace  # as a kill between the two files
+        patched.setattr("os.replace", lambda a, b: 1 / 0 if b.name == DATA else replace(a, b))
+        with pytest.raises(ZeroDivisionError):
+            Fiddler(store=str(keep)).apply(model, PLACE)
+    assert os.listdir(keep) == [MEANING]
     Fiddler(store=str(keep)).apply(model, PLACE)
     assert sorted(os.listdir(keep)) == [DATA, MEANING]
 

@@ -188,8 +188,8 @@ class ExpertStore:
         self.filled = True
         if self._partial is not None:
             partial, data, meaning = self._partial
+            write_json(data.parent / MEANING, json.loads(meaning))  # first: without data it means nothing
             os.replace(partial, data)
-            write_json(data.parent / MEANING, json.loads(meaning))
             self._partial = None
 
     def abandon(self) -> None:
