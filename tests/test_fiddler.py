@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -20,6 +21,7 @@ from trimtab.contracts import Place
 from trimtab.cost.experts import Machine
 from trimtab.errors import BadInput
 from trimtab.inference.generate import generate
+from trimtab.inference.session import Inference
 from trimtab.memory.meter import process_memory
 from trimtab.methods.fiddler import Dynamic, Fiddler, LeastRecentlyUsed, Popular
 from trimtab.methods.paca import PaCA
@@ -453,6 +455,21 @@ def test_slots_are_what_the_budget_leaves(tmp_path):
     assert whole.kinds["experts"] == 16 * slot, "no more than there are"
     fixed = plan_recipe(recipe(folder, {"cache": 3 * slot / 2**30}, "8GiB", tmp_path))
     assert fixed.kinds["experts"] == 3 * slot
+
+
+def test_slots_stay_from_reply_to_reply(tmp_path):
+    made = Inference(recipe(large(tmp_path / "m"), {}, "8GiB", tmp_path))
+    with made:
+        made.replies([20], 8)
+        peak = made.plan.fast_peak_bytes - 16 * 3 * 2**20  # of all but the experts
+        limit = int((peak + 9.5 * 3 * 2**20) / 0.95)
+        made.recipe = dataclasses.replace(made.recipe, budget={"fast": limit})
+        for turn in range(3):
+            made.replies([20], 8)
+            tiers = made.surgeries[0].tiers
+            assert 7 <= tiers.slots <= 10 and (turn == 0 or tiers.slot_of)
+            logits(made.model, tiny_batch(made.model))
+            assert len(tiers.slot_of) == tiers.slots and tiers.used_bytes == tiers.slots * tiers.slot_bytes
 
 
 def test_generate_stays_within_the_budget_and_says_what_it_read(tmp_path):

@@ -26,6 +26,11 @@ def experts_of(surgeries: Iterable[Surgery]) -> list[Any]:
     return [surgery.tiers for surgery in surgeries if surgery.tiers is not None]
 
 
+def expert_bytes(surgeries: Iterable[Surgery]) -> int:
+    """Bytes of the fast tier that a base's experts use now."""
+    return sum(experts.used_bytes for experts in experts_of(surgeries))
+
+
 def notes_of(surgeries: Sequence[Surgery], folder: str) -> list[str]:
     """Notes for the user on how the patches were applied. `folder`: where files of tables are created."""
     notes = [note for surgery in surgeries for note in surgery.notes]

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from ..contracts import When, cache_of
 from ..cost.machine import machine, now, versions
-from ..engine.tables import reading
+from ..engine.tables import expert_bytes, reading
 from ..errors import BadInput, DoesNotFit, Stopped
 from ..memory.budget import Budget, fast_bytes, gib, slow_bytes
 from ..memory.guard import Guard
@@ -194,7 +194,7 @@ class Inference:
         made = plan_inference(self.recipe, self.run.patches, work, self.base.task, self.run.labels)
         if self.device.type == "cuda":
             return made
-        loaded = made.kinds.get("weights", 0) + made.kinds.get("adapter", 0)
+        loaded = made.kinds.get("weights", 0) + made.kinds.get("adapter", 0) + expert_bytes(self.surgeries)
         loaded -= packed.scales_bytes(self.model) if work.packed else 0  # none are left to pack if they are there
         return dataclasses.replace(made, process=max(0, self.meter.rebase() - loaded))
 

@@ -246,6 +246,12 @@ class ExpertStore:
         return [*table, *copies, *(tensor for tensor in (self._arena, self._buffer) if tensor.numel())]
 
     @property
+    def used_bytes(self) -> int:
+        """Bytes of the fast tier that are in use now: of slots, those that have an expert."""
+        fast = sum(tensor.nbytes for tensor in self.fast)
+        return fast - (self.slots - len(self.slot_of)) * self.slot_bytes
+
+    @property
     def below(self) -> list[Tensor]:
         """Its tensors in the slow tier."""
         return [] if self.in_place and self._file is None and not self.planned else [self._table]

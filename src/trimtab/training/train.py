@@ -145,6 +145,7 @@ def _planned(session: Session) -> Plan | None:
 
     None, without a budget, for a run that the planner does not cover.
     """
+    from ..engine.tables import expert_bytes
     from ..planning.fit import require_fit
     from ..planning.plan import plan
     from ..planning.planned_model import taken
@@ -160,7 +161,7 @@ def _planned(session: Session) -> Plan | None:
         if recipe.budget:
             raise
         return None
-    loaded = made.start_bytes - made.process
+    loaded = made.start_bytes - made.process + expert_bytes(session.surgeries)
     made = dataclasses.replace(made, process=max(0, session.meter.rebase() - loaded), disk=None)  # tables exist already
     if recipe.budget:
         require_fit(made, recipe)
