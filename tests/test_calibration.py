@@ -79,3 +79,10 @@ def test_text_for_a_classifier_is_refused(world, tmp_path):
         run(films(world, tmp_path / "run", {"senszoq": {"calibration": str(file)}}, max_steps=1))
     run(films(world, tmp_path / "run", {"senszoq": {"rows": 4}}, max_steps=2))
     assert trimtab.Recipe.load(tmp_path / "run").patches[0]["senszoq"]["rows"] == 4
+
+
+def test_a_missing_file_is_refused_by_the_plan_too(world, tmp_path):
+    keys = tree(world, tmp_path / "run", {"senszoq": {"calibration": str(tmp_path / "none.jsonl")}}, max_steps=1)
+    for verb in (lambda: trimtab.Recipe.from_dict(keys).plan(), lambda: run(keys)):
+        with pytest.raises(BadInput, match="none.jsonl"):
+            verb()

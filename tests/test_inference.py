@@ -45,7 +45,10 @@ def with_keys(recipe: Recipe, **keys) -> Recipe:
 
 
 @pytest.mark.parametrize("work", [Work(4, 40, 50), Work(8, 20, 100)], ids=str)
-@pytest.mark.parametrize("name,infer", [("lora", []), ("lora", [STREAMING]), ("meft", [])])
+@pytest.mark.parametrize("name,infer", [
+    ("lora", []), ("lora", [STREAMING]), ("meft", []), ("lora", [{"cake": {"budget": "24KiB", "window": 4}}]),
+    ("meft", [{"pyramidkv": {"budget": "50%", "window": 4, "chunk": 16}}]), ("lora", [{"full_cache": {"bits": 4}}]),
+])  # fmt: skip
 def test_the_plan_is_what_tensors_use(runs, name, infer, work):
     recipe = with_keys(runs[name], patches=[*runs[name].patches, *infer])
     made = Inference(recipe)
@@ -165,3 +168,32 @@ def test_what_a_recipe_that_trains_nothing_plans_and_exports(runs, call, tmp_pat
 def test_an_adapter_of_another_task_is_refused(runs):
     with pytest.raises(BadInput, match="trained for classification"):
         evaluate(with_keys(runs["lora"], model=runs["films"].model.name), adapter=f"{runs['films'].output}/adapter")
+
+
+def test_a_cache_from_the_command_line(runs, call):
+    folder, said = runs["lora"].output, ("-p", ASK, "--set", "max_new_tokens=6")
+    plain, wide = call("generate", folder, *said), call("generate", folder, *said, "patches.cake.budget=1000")
+    assert plain[:2] == wide[:2] and plain[0] == 0
+    code, out, err = call("generate", folder, *said, "patches.cake.budget=3")
+    assert code == 2 and "at least" in err and out == ""
+    assert call("generate", folder, *said, "patches.cakes.budget=3")[0] == 2
+
+
+def test_a_cache_gets_what_the_budget_leaves(runs):
+    auto = {"cake": {"budget": "auto", "window": 4}}
+    made, said = Inference(with_keys(runs["lora"], patches=[*runs["lora"].patches, auto]), say=lambda line: None), []
+    made.say = said.append
+    with made:
+        lengths, new = [40, 30], 200_000
+        assert made.replies(lengths, new) == 2, "without a budget, nothing is evicted"
+        whole = made._planned(Work(1, 40, new))
+        budget = whole.fast_peak_bytes - whole.kinds["cache"] // 2
+        made.plan, made.recipe = None, with_keys(made.recipe, budget={"fast": budget})
+        made.budget = session.Budget(fast=budget)
+        assert made.replies(lengths, new) == 1
+        assert any("KV cache of a text gets" in line for line in said)
+        assert made.plan.fast_peak_bytes <= budget and made.plan.kinds["cache"] > whole.kinds["cache"] // 4
+        assert made.cache().policy.budget != "auto"
+        made.budget, made.recipe = session.Budget(fast=2**20), with_keys(made.recipe, budget={"fast": 2**20})
+        with pytest.raises(DoesNotFit):
+            made.replies(lengths, new)

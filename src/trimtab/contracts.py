@@ -152,6 +152,10 @@ class Patch(ABC):
         notes for the user. `model` has no values."""
         return self, ()
 
+    def within(self, size: int) -> Patch | None:
+        """The patch with at most `size` bytes of KV cache per text; None: its fields do not leave that open."""
+        return None
+
     def config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -247,6 +247,9 @@ def override(tree: dict[str, Any], order: str) -> None:
     for parent in parents:
         if isinstance(node, list):  # patches.paca.r
             entry = next((i for i, e in enumerate(node) if e == parent or isinstance(e, dict) and parent in e), None)
+            if entry is None and parent in methods.names("patch", "infer"):  # it may be added for a call of generate
+                entry = len(node)
+                node.append({parent: {}})
             if entry is None:
                 raise BadInput(f'"{order}"', f"the recipe has no patch {parent}", "Name one that it has")
             if not isinstance(node[entry], dict) or node[entry][parent] is None:

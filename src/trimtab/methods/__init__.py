@@ -46,8 +46,18 @@ TABLE: dict[str, Row] = {
                    "before training or for export", "2306.11695", ("merged",), "both"),
     "embedding_pruning": Row("embedding_pruning:EmbeddingPruning", "patch", "Embedding pruning", "keeps only the "
                              "embeddings of ids that occur in the data", "2309.08708", ("merged",), "both"),
+    "cake": Row("cake:CAKE", "patch", "CAKE", "a KV cache within a budget, divided among layers by how they attend",
+                "2503.12491", when="infer"),
+    "snapkv": Row("snapkv:SnapKV", "patch", "SnapKV", "keeps what the newest tokens attend to in the KV cache",
+                  "2404.14469", when="infer"),
+    "pyramidkv": Row("pyramidkv:PyramidKV", "patch", "PyramidKV", "as SnapKV, with more tokens in the lower layers",
+                     "2406.02069", when="infer"),
+    "tova": Row("tova:TOVA", "patch", "TOVA", "evicts the token to which the newest one attends least",
+                "2401.06104", when="infer"),
     "streaming_llm": Row("streaming_llm:StreamingLLM", "patch", "StreamingLLM", "keeps only the first and the newest "
                          "tokens in the KV cache", "2309.17453", when="infer"),
+    "full_cache": Row("full_cache:FullCache", "patch", "Full KV cache", "all tokens, in memory that is reserved once, "
+                      "in 16, 8 or 4 bits", when="infer"),
     "head": Row("classification:Head", "part", "Classification head", "the new head that classification trains"),
     "causal_lm": Row("causal_lm:CausalLM", "objective", "Causal language modelling",
                      "next-token loss; logits are computed in chunks"),

@@ -3,7 +3,8 @@
 bitsandbytes has a second layout of 4-bit weights. On a CPU with AVX512-BF16, `Linear4bit` repacks its weight the first
 time it runs in eval mode on an input without gradients. That layout rounds the scales to bf16, and its product returns
 no gradient of the input: a model that was evaluated once and then trained in eval mode, or dequantised by
-`dequantize_4bit`, is silently wrong (bitsandbytes 0.50). While replies are generated, model/packed.py packs them so that it can be undone.
+`dequantize_4bit`, is silently wrong (bitsandbytes 0.50). While replies are generated, model/packed.py packs weights
+in a way that it can undo.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ..errors import BadInput, nearest
-from .kv_cache import attending
+from .kv_cache import KeptCache, attending
 from .limits import check_ids, learned_positions
 from .reply import ReplyForm, stop_ids
 
@@ -153,7 +153,9 @@ def complete(
         more = {} if cache is None else {"past_key_values": cache}
         if on_token is not None:
             more["stopping_criteria"] = StoppingCriteriaList([_Callback(on_token)])
-        with hook, attending(model, cache, mask):
+        if isinstance(cache, KeptCache) and 0 < cache.policy.chunk < ids.shape[1]:
+            config.prefill_chunk_size = cache.policy.chunk
+        with hook, attending(model, cache, mask, config.max_new_tokens or 0):
             out = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
                 tokenizer=tokenizer if config.stop_strings else None, streamer=streamer, **more,

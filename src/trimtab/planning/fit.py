@@ -102,15 +102,17 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "place.slow=disk", dataclasses.replace(recipe, place=dataclasses.replace(recipe.place, slow="disk"))
     for at, patch in enumerate(patches):
         ((name, fields),) = recipe.patches[at].items()
-        for key in patch.shrinkable:
+        for key in () if recipe.trains and patch.when.value == "infer" else patch.shrinkable:
             for value in _lower(getattr(patch, key)):
                 entry = {name: {**fields, key: value}}
                 changed = [*recipe.patches[:at], entry, *recipe.patches[at + 1 :]]
                 yield f"patches.{name}.{key}={value}", dataclasses.replace(recipe, patches=changed)
 
 
-def _lower(value: int | float) -> list[int | float]:
+def _lower(value: int | float | str) -> list[int | float]:
     """Smaller values: 0 for a share of memory (a fraction); for a count its halves, up to TIMES_HALVED times."""
+    if isinstance(value, str):  # a size with a unit
+        return []
     if isinstance(value, float):
         return [0.0] if value else []
     return [size for k in range(1, TIMES_HALVED + 1) if (size := value >> k)]

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..memory.budget import gib
@@ -51,14 +51,21 @@ def plan_inference(
     import torch
 
     from ..cost.trace import highest
+    from ..model import anatomy
 
     device = recipe.place.device
     machine, budget = limits(recipe)
     overhead = known_overhead()
     with torch.random.fork_rng(devices=[]):
-        cost = at_whole_depth(
-            lambda blocks: PlannedInference(recipe, blocks, patches, head, labels), lambda model: model.trace(work)
-        )
+        depths: list[int] = []
+
+        def make(blocks: int | None) -> PlannedInference:
+            made = PlannedInference(recipe, blocks, patches, head, labels)
+            depths.append(len(anatomy.blocks(made.model)[1]))
+            made.depth = depths[0]  # the whole model comes first
+            return made
+
+        cost = at_whole_depth(make, lambda model: model.trace(work))
     phase, kinds = highest(cost.peaks)
     shapes = cost.product_shapes * (work.lengths - 1)
     beside = 0 if device.type == "cuda" else overhead.of(growth(kinds), 0, False, 0, shapes)
@@ -105,6 +112,8 @@ def _saved(made: Plan, without: Plan) -> str:
 class PlannedInference(PlannedModel):
     """A recipe's model with `patches`, for inference."""
 
+    depth: int  # blocks of the whole model
+
     def __init__(
         self, recipe: Recipe, blocks: int | None, patches: Sequence[Patch], head: str, labels: int | None
     ):  # fmt: skip
@@ -148,20 +157,35 @@ class PlannedInference(PlannedModel):
             self.model(**batch)
 
     def _reply(self, trace: Trace, work: Work) -> None:
-        from ..cost.trace import TEMPORARIES
-        from ..model.kv_cache import attending
-
         if work.packed:
             self._pack(trace)
-        self._pass(trace, "prompt", work.rows, work.tokens, None)
+        most = getattr(getattr(cache := self._cache(trace), "policy", None), "chunk", 0) or work.tokens
+        before = max(0, work.tokens - most)  # tokens of the prompt that earlier chunks have read
+        with self._attending(cache, work):
+            self._fill(trace, cache, work.rows, before)
+            self._pass(trace, "prompt", work.rows, work.tokens - before, cache)
         self.prompt_shapes = len(trace.products)
         cache = self._cache(trace)
-        with attending(self.model, cache):
-            self._pass(trace, "", work.rows, work.tokens + work.new - 1, cache)
-            trace.peaks.pop("", None)  # this pass only fills the cache; in a run it does not happen
-            trace.heights.pop("", None)
-            trace.enter("reply", TEMPORARIES)
+        with self._attending(cache, work):
+            self._fill(trace, cache, work.rows, work.tokens + work.new - 1)
             self._pass(trace, "reply", work.rows, 1, cache)
+
+    @contextlib.contextmanager
+    def _attending(self, cache: Any, work: Work) -> Iterator[None]:
+        from ..model.kv_cache import KeptCache, attending
+
+        if isinstance(cache, KeptCache):
+            cache.depth = self.depth
+            cache.expect([(0, work.tokens)] * work.rows, work.new)
+        with attending(self.model, cache):
+            yield
+
+    def _fill(self, trace: Trace, cache: Any, rows: int, tokens: int) -> None:
+        """Fills the cache in a pass that does not happen like this in a run, and does not count."""
+        if tokens:
+            self._pass(trace, "", rows, tokens, cache)
+            trace.peaks.pop("", None)
+            trace.heights.pop("", None)
 
     def _pack(self, trace: Trace) -> None:
         from ..cost.trace import TEMPORARIES, WEIGHTS
@@ -174,16 +198,12 @@ class PlannedInference(PlannedModel):
 
     def _pass(self, trace: Trace, phase: str, rows: int, tokens: int, cache: Any) -> None:
         from ..cost.trace import TEMPORARIES
-        from ..model.kv_cache import attending
 
         trace.enter(phase, TEMPORARIES)
-        batch, own = _inputs(rows, tokens), cache is None
-        cache = cache or self._cache(trace)
-        known = 0 if own else cache.get_seq_length()
-        batch["attention_mask"] = batch["attention_mask"].new_ones(rows, known + tokens)
+        batch = _inputs(rows, tokens)
+        batch["attention_mask"] = batch["attention_mask"].new_ones(rows, cache.get_seq_length() + tokens)
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        with attending(self.model, cache if own else None):
-            logits = self.model(**batch, past_key_values=cache, use_cache=True, **last).logits[:, -1].float()
+        logits = self.model(**batch, past_key_values=cache, use_cache=True, **last).logits[:, -1].float()
         logits.log_softmax(-1)  # as sampling does; greedy search copies them as well
 
     def _cache(self, trace: Trace) -> Any:
@@ -194,16 +214,23 @@ class PlannedInference(PlannedModel):
         from ..cost.trace import CACHE
 
         cache = cache_of(self.surgeries) or DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        update, reference = type(cache).update, weakref.ref(cache)  # a cycle would keep the cache alive
+        reference = weakref.ref(cache)  # a cycle would keep the cache alive
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            before, trace.kind = trace.kind, CACHE
-            try:
-                return update(reference(), *args, **kwargs)
-            finally:
-                trace.kind = before
+        def counted(name: str) -> Callable[..., Any]:
+            own = getattr(type(cache), name)
 
-        cache.update = counted
+            def call(*args: Any, **kwargs: Any) -> Any:
+                before, trace.kind = trace.kind, CACHE
+                try:
+                    return own(reference(), *args, **kwargs)
+                finally:
+                    trace.kind = before
+
+            return call
+
+        for name in ("update", "attended"):  # the second one evicts
+            if hasattr(cache, name):
+                setattr(cache, name, counted(name))
         return cache
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cost.overhead import Overhead
 from ..data.chat import template_of
+from ..data.files import read_table
 from ..errors import BadInput, Untraceable
 from ..memory.budget import Budget, fast_bytes, free_bytes, gib, ram, slow_bytes
 from ..quiet import no_dataset_bars, silence_libraries
@@ -197,6 +198,9 @@ def plan(
         raise BadInput("plan", "the recipe has no patch", "Add one under patches, or use planning.search.search")
     device = place.device
     template_of(recipe.data)  # BadInput for a missing file, as in `train`
+    for patch in recipe.load_patches():
+        if patch.calibration_file:
+            read_table([patch.calibration_file], 1, "train")
     machine, budget = limits(recipe)
     args = args or training_arguments(recipe, arguments_class(objective), Path(recipe.output), device.type == "cpu")
     check_optimizer(recipe, args)
