@@ -107,7 +107,7 @@ def serving(*arguments: str) -> Iterator[Served]:
     try:
         lines: Queue[str] = Queue()
         threading.Thread(target=lambda: lines.put(process.stdout.readline()), daemon=True).start()
-        line = lines.get(timeout=SECONDS)
+        line = lines.get(timeout=3 * SECONDS)
         assert line.startswith("serving"), process.communicate(timeout=SECONDS)[1][-3000:]
         yield Served(process, line)
     finally:
