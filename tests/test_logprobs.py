@@ -78,16 +78,16 @@ def test_gradients_with_all_tokens_equal_trls(family, temperature):
 
 def test_nothing_after_the_last_selected_token_is_computed():
     model = MODELS["llama"]()
-    batch = tiny_batch(model)
+    batch = tiny_batch(model, tokens=40)
     labels = torch.full_like(batch["labels"], -100)
     labels[0, 3], labels[1, 6] = batch["input_ids"][0, 3], batch["input_ids"][1, 6]
     widths = []
     model.model.embed_tokens.register_forward_hook(lambda module, args, out: widths.append(args[0].shape[1]))
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     found = score_tokens(model, inputs, labels)
-    assert widths[-1] == 6 and found.logp.shape == (2,)
+    assert widths[-1] == 16 and found.logp.shape == (2,)
     logp = model(**inputs).logits.log_softmax(-1)
-    assert float(found.logp[1]) == pytest.approx(float(logp[1, 5, labels[1, 6]]), abs=1e-5)
+    assert found.logp[1].item() == pytest.approx(logp[1, 5, labels[1, 6]].item(), abs=1e-5)
     labels[:] = -100
     nothing = score_tokens(model, inputs, labels)
     assert nothing.logp.shape == (0,)

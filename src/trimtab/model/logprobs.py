@@ -27,6 +27,8 @@ from .head import Head, before_head, head_of, router_loss
 from .kept_rows import KEPT, KeptRows
 from .loss import CHUNK_BYTES, ROWS
 
+WIDTHS = 16  # the sequence is cut at a multiple of it
+
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
@@ -210,5 +212,7 @@ def score_tokens(
 
 
 def _cut(inputs: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """The inputs' first `width` columns; of a mask (B, 1, T, T) the first `width` of both."""
+    """The inputs' first columns, `width` rounded up (few widths: see loss.py); of a mask (B, 1, T, T) the first of
+    both."""
+    width = -(-width // WIDTHS) * WIDTHS
     return {k: v[..., :width, :width] if v.dim() == 4 else v[:, :width] for k, v in inputs.items()}

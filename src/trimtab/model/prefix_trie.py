@@ -113,9 +113,14 @@ class Packed(NamedTuple):
     sees: Tensor
 
 
-def pack(rows: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], groups: Sequence[int]) -> Packed:
-    """Lays sequences out as one tree per group. Of each sequence only what its last weight other than 0 needs is kept;
-    sequences without one are left out. `weights`: of each token; a token's log-probability is that after its prefix."""
+def pack(
+    rows: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], groups: Sequence[int], step: int = 1
+) -> Packed:
+    """Lays sequences out as one tree per group, padded to a multiple of `step`.
+
+    Of each sequence only what its last weight other than 0 needs is kept; sequences without one are left out.
+    `weights`: of each token; a token's log-probability is that after its prefix.
+    """
     trees: list[tuple[list[int], list[int], list[float]]] = []
     for name in dict.fromkeys(groups):
         cut, kept = [], []
@@ -133,7 +138,7 @@ def pack(rows: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], grou
                 ids[node] = token
                 summed[node] += value
         trees.append((ids[1:], [parent - 1 for parent in parents[1:]], summed[1:]))
-    width = max((len(ids) for ids, _, _ in trees), default=0)
+    width = -(-max((len(ids) for ids, _, _ in trees), default=0) // step) * step
     shape = (len(trees), width)
     ids_RN, parents_RN = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     positions_RN, weights_RN = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)

@@ -30,7 +30,7 @@ from ..engine.prepare import autocast_dtype, restore_model, training_forward
 from ..engine.start import LossCompared, checked
 from ..engine.tables import notes_of
 from ..engine.trainers import Job, remove_printing
-from ..errors import BadInput
+from ..errors import BadInput, Stopped
 from ..memory.guard import Guard, hard_limit, ran_out
 from ..memory.meter import Meter
 from ..model.reply import ReplyForm
@@ -49,6 +49,7 @@ class Ended:
     why: str = ""  # "" (done), "interrupt", "budget", "machine", "diverged", or "refused" (an allocation failed)
     mean_loss: float = 0.0
     diverged: Diverged | None = None
+    failed: Stopped | None = None  # of what the user provides, a reward function say
 
 
 class Session:
@@ -182,13 +183,17 @@ class Session:
         meter.watchers.append(self.guard.see)
         if self.recipe.engine.stop_if_diverged:
             trainer.add_callback(StopIfDiverged(trainer, chance_of(self.model, self.rows.labels, self.rows.regression)))
-        why, loss, diverged = "", 0.0, None
+        why, loss, diverged, failed = "", 0.0, None, None
         with training_forward(self.model, self.objective, self.recipe), interrupt:
             try:
                 with hard_limit(limit, self.place.device, meter) if hard and limit else contextlib.nullcontext():
                     loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
             except Diverged as error:
                 why, diverged = "diverged", error
+            except Stopped as error:  # before the step has changed any weight
+                why, failed = "failed", error
+                if trainer.state.global_step > self.steps.first:
+                    trainer.save_complete()
             except Exception as error:
                 if not ran_out(error, hard):
                     raise
@@ -200,7 +205,7 @@ class Session:
         done, wanted = trainer.state.global_step, trainer.state.max_steps
         if not why and done < wanted:
             why = "interrupt" if interrupt.requested else self.guard.why
-        return Ended(done, wanted, why, loss, diverged)
+        return Ended(done, wanted, why, loss, diverged, failed)
 
     def _reached(self, checkpoint: Path) -> Ended:
         """Loads `checkpoint`, after which no step is left: the run was killed before it saved the adapter."""
