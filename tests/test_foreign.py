@@ -190,7 +190,7 @@ def private(name: str) -> bool:
 def our_names() -> Iterator[str]:
     """The names that trimtab itself defines: functions, classes, variables, fields, and attributes of `self`."""
     for node in (node for tree in TREES.values() for node in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id

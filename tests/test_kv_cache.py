@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import MODELS, tiny_batch
 from trimtab import methods
 from trimtab.errors import BadInput
-from trimtab.model import kv_scores
+from trimtab.model import kv_rows, kv_scores
 from trimtab.model.kv_cache import KeptCache, attending
 from trimtab.model.kv_rows import Row
 from trimtab.model.kv_scores import water_filling, window_attention
 from trimtab.model.sampling import complete
+from trimtab.planning.inference import Work, plan_inference
+from trimtab.recipe import Recipe
 from world import PLACE
 
 EVICTING = {
@@ -108,8 +113,9 @@ def test_statistics_in_blocks_are_those_of_the_whole(monkeypatch):
 # --- chunks, bits ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_prompt_in_chunks_is_the_prompt(family):
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_a_prompt_in_chunks_is_the_prompt(family, monkeypatch):
+    monkeypatch.setattr(kv_rows, "SPARE", 2)
     model, (ids, mask) = MODELS[family](), text()
     whole = passes(model, KeptCache(2, policy("full_cache")), ids, mask, [slice(0, 40)])
     parts = [slice(0, 2), slice(2, 13), slice(13, 14), slice(14, 40)]  # the first one is padding only in a row
@@ -222,6 +228,25 @@ def test_the_chunk_of_a_policy_is_used_by_generate():
     hook.remove()
 
 
+def test_tokens_before_a_sliding_window_are_forgotten(monkeypatch):
+    monkeypatch.setattr(kv_rows, "SPARE", 3)
+    model, (ids, mask) = MODELS["mistral"](), text()
+    own = complete(model, TOKENIZER, ids, mask, max_new_tokens=20, eos_token_id=2)
+    cache = policy("full_cache").apply(model, PLACE).cache()
+    assert torch.equal(complete(model, TOKENIZER, ids, mask, cache=cache, max_new_tokens=20, eos_token_id=2), own)
+    assert all(row.length <= 8 + 3 and row.capacity <= 16 for layer in cache.layers for row in layer.rows)
+
+
+def test_a_sliding_window_that_attention_does_not_hear_of_is_refused():
+    model = MODELS["llama"]()
+    model.config.sliding_window = 8
+    with pytest.raises(BadInput, match="sliding window"):
+        policy("full_cache").apply(model, PLACE)
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(BadInput, match="chunked attention"):
+        policy("full_cache").apply(model, PLACE)
+
+
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -271,3 +296,27 @@ def test_a_prompt_shorter_than_the_window_is_kept_whole():
     for name in EVICTING:
         cache = KeptCache(2, policy(name))
         assert torch.equal(complete(model, TOKENIZER, ids, mask, cache=cache, max_new_tokens=8, eos_token_id=2), own)
+
+
+def test_a_cache_is_freed_at_once():
+    cache = KeptCache(2, policy("cake"))
+    passes(MODELS["llama"](), cache, *text(), [slice(0, 40)])
+    row = weakref.ref(cache.layers[0].rows[0])
+    gc.disable()
+    try:
+        del cache
+        assert row() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name,fields", [("cake", {"window": 4}), ("pyramidkv", {"window": 4}), ("tova", {})])
+def test_the_plan_of_a_deep_model_has_the_whole_budget(name, fields, tmp_path):
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=12,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "deep")
+    size = 200 * 1024
+    recipe = Recipe(model=str(tmp_path / "deep"), patches=[{name: {"budget": f"{size}B", **fields}}])
+    for work in (Work(1, 300, 50), Work(3, 300, 50)):
+        planned = plan_inference(recipe, recipe.load_patches(), work).kinds["cache"]
+        assert 0.9 * size < planned / work.rows < 1.25 * size

@@ -18,7 +18,9 @@ from trimtab.engine.prepare import training_forward
 from trimtab.errors import BadInput, Stopped
 from trimtab.model.load import load_model
 from trimtab.model.prefix_trie import PrefixTrie
+from trimtab.model.rollouts import sample_groups
 from trimtab.recipe import Recipe
+from trimtab.report.report import report
 from trimtab.training.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -283,3 +285,83 @@ def test_eval_reports_the_rewards(world, tmp_path):
     total = found["metrics"]["contains"] + found["metrics"]["length"]
     assert found["metrics"]["reward"] == pytest.approx(total)
     assert found["metrics"]["pass@4 contains"] >= 0 and json.loads((tmp_path / "run/eval.json").read_text())["samples"]
+
+
+# --- plan, caches, display --------------------------------------------------------------------------------------------
+
+
+@objectives
+def test_a_plan_covers_rollouts_and_update(name, world, tmp_path):
+    """The tensors of the metered step's update are what the plan says, or fewer: fewer tokens are sampled."""
+    made = recipe(world, tmp_path / "run", name, max_steps=3)
+    plan = made.plan()
+    assert [phase for phase, _, _ in plan.phases] == ["rollouts", "update"] and all(size for _, size, _ in plan.phases)
+    assert any(line.startswith("rollouts") for line in plan.lines())
+    assert made.train()["measured"]["live_peak_bytes"] <= 1.02 * plan.live_peak_bytes
+
+
+def test_rollouts_count_where_they_are_the_peak(world, tmp_path):
+    """Many replies to each update: the peak is the cache of the rollouts, as measured."""
+    training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 64, "num_generations": 64}
+    made = recipe(world, tmp_path / "run", {"s_grpo": {"alpha": 1, "k": 1}}, max_completion_length=24, **training)
+    plan = made.plan()
+    assert plan.phase.startswith("rollouts") and plan.kinds["cache"] > 0
+    run = dataclasses.replace(made, training={**made.training, "max_steps": 3}).train()
+    assert run["measured"]["phase"] == "rollouts"
+    assert run["measured"]["live_peak_bytes"] <= 1.1 * plan.live_peak_bytes
+
+
+def test_rollouts_with_a_kv_policy(world, tmp_path):
+    made = prompts(world, tmp_path / "run", {"lora": {"r": 4}}, "s_grpo", max_steps=2)
+    made["patches"].append({"streaming_llm": {"window": 12, "sinks": 2}})
+    assert Recipe.from_dict(made).train()["steps"] == 2
+    made["patches"][1] = {"snapkv": {"budget": "auto"}}
+    with pytest.raises(BadInput, match="budget: auto in training"):
+        Recipe.from_dict({**made, "output": str(tmp_path / "other")}).train()
+
+
+def test_embedding_pruning_is_refused(world, tmp_path):
+    made = prompts(world, tmp_path / "run", {"lora": {"r": 4}}, "s_grpo", max_steps=1)
+    made["patches"].insert(0, "embedding_pruning")
+    with pytest.raises(BadInput, match="sampled replies may have tokens"):
+        Recipe.from_dict(made).train()
+
+
+def test_a_group_shares_its_prompt(world, tmp_path):
+    """One completion at a time and the whole group, both greedy: the same tokens."""
+    trainer = trainer_of(recipe(world, tmp_path), tmp_path)
+    settings = {**trainer.sampling, "do_sample": False}
+    for key in ("temperature", "top_p", "top_k"):
+        settings.pop(key, None)
+    asked = [[2, 12, 9, 13], [2, 5, 6, 7, 8, 9, 10]]
+    widths = []
+    hook = trainer.model.model.embed_tokens.register_forward_hook(lambda m, args, out: widths.append(args[0].shape))
+    together = sample_groups(trainer.model, trainer.processing_class, asked, 3, settings)
+    hook.remove()
+    assert widths[0] == (2, 6) and widths[1] == (6, 1), "each prompt is read once"
+    for at, prompt in enumerate(asked):
+        (alone,) = sample_groups(trainer.model, trainer.processing_class, [prompt], 1, settings)
+        assert together[3 * at : 3 * at + 3] == [alone] * 3
+
+
+def test_what_is_shown_and_kept(world, tmp_path):
+    said = []
+    made = recipe(world, tmp_path / "run", max_steps=2)
+    train(made, quiet=False, say=said.append)
+    assert any("reward" in line and "of groups differ" in line for line in said)
+    rows = [json.loads(line) for line in (tmp_path / "run/completions.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == {1, 2}
+    assert {"prompt", "reply", "contains", "length", "advantage"} <= rows[0].keys()
+    page = report([tmp_path / "run"]).read_text()
+    assert "Share of prompts whose replies earned the same" in page and "<h2>Rewards</h2>" in page
+
+
+@pytest.mark.parametrize("name", ["s_grpo", "t_spmo"])
+def test_a_4_bit_base(name, world, tmp_path):
+    made = prompts(world, tmp_path / "run", {"lora": {"r": 4}}, name, max_steps=2)
+    made["model"] = {"name": made["model"], "precision": "nf4"}
+    assert Recipe.from_dict(made).train()["steps"] == 2
+    made["training"]["beta"] = 0.1
+    if name == "s_grpo":
+        with pytest.raises(BadInput, match="second copy"):
+            Recipe.from_dict({**made, "output": str(tmp_path / "other")}).train()

@@ -169,15 +169,11 @@ def generate(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Reply to prompts, or chat in the terminal if none is given."""
-    from .recipe import Recipe, override
-    from .validation import booleans
+    from .recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or ())
     _allocator(loaded)
-    settings: dict[str, Any] = {}
-    for item in setting or ():
-        override(settings, item)
-    settings = booleans(settings)
+    settings = _settings(setting)
     from .inference import generate as verb
 
     if not prompt:
@@ -190,6 +186,28 @@ def generate(
         return
     for asked, reply in zip(prompt, replies, strict=True):
         print(reply if len(prompt) == 1 else f"{asked}\n  {reply}")
+
+
+@app.command()
+def serve(
+    recipe: RecipeArg, overrides: Overrides = None,
+    port: Annotated[int, typer.Option("--port", help="0: a free one.", min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option("--host", help="The address to listen at.")] = "127.0.0.1",
+    name: Annotated[str | None, typer.Option("--name", help="The model's name (default: the run's folder).")] = None,
+    adapter: Adapter = None, base: BaseOnly = False,
+    batch: Annotated[int, typer.Option("--batch", help="Most replies at once.", min=1, max=256)] = 8,
+    queue: Annotated[int, typer.Option("--queue", help="Most requests that wait.", min=1, max=4096)] = 64,
+    setting: Settings = None,
+) -> None:  # fmt: skip
+    """Serve the run's model to programs, with OpenAI's API, on this machine only."""
+    from .recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    _allocator(loaded)
+    from .serving.serve import serve as run
+
+    say = lambda line: print(line, flush=True)  # noqa: E731
+    run(loaded, host, port, name, adapter, base, batch, queue, _settings(setting), say)
 
 
 @app.command()
@@ -246,6 +264,17 @@ def doctor(
 def version() -> None:
     """Print the version of trimtab."""
     print(__version__)
+
+
+def _settings(items: list[str] | None) -> dict[str, Any]:
+    """The generation settings given as `--set key=value`."""
+    from .recipe import override
+    from .validation import booleans
+
+    found: dict[str, Any] = {}
+    for item in items or ():
+        override(found, item)
+    return booleans(found)
 
 
 def _crashed(recipe: Any, name: str) -> TrimtabError:

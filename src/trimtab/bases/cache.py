@@ -53,6 +53,8 @@ class CachePolicy(Patch):
     slack: ClassVar[int] = 0
     queries: ClassVar[int] = 0
 
+    shrinkable: ClassVar[tuple[str, ...]] = ("chunk",)
+
     bits: Literal[16, 8, 4] = 16  # of a cached number; 16: as the model computes it
     chunk: int = 4096  # tokens of a prompt that are read at a time; 0: all at once
 
@@ -76,6 +78,7 @@ class CachePolicy(Patch):
             probed = require_exact(model, name, surgery.layers)
             row = Row(self.bits)
             row.append(probed.keys[:, :1], probed.values[:, :1])
+            row.queries = probed.queries
             self.tokens(row, surgery.layers)
         return surgery
 
@@ -84,7 +87,7 @@ class CachePolicy(Patch):
 class BudgetedPolicy(CachePolicy):
     """A policy whose budget is stated in tokens, in bytes or as a share of the prompt."""
 
-    shrinkable: ClassVar[tuple[str, ...]] = ("budget",)
+    shrinkable: ClassVar[tuple[str, ...]] = ("chunk", "budget")
 
     # what a text may keep: tokens per layer on average (1024), bytes over all layers (64MiB), a share of its prompt
     # (10%), or auto: what budget.fast leaves

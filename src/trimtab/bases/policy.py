@@ -84,6 +84,16 @@ class Policy(Objective):
         """The largest number of tokens of a completion in the loss; of a packed tree, of all its completions."""
         return longest
 
+    def largest(self, rows: int, generations: int, prompt: int, longest: int) -> dict[str, int]:
+        """Rows, tokens and counted tokens of a row in the largest batch of `rows` completions of `longest` tokens.
+
+        Of trees, the largest there can be: each two completions part only at their end.
+        """
+        together = min(rows, generations)
+        if self.packs:
+            rows, longest = -(-rows // together), -(-together // 2) * longest
+        return {"rows": rows, "tokens": prompt + longest, "counted": self.counted(together, longest)}
+
     def cross_entropy(self) -> Objective:
         return NextToken(self.chunk, self.whole)
 

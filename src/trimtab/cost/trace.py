@@ -241,7 +241,7 @@ def metered(
         trace.watch([whole], MAPPED if is_mapped(whole, maps) else WEIGHTS)
     trace.watch(quantised_state(model), WEIGHTS)
     trace.watch([t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)], OPTIMIZER)
-    loss = trainer.compute_loss
+    loss, sample = trainer.compute_loss, getattr(trainer, "sample_replies", None)
 
     def marked(*args: Any, **kwargs: Any) -> Any:
         trace.enter("embedding", ACTIVATIONS)
@@ -249,12 +249,20 @@ def metered(
         trace.enter("backward of the head", TEMPORARIES)
         return value
 
+    def sampled(*args: Any, **kwargs: Any) -> Any:
+        trace.enter("rollouts", CACHE)
+        return sample(*args, **kwargs)
+
     trainer.compute_loss = marked
+    if sample is not None:
+        trainer.sample_replies = sampled
     try:
         with _phases(trace, model), trace:
             yield trace
     finally:
         del trainer.compute_loss
+        if sample is not None:
+            del trainer.sample_replies
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..bases.policy import Policy
+from ..contracts import Surgery, When
 from ..data.rewards import Reward, load_rewards
 from ..data.rows import Rows
 from ..errors import BadInput
@@ -15,6 +16,7 @@ from ..model.limits import check_ids, learned_positions
 from ..model.sampling import prompt_ids
 from ..recipe import Recipe
 from .job import Inputs
+from .patching import apply_patches
 
 LENGTH = "prompt_tokens"  # a column of the rows: tokens of the prompt
 
@@ -80,6 +82,20 @@ def _within(
     if over:
         say(f"{over} prompts of data.{part} leave no room for a completion: they are left out")
     return kept
+
+
+def cache_policies(recipe: Recipe, model: Any) -> list[Surgery]:
+    """The surgeries of the recipe's KV policies, with which replies are sampled. BadInput for patches that sampled
+    replies do not suit."""
+    patches = recipe.load_patches()
+    if counts := next((patch for patch in patches if patch.counts_tokens), None):
+        have = "sampled replies may have tokens that data.train has not"
+        raise BadInput(f"{type(counts).__name__} with objective: {recipe.objective}", have, "Take one of them out")
+    for patch in patches:
+        if patch.when is When.INFER and patch.within(1) is not None:
+            have = "the plan of a reply sets it, and a run has none"
+            raise BadInput(f"{type(patch).__name__}: budget: auto in training", have, "Give a number of tokens")
+    return apply_patches(model, [p for p in patches if p.when is When.INFER], recipe.place, When.INFER)
 
 
 def check_groups(args: Any, objective: Policy, rows: int) -> None:

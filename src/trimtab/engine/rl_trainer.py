@@ -9,8 +9,11 @@ weights are mapped from the same file. Rollouts are in a checkpoint if it is wri
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, split_tensor_d
 
 from ..artifacts.checkpoint_files import EARLIER
 from ..bases.policy import Policy, Rollouts
-from ..contracts import penalty_of
-from ..data.rewards import Reward
+from ..contracts import Surgery, cache_of, penalty_of
+from ..data.rewards import Reward, reply_text
 from ..errors import BadInput
 from ..foreign import admit_quantised
+from ..model import packed
 from ..model.logprobs import score_tokens
 from ..model.prefix_trie import pack
 from ..model.reply import ReplyForm, stop_ids
@@ -32,7 +36,7 @@ from ..model.rollouts import sample_groups
 from ..model.sampling import prompt_ids
 from ..recipe import Recipe
 from .job import Inputs, Job
-from .rl_inputs import LENGTH, check_groups, prompts_of
+from .rl_inputs import LENGTH, cache_policies, check_groups, prompts_of
 from .trainers import _OurTrainer
 
 ROLLOUTS = "rollouts.pt"  # of a checkpoint: what TRL's trainer does not save
@@ -54,15 +58,15 @@ class PolicyTrainer(_OurTrainer, GRPOTrainer):
         check_groups(args, job.objective, len(rows))
         made = cls(
             job, model=model, args=args, processing_class=inputs.tokenizer, train_dataset=rows, eval_dataset=test,
-            reward_funcs=list(rewards),
+            reward_funcs=list(rewards), policies=cache_policies(recipe, model),
         )  # fmt: skip
         made.set_reference(recipe)
         return made
 
-    def __init__(self, job: Job, reward_funcs: list[Reward], **kwargs: Any):
+    def __init__(self, job: Job, reward_funcs: list[Reward], policies: Sequence[Surgery] = (), **kwargs: Any):
         model, args = kwargs["model"], kwargs["args"]
         self._take(job, model, args)
-        self.cache, self.equal = (lambda: None), 0
+        self.policies, self.equal = policies, 0
         admit_quantised(model)
         trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
         beta, args.beta = args.beta, 0.0  # else the library would load the model a second time
@@ -91,18 +95,14 @@ class PolicyTrainer(_OurTrainer, GRPOTrainer):
         return self.job.objective  # type: ignore[return-value]
 
     def largest_batch(self) -> dict[str, Any]:
-        """As `engine.inputs.largest_batch`: the longest prompts with the longest completions. Of trees, the most that
-        they can have: two completions of each pair part only at their end."""
-        args, step = self.args, self.pad_to_multiple_of or 1
-        prompt, rows = max(self.train_dataset[LENGTH]), args.per_device_train_batch_size
-        longest = -(-self.max_completion_length // step) * step
-        prompt = -(-prompt // step) * step
-        together = min(rows, self.num_generations)
-        counted = self.objective.counted(together, self.max_completion_length)
-        if self.objective.packs:
-            rows, longest = -(-rows // together), -(-together // 2) * longest
-        many = 1 + longest // 16
-        return {"rows": rows, "tokens": prompt + longest, "counted": counted, "filled": 1.0, "lengths": many}
+        """As `engine.inputs.largest_batch`, with the tokens of the longest `prompt`."""
+        step = self.pad_to_multiple_of or 1
+        prompt, longest = (
+            -(-size // step) * step for size in (max(self.train_dataset[LENGTH]), self.max_completion_length)
+        )
+        rows = self.args.per_device_train_batch_size
+        found = self.objective.largest(rows, self.num_generations, prompt, longest)
+        return {**found, "filled": 1.0, "lengths": 1 + longest // 16, "prompt": prompt}
 
     def use_log_probs(self, model: Any, own: Any) -> None:
         """Replaces the head that the library has put on `model` (`own`: the forward that the model itself had)."""
@@ -157,12 +157,22 @@ class PolicyTrainer(_OurTrainer, GRPOTrainer):
         """-> the ids of each completion. The prompts come repeated, those of a group together."""
         prompts = prompt_ids[::num_generations]
         assert prompt_ids == [prompt for prompt in prompts for _ in range(num_generations)]
-        with self.compute_loss_context_manager():
-            ids = sample_groups(self.model, self.processing_class, prompts, num_generations, self.sampling, self.cache)
-        return ids, None
+        return self.sample_replies(prompts, num_generations), None
+
+    def sample_replies(self, prompts: list[list[int]], generations: int) -> list[list[int]]:
+        """The ids of `generations` replies to each prompt; 4-bit weights are packed for it (model/packed.py)."""
+        pays = packed.pays(self.max_completion_length) and self.args.device.type == "cpu"
+        with self.compute_loss_context_manager(), packed.hold(self.model) if pays else contextlib.nullcontext():
+            return sample_groups(self.model, self.processing_class, prompts, generations, self.sampling, self.new_cache)
+
+    def new_cache(self) -> Any:
+        """A KV cache with the recipe's policy; None without one."""
+        return cache_of(self.policies)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        made = super()._generate_and_score_completions(inputs)
+        with warnings.catch_warnings():  # the library asks for checkpointing by its old name
+            warnings.simplefilter("ignore", FutureWarning)
+            made = super()._generate_and_score_completions(inputs)
         if self.model.training:
             self._total_train_tokens += int(made["prompt_mask"].sum() + made["completion_mask"].sum())
             self._tell_if_equal(made["advantages"])
@@ -274,6 +284,16 @@ class PolicyTrainer(_OurTrainer, GRPOTrainer):
 
     def counts(self, mode: str) -> dict[str, float]:
         return {}
+
+    def samples(self, most: int = 4) -> list[dict[str, Any]]:
+        """Some of the newest prompts and replies, with what each earned."""
+        logs, found = self._logs, []
+        for at in range(max(0, len(logs["prompt"]) - most), len(logs["prompt"])):
+            prompt, reply = logs["prompt"][at], reply_text(logs["completion"][at])
+            earned = {name: values[at] for name, values in logs["rewards"].items()}
+            asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            found.append({"prompt": asked, "reply": reply, **earned, "advantage": logs["advantages"][at]})
+        return found
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

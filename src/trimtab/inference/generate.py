@@ -43,8 +43,8 @@ def generate(
     if not prompts:
         return
     with silence_libraries():
-        made = _language_model(recipe, adapter, base_only, say)
-        form = _form(recipe, made.base.reply, made.tokenizer)
+        made = language_model(recipe, adapter, base_only, say)
+        form = form_of(recipe, made.base.reply, made.tokenizer)
         formatted = list(prompts) if raw else [
             form.prompt(made.tokenizer, prompt, recipe.data.system, recipe.data.chat) for prompt in prompts
         ]  # fmt: skip
@@ -85,8 +85,8 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
     settings = check_generation(settings)
     if settings.get("num_beams", 1) > 1:
         raise BadInput("generation: num_beams", "a conversation is shown token by token", "Give prompts with -p")
-    made = _language_model(recipe, adapter, base_only, lambda line: print(line, file=sys.stderr))
-    model, tokenizer, form = made.model, made.tokenizer, _form(recipe, made.base.reply, made.tokenizer)
+    made = language_model(recipe, adapter, base_only, lambda line: print(line, file=sys.stderr))
+    model, tokenizer, form = made.model, made.tokenizer, form_of(recipe, made.base.reply, made.tokenizer)
     if "max_length" not in settings:
         settings.setdefault("max_new_tokens", form.max_tokens(recipe.data.reply_tokens, TALK))
     settings = settings_of(model, tokenizer, form, settings)
@@ -124,7 +124,7 @@ def chat(recipe: Recipe, adapter: str | Path | None = None, base_only: bool = Fa
             print(summary(found), file=sys.stderr)
 
 
-def _form(recipe: Recipe, recorded: ReplyForm, tokenizer: Any) -> ReplyForm:
+def form_of(recipe: Recipe, recorded: ReplyForm, tokenizer: Any) -> ReplyForm:
     """The format that the adapter records; without one (`--base` before a run), that of the recipe's first row."""
     from ..data.chat import reply_form
     from ..data.rows import read_rows
@@ -143,9 +143,10 @@ def _ask(terminal: bool) -> str | None:
         return None
 
 
-def _language_model(
+def language_model(
     recipe: Recipe, adapter: str | Path | None, base_only: bool, say: Callable[[str], None]
 ) -> Inference:
+    """The run's model under plan, meter and guard; BadInput for a classifier."""
     from .session import Inference
 
     made = Inference(recipe, adapter, base_only, say)

@@ -30,7 +30,8 @@ from ..recipe import Recipe
 from .load_run import load_run
 
 Say = Callable[[str], None]
-TRIES = 4  # sizes of a KV cache that are planned until one fits
+TRIES = 8  # plans with smaller chunks of a prompt or a smaller KV cache, until one fits
+LEAST_CHUNK, SPARE = 512, 2**20  # tokens; bytes by which the process may grow while it plans
 
 
 class Guarded(TrainerCallback):
@@ -96,6 +97,10 @@ class Inference:
         there = packed.any_packed(self.model)
         return there or (packed.pays(new) and bool(packed.packable(self.model)) and packed.available())
 
+    @property
+    def is_packed(self) -> bool:
+        return packed.any_packed(self.model)
+
     def pack(self, wanted: bool) -> None:
         """Put 4-bit weights into the form for decoding, until `with` ends, or back into the ordinary one."""
         if not wanted:
@@ -108,19 +113,27 @@ class Inference:
         do = "Allow more, or lower training.per_device_train_batch_size"
         self._first_that_fits([Work(rows, tokens, 0, lengths)], f"evaluate {rows} rows of {tokens} tokens at once", do)
 
+    def planned(self, work: Work, last: bool = False) -> Plan | None:
+        """The plan of one batch, which the record will have if it fits and no other uses more. None: it cannot be
+        planned, which is an error only with a budget. `last`: chunks and caches may shrink to make it fit."""
+        try:
+            made = self._within_budget(work, last)
+        except BadInput:
+            if self.recipe.budget:
+                raise
+            return None
+        if made.fits and (self.plan is None or made.fast_peak_bytes > self.plan.fast_peak_bytes):
+            self.plan = made
+        return made
+
     def _first_that_fits(self, works: list[Work], what: str, do: str) -> Work:
         """DoesNotFit if none fits. Without a budget, work that cannot be planned is done without a plan."""
         made = None
         for work in works:
-            try:
-                made = self._within_budget(work, last=work.rows == works[-1].rows)
-            except BadInput:
-                if self.recipe.budget:
-                    raise
+            made = self.planned(work, last=work.rows == works[-1].rows)
+            if made is None:
                 return work
             if made.fits:
-                if self.plan is None or made.fast_peak_bytes > self.plan.fast_peak_bytes:
-                    self.plan = made
                 if self.recipe.budget:
                     self.say(f"planned: {gib(made.fast_peak_bytes)} of the fast tier at the peak")
                 return work
@@ -129,26 +142,47 @@ class Inference:
         raise DoesNotFit(f"{gib(made.fast)} of the fast tier to {what}", have, do)
 
     def _within_budget(self, work: Work, last: bool) -> Plan:
-        """The plan of `work`. A KV cache whose size is left open gets what the budget leaves. That it is smaller than
-        the full one is the last resort: only for the `last` work that is tried."""
-        opened = [(n, patch) for n, patch in enumerate(self.opened) if patch.within(1) is not None]
-        if not opened or self.budget.fast is None:
-            return self._planned(work)
-        self.run.patches[:] = self.opened
-        made, size = self._planned(work), 0
-        for _ in range(TRIES if last and not made.fits else 0):
-            excess = (made.fast_peak_bytes - made.fast) // work.rows + 1
-            size = (size or made.kinds.get("cache", 0) // work.rows) - excess
-            if size <= 0:
+        """The plan of `work`. If the `last` that is tried does not fit, prompts are read in smaller chunks, and a KV
+        cache whose size is left open gets what the budget leaves."""
+        size = chunk = 0
+        self._fit_caches(size, chunk)
+        made = self._planned(work)
+        for _ in range(TRIES if last else 0):
+            if made.fits or self.budget.fast is None:
                 break
-            for number, patch in opened:
-                self.run.patches[number] = patch.within(size) or patch
-            if (made := self._planned(work)).fits:
-                self.say(f"the KV cache of a text gets {gib(size)}")
+            excess = (made.fast_peak_bytes - made.fast + SPARE) // work.rows + 1
+            half = min(chunk or work.tokens, *self._chunks(work.tokens)) // 2
+            if made.phase == "prompt" and half >= LEAST_CHUNK:
+                chunk = half
+            else:
+                size = (size or made.kinds.get("cache", 0) // work.rows) - excess
+            if size < 0 or not self._fit_caches(size, chunk):
                 break
+            made = self._planned(work)
+        if made.fits and size:
+            self.say(f"the KV cache of a text gets {gib(size)}")
+        if made.fits and chunk:
+            self.say(f"prompts are read in chunks of {chunk} tokens")
         for surgery, patch in zip(self.surgeries, self.run.patches, strict=True):
             surgery.patch = patch
         return made
+
+    def _chunks(self, tokens: int) -> list[int]:
+        """Tokens of a prompt of `tokens` that are read at a time, of each patch that says so; at least [0]."""
+        found = [patch.chunk or tokens for patch in self.opened if "chunk" in patch.shrinkable]  # type: ignore
+        return [*found, tokens] if found else [0]
+
+    def _fit_caches(self, size: int, chunk: int) -> bool:
+        """Set `size` bytes per text for KV caches whose size is left open, and `chunk` tokens of a prompt at a time
+        where prompts are read in chunks; 0: as in the recipe. -> whether that changed a patch."""
+        before, after = list(self.run.patches), []
+        for patch in self.opened:
+            patch = (patch.within(size) if size else None) or patch
+            if chunk and "chunk" in patch.shrinkable:
+                patch = dataclasses.replace(patch, chunk=chunk)  # type: ignore[call-arg]
+            after.append(patch)
+        self.run.patches[:] = after
+        return after != before
 
     def _planned(self, work: Work) -> Plan:
         made = plan_inference(self.recipe, self.run.patches, work, self.base.task, self.run.labels)

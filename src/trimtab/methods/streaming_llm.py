@@ -28,7 +28,7 @@ class StreamingLLM(CachePolicy):
     """Keep the first tokens and a window of the newest (section 3.2)."""
 
     paper: ClassVar[str] = "2309.17453"
-    shrinkable: ClassVar[tuple[str, ...]] = ("window",)
+    shrinkable: ClassVar[tuple[str, ...]] = ("chunk", "window")
 
     window: int = 1020  # newest tokens that stay
     sinks: int = 4  # first tokens that stay (table 2: four are enough)

@@ -26,6 +26,14 @@ def learned_positions(model: nn.Module) -> int | None:
     return min(found, default=None)
 
 
+def rows_depend(model: Any) -> bool:
+    """Whether a row's output depends, beyond rounding, on the rows beside it: with 8-bit weights (outliers are chosen
+    over the batch), and with positions scaled by the longest row (RoPE of type "dynamic" or "longrope")."""
+    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (found, *found.values()) if isinstance(part, dict)}
+    return bool(kinds & {"dynamic", "longrope"}) or getattr(model, "is_loaded_in_8bit", False)
+
+
 def vocabulary(model: Any) -> int | None:
     """The number of tokens in the model's embedding table; None if its input layer is not a table."""
     table = model.get_input_embeddings()

@@ -35,7 +35,7 @@ from ..memory.guard import Guard, hard_limit, ran_out
 from ..memory.meter import Meter
 from ..model.reply import ReplyForm
 from ..recipe import Recipe
-from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
+from .progress import Live, MetricsFile, SamplesFile, Steps, StopAtLimit, StopOnInterrupt
 
 Say = Callable[[str], None]
 
@@ -176,6 +176,8 @@ class Session:
         if self.main:
             meter.timeline = self.output / "memory.jsonl"
             trainer.add_callback(MetricsFile(self.output / "metrics.jsonl"))
+            if hasattr(trainer, "samples"):
+                trainer.add_callback(SamplesFile(self.output / "completions.jsonl", trainer))
         for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter)):
             trainer.add_callback(callback)
         if checkpoint and nothing_left(read_state(checkpoint), self.args.max_steps, self.args.num_train_epochs):

@@ -1,0 +1,1 @@
+"""`trimtab serve`: a run's model behind the interface of OpenAI's API."""
