@@ -281,7 +281,8 @@ def test_eval_reports_the_rewards(world, tmp_path):
     made.train()
     found = made.evaluate(limit=3)
     assert found["rows"] == 3
-    assert found["metrics"].keys() == {"reward", "contains", "length", "pass@4 contains", "pass@4 length"}
+    names = {f"{kind}{name}" for name in ("contains", "length") for kind in ("", "mean@4 ", "pass@4 ")}
+    assert found["metrics"].keys() == {"reward", *names}
     total = found["metrics"]["contains"] + found["metrics"]["length"]
     assert found["metrics"]["reward"] == pytest.approx(total)
     assert found["metrics"]["pass@4 contains"] >= 0 and json.loads((tmp_path / "run/eval.json").read_text())["samples"]

@@ -1,7 +1,8 @@
 """`trimtab eval` of a run that was trained by rewards: the same rewards of replies to the rows of `data.test`.
 
 One greedy reply per row, and k = `num_generations` sampled ones with the temperature of training. Of each reward its
-mean over the greedy replies, and pass@k: the share of rows of which a sampled reply earned it in full (1 or more).
+mean over the greedy replies; mean@k, that over the sampled ones; and pass@k, the share of rows of which a sampled reply
+earned it in full (1 or more).
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ def answer(made: Inference, limit: int | None = None) -> dict[str, Any]:
         known = [value for value in earned if value is not None]
         metrics[reward.name] = sum(known) / max(1, len(known))
         metrics["reward"] += reward.weight * metrics[reward.name]
+        counted = [value for value in tries if value is not None]
+        metrics[f"mean@{k} {reward.name}"] = sum(counted) / max(1, len(counted))
         passed = [any((value or 0.0) >= 1.0 for value in tries[at : at + k]) for at in range(0, len(tries), k)]
         metrics[f"pass@{k} {reward.name}"] = sum(passed) / max(1, len(passed))
     samples = [
