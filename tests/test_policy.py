@@ -18,7 +18,7 @@ from trimtab.engine.prepare import training_forward
 from trimtab.errors import BadInput, Stopped
 from trimtab.model.load import load_model
 from trimtab.model.prefix_trie import PrefixTrie
-from trimtab.model.rollouts import sample_groups
+from trimtab.model.rollouts import sample_groups, sample_with_replays
 from trimtab.recipe import Recipe
 from trimtab.report.report import report
 from trimtab.training.train import train
@@ -343,6 +343,31 @@ def test_a_group_shares_its_prompt(world, tmp_path):
     for at, prompt in enumerate(asked):
         (alone,) = sample_groups(trainer.model, trainer.processing_class, [prompt], 1, settings)
         assert together[3 * at : 3 * at + 3] == [alone] * 3
+
+
+def test_replays_start_with_a_part_of_another_reply():
+    asked = []
+
+    def sample(prompts, generations, longest):
+        asked.append((prompts, generations, longest))
+        return [[10 * at + g, *range(90, 90 + longest - 1)] for at in range(len(prompts)) for g in range(generations)]
+
+    found = sample_with_replays(sample, [[1, 2], [3]], 4, 2, 6)
+    assert len(found) == 8 and all(len(row) <= 6 for row in found)
+    starts, one, most = asked[1]
+    before = [[1, 2], [1, 2], [3], [3]]
+    assert one == 1 and most == 6 - min(len(start) - len(prompt) for start, prompt in zip(starts, before, strict=True))
+    for at, prompt in enumerate(before):
+        start = starts[at][len(prompt) :]
+        group = found[4 * (at // 2) : 4 * (at // 2) + 4]
+        assert starts[at][: len(prompt)] == prompt and 1 <= len(start) < 6
+        assert any(row[: len(start)] == start for row in group[:2]) and group[2 + at % 2][: len(start)] == start
+
+
+def test_a_run_with_replays(world, tmp_path):
+    assert recipe(world, tmp_path / "run", {"t_spmo": {"replay": 0.5}}, max_steps=2).train()["steps"] == 2
+    with pytest.raises(BadInput, match="share of the replies"):
+        recipe(world, tmp_path / "run", {"t_spmo": {"replay": 0.9}}).load_objective()
 
 
 def test_what_is_shown_and_kept(world, tmp_path):

@@ -80,6 +80,10 @@ class Policy(Objective):
         """-> w (with the advantage) and s, each fp32 (B, T)."""
         raise NotImplementedError
 
+    def replays(self, generations: int) -> int:
+        """How many of a prompt's completions start with a part of another one (model/rollouts.py)."""
+        return 0
+
     def counted(self, generations: int, longest: int) -> int:
         """The largest number of tokens of a completion in the loss; of a packed tree, of all its completions."""
         return longest

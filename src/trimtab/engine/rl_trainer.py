@@ -32,7 +32,7 @@ from ..model import packed
 from ..model.logprobs import score_tokens
 from ..model.prefix_trie import pack
 from ..model.reply import ReplyForm, stop_ids
-from ..model.rollouts import sample_groups
+from ..model.rollouts import sample_groups, sample_with_replays
 from ..model.sampling import prompt_ids
 from ..recipe import Recipe
 from .job import Inputs, Job
@@ -163,7 +163,14 @@ class PolicyTrainer(_OurTrainer, GRPOTrainer):
         """The ids of `generations` replies to each prompt; 4-bit weights are packed for it (model/packed.py)."""
         pays = packed.pays(self.max_completion_length) and self.args.device.type == "cpu"
         with self.compute_loss_context_manager(), packed.hold(self.model) if pays else contextlib.nullcontext():
-            return sample_groups(self.model, self.processing_class, prompts, generations, self.sampling, self.new_cache)
+            longest, replays = self.max_completion_length, self.objective.replays(generations)
+            if self.model.training and replays:
+                return sample_with_replays(self._sample, prompts, generations, replays, longest)
+            return self._sample(prompts, generations, longest)
+
+    def _sample(self, prompts: list[list[int]], generations: int, longest: int) -> list[list[int]]:
+        settings = {**self.sampling, "max_new_tokens": longest}
+        return sample_groups(self.model, self.processing_class, prompts, generations, settings, self.new_cache)
 
     def new_cache(self) -> Any:
         """A KV cache with the recipe's policy; None without one."""

@@ -9,7 +9,8 @@ goes to the few tokens (below 5 %) that decided between better and worse complet
 What differs from the paper, and why: U has only the pairs of branching nodes. The others have A = 0, and in the mean
 they would only scale the step by the length of the completions. The forward pass runs over the tree, shared prefixes
 once, up to the last token in U. Rewards may be scaled by their deviation (`training: {scale_rewards: group}`); the
-default is the paper's plain reward. There is no divergence term.
+default is the paper's plain reward. There is no divergence term. Replay (`replay`) restarts within the replies of the
+same rollout, at random tokens, rather than within those of an earlier one, which an older policy sampled.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..bases.policy import CORRECTIONS, ENTROPY, NO_RATIO, Policy, Rollouts
+from ..errors import BadInput
 from ..model.prefix_trie import PrefixTrie
 from ..model.token_selector import groups_of
 
@@ -37,6 +39,16 @@ class TSPMO(Policy):
        
         **dict.fromkeys(ENTROPY, "T-SPMO selects the tokens at which completions part"),
     }  # fmt: skip
+
+    replay: float = 0.0  # share of a prompt's replies that restart within another one, up to 0.5; for long replies
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.replay <= 0.5:
+            have = "it is a share of the replies, and as many at least must be new"
+            raise BadInput(f"t_spmo: replay: {self.replay}", have, "Give 0 to 0.5")
+
+    def replays(self, generations: int) -> int:
+        return int(self.replay * generations)
 
     def weights(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """w = A(v | p) G / |U|, so that the mean over the completions of a prompt is the mean over U."""

@@ -19,6 +19,28 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from .sampling import complete
 
 
+def sample_with_replays(
+    sample: Callable[[list[list[int]], int, int], list[list[int]]], prompts: Sequence[list[int]], generations: int,
+    replays: int, longest: int,
+) -> list[list[int]]:  # fmt: skip
+    """`generations` completions of each prompt, of which the last `replays` start with a random part of one of the
+    others: they show what else can follow it. `sample`: (prompts, completions of each, most tokens) -> completions."""
+    first = generations - replays
+    found, starts = sample(list(prompts), first, longest), list[list[int]]()
+    for at in range(len(prompts)):
+        for _ in range(replays):
+            row = found[at * first + int(torch.randint(first, ()))]
+            starts.append(row[: int(torch.randint(1, len(row), ()))] if len(row) > 1 else [])
+    before = [prompt for prompt in prompts for _ in range(replays)]
+    most = longest - min(map(len, starts), default=0)
+    more = sample([prompt + start for prompt, start in zip(before, starts, strict=True)], 1, most)
+    whole = [(start + rest)[:longest] for start, rest in zip(starts, more, strict=True)]
+    return [
+        row for at in range(len(prompts))
+        for row in (*found[at * first : (at + 1) * first], *whole[at * replays : (at + 1) * replays])
+    ]  # fmt: skip
+
+
 @torch.no_grad()
 def sample_groups(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]], generations: int,
