@@ -25,6 +25,7 @@ from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, split_tensor_d
 from ..artifacts.checkpoint_files import EARLIER
 from ..bases.policy import Policy, Rollouts
 from ..contracts import Surgery, cache_of, penalty_of
+from ..cost.trace import CACHE
 from ..data.rewards import Reward, reply_text
 from ..errors import BadInput
 from ..foreign import admit_quantised
@@ -47,6 +48,7 @@ class PolicyTrainer(_OurTrainer, GRPOTrainer):
     """GRPOTrainer with a trimtab objective."""
 
     arguments = GRPOConfig
+    trace: Any = None  # of a step that is metered (cost/trace.py)
 
     def _send_telemetry(self) -> None:
         """TRL's trainers report their use to the hub. Ours send nothing."""
@@ -161,6 +163,8 @@ class PolicyTrainer(_OurTrainer, GRPOTrainer):
 
     def sample_replies(self, prompts: list[list[int]], generations: int) -> list[list[int]]:
         """The ids of `generations` replies to each prompt; 4-bit weights are packed for it (model/packed.py)."""
+        if self.trace is not None:  # this step is metered
+            self.trace.enter("rollouts", CACHE)
         pays = packed.pays(self.max_completion_length) and self.args.device.type == "cpu"
         with self.compute_loss_context_manager(), packed.hold(self.model) if pays else contextlib.nullcontext():
             longest, replays = self.max_completion_length, self.objective.replays(generations)

@@ -47,7 +47,7 @@ def plan_inference(
     beside = 0 if device.type == "cuda" else overhead.of(growth(kinds), 0, False, 0, shapes)
     return Plan(
         kinds, phase, 0 if device.type == "cuda" else process, beside + cost.copied_ahead, 0, budget, machine,
-        work.rows, work.tokens, notes=list(cost.notes),
+        work.rows, work.tokens, notes=list(cost.notes), take=cost.take,
     )  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
     counts tokens, it also says what the peak would be without it."""
     if recipe.trains or not recipe.patches:
         made = plan(recipe, **options)
+        made = made.settled(recipe.place.device)
         others = [patch for patch in recipe.load_patches() if not patch.counts_tokens]
         if recipe.trains and len(others) < len(recipe.patches):
             alike = {name: getattr(made, name) for name in ("rows", "tokens", "counted", "process")}  # not read again
@@ -71,7 +72,7 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
         from ..model.packed import available
 
         work = dataclasses.replace(work, packed=available())
-    made = plan_inference(recipe, recipe.load_patches(), work, head, None, process)
+    made = plan_inference(recipe, recipe.load_patches(), work, head, None, process).settled(recipe.place.device)
     what = f"a prompt of {length} tokens (max_length)" + (f" and a reply of {work.new}" if work.new else "")
     made.notes.extend(notes)
     made.notes.append(f"nothing is trained: for {what}")

@@ -59,6 +59,7 @@ class PlannedInference(PlannedModel):
         from ..contracts import When
 
         super().__init__(recipe, blocks, False, head, labels)
+        self.patch(patches, When.LOAD)
         self.patch([patch for patch in patches if patch.when is not When.INFER], When.TRAIN)
         self.patch([patch for patch in patches if patch.when is When.INFER], When.INFER)
         self.model.eval()
@@ -66,7 +67,7 @@ class PlannedInference(PlannedModel):
     def complete(self, cost: StepCost) -> StepCost:
         self.with_tables(cost.peaks)
         carried = max((store.carried for store in self.stores), default=0)
-        return dataclasses.replace(cost, copied_ahead=carried, notes=tuple(self.notes))
+        return dataclasses.replace(cost, copied_ahead=carried, notes=tuple(self.notes), take=self.take)
 
     def trace(self, work: Work) -> StepCost:
         """The cost of `work`, before `complete`."""
