@@ -38,7 +38,7 @@ def fields(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "max_steps": job["steps"], "num_generations": G, "per_device_train_batch_size": G, "learning_rate": 1e-5,
         "max_completion_length": job["length"], "lr_scheduler_type": "constant", "logging_steps": 1, "seed": 0,
-        "save_strategy": "no", "report_to": "none", "temperature": 0.8, "beta": 0.0,
+        "save_strategy": "no", "report_to": "none", "temperature": 0.8,
     }  # fmt: skip
 
 
