@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import methods, recipe
+from trimtab.contracts import Objective
 from trimtab.data.spec import DataSpec
 from trimtab.engine.fields import REFUSED
 from trimtab.model.spec import ModelSpec
@@ -269,16 +270,19 @@ def recipe_keys() -> str:
             if dataclasses.fields(cls):
                 parts.append(f"## {kind}: {{{name}: ...}}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
     defaults = [[f"`{key}`", shown(value)] for key, value in recipe.TRAINING_DEFAULTS.items()]
-    classes = [(name, methods.find(name, kind)) for kind in ("patch", "stepper") for name in methods.names(kind)]
+    classes = [
+        (name, methods.find(name, kind)) for kind in ("patch", "objective", "stepper") for name in methods.names(kind)
+    ]
     of_methods = [
         [f"`{name}`", ", ".join(f"`{key}: {shown(value).strip('`')}`" for key, value in cls.defaults.items())]
-        for name, cls in classes if cls.defaults
+        for name, cls in classes if cls.defaults and cls.defaults != Objective.defaults
     ]  # fmt: skip
     parts += [
         "## training",
-        "Any field of TRL's `SFTConfig` (for classification, of transformers' `TrainingArguments`) under its own\n"
-        "name; `gradient_checkpointing` and its new name `activation_checkpointing` are both accepted. These defaults\n"
-        "differ from the libraries', to suit small machines:",
+        "Any field of TRL's `SFTConfig` under its own name; for classification of transformers' `TrainingArguments`,\n"
+        "for `grpo`, `s_grpo` and `t_spmo` of TRL's `GRPOConfig`. `gradient_checkpointing` and its new name\n"
+        "`activation_checkpointing` are both accepted. These defaults differ from the libraries', to suit small\n"
+        "machines:",
         table(["key", "default here"], defaults),
         "Some methods have other defaults; of several patches, the smallest learning rate applies:",
         table(["method", "defaults"], of_methods),

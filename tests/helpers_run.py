@@ -50,6 +50,16 @@ def tree(world: Path, output: Path, patch: dict[str, Any], **training: Any) -> d
     }  # fmt: skip
 
 
+def prompts(
+    world: Path, output: Path, patch: dict[str, Any], objective: Any = "s_grpo", **training: Any
+) -> dict[str, Any]:
+    """A recipe that rewards replies of the tiny Llama, 4 to each of 2 prompts per step."""
+    made = tree(world, output, patch)
+    group = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 8, "max_length": 48}
+    data = {**made["data"], "rewards": ["contains", {"length": 4}]}
+    return {**made, "data": data, "objective": objective, "training": {"learning_rate": 1e-2, **group, **training}}
+
+
 def films(world: Path, output: Path, patch: dict[str, Any], **training: Any) -> dict[str, Any]:
     """A classification recipe on the tiny BERT."""
     data = {"train": str(world / "films.jsonl"), "test": str(world / "films.jsonl")}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainingArguments
-from trl import SFTConfig
+from trl import GRPOConfig, SFTConfig
 
 from conftest import MODELS, tiny_batch
 from helpers_run import films, make_world, tree, write_rows
@@ -24,7 +24,7 @@ from trimtab.recipe import Recipe
 from trimtab.tiered.adam import Rates
 from world import PLACE
 
-FIELDS = {f.name: f for cls in (TrainingArguments, SFTConfig) for f in dataclasses.fields(cls) if f.init}
+FIELDS = {f.name: f for cls in (TrainingArguments, GRPOConfig, SFTConfig) for f in dataclasses.fields(cls) if f.init}
 OTHER = {"eval_strategy": "steps", "save_strategy": "steps", "packing": True}  # so that it is not these that refuse
 
 
@@ -56,9 +56,13 @@ def another(name: str):
     return {"x": True} if "dict" in kind else 7 if "int" in kind else "every_save_" if name == "hub_strategy" else "x"
 
 
+def _names(cls) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
 @pytest.mark.parametrize("name", [name for name in REFUSED if name != "parallelism_config"])
 def test_what_would_be_ignored_is_refused(name):
-    cls = SFTConfig if name not in {f.name for f in dataclasses.fields(TrainingArguments)} else TrainingArguments
+    cls = next(cls for cls in (TrainingArguments, SFTConfig, GRPOConfig) if name in _names(cls))
     with pytest.raises(BadInput, match=name):
         made(cls, **{name: another(name)})
 

@@ -17,7 +17,9 @@ from trl import SFTConfig
 
 from tiny import tiny_folder
 from trimtab import Recipe
+from trimtab.data.rewards import load_rewards
 from trimtab.engine.arguments import training_arguments
+from trimtab.engine.objectives import arguments_class
 from trimtab.errors import BadInput
 from trimtab.inference.evaluate import evaluate
 from trimtab.quiet import NOISE, no_dataset_bars, silence_libraries
@@ -78,12 +80,15 @@ def folders(tmp_path_factory) -> dict[str, str]:
 def test_a_recipe_says_only_what_exists(path, tmp_path):
     recipe = Recipe.load(path)
     assert recipe.load_patches()
-    task = recipe.load_objective().head
-    args = training_arguments(recipe, SFTConfig if task == "causal-lm" else TrainingArguments, tmp_path, cpu=True)
+    args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, cpu=True)
     assert args.max_steps > 0 or "num_train_epochs" in recipe.training
     assert recipe.output == f"runs/{path.stem}"
     assert path.read_text().startswith("# ")
     assert f"`{path.relative_to(EXAMPLES)}`" in (EXAMPLES / "README.md").read_text()
+
+
+def _rewards(recipe: Recipe) -> list[str]:
+    return [reward.name for reward in load_rewards(recipe.data.rewards)] if recipe.data.rewards else []
 
 
 @recipes
@@ -96,13 +101,21 @@ def test_a_recipe_runs(path, folders, tmp_path, capfd):
         own = f"{folders['sets']}/{Path(Recipe.load(path).data.train).parent}"
         orders += [f"data.train={own}/train.jsonl.gz", f"data.test={own}/test.jsonl.gz"]
         orders += ["training.gradient_accumulation_steps=1"]
+    elif path.parent.name == "rl":
+        orders += ["training.num_generations=2", "training.max_completion_length=8", "training.max_length=64"]
+        orders += [f"data.train={folders['sets']}/gsm8k/train.jsonl.gz"]
+        orders += [f"data.test={folders['sets']}/gsm8k/test.jsonl.gz", "training.gradient_accumulation_steps=1"]
     elif task == "causal-lm":
         orders += [f"data.train={folders['facts']}/facts.jsonl.gz", f"data.test={folders['facts']}/facts_test.jsonl.gz"]
     recipe = Recipe.load(path, orders)
     run = train(recipe)
     assert run["steps"] == 2 and run["trainable_parameters"] > 0
     result = evaluate(Recipe.load(tmp_path / "run"), limit=4)
-    assert result["rows"] == 4 and {*recipe.data.metrics} <= result["metrics"].keys() or task == "classification"
+    assert (
+        result["rows"] == 4
+        and {*(_rewards(recipe) or recipe.data.metrics)} <= result["metrics"].keys()
+        or task == "classification"
+    )
     printed = capfd.readouterr()
     assert printed.out + printed.err == "", "a quiet run prints nothing, nor do the libraries under it"
 

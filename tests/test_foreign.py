@@ -18,12 +18,12 @@ import transformers
 import trl
 from torch import nn
 from transformers import Trainer, trainer_utils
-from trl import SFTTrainer
+from trl import GRPOTrainer, SFTTrainer
 
 import trimtab
 from conftest import GQA, MODELS
 from trimtab import foreign, methods
-from trimtab.engine import trainers
+from trimtab.engine import rl_trainer, trainers
 
 ROOT = Path(trimtab.__file__).parent
 
@@ -53,6 +53,19 @@ METHODS: dict[Any, dict[str, str]] = {
         "_save_checkpoint": "model trial",
         "_send_telemetry": "",
         "compute_loss": "model inputs return_outputs=False num_items_in_batch=None",
+    },
+    GRPOTrainer: {
+        "_generate_and_score_completions": "inputs",
+        "_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images=False",
+        "_get_train_sampler": "dataset=None",
+        "_load_optimizer_and_scheduler": "checkpoint",
+        "_prepare_inputs": "generation_batch",
+        "_save_checkpoint": "model trial",
+        "_send_telemetry": "",
+        "_tokenize_prompts": "prompts",
+        "compute_loss": "model inputs return_outputs=False num_items_in_batch=None",
+        "prediction_step": "model inputs prediction_loss_only ignore_keys=None",
+        "training_step": "model inputs num_items_in_batch",
     },
     trl.trainer.sft_trainer.DataCollatorForLanguageModeling: {"torch_call": "examples"},
     nn.Module: {
@@ -95,6 +108,9 @@ ATTRIBUTES: dict[str, Callable[[], Any]] = {
 IN_SOURCE = {  # attributes that the libraries' own code sets or asks for
     "_total_train_tokens": SFTTrainer,
     "_hf_peft_config_loaded": trainer_utils,
+    **dict.fromkeys(
+        ("_step", "_buffered_inputs", "_metrics", "_logs", "_entropy_bonus_enabled", "_last_world_entropy"), GRPOTrainer
+    ),
     "_is_hf_initialized": transformers.modeling_utils,
     "_ddp_params_and_buffers_to_ignore": torch.nn.parallel.distributed,
 }
@@ -211,7 +227,7 @@ def test_every_private_method_that_ours_override_is_listed():
     for name, row in methods.TABLE.items():
         methods.find(name, row.kind)
     ours = {cls for owner in METHODS for cls in subclasses(owner) if cls.__module__.startswith("trimtab.")}
-    assert {trainers.CausalTrainer, trainers.ClassifierTrainer} < ours
+    assert {trainers.CausalTrainer, trainers.ClassifierTrainer, rl_trainer.PolicyTrainer} < ours
     for cls in ours:
         libraries = [base for base in cls.__mro__ if not base.__module__.startswith("trimtab.")]
         listed = {name for base in libraries for name in METHODS.get(base, ())}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
 
 from conftest import MODELS, tiny_batch
-from helpers_run import films, make_world, tree
+from helpers_run import films, make_world, prompts, tree
 from trimtab import methods
 from trimtab.contracts import Stepper
 from trimtab.engine.arguments import training_arguments
@@ -22,6 +23,7 @@ from world import PLACE
 pytestmark = pytest.mark.filterwarnings("ignore")
 OBJECTIVES = {  # name -> family, a recipe's keys
     "causal_lm": ("llama", tree), "classification": ("bert", films), "black_box": ("llama", tree),
+    **{name: ("llama", functools.partial(prompts, objective=name)) for name in ("grpo", "s_grpo", "t_spmo")},
 }  # fmt: skip
 STEPPERS = {"backprop": {}, "mezo": {"update": "adam", "directions": 8}}
 objectives = pytest.mark.parametrize("name", OBJECTIVES)
@@ -79,6 +81,9 @@ def test_what_the_planner_traces_is_what_the_trainer_makes(name, world, tmp_path
     )
     assert isinstance(trainer, trainer_class(objective)) and callable(evaluator(objective))
     made = next(iter(trainer.get_train_dataloader()))
+    if isinstance(made, list):  # rows that the trainer samples replies to
+        model.train()
+        made = trainer.batch_of(trainer._prepare_inputs(made))
     example = objective.example_batch(*made["input_ids"].shape, trainer.args)
     assert {k: (v.shape, v.dtype) for k, v in example.items()} == {k: (v.shape, v.dtype) for k, v in made.items()}
 

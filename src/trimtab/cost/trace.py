@@ -255,12 +255,12 @@ def metered(
         trace.enter("backward of the head", TEMPORARIES)
         return value
 
-    trainer.compute_loss = marked
+    trainer.compute_loss, trainer.trace = marked, trace
     try:
         with _phases(trace, model), trace:
             yield trace
     finally:
-        del trainer.compute_loss
+        del trainer.compute_loss, trainer.trace
 
 
 @dataclass

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from ..validation import Block, FileName
 from .metrics import METRICS
+from .rewards import beside
 
 # Our names of columns. `columns: {ours: theirs}` renames.
 Column = Literal["messages", "conversations", "prompt", "completion", "question", "answer", "instruction", "input",
@@ -30,7 +31,9 @@ class DataSpec(Block):
     file, which replaces the tokenizer's own template. `system`: a system message for each chat. `too_long`: whether
     rows over `max_length` tokens are refused, cut or dropped. `limit`: how many rows are read. `metrics`: how
     `trimtab eval` scores replies to rows with answers: exact_match, contains, set_iou, final_number. `reply_tokens`:
-    the longest reply of `eval` or `generate` (None: the longest answer plus 24 tokens).
+    the longest reply of `eval` or `generate` (None: the longest answer plus 24 tokens). `rewards`: what a reply earns,
+    for objectives that sample replies: exact_match, contains, exact_number, {regex: ...}, {length: ...} or a
+    module:function of your own (data/rewards.py).
     """
 
     short: ClassVar[str] = "train"
@@ -45,6 +48,7 @@ class DataSpec(Block):
     limit: Count | None = None
     metrics: list[Metric] = field(default_factory=lambda: ["exact_match", "contains"])
     reply_tokens: Count | None = None
+    rewards: list[str | dict[str, Any]] = field(default_factory=list)
 
     def beside(self, folder: Path) -> DataSpec:
         """The same data, with files that are in `folder` named by their paths."""
@@ -56,4 +60,4 @@ class DataSpec(Block):
             return str(paths[0]) if isinstance(value, str) else [str(path) for path in paths]
 
         files = {key: found(getattr(self, key)) for key in ("train", "test", "chat_template")}
-        return dataclasses.replace(self, **files)
+        return dataclasses.replace(self, **files, rewards=[beside(entry, folder) for entry in self.rewards])

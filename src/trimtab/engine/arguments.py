@@ -1,4 +1,5 @@
-"""Reads `training:` of a recipe into the libraries' own dataclass: SFTConfig or TrainingArguments."""
+"""Reads `training:` of a recipe into the libraries' own dataclass: SFTConfig, GRPOConfig or
+TrainingArguments."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     if "max_length" not in known:  # rows are tokenised by trimtab, up to it
         values.pop("max_length")
-        if values.pop("packing", False):
+        if "num_generations" not in known and values.pop("packing", False):
             raise BadInput("training: packing: true", "a classifier reads one text per row", "Leave it out")
     for key in values:
         if key not in known:
@@ -61,12 +62,15 @@ def _try_schedule(args: TrainingArguments) -> None:
 
 
 def weighed(objective: Objective, args: TrainingArguments) -> Objective:
-    """The objective with `label_smoothing_factor` and `loss_type` of `training:`."""
+    """The objective with `label_smoothing_factor`, `loss_type`, `temperature` and `beta` of `training:`."""
     changes: dict[str, Any] = {}
     if args.label_smoothing_factor:
         changes["smoothing"] = args.label_smoothing_factor
     if getattr(args, "loss_type", "nll") == "dft":
         changes["dft"] = True
+    for key in ("temperature", "beta", "use_bias_correction_kl"):
+        if hasattr(objective, key):
+            changes[key] = getattr(args, key)
     made = dataclasses.replace(objective, **changes)  # type: ignore[type-var]
     if getattr(made, "smoothing", 0.0) and getattr(made, "dft", False):
         raise BadInput("training: label_smoothing_factor with loss_type: dft", "DFT does not support smoothed labels",

@@ -1,4 +1,4 @@
-"""Each field of SFTConfig and TrainingArguments is honoured, or refused with a message.
+"""Each field of SFTConfig, GRPOConfig and TrainingArguments is honoured, or refused with a message.
 
 `HONOURED` fields act exactly as in a TRL or transformers script. `REFUSED` fields would do nothing here, or something
 else than they state; any value but the library's default is refused before the run starts. A test checks that every
@@ -34,6 +34,12 @@ ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_gr
 fsdp_config deepspeed router_aux_loss_coef dataset_num_proc eos_token max_length truncation_mode shuffle_dataset
 packing packing_strategy padding_free pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss
 loss_type activation_offloading pad_token
+disable_dropout num_generations num_generations_eval max_completion_length ds3_gather_for_generation
+generation_batch_size steps_per_generation temperature top_p top_k min_p generation_kwargs chat_template_kwargs
+repetition_penalty beta num_iterations epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos
+vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level multi_objective_aggregation scale_rewards
+mask_truncated_completions top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max
+entropy_coef_delta entropy_target off_policy_mask_threshold use_bias_correction_kl
 """.split())
 # fmt: on
 
@@ -43,6 +49,11 @@ _NO_METRICS = "during training trimtab evaluates only the loss, not predictions"
 _FLAG = "the trimtab command decides what runs"
 _FUSED = ("trimtab has its own fused operations (engine: fused_ops)", "Leave it out")
 _COMPILE = ("trimtab compiles block by block", "Set engine: {compile: true}")
+
+_VLLM = ("vLLM is a server of its own, and trimtab samples within the budget", "Leave it out")
+_ROLLOUTS = ("trimtab samples the replies itself, and reads each prompt once for its group", "Leave it out")
+_REFERENCE = ("the reference of beta is the base without patches, which stays as it is", "Leave it out")
+_SHOWN = ("trimtab writes samples of the replies into the run's folder (completions.jsonl)", "Leave it out")
 
 REFUSED: dict[str, tuple[str, str]] = {  # field -> have, do
     "output_dir": ("the recipe's output sets the folder of a run", "Set output: FOLDER"),
@@ -67,6 +78,20 @@ REFUSED: dict[str, tuple[str, str]] = {  # field -> have, do
     "length_column_name": ("trimtab counts lengths in tokens itself", "Leave it out"),
     "skip_memory_metrics": ("trimtab measures memory itself (run.json)", "Leave it out"),
     "enable_jit_checkpoint": ("trimtab writes a checkpoint at Ctrl-C and before a budget is exceeded", "Leave it out"),
+    **{f"vllm_{name}": _VLLM for name in (
+        "mode", "model_impl", "enable_sleep_mode", "structured_outputs_regex", "server_base_url", "server_host",
+        "server_port", "server_timeout", "group_port", "gpu_memory_utilization", "max_model_length",
+        "tensor_parallel_size", "importance_sampling_correction", "importance_sampling_mode",
+        "importance_sampling_clip_max", "importance_sampling_clip_min", "importance_sampling_cap",
+    )},
+    "use_vllm": _VLLM, "use_transformers_continuous_batching": _ROLLOUTS, "use_transformers_paged": _ROLLOUTS,
+    "transformers_continuous_batching_config": _ROLLOUTS, "cache_implementation": _ROLLOUTS,
+    "sync_ref_model": _REFERENCE, "ref_model_mixup_alpha": _REFERENCE, "ref_model_sync_steps": _REFERENCE,
+    "log_completions": _SHOWN, "log_multimodal": _SHOWN, "num_completions_to_print": _SHOWN,
+    "log_unique_prompts": _SHOWN, "log_completions_hub_repo": _HUB,
+    "reward_weights": ("rewards and their weights belong to the data", "Set data: {rewards: [NAME: {weight: 2}]}"),
+    "max_tool_calling_iterations": ("replies call no tools here", "Leave it out"),
+    "cast_lm_head_to_fp32": (_COMPUTE + "; log-probabilities are fp32 anyway", "Leave it out"),
     "debug": ("trimtab's trainers have no such hooks", "Leave it out"),
     "do_train": (_FLAG, "Run `trimtab train`"), "do_eval": (_FLAG, "Set eval_strategy, or run `trimtab eval`"),
     "do_predict": (_FLAG, "Run `trimtab eval`"),
@@ -91,6 +116,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval_delay": _AT_LEAST_0, "save_total_limit": _COUNT, "dataloader_num_workers": _AT_LEAST_0,
     "pad_to_multiple_of": (lambda v: isinstance(v, str) or v >= 1, _COUNT[1]),
     "seed": _AT_LEAST_0, "data_seed": _AT_LEAST_0,
+    "num_generations": (lambda v: v >= 2, "it must be 2 or more: a reply's advantage is over the others"),
+    "num_generations_eval": _COUNT, "max_completion_length": _COUNT, "generation_batch_size": _COUNT,
+    "steps_per_generation": _COUNT, "num_iterations": _COUNT, "temperature": _ABOVE_0,
+    "top_p": (lambda v: 0 < v <= 1, "it must be above 0 and at most 1"), "top_k": _AT_LEAST_0, "beta": _AT_LEAST_0,
+    "top_entropy_quantile": (lambda v: 0 < v <= 1, "it must be above 0 and at most 1"),
 }  # fmt: skip
 
 # field -> the field that it needs, the values of it that it needs, and what to do; if the recipe sets the needed field

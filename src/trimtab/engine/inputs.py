@@ -22,6 +22,7 @@ from ..data.rows import Rows, read_rows
 from ..data.spec import DataSpec
 from ..errors import BadInput
 from ..memory.meter import process_memory
+from ..methods import find
 from ..model.limits import vocabulary
 from ..model.vocabulary import TOKENIZER, count_tokens, token_parts
 from ..recipe import Recipe
@@ -62,6 +63,9 @@ def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) 
 
     from ..model.load import empty_model
 
+    if hasattr(recipe.load_objective(), "own_loss"):  # it samples replies: calibrated with those of the rows
+        recipe, args = _supervised(recipe, args)
+
     def batches(patch: Patch) -> Iterator[Batch]:
         rows = _text(patch, recipe, inputs.tokenizer) if patch.calibration_file else inputs.rows
         count = min(patch.calibration_rows, len(rows.dataset))
@@ -82,6 +86,16 @@ def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) 
             yield {key: value.to(device) for key, value in batch.items()}
 
     return batches
+
+
+def _supervised(recipe: Recipe, args: Any) -> tuple[Recipe, Any]:
+    """The recipe with the objective `causal_lm`, and its arguments."""
+    cls = arguments_class(find("causal_lm", "objective")())
+    known = {field.name for field in dataclasses.fields(cls)}
+    training = {key: value for key, value in recipe.training.items() if key in known}
+    training["per_device_train_batch_size"] = args.per_device_train_batch_size
+    recipe = dataclasses.replace(recipe, objective="causal_lm", training=training)
+    return recipe, training_arguments(recipe, cls, Path(args.output_dir), args.use_cpu)
 
 
 def _text(patch: Patch, recipe: Recipe, tokenizer: Any) -> Rows:
@@ -111,6 +125,8 @@ def largest_batch(trainer: Any) -> dict[str, Any]:
 
     from ..data.order import batch_lengths, filled, row_lengths
 
+    if hasattr(trainer, "largest_batch"):
+        return trainer.largest_batch()
     args, dataset, counted = trainer.args, trainer.train_dataset, None
     if "labels" in dataset.column_names and "List" in str(dataset.features["labels"]):
         for part in dataset.with_format("arrow").iter(1000):

@@ -193,6 +193,11 @@ class _OurTrainer(ClipsRows):
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
 
+    def save_complete(self) -> None:
+        """Writes a checkpoint of the last complete step, if there is none."""
+        if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").is_dir():
+            self._save_checkpoint(self.model, None)
+
     def _publish(self, run: Path, whole: Path) -> None:
         """Moves a complete checkpoint into the run's folder, and removes those beyond `save_total_limit`."""
         if self.state.best_global_step:

@@ -67,6 +67,10 @@ TABLE: dict[str, Row] = {
                           "a classification head on an encoder or decoder"),
     "black_box": Row("causal_lm:BlackBox", "objective", "Black-box metrics",
                      "one minus accuracy, exact match or F1 of replies; for `stepper: mezo`"),
+    "grpo": Row("grpo:GRPO", "objective", "GRPO", "rewards of sampled replies, all tokens; TRL's loss", "2402.03300"),
+    "s_grpo": Row("s_grpo:SGRPO", "objective", "S-GRPO", "as GRPO, on a random part of the tokens", "2504.20834"),
+    "t_spmo": Row("t_spmo:TSPMO", "objective", "T-SPMO", "as GRPO, on the tokens at which replies part; credit by "
+                  "prefix", "2504.20834"),
     "mezo": Row("mezo:Mezo", "stepper", "MeZO", "steps by differences of losses: forward passes only", "2305.17333"),
     "backprop": Row("backprop:Backprop", "stepper", "Back-propagation", "autograd and transformers' optimizers"),
 }  # fmt: skip

@@ -135,17 +135,19 @@ def configured(model: PreTrainedModel, settings: dict[str, Any]) -> GenerationCo
 @torch.no_grad()
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor,
-    streamer: Any = None, cache: Cache | None = None, on_token: Callable[[int], None] | None = None, **settings: Any,
+    streamer: Any = None, cache: Cache | None = None, on_token: Callable[[int], None] | None = None,
+    config: GenerationConfig | None = None, **settings: Any,
 ) -> torch.Tensor:  # fmt: skip
     """transformers' `generate`: prompts' ids and mask, (rows, tokens) -> the new ids, (rows, new tokens).
 
-    `cache`: an empty KV cache (None: the library's). `on_token` is called with `rows` after each new token.
+    `cache`: a KV cache (None: the library's). `config`: complete settings, instead of `configured`.
+    `on_token` is called with `rows` after each new token.
 
     A hook makes the head's input contiguous. transformers passes a slice (each prompt's last position), with which
     torch's bf16 linear on a CPU takes 20 (one row) to 400 times as long (docs/LOG.md).
     """
     head, own = model.get_output_embeddings(), model.generation_config
-    config = configured(model, {"pad_token_id": tokenizer.pad_token_id, **settings})
+    config = config or configured(model, {"pad_token_id": tokenizer.pad_token_id, **settings})
     contiguous = lambda module, args: tuple(hidden.contiguous() for hidden in args)  # noqa: E731
     model.generation_config = GenerationConfig()  # transformers fills fields that `config` leaves open from here
     try:

@@ -6,37 +6,22 @@ and of the last token of a reply, when the KV cache is largest; or of an evaluat
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import inspect
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..memory.budget import gib
 from ..recipe import Recipe
 from .calibrate import known_overhead
 from .plan import Plan, foreseen, growth, limits, longest_allowed, plan, process_bytes
-from .planned_model import PlannedModel, at_whole_depth
+from .planned_reply import PlannedInference as PlannedInference
+from .planned_reply import Work, reply_cost
 
 if TYPE_CHECKING:
     from ..contracts import Patch
-    from ..cost.trace import StepCost, Trace
 
 
 NEW = 256  # tokens of the reply that a plan without prompts is for
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """The largest batch. `new`: tokens generated after it; 0: evaluation only. `lengths`: how many distinct lengths the
-    batches have. `packed`: with 4-bit weights in the form for decoding (model/packed.py)."""
-
-    rows: int
-    tokens: int
-    new: int = 0
-    lengths: int = 1
-    packed: bool = False
 
 
 def plan_inference(
@@ -51,21 +36,12 @@ def plan_inference(
     import torch
 
     from ..cost.trace import highest
-    from ..model import anatomy
 
     device = recipe.place.device
     machine, budget = limits(recipe)
     overhead = known_overhead()
     with torch.random.fork_rng(devices=[]):
-        depths: list[int] = []
-
-        def make(blocks: int | None) -> PlannedInference:
-            made = PlannedInference(recipe, blocks, patches, head, labels)
-            depths.append(len(anatomy.blocks(made.model)[1]))
-            made.depth = depths[0]  # the whole model comes first
-            return made
-
-        cost = at_whole_depth(make, lambda model: model.trace(work))
+        cost = reply_cost(recipe, patches, work, head, labels)
     phase, kinds = highest(cost.peaks)
     shapes = cost.product_shapes * (work.lengths - 1)
     beside = 0 if device.type == "cuda" else overhead.of(growth(kinds), 0, False, 0, shapes)
@@ -108,136 +84,3 @@ def _saved(made: Plan, without: Plan) -> str:
     less = without.live_peak_bytes - made.live_peak_bytes
     word = "saves" if less >= 0 else "costs"
     return f"at the peak it {word} {gib(abs(less))} ({made.phase}; without it, the peak is at: {without.phase})"
-
-
-class PlannedInference(PlannedModel):
-    """A recipe's model with `patches`, for inference."""
-
-    depth: int  # blocks of the whole model
-
-    def __init__(
-        self, recipe: Recipe, blocks: int | None, patches: Sequence[Patch], head: str, labels: int | None
-    ):  # fmt: skip
-        from ..contracts import When
-
-        super().__init__(recipe, blocks, False, head, labels)
-        self.patch(patches, When.LOAD)
-        self.patch([patch for patch in patches if patch.when is not When.INFER], When.TRAIN)
-        self.patch([patch for patch in patches if patch.when is When.INFER], When.INFER)
-        self.model.eval()
-
-    def complete(self, cost: StepCost) -> StepCost:
-        self.with_tables(cost.peaks)
-        carried = max((store.carried for store in self.stores), default=0)
-        return dataclasses.replace(cost, copied_ahead=carried, notes=tuple(self.notes), take=self.take)
-
-    def trace(self, work: Work) -> StepCost:
-        """The cost of `work`, before `complete`."""
-        from ..cost.trace import trace_inference
-        from ..engine.prepare import training_forward
-
-        kept = self.kept()
-        run = self._reply if work.new else self._evaluate
-        ready = contextlib.nullcontext()
-        if not work.new and self.head == "causal-lm":
-            ready = training_forward(self.model, self.recipe.load_objective(), self.recipe)
-        with ready:
-            cost = trace_inference(self.model, self.kind_of, lambda trace: run(trace, work))
-        if work.new:  # matrix products of single tokens have the same shapes in all batches
-            cost = dataclasses.replace(cost, product_shapes=self.prompt_shapes)
-        self.with_kept(cost.peaks, kept)
-        return cost
-
-    def _evaluate(self, trace: Trace, work: Work) -> None:
-        from ..cost.trace import TEMPORARIES
-
-        batch = _inputs(work.rows, work.tokens)
-        trace.enter("evaluation", TEMPORARIES)
-        if self.head == "causal-lm":
-            self.model(objective_batch={**batch, "labels": batch["input_ids"]})
-        else:
-            self.model(**batch)
-
-    def _reply(self, trace: Trace, work: Work) -> None:
-        if work.packed:
-            self._pack(trace)
-        most = getattr(getattr(cache := self._cache(trace), "policy", None), "chunk", 0) or work.tokens
-        before = max(0, work.tokens - most)  # tokens of the prompt that earlier chunks have read
-        with self._attending(cache, work):
-            self._fill(trace, cache, work.rows, before)
-            self._pass(trace, "prompt", work.rows, work.tokens - before, cache)
-        self.prompt_shapes = len(trace.products)
-        cache = self._cache(trace)
-        with self._attending(cache, work):
-            self._fill(trace, cache, work.rows, work.tokens + work.new - 1)
-            self._pass(trace, "reply", work.rows, 1, cache)
-
-    @contextlib.contextmanager
-    def _attending(self, cache: Any, work: Work) -> Iterator[None]:
-        from ..model.kv_cache import KeptCache, attending
-
-        if isinstance(cache, KeptCache):
-            cache.depth = self.depth
-            cache.expect([(0, work.tokens)] * work.rows, work.new)
-        with attending(self.model, cache):
-            yield
-
-    def _fill(self, trace: Trace, cache: Any, rows: int, tokens: int) -> None:
-        """Fills the cache in a pass that does not happen like this in a run, and does not count."""
-        if tokens:
-            self._pass(trace, "", rows, tokens, cache)
-            trace.peaks.pop("", None)
-            trace.heights.pop("", None)
-
-    def _pack(self, trace: Trace) -> None:
-        from ..cost.trace import TEMPORARIES, WEIGHTS
-        from ..model import packed
-
-        trace.enter("packing", TEMPORARIES)
-        for linear in packed.packable(self.model):
-            packed.pack(linear)
-            trace.relabel(packed.scales(linear), WEIGHTS)
-
-    def _pass(self, trace: Trace, phase: str, rows: int, tokens: int, cache: Any) -> None:
-        from ..cost.trace import TEMPORARIES
-
-        trace.enter(phase, TEMPORARIES)
-        batch = _inputs(rows, tokens)
-        batch["attention_mask"] = batch["attention_mask"].new_ones(rows, cache.get_seq_length() + tokens)
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        logits = self.model(**batch, past_key_values=cache, use_cache=True, **last).logits[:, -1].float()
-        logits.log_softmax(-1)  # as sampling does; greedy search copies them as well
-
-    def _cache(self, trace: Trace) -> Any:
-        """A new KV cache whose tensors count as kind CACHE."""
-        from transformers import DynamicCache
-
-        from ..contracts import cache_of
-        from ..cost.trace import CACHE
-
-        cache = cache_of(self.surgeries) or DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        reference = weakref.ref(cache)  # a cycle would keep the cache alive
-
-        def counted(name: str) -> Callable[..., Any]:
-            own = getattr(type(cache), name)
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                before, trace.kind = trace.kind, CACHE
-                try:
-                    return own(reference(), *args, **kwargs)
-                finally:
-                    trace.kind = before
-
-            return call
-
-        for name in ("update", "attended"):  # the second one evicts
-            if hasattr(cache, name):
-                setattr(cache, name, counted(name))
-        return cache
-
-
-def _inputs(rows: int, tokens: int) -> dict[str, Any]:
-    import torch
-
-    ids = torch.zeros(rows, tokens, dtype=torch.int64)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -22,6 +22,7 @@ from ..quiet import no_dataset_bars, silence_libraries
 from ..recipe import Recipe
 from ..tiered.mapped_file import require_folder, slow_kind
 from .calibrate import known_overhead, known_rates
+from .rollouts import largest, phases, with_rollouts
 from .step import PlannedStep, step_cost
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Plan:
     efficiency: float = 1.0  # speed of a step over that of its single operations (cost/overhead.py)
     disk_bytes_per_step: int = 0  # of the mapped base, if it exceeds free memory
     notes: list[str] = field(default_factory=list)
+    phases: list[tuple[str, int, str]] = field(default_factory=list)  # of a step that samples replies (rollouts.py)
     disk: int | None = None  # free space on the disk of the tables; None if they are in RAM or allocated already
     take: Callable[[int], int] | None = None  # how many of so many spare bytes the patches would use
 
@@ -149,7 +151,7 @@ class Plan:
         return {
             **{key: value for key, value in self.predicted().items() if key != "bytes"}, "fits": self.fits,
             "budget": dataclasses.asdict(self.budget), "items": self.items, "notes": self.notes,
-            "disk_free_bytes": self.disk,
+            "disk_free_bytes": self.disk, "phases": self.phases,
         }  # fmt: skip
 
     def lines(self) -> Iterator[str]:
@@ -158,6 +160,8 @@ class Plan:
         yield f"{'what':<{width}}  {'tier':<5} {'size':>12}  why"
         for row in self.items:
             yield f"{row['what']:<{width}}  {row['tier']:<5} {gib(row['bytes']):>12}  {row['why']}"
+        for name, size, why in self.phases:
+            yield f"{name:<{width}}  {'fast':<5} {gib(size):>12}  {why}"
         yield f"{'peak':<{width}}  {'fast':<5} {gib(self.fast_peak_bytes):>12}  {self.phase}"
         if self.tokens_per_second:
             speed = f"{self.tokens_per_second:,.0f} t/s"
@@ -185,6 +189,7 @@ def plan(
     counted: int | None = None,
     filled: float = 1.0,
     lengths: int = 1,
+    prompt: int | None = None,
     process: int | None = None,
     args: Any = None,
     rates: Any = None,
@@ -193,7 +198,8 @@ def plan(
 
     `rows`, `tokens`: the largest batch (default: that of `data.train`, or else the recipe's batch size and max_length).
     `counted`: the largest number of tokens of a row in the loss (default: all). `filled`: the share of tokens that are
-    not padding; only these count for the speed. `lengths`: how many distinct lengths the batches of a run have.
+    not padding; only these count for the speed. `prompt`: tokens of the longest prompt, if replies are sampled.
+    `lengths`: how many distinct lengths the batches of a run have.
 
     `process`: anonymous bytes that the process uses beside the tensors (default: `process_bytes`). `args`: the training
     arguments of an existing trainer (creating new ones would reset its accelerator). `rates`: those of a machine
@@ -223,10 +229,14 @@ def plan(
         at_start = process_bytes(beside)
         if (seen := foreseen(recipe, notes)) is not None:
             tokens, counted, filled, lengths = (seen.batch[key] for key in ("tokens", "counted", "filled", "lengths"))
+            prompt = seen.batch.get("prompt")
             rows, process = rows or seen.batch["rows"], at_start + seen.nbytes if process is None else process
             recipe = seen.recipe
         else:
             tokens = longest_allowed(recipe)
+            if hasattr(args, "num_generations"):
+                prompt = max(1, tokens - args.max_completion_length)
+                rows, tokens, counted = largest(objective, args, prompt).values()
     rows = rows or args.per_device_train_batch_size
     if device.type == "cuda":
         notes += CUDA
@@ -244,6 +254,10 @@ def plan(
         except Untraceable as error:
             cost = _real_step(recipe, args, rows, tokens, counted, rates, error)
             notes.append(f"a real step was run, since {error.have}; other data may use more memory")
+    parts: list[tuple[str, int, str]] = []
+    if prompt is not None:
+        cost, said = with_rollouts(cost, recipe, args, prompt)
+        parts = phases(cost, said)
     phase, kinds = highest(cost.peaks)
     notes += cost.notes
     micro_batches = args.gradient_accumulation_steps
@@ -264,7 +278,7 @@ def plan(
         disk = free_bytes(recipe.place.folder or recipe.output)
     return Plan(
         kinds, phase, process, overhead, transient, budget, machine, rows, tokens, counted, speed, cost.trained,
-        beside.efficiency, read, notes, disk, cost.take,
+        beside.efficiency, read, notes, parts, disk, cost.take,
     )  # fmt: skip
 
 

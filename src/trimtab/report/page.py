@@ -44,6 +44,7 @@ def page(runs: list[Any]) -> str:
         _section("Loss and speed", '<div class="grid">' + figure(
             curves(runs, "loss", "loss"), "Loss", "No losses were logged.") + figure(
             throughput(runs), "Throughput", "The logs are not enough to compute a speed.") + "</div>"),
+        *_rewards(runs, figure),
         _section("Memory over time", '<div class="grid">' + "".join(
             figure(made, run.name, "There is no timeline.")
             for run, made in zip(runs, timelines(runs, [_budget(run) for run in runs]), strict=True)) + "</div>"
@@ -70,6 +71,24 @@ def page(runs: list[Any]) -> str:
         f'\n<script type="application/json" id="runs">{runs_data}</script>'
         f"\n<script>{get_plotlyjs()}</script>\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
+
+
+def _rewards(runs: list[Any], figure: Any) -> list[str]:
+    """Of runs that sampled replies: reward, share of equal groups and length over time, and replies."""
+    some = [run for run in runs if any(number(row.get("reward")) is not None for row in run.metrics)]
+    if not some:
+        return []
+    shown = (("reward", "Reward"), ("frac_reward_zero_std", "Share of prompts whose replies earned the same"),
+             ("completions/mean_length", "Tokens of a reply"), ("kl", "Divergence from the base"))  # fmt: skip
+    found = [(title, curves(some, key, title.lower())) for key, title in shown]
+    cards = "".join(figure(made, title, "") for title, made in found if made is not None)
+    tables = ""
+    for run in some:
+        rows = [[escape(str(s.get("step"))), escape(str(s.get("prompt"))[-300:]), escape(str(s.get("reply"))[:600]),
+                 escape(", ".join(f"{k} {v}" for k, v in s.items() if k not in ("step", "prompt", "reply")))]
+                for s in run.samples]  # fmt: skip
+        tables += f"<h3>{escape(run.name)}</h3>" + _table(["step", "prompt", "reply", "earned"], rows) if rows else ""
+    return [_section("Rewards", f'<div class="grid">{cards}</div>{tables}')]
 
 
 def _section(title: str, inner: str) -> str:

@@ -23,6 +23,7 @@ from .figures import number
 from .page import page
 
 READ = ("run.json", "metrics.jsonl", "memory.jsonl", "recipe.yaml")
+SAMPLES = 12  # sampled replies that are shown
 POINTS = 2000  # the most points drawn of a curve
 
 
@@ -35,6 +36,7 @@ class Run:
     recipe: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)  # completions.jsonl
     before: dict[str, Any] = field(default_factory=dict)  # eval_base.json
     after: dict[str, Any] = field(default_factory=dict)  # eval.json
     notes: list[str] = field(default_factory=list)
@@ -76,6 +78,9 @@ def read(folder: Path) -> Run:
     run.recipe = _object(run, folder / "recipe.yaml")
     run.metrics = _thin([row for row in _lines(run, folder / "metrics.jsonl") if number(row.get("step")) is not None])
     run.memory = _thin([row for row in _lines(run, folder / "memory.jsonl") if number(row.get("anon")) is not None])
+    if (folder / "completions.jsonl").is_file():
+        lines = _lines(run, folder / "completions.jsonl")
+        run.samples = lines[:: max(1, len(lines) // SAMPLES)][-SAMPLES:]
     run.before, run.after = _object(run, folder / "eval_base.json"), _object(run, folder / "eval.json")
     return run
 

@@ -59,11 +59,37 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(row) + "\n")
 
 
+def rewarded(logs: dict[str, Any]) -> str:
+    """Mean reward, share of prompts whose replies differ in reward, mean length of a reply, and divergence if any."""
+    parts = [f"reward {logs['reward']:.3f}"]
+    if (equal := logs.get("frac_reward_zero_std")) is not None:
+        parts.append(f"{1 - equal:.0%} of groups differ")
+    if (length := logs.get("completions/mean_length")) is not None:
+        parts.append(f"{length:.0f} tokens")
+    if (divergence := logs.get("kl")) is not None:
+        parts.append(f"kl {divergence:.3f}")
+    return "  ".join(parts)
+
+
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return sys.maxsize
+
+
+class SamplesFile(MetricsFile):
+    """Writes a few sampled replies per log, one JSON line each: step, prompt, reply, what it earned, advantage."""
+
+    def __init__(self, path: Path, trainer: Any):
+        super().__init__(path)
+        self.trainer = trainer
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" in (logs or {}):
+            with self.path.open("a", encoding="utf-8") as file:
+                for sample in self.trainer.samples():
+                    file.write(json.dumps({"step": state.global_step, **sample}, ensure_ascii=False) + "\n")
 
 
 class Steps(TrainerCallback):
@@ -176,7 +202,7 @@ class Live(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.quiet or not logs or "loss" not in logs:
             return
-        self.loss = f"loss {float(logs['loss']):.3f}"
+        self.loss = f"loss {float(logs['loss']):.3f}" if logs.get("reward") is None else rewarded(logs)
         if self.live:
             self.live.refresh()
         elif time.monotonic() >= self._next or state.global_step == state.max_steps:

@@ -30,12 +30,12 @@ from ..engine.prepare import autocast_dtype, restore_model, training_forward
 from ..engine.start import LossCompared, checked
 from ..engine.tables import notes_of
 from ..engine.trainers import Job, remove_printing
-from ..errors import BadInput
+from ..errors import BadInput, Stopped
 from ..memory.guard import Guard, hard_limit, ran_out
 from ..memory.meter import Meter
 from ..model.reply import ReplyForm
 from ..recipe import Recipe
-from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
+from .progress import Live, MetricsFile, SamplesFile, Steps, StopAtLimit, StopOnInterrupt
 
 Say = Callable[[str], None]
 
@@ -49,6 +49,7 @@ class Ended:
     why: str = ""  # "" (done), "interrupt", "budget", "machine", "diverged", or "refused" (an allocation failed)
     mean_loss: float = 0.0
     diverged: Diverged | None = None
+    failed: Stopped | None = None  # of what the user provides, a reward function say
 
 
 class Session:
@@ -178,6 +179,8 @@ class Session:
         if self.main:
             meter.timeline = self.output / "memory.jsonl"
             trainer.add_callback(MetricsFile(self.output / "metrics.jsonl"))
+            if hasattr(trainer, "samples"):
+                trainer.add_callback(SamplesFile(self.output / "completions.jsonl", trainer))
         for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter)):
             trainer.add_callback(callback)
         if checkpoint and nothing_left(read_state(checkpoint), self.args.max_steps, self.args.num_train_epochs):
@@ -185,13 +188,17 @@ class Session:
         meter.watchers.append(self.guard.see)
         if self.recipe.engine.stop_if_diverged:
             trainer.add_callback(StopIfDiverged(trainer, chance_of(self.model, self.rows.labels, self.rows.regression)))
-        why, loss, diverged = "", 0.0, None
+        why, loss, diverged, failed = "", 0.0, None, None
         with training_forward(self.model, self.objective, self.recipe), interrupt:
             try:
                 with hard_limit(limit, self.place.device, meter) if hard and limit else contextlib.nullcontext():
                     loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
             except Diverged as error:
                 why, diverged = "diverged", error
+            except Stopped as error:  # before the step has changed any weight
+                why, failed = "failed", error
+                if trainer.state.global_step > self.steps.first:
+                    trainer.save_complete()
             except Exception as error:
                 if not ran_out(error, hard):
                     raise
@@ -203,7 +210,7 @@ class Session:
         done, wanted = trainer.state.global_step, trainer.state.max_steps
         if not why and done < wanted:
             why = "interrupt" if interrupt.requested else self.guard.why
-        return Ended(done, wanted, why, loss, diverged)
+        return Ended(done, wanted, why, loss, diverged, failed)
 
     def _reached(self, checkpoint: Path) -> Ended:
         """Loads `checkpoint`, after which no step is left: the run was killed before it saved the adapter."""

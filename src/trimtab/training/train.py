@@ -180,6 +180,9 @@ def _stopped(session: Session, ended: Ended, made: Plan | None, hard: bool) -> E
     left = checkpoints(output)
     if ended.why == "interrupt":
         return Interrupted(f"stopped after {at}", f"{left[-1]} is complete", "Continue with resume=true")
+    if ended.failed:
+        have = f"{left[-1]} is complete" if left else "no checkpoint had been written yet"
+        return type(ended.failed)(ended.failed.asked, f"{ended.failed.have}; {have}", ended.failed.do)
     if ended.diverged:
         good = [path for path in left if int(path.name.split("-")[-1]) <= ended.diverged.good]
         have = f"{ended.diverged.what}; "
