@@ -280,6 +280,8 @@ def recipe_keys() -> str:
         "name; `gradient_checkpointing` and its new name `activation_checkpointing` are both accepted. These defaults\n"
         "differ from the libraries', to suit small machines:",
         table(["key", "default here"], defaults),
+        "`max_minutes: 30` (trimtab's own) stops the run before 30 minutes have passed, with a checkpoint that\n"
+        "`resume=true` continues exactly; see [cli.md](cli.md#stopping-and-resuming).",
         "Some methods have other defaults; of several patches, the smallest learning rate applies:",
         table(["method", "defaults"], of_methods),
         "These fields are refused, since they would have no effect here, or another effect than their name says: "

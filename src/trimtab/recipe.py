@@ -133,6 +133,7 @@ class Recipe(Block):
     def hash(self) -> str:
         """A name for what is computed: equal recipes, equal hash (where it writes and how it resumes do not count)."""
         tree = {k: v for k, v in self.to_dict().items() if k not in ("output", "resume", "overwrite")}
+        tree["training"] = {k: v for k, v in self.training.items() if k != "max_minutes"}  # when it stops, not what
         return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     # --- what it names -------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ..artifacts import adapter
 from ..artifacts.checkpoint_files import STATE, read_state
 from ..artifacts.run_folder import nothing_left, place_of
 from ..contracts import When
-from ..engine.arguments import check_optimizer, training_arguments, weighed
+from ..engine.arguments import check_optimizer, time_limit, training_arguments, weighed
 from ..engine.divergence import Diverged, StopIfDiverged, chance_of
 from ..engine.inputs import calibration_batches, largest_batch, make_trainer, read_inputs
 from ..engine.objectives import arguments_class
@@ -36,6 +36,7 @@ from ..memory.meter import Meter
 from ..model.reply import ReplyForm
 from ..recipe import Recipe
 from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
+from .time_limit import StopAtTime
 
 Say = Callable[[str], None]
 
@@ -46,7 +47,7 @@ class Ended:
 
     step: int
     wanted: int
-    why: str = ""  # "" (done), "interrupt", "budget", "machine", "diverged", or "refused" (an allocation failed)
+    why: str = ""  # "" (done), "interrupt", "time", "budget", "machine", "diverged", or "refused" (an allocation failed)
     mean_loss: float = 0.0
     diverged: Diverged | None = None
 
@@ -165,8 +166,9 @@ class Session:
         """The size of the largest training batch (engine/inputs.py)."""
         return largest_batch(self.trainer)
 
-    def fit(self, checkpoint: Path | None, limit: int | None, hard: bool = False) -> Ended:
-        """Trains, from `checkpoint` on if one is given, within `limit` bytes of the fast tier."""
+    def fit(self, checkpoint: Path | None, limit: int | None, hard: bool = False, began: float = 0.0) -> Ended:
+        """Trains, from `checkpoint` on if one is given, within `limit` bytes of the fast tier. `began`: when the run
+        began, from which max_minutes counts."""
         trainer, meter = self.trainer, self.meter
         self.guard = Guard.of(limit, self.place.device)
         self.steps = Steps(self.surgeries, meter, self.model, self.as_loaded)
@@ -175,7 +177,8 @@ class Session:
         if self.main:
             meter.timeline = self.output / "memory.jsonl"
             trainer.add_callback(MetricsFile(self.output / "metrics.jsonl"))
-        for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter)):
+        self.timer = StopAtTime(time_limit(self.recipe), began)
+        for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter), self.timer):
             trainer.add_callback(callback)
         if checkpoint and nothing_left(read_state(checkpoint), self.args.max_steps, self.args.num_train_epochs):
             return self._reached(checkpoint)
@@ -199,7 +202,7 @@ class Session:
                 meter.stop_watching(self.guard.see)
         done, wanted = trainer.state.global_step, trainer.state.max_steps
         if not why and done < wanted:
-            why = "interrupt" if interrupt.requested else self.guard.why
+            why = "interrupt" if interrupt.requested else self.guard.why or "time" * self.timer.reached
         return Ended(done, wanted, why, loss, diverged)
 
     def _reached(self, checkpoint: Path) -> Ended:

@@ -87,7 +87,7 @@ def _run(
         total = sum(t.numel() for s in session.surgeries for t in s.own_tensors().values())
         patches = " + ".join(map(methods.name_of, session.patches))
         say(f"{patches} on {recipe.model.name}: {trainable:,} trained parameters")
-        ended = session.fit(checkpoint, made.budget.fast if made else None, hard)
+        ended = session.fit(checkpoint, made.budget.fast if made else None, hard, began)
         if ended.why:
             raise _stopped(session, ended, made, hard)
         session.meter.stop()
@@ -145,8 +145,10 @@ def _planned(session: Session) -> Plan | None:
 
     None, without a budget, for a run that the planner does not cover.
     """
+    from ..engine.arguments import time_limit
     from ..planning.fit import require_fit
     from ..planning.plan import plan
+    from .time_limit import require_step
 
     recipe = session.applied
     if session.args.world_size > 1:
@@ -161,6 +163,7 @@ def _planned(session: Session) -> Plan | None:
         return None
     loaded = made.start_bytes - made.process
     made = dataclasses.replace(made, process=max(0, session.meter.rebase() - loaded), disk=None)  # tables exist already
+    require_step(time_limit(recipe), made.step_seconds(session.args.gradient_accumulation_steps))
     if recipe.budget:
         require_fit(made, recipe)
         session.say(f"planned: {made.fast_peak_bytes / GIB:.2f} GiB of the fast tier at the peak")
@@ -174,6 +177,8 @@ def _stopped(session: Session, ended: Ended, made: Plan | None, hard: bool) -> E
     output, guard = session.output, session.guard
     at = f"step {ended.step} of {ended.wanted}"
     left = checkpoints(output)
+    if ended.why == "time":
+        return session.timer.stopped(at, left[-1], session.resumed)
     if ended.why == "interrupt":
         return Interrupted(f"stopped after {at}", f"{left[-1]} is complete", "Continue with resume=true")
     if ended.diverged:
