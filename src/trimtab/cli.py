@@ -242,6 +242,51 @@ def report(
         webbrowser.open(written.resolve().as_uri())
 
 
+data = typer.Typer(no_args_is_help=True, help="Look at data before training.")
+app.add_typer(data, name="data")
+
+
+@data.command()
+def audit(
+    files: Annotated[list[str] | None, typer.Argument(metavar="[FILE ...]", help="Data files to look at.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Take tokenizer, columns and max_length, and without "
+                                               "FILES the files, from this recipe.")] = None,
+    test: Annotated[list[str] | None, typer.Option("--test", help="A file that must share no row with the others.")]
+    = None,
+    near: Annotated[float, typer.Option(help="Similarity of near duplicates; 0: do not look for them.")] = 0.8,
+    skip: Annotated[str, typer.Option(help="Kinds to leave out, comma-separated.")] = "",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if something is found.")] = False,
+    write: Annotated[str | None, typer.Option(metavar="DIR", help="Write copies without the rows found.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --write replace files.")] = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Find duplicates, leaks into test sets, and faulty rows in data files. The files are not changed."""
+    from .data.audit import audit as run
+    from .data.audit import write_clean
+    from .data.spec import DataSpec
+
+    named, tests, spec, length, tokenizer = list(files or ()), list(test or ()), DataSpec(), None, None
+    if recipe:
+        from .data.chat import use_template
+        from .model.load import config_folder, load_tokenizer
+        from .recipe import Recipe
+
+        loaded = Recipe.load(recipe)
+        spec, length = loaded.data, loaded.training_values()["max_length"]
+        if not named:
+            named, listed = loaded.data_files()
+            tests += [name for name in listed if name not in tests]
+        tokenizer = load_tokenizer(config_folder(loaded.model), trust_remote_code=loaded.model.trust_remote_code)
+        use_template(spec, tokenizer)
+    made = run(named, tests, spec, tokenizer, length, near, [kind for kind in skip.split(",") if kind])
+    written = write_clean(made, Path(write), overwrite) if write else []
+    print(json.dumps(made.to_dict(), indent=2) if as_json else "\n".join(made.lines()))
+    for path in written:
+        print(f"{path}: the rows without findings", file=sys.stderr)
+    if strict and made.findings:
+        raise typer.Exit(1)
+
+
 @app.command()
 def doctor(
     as_json: AsJson = False,

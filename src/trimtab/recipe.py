@@ -177,6 +177,11 @@ class Recipe(Block):
         wanted |= self._class(self.stepper, "stepper").defaults
         return {**TRAINING_DEFAULTS, **wanted, **given}
 
+    def data_files(self) -> tuple[list[str], list[str]]:
+        """-> the files of `data.train` and of `data.test`."""
+        train = self.data.train
+        return [train] if isinstance(train, str) else list(train or ()), [self.data.test] if self.data.test else []
+
     # --- doing ---------------------------------------------------------------------------------------------------
 
     def plan(self, **options: Any) -> Any:

@@ -111,8 +111,8 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
         return
     old, new = Recipe.load(path), recipe
     micro, times = "per_device_train_batch_size", "gradient_accumulation_steps"
-    free = ("max_steps", "num_train_epochs", "max_minutes", "save_strategy", "save_steps", "save_total_limit", "logging_steps",
-            "report_to", "activation_checkpointing", micro, times)  # fmt: skip
+    free = ("max_steps", "num_train_epochs", "max_minutes", "save_strategy", "save_steps", "save_total_limit",
+            "logging_steps", "report_to", "activation_checkpointing", micro, times)  # fmt: skip
 
     def training(r: Recipe) -> dict[str, Any]:
         values = r.training_values()

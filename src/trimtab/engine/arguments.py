@@ -64,7 +64,9 @@ def time_limit(recipe: Recipe) -> float | None:
     if minutes is None:
         return None
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
-        raise BadInput(f"training: max_minutes: {str(minutes)[:60]}", "it must be a number above 0", "Correct the value")
+        raise BadInput(
+            f"training: max_minutes: {str(minutes)[:60]}", "it must be a number above 0", "Correct the value"
+        )
     return 60.0 * minutes
 
 

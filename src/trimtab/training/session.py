@@ -47,7 +47,7 @@ class Ended:
 
     step: int
     wanted: int
-    why: str = ""  # "" (done), "interrupt", "time", "budget", "machine", "diverged", or "refused" (an allocation failed)
+    why: str = ""  # "" (done), "interrupt", "time", "budget", "machine", "diverged", "refused" (an allocation failed)
     mean_loss: float = 0.0
     diverged: Diverged | None = None
 
