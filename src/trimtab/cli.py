@@ -105,20 +105,24 @@ def plan(
         _search(loaded, as_json, write, overwrite)
         return
     from .planning.fit import require_fit
-    from .planning.inference import plan_recipe as run
+    from .planning.inference import plan_largest
     from .planning.remembered import remember
 
-    made = run(loaded)
-    remember(loaded, made)
+    made, planned = plan_largest(loaded)
+    remember(planned, made)
     print(json.dumps(made.to_dict(), indent=2) if as_json else "\n".join(made.lines()))
-    require_fit(made, loaded)
+    require_fit(made, planned)
 
 
 def _search(recipe: Any, as_json: bool, write: str | None, overwrite: bool) -> None:
     from pathlib import Path
 
+    from .errors import BadInput
     from .planning import search as plan_search
 
+    if recipe.stages:
+        have = "the recipe has stages, which may need different plans"
+        raise BadInput("plan --search", have, "Search with the recipe of one stage")
     if write:
         plan_search.check_free(Path(write), overwrite)  # before the work
     found = plan_search.search(recipe, workers=min(2, os.cpu_count() or 1))
@@ -139,7 +143,7 @@ def eval_(
     """Evaluate the run's model on data.test: loss, answers, accuracy."""
     from .recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides or ())
+    loaded = Recipe.load(recipe, overrides or (), final=True)
     _allocator(loaded)
     from .engine.tables import summary
     from .inference.evaluate import evaluate
@@ -171,7 +175,7 @@ def generate(
     """Reply to prompts, or chat in the terminal if none is given."""
     from .recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides or ())
+    loaded = Recipe.load(recipe, overrides or (), final=True)
     _allocator(loaded)
     settings = _settings(setting)
     from .inference import generate as verb
@@ -202,7 +206,7 @@ def serve(
     """Serve the run's model to programs, with OpenAI's API, on this machine only."""
     from .recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides or ())
+    loaded = Recipe.load(recipe, overrides or (), final=True)
     _allocator(loaded)
     from .serving.serve import serve as run
 
@@ -222,7 +226,7 @@ def export(
     from .inference.export import export as run
     from .recipe import Recipe
 
-    print(run(Recipe.load(recipe, overrides or ()), to, out, adapter, overwrite))
+    print(run(Recipe.load(recipe, overrides or (), final=True), to, out, adapter, overwrite))
 
 
 @app.command()

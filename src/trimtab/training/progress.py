@@ -265,6 +265,14 @@ class StopOnInterrupt(TrainerCallback):
         return control
 
 
+class SaveLast(TrainerCallback):
+    """Writes a checkpoint after the last step, whatever save_strategy is."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= state.global_step >= state.max_steps
+        return control
+
+
 class StopAtLimit(TrainerCallback):
     """When the guard has tripped, finishes the step, writes a checkpoint and ends the run."""
 

@@ -35,7 +35,7 @@ from ..memory.guard import Guard, hard_limit, ran_out
 from ..memory.meter import Meter
 from ..model.reply import ReplyForm
 from ..recipe import Recipe
-from .progress import Live, MetricsFile, Steps, StopAtLimit, StopOnInterrupt
+from .progress import Live, MetricsFile, SaveLast, Steps, StopAtLimit, StopOnInterrupt
 from .time_limit import StopAtTime
 
 Say = Callable[[str], None]
@@ -52,10 +52,29 @@ class Ended:
     diverged: Diverged | None = None
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a run starts that follows another, as one stage of several does.
+
+    `adapter`: the folder (an adapter's or a checkpoint's) whose tensors it starts from. `optimizer`: the optimizer.pt
+    whose state it takes over. `save_last`: a checkpoint is written after the last step, for a run that follows.
+    `timed_from`: when `max_minutes` began, on the clock of time.monotonic (None: when this run began).
+    """
+
+    adapter: Path | None = None
+    optimizer: Path | None = None
+    save_last: bool = False
+    timed_from: float | None = None
+
+
 class Session:
     """A recipe's model, data and training arguments. Within `with`, the model is patched and has a trainer."""
 
-    def __init__(self, recipe: Recipe, output: Path, say: Say, quiet: bool, resumed: bool = False):
+    def __init__(
+        self, recipe: Recipe, output: Path, say: Say, quiet: bool, resumed: bool = False,
+        start: Start = Start(),
+    ):  # fmt: skip
+        self.start = start
         self.recipe, self.output, self.say, self.quiet, self.resumed = recipe, output, say, quiet, resumed
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.objective, self.stepper = recipe.load_objective(), recipe.load_stepper()
@@ -97,8 +116,9 @@ class Session:
 
             batches = calibration_batches(self.recipe, self.inputs, self.args, self.place.device)
             self.surgeries += apply_patches(
-                self.model, self.patches, self.place, When.TRAIN, batches, applied, self.resumed
-            )
+                self.model, self.patches, self.place, When.TRAIN, batches, applied,
+                self.resumed or self.start.adapter is not None,
+            )  # fmt: skip
             half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
             compared.require_unchanged(self.surgeries, half)
             if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
@@ -108,6 +128,8 @@ class Session:
                     "Use plain data parallelism, with torchrun",
                 )
             self.surgeries += prepare(self.model, self.stepper, self.objective)
+            if self.start.adapter and not self.resumed:
+                adapter.load_into(self.surgeries, self.start.adapter, self.base, "start from")
             for note in notes_of(self.surgeries, str(self.place.folder)):
                 self.say(note)
             undo.enter_context(restore_model(self.model))
@@ -117,6 +139,7 @@ class Session:
             )
             self.trainer = make_trainer(job, self.recipe, self.model, self.args, self.inputs)
             remove_printing(self.trainer)
+            self.trainer.start_optimizer = None if self.resumed else self.start.optimizer
             self.recipe = checked(
                 self.trainer, self.recipe, self.say, gradients=self.stepper.uses_gradients, autocast=half
             )
@@ -177,8 +200,9 @@ class Session:
         if self.main:
             meter.timeline = self.output / "memory.jsonl"
             trainer.add_callback(MetricsFile(self.output / "metrics.jsonl"))
-        self.timer = StopAtTime(time_limit(self.recipe), began)
-        for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter), self.timer):
+        self.timer = StopAtTime(time_limit(self.recipe), self.start.timed_from or began)
+        last = [SaveLast()] if self.start.save_last else []
+        for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter), self.timer, *last):
             trainer.add_callback(callback)
         if checkpoint and nothing_left(read_state(checkpoint), self.args.max_steps, self.args.num_train_epochs):
             return self._reached(checkpoint)

@@ -27,7 +27,7 @@ from ..recipe import Recipe
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
-    from .session import Ended, Session
+    from .session import Ended, Session, Start
 
 
 NOT_TAKEN = {  # keys of run.json: why a stepper took no step
@@ -56,6 +56,10 @@ def train(
 
     say = say or speaker(quiet)
     with lock_run(recipe.output, f"train into {recipe.output}"):
+        if recipe.stages:
+            from .stages import train_stages
+
+            return train_stages(recipe, _run, quiet, say, hard, began)
         output, checkpoint = open_run(recipe)
         if recipe.resume and (done := finished_run(recipe, checkpoint)):
             say(f"{output} finished after {done['steps']} steps: there is nothing left to train")
@@ -67,20 +71,22 @@ def train(
 
 def _run(
     recipe: Recipe, output: Path, checkpoint: Path | None, quiet: bool, say: Callable[[str], None], hard: bool,
-    began: float,
+    began: float, start: Start | None = None, begin: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Loads, trains (from `checkpoint` on) and saves; -> the content of run.json."""
+    """Loads, trains (from `checkpoint` on) and saves; -> the content of run.json. `begin` is called before the first
+    write."""
     from ..artifacts.adapter import save_adapter
     from ..engine.tables import row_parameters
     from ..planning.remembered import shown
-    from .session import Session  # imports TRL: after the cheap checks
+    from .session import Session, Start  # imports TRL: after the cheap checks
 
-    session = Session(recipe, output, say, quiet, resumed=checkpoint is not None)
+    session = Session(recipe, output, say, quiet, checkpoint is not None, start or Start())
     _check_shortest(session)
     with _write_errors(output), session:
         say = session.say
         made = _planned(session)
         if session.main:  # nothing is written before this line
+            begin()
             begin_run(output, recipe, resumed=checkpoint is not None)
         trainable = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
         trainable += row_parameters(session.surgeries)
