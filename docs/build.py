@@ -250,7 +250,7 @@ def kind_of(annotation: Any) -> str:
     text = re.sub(r"Literal\[(.*?)\]", r"\1", text)
     plain = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "None": "null",
              "FileName": "text", "Count": "integer", "dict[str, str]": "mapping", "dict[Column, str]": "mapping",
-             "Name": "text", "Keys": "mapping", "dict[str, Any]": "mapping",
+             "Annotated[float, Field(gt=0, lt=1)]": "number", "Name": "text", "Keys": "mapping", "dict[str, Any]": "mapping",
              **dict.fromkeys(("list[str]", "list[FileName]", "list[Metric]"), "list of text")}  # fmt: skip
     return " or ".join(plain.get(part.strip(), part.strip()) for part in text.split(" | "))
 
@@ -262,7 +262,8 @@ def shown(value: Any) -> str:
 def recipe_keys() -> str:
     parts = ["## Top level\n\n" + table(["key", "type", "default", "meaning"], whole())]
     for name, cls in (("model", ModelSpec), ("data", DataSpec), ("place", recipe.Place),
-                      ("engine", recipe.EngineSpec), ("stages", recipe.StageSpec)):  # fmt: skip
+                      ("engine", recipe.EngineSpec), ("stages", recipe.StageSpec),
+                      ("rehearsal", recipe.RehearsalSpec)):  # fmt: skip
         parts.append(f"## {name}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
     for kind in ("objective", "stepper"):
         for name in methods.names(kind):
@@ -304,6 +305,7 @@ def whole() -> list[list[str]]:
         "place": ("mapping", "which memory is used, see below"),
         "engine": ("mapping", "how steps are computed, see below"),
         "stages": ("list", "several stages of training, one after another, see below"),
+        "rehearsal": ("mapping", "rows of earlier stages that later ones repeat, see below"),
         "output": ("text", "the folder of the run"),
         "resume": ("true or false", "continue from the newest checkpoint in `output`"),
         "overwrite": ("true or false", "replace the run in `output`"),

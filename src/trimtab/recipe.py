@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from . import methods
 from .data.spec import DataSpec
-from .data.stage import StageSpec
+from .data.stage import RehearsalSpec, StageSpec
 from .errors import BadInput, nearest
 from .memory.place import Place
 from .model.spec import ModelSpec
@@ -97,6 +97,7 @@ class Recipe(Block):
     place: Place = field(default_factory=Place)
     engine: EngineSpec = field(default_factory=EngineSpec)
     stages: list[StageSpec] = field(default_factory=list)
+    rehearsal: RehearsalSpec | None = None
     output: FileName = "runs/run"
     resume: bool = False  # go on from the newest checkpoint in `output`
     overwrite: bool = False  # replace the run that `output` holds
@@ -139,8 +140,9 @@ class Recipe(Block):
     def hash(self) -> str:
         """A name for what is computed: equal recipes, equal hash (where it writes and how it resumes do not count)."""
         tree = {k: v for k, v in self.to_dict().items() if k not in ("output", "resume", "overwrite")}
-        if not self.stages:
-            del tree["stages"]
+        for key in ("stages", "rehearsal"):  # as if a recipe without them had no such key
+            if not tree[key]:
+                del tree[key]
         tree["training"] = {k: v for k, v in self.training.items() if k != "max_minutes"}  # when it stops, not what
         return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -204,7 +206,7 @@ class Recipe(Block):
         for number, stage in enumerate(self.stages, 1):
             data = build(DataSpec, {**dataclasses.asdict(self.data), **stage.data}, f"stages: {stage.name}: data")
             made.append(dataclasses.replace(
-                self, data=data, training={**whole, **stage.training}, stages=[],
+                self, data=data, training={**whole, **stage.training}, stages=[], rehearsal=None,
                 output=str(Path(self.output) / "stages" / f"{number}-{stage.name}"),
             ))  # fmt: skip
         return made

@@ -122,6 +122,7 @@ def same_recipe(output: Path, old: Recipe, new: Recipe) -> None:
     data = lambda r: vars(r.data) | {k: files(getattr(r.data, k)) for k in ("train", "test", "chat_template")}  # noqa: E731
     for name, before, now in [
         ("stages", [stage.name for stage in old.stages], [stage.name for stage in new.stages]),
+        ("rehearsal", old.rehearsal, new.rehearsal),
         ("patches", old.load_patches(), new.load_patches()),
         ("model", old.model, new.model),
         ("data", data(old), data(new)),

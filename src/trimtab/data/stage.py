@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -24,6 +24,19 @@ def _keys(value: Any) -> Any:
 
 Name = Annotated[FileName, AfterValidator(_folder_name)]
 Keys = Annotated[dict[str, Any], BeforeValidator(_keys)]
+
+
+@dataclass(frozen=True)
+class RehearsalSpec(Block):
+    """Rows of earlier stages that later ones are trained on again.
+
+    `budget`: bytes of the kept rows, as token ids (`4MiB`). `policy`: `reservoir` keeps each row with the same chance,
+    `ring` as many bytes of each stage, its newest rows. `mix`: their share of the rows of a step.
+    """
+
+    budget: str | int
+    policy: Literal["reservoir", "ring"] = "reservoir"
+    mix: Annotated[float, Field(gt=0, lt=1)] = 0.25
 
 
 @dataclass(frozen=True)

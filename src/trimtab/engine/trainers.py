@@ -49,6 +49,7 @@ class _OurTrainer(ClipsRows):
 
     grad_norm = 0.0  # of the newest step, before clipping
     start_optimizer: Path | None = None  # optimizer.pt of an earlier run, whose state a new run takes over
+    rehearsed: tuple[int, float] | None = None  # number of own rows before those of earlier stages, and their share
     last_counts: list[torch.Tensor]  # of the newest evaluation: correct, seen and summed loss of each batch
 
     def _take(self, job: Job, model: Any, args: Any) -> None:

@@ -27,6 +27,7 @@ from ..engine.inputs import calibration_batches, largest_batch, make_trainer, re
 from ..engine.objectives import arguments_class
 from ..engine.patching import apply_patches, prepare, revert
 from ..engine.prepare import autocast_dtype, restore_model, training_forward
+from ..engine.rehearsal import Rehearsal
 from ..engine.start import LossCompared, checked
 from ..engine.tables import notes_of
 from ..engine.trainers import Job, remove_printing
@@ -58,12 +59,14 @@ class Start:
 
     `adapter`: the folder (an adapter's or a checkpoint's) whose tensors it starts from. `optimizer`: the optimizer.pt
     whose state it takes over. `save_last`: a checkpoint is written after the last step, for a run that follows.
+    `rehearsal`: rows of earlier stages to mix in, and where to keep this one's.
     `timed_from`: when `max_minutes` began, on the clock of time.monotonic (None: when this run began).
     """
 
     adapter: Path | None = None
     optimizer: Path | None = None
     save_last: bool = False
+    rehearsal: Rehearsal | None = None
     timed_from: float | None = None
 
 
@@ -139,6 +142,8 @@ class Session:
             )
             self.trainer = make_trainer(job, self.recipe, self.model, self.args, self.inputs)
             remove_printing(self.trainer)
+            if self.start.rehearsal and (many := self.start.rehearsal.mix_into(self.trainer)):
+                self.say(f"rehearsing {many:,} rows of earlier stages")
             self.trainer.start_optimizer = None if self.resumed else self.start.optimizer
             self.recipe = checked(
                 self.trainer, self.recipe, self.say, gradients=self.stepper.uses_gradients, autocast=half

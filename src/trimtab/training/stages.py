@@ -23,13 +23,15 @@ from ..artifacts.run_folder import begin_run, checkpoints, finished_run, same_re
 from ..data.continual import LOSSES, figures, interval
 from ..data.files import read_table
 from ..engine.arguments import time_limit
+from ..engine.rehearsal import Rehearsal, summary
 from ..errors import BadInput, Interrupted, Stopped
 from ..files import whole_folder, write_json, write_text
+from ..memory.budget import parse
 from ..recipe import Recipe
 from ..validation import read_json
 from .session import Start
 
-BASE, SCORES = "base.json", "scores.json"
+BASE, SCORES, KEPT = "base.json", "scores.json", "kept.safetensors"
 
 
 def train_stages(
@@ -57,7 +59,8 @@ def train_stages(
                 have = f"training.max_minutes ({whole / 60:g} minutes) have passed"
                 raise Stopped(f"stopped before stage {name}", have, "Continue with resume=true")
             say(f"stage {name}, {index + 1} of {len(stages)}")
-            limited, start = _limited(stage, whole, began, now, _start(recipe, stages, index))
+            start = dataclasses.replace(_start(recipe, stages, index), rehearsal=rehearsal_of(recipe, stages, index))
+            limited, start = _limited(stage, whole, began, now, start)
             newest = checkpoints(Path(stage.output))[-1:] if resumed else []
             for checkpoint in newest:
                 check_files(checkpoint)
@@ -85,6 +88,10 @@ def train_stages(
 
 def check(recipe: Recipe, stages: list[Recipe]) -> None:
     """BadInput for stages that cannot run, before the first one starts."""
+    if recipe.rehearsal is not None:
+        rehearsal_of(recipe, stages, 0)
+        if len(stages) < 2:
+            raise BadInput("rehearsal", "no stage comes before another", "Remove it, or add a stage")
     for index, (spec, stage) in enumerate(zip(recipe.stages, stages, strict=True)):
         asked = f"stages: {spec.name}"
         for part, names in (("train", stage.data.train), ("test", stage.data.test)):
@@ -153,6 +160,16 @@ def _start(recipe: Recipe, stages: list[Recipe], index: int) -> Start:
     return Start(newest, newest / "optimizer.pt", save_last)
 
 
+def rehearsal_of(recipe: Recipe, stages: list[Recipe], index: int) -> Rehearsal | None:
+    """What stage `index` rehearses and keeps; None for a recipe without rehearsal."""
+    spec = recipe.rehearsal
+    if spec is None:
+        return None
+    files = [Path(stage.output) / KEPT for stage in stages]
+    before, after = files[index - 1] if index else None, files[index] if index + 1 < len(files) else None
+    return Rehearsal(parse(spec.budget, None, "rehearsal: budget"), spec.policy, spec.mix, index + 1, before, after)
+
+
 def _suits(folder: Path, name: str, stage: Recipe) -> Path:
     """`folder`, if its adapter is one of the recipe's patches; BadInput otherwise."""
     from ..artifacts.adapter import patches_of
@@ -213,8 +230,16 @@ def _result(recipe: Recipe, stages: list[Recipe]) -> dict[str, Any]:
         "steps": sum(run["steps"] for run in runs), "tokens": tokens, "predicted": most["predicted"],
         "shown": most.get("shown") or {},
         "measured": {**most["measured"], "seconds": seconds, "tokens_per_second": speed},
-        "tasks": tasks(recipe, stages),
+        "tasks": tasks(recipe, stages), **({"rehearsal": _kept(recipe, stages)} if recipe.rehearsal else {}),
     }  # fmt: skip
+
+
+def _kept(recipe: Recipe, stages: list[Recipe]) -> dict[str, Any]:
+    """Bytes and rows that the last rehearsal had, and their share of all rows that were trained on before."""
+    made = rehearsal_of(recipe, stages, len(stages) - 1)
+    assert made is not None and made.before is not None
+    found = summary(made.before)
+    return {"budget_bytes": made.budget, **found, "share_of_rows": found["rows"] / max(1, found["seen"])}
 
 
 def tasks(recipe: Recipe, stages: list[Recipe]) -> dict[str, Any]:

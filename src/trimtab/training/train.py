@@ -56,6 +56,8 @@ def train(
 
     say = say or speaker(quiet)
     with lock_run(recipe.output, f"train into {recipe.output}"):
+        if recipe.rehearsal and not recipe.stages:
+            raise BadInput("rehearsal", "the recipe has no stages", "Remove it, or add stages")
         if recipe.stages:
             from .stages import train_stages
 
@@ -105,6 +107,8 @@ def _run(
             "budget": dataclasses.asdict(made.budget) if made else {},
             "processes": session.args.world_size, "machine": machine(), "versions": versions(),
         }  # fmt: skip
+        if session.main and session.start.rehearsal and session.start.rehearsal.after:
+            session.start.rehearsal.keep(session.trainer)
         if session.main:
             save_adapter(output / "adapter", session.surgeries, session.base)
             write_json(output / "run.json", trained)
