@@ -276,3 +276,40 @@ def test_the_report_shows_tasks_and_stages(ran):
     assert f"{result['tasks']['figures']['loss']['forgetting']:+.4f}" in text
     change = result["tasks"]["change"]["two"]["loss"]
     assert f"{change['low']:+.4f} to {change['high']:+.4f}" in text
+
+
+def test_baselines(world, tmp_path):
+    made = keys(world, tmp_path / "run", "fresh", "adapter") | {"rehearsal": {"budget": 300, "mix": 0.5}}
+    recipe = Recipe.from_dict(made)
+    found = recipe.train(baselines=["sequential", "joint", "frozen"])
+    held = found["baselines"]
+    assert json.loads((tmp_path / "run/run.json").read_text())["baselines"] == json.loads(json.dumps(held))
+    assert held["frozen"]["row"]["loss"] == found["tasks"]["matrix"]["loss"][0]
+    lone = run(keys(world, tmp_path / "lone", "fresh", "adapter"))["tasks"]
+    assert held["sequential"]["row"]["loss"] == lone["matrix"]["loss"][-1]
+    assert held["sequential"]["figures"] == lone["figures"]
+    joint = Recipe.load(tmp_path / "run/baselines/joint")
+    assert len(joint.data.train) == 2 and joint.training["max_steps"] == found["steps"]
+    assert held["joint"]["gap"]["loss"] == pytest.approx(
+        sum(held["joint"]["row"]["loss"]) / 2 - found["tasks"]["figures"]["loss"]["acc"])  # fmt: skip
+    text = report([tmp_path / "run"]).read_text()
+    assert "joint (baseline)" in text and "loss, sequential" in text
+    again = dataclasses.replace(recipe, resume=True).train(baselines=["joint"])
+    assert again["baselines"]["joint"]["row"] == held["joint"]["row"]
+
+
+@pytest.mark.parametrize("names,carries,words", [
+    (["jiont"], ("fresh", "adapter"), 'Did you mean "joint"'), (["joint"], ("fresh",), "less than two stages"),
+    (["joint"], (), "no stages"),
+])  # fmt: skip
+def test_bad_baselines(world, tmp_path, names, carries, words):
+    with pytest.raises(BadInput, match=words):
+        Recipe.from_dict(keys(world, tmp_path / "run", *carries)).train(baselines=names)
+    assert not (tmp_path / "run").exists()
+
+
+def test_joint_needs_rows_of_one_form(world, tmp_path):
+    made = keys(world, tmp_path / "run", "fresh", "adapter")
+    made["stages"][1]["data"]["chat"] = False
+    with pytest.raises(BadInput, match="one and two as one set of rows"):
+        Recipe.from_dict(made).train(baselines=["joint"])

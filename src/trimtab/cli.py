@@ -70,6 +70,8 @@ def _epilog() -> str:
 def train(
     recipe: RecipeArg, overrides: Overrides = None,
     hard: Annotated[bool, typer.Option("--hard", help="Make budget.fast a limit of the process.")] = False,
+    baselines: Annotated[str, typer.Option(help="Of several stages, also run these for comparison, comma-separated: "
+                                           "sequential, joint, frozen.")] = "",
     quiet: Quiet = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Fine-tune a model. Writes adapter/, run.json and metrics.jsonl into the recipe's output folder."""
@@ -81,7 +83,7 @@ def train(
         in_a_child(lambda name: _crashed(loaded, name))
     from .training.train import train as run
 
-    result = run(loaded, quiet=quiet, hard=hard)
+    result = run(loaded, quiet=quiet, hard=hard, baselines=[name for name in baselines.split(",") if name])
     if as_json:
         print(json.dumps(result, indent=2, default=str))
 

@@ -36,7 +36,11 @@ def matrix(run: Any) -> dict[str, Any] | None:
     if not rows or not isinstance(names, list):
         return None
     labels = ["base", *(f"after {name}" for name in names)][: len(rows)]
-    losses = at(run.run, "tasks", "metric") == "loss"
+    metric = str(at(run.run, "tasks", "metric"))
+    for name in ("sequential", "joint"):
+        if isinstance(row := at(run.run, "baselines", name, "row", metric), list):
+            rows, labels = [*rows, row], [*labels, f"{name} (baseline)"]
+    losses = metric == "loss"
     trace = {
         "type": "heatmap", "x": [str(name) for name in names], "y": labels, "z": rows, "texttemplate": "%{z:.3f}",
         "hovertemplate": "%{y}, on %{x}: %{z:.4f}<extra></extra>", "colorscale": "Blues", "reversescale": losses,
@@ -73,6 +77,12 @@ def _figures(run: Any, table: Callable[..., str]) -> str:
         [escape(metric), *("" if number(held.get(key)) is None else f"{held[key]:+.4f}" for key in LABELS)]
         for metric, held in (found if isinstance(found, dict) else {}).items() if isinstance(held, dict)
     ]  # fmt: skip
+    for name in ("sequential", "joint", "frozen"):
+        for metric in found if isinstance(found, dict) and at(run.run, "baselines", name) else {}:
+            held = {"acc": at(run.run, "baselines", name, "acc", metric)}
+            held |= at(run.run, "baselines", name, "figures", metric) or {}
+            cells = ("" if number(held.get(key)) is None else f"{held[key]:+.4f}" for key in LABELS)
+            rows.append([escape(f"{metric}, {name}"), *cells])
     return table(["metric", *LABELS.values()], rows, numbers=True) if rows else ""
 
 

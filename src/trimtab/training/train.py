@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,11 @@ NOT_TAKEN = {  # keys of run.json: why a stepper took no step
 @silence_libraries()
 @no_dataset_bars()
 def train(
-    recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None = None, hard: bool = False
-) -> dict[str, Any]:
+    recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None = None, hard: bool = False,
+    baselines: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Runs a recipe; -> the content of run.json. `hard`: its budget of the fast tier also limits the process.
+    `baselines`: of several stages, what they are compared with (training/baselines.py).
 
     Raises BadInput for a mistake in the recipe or the data, DoesNotFit before a run that would exceed its budget,
     Stopped during a run that exceeds it, and Interrupted after Ctrl-C (with a checkpoint in the folder).
@@ -59,9 +61,14 @@ def train(
         if recipe.rehearsal and not recipe.stages:
             raise BadInput("rehearsal", "the recipe has no stages", "Remove it, or add stages")
         if recipe.stages:
+            from .baselines import check_baselines, train_baselines
             from .stages import train_stages
 
-            return train_stages(recipe, _run, quiet, say, hard, began)
+            check_baselines(recipe, baselines)
+            result = train_stages(recipe, _run, quiet, say, hard, began)
+            return train_baselines(recipe, baselines, _run, quiet, say, hard, result) if baselines else result
+        if baselines:
+            raise BadInput(f"--baselines {','.join(baselines)}", "the recipe has no stages", "Add stages, one per task")
         output, checkpoint = open_run(recipe)
         if recipe.resume and (done := finished_run(recipe, checkpoint)):
             say(f"{output} finished after {done['steps']} steps: there is nothing left to train")
