@@ -83,7 +83,10 @@ def reply(job: dict[str, Any]) -> None:
 
     made, marks, cpu = session(job), [], []
     if job["lora"]:
-        made.surgeries.append(LoRA(r=8).apply(made.model, Place(fast="cpu")))
+        patch = LoRA(r=8)
+        made.surgeries.append(patch.apply(made.model, Place(fast="cpu")))
+        made.run.patches.append(patch)
+        made.opened.append(patch)
     ids = torch.randint(3, 30000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
 
     def on_token(count: int) -> None:

@@ -4,9 +4,9 @@ SmolLM2-135M in bf16 on SST-2 with the prompt of MeZO's authors (`SENTENCE It wa
 one direction. The peers: a plain forward pass of as many rows; MeZO as published (in-place perturbation of all
 weights, four sweeps a step, the model's own loss); MeZO by our stepper on `full`, for the loss after equal steps.
 Each method's rate is chosen on training rows set apart; the loss is that of the rows it then trained on. A model of
-LLaMA-7B's shape does steps on a 4-bit base (`--without-7b` leaves that out).
+LLaMA-7B's shape does steps on a 4-bit base.
 
-    python benchmarks/sparse_zo.py [--quick] [--data FOLDER] [--without-7b] [--json FILE]
+    python benchmarks/sparse_zo.py [--quick] [--data FOLDER] [--parts memory,losses,7b] [--json FILE]
 
 FOLDER has glue_sst2/train.jsonl.gz with the keys sentence and label; without it, sentences are made here.
 """
@@ -23,7 +23,20 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Clock, alternate, arguments, conclude, follow, itself, options, ratios, say, seek, spread  # noqa: E402
+from common import (  # noqa: E402
+    RESULTS,
+    Clock,
+    alternate,
+    arguments,
+    conclude,
+    follow,
+    itself,
+    options,
+    ratios,
+    say,
+    seek,
+    spread,
+)  # fmt: skip
 from llama_shape import write_model, write_text  # noqa: E402
 
 GIB, ROWS, LENGTH, DENSITY = 2**30, 16, 64, 0.001
@@ -288,22 +301,34 @@ def seven_b(blocks: int) -> tuple[float, dict[str, Any]]:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--data", metavar="FOLDER")
-    parser.add_argument("--without-7b", action="store_true")
+    parser.add_argument("--parts", default="memory,losses,7b", help="the other parts' figures stay in the result file")
     if (args := arguments(parser, lambda job: WORKERS[job["kind"]](job))) is None:
         return
+    parts = [part for part in args.parts.split(",") if part != "7b" or not args.quick]
+    before = json.loads((RESULTS / "sparse_zo.json").read_text()) if (RESULTS / "sparse_zo.json").is_file() else {}
+    summary = dict(before.get("summary", {}))
+    known = before.get("rows", [])
+    rows = {part: [row for row in known if part_of(row) == part] for part in ("memory", "losses", "7b")}
     with tempfile.TemporaryDirectory() as folder:
         train, apart = write_rows(Path(folder), args.data)
-        base = {"train": str(train), "steps": 4 if args.quick else 8}
-        summary, rows = memory_and_speed(base, 1 if args.quick else 3)
-        summary["loss_minus_mezo"], more = losses(train, apart, args.quick)
-    summary["cosine"] = cosine()
-    rows += more
-    if not args.without_7b and not args.quick:
+        if "memory" in parts:
+            found, rows["memory"] = memory_and_speed({"train": str(train), "steps": 4 if args.quick else 8},
+                                                     1 if args.quick else 3)  # fmt: skip
+            summary |= found
+        if "losses" in parts:
+            summary["loss_minus_mezo"], rows["losses"] = losses(train, apart, args.quick)
+            summary["cosine"] = cosine()
+    if "7b" in parts:
         summary["seven_b_gib"], row = seven_b(32)
-        rows.append(row)
+        rows["7b"] = [row]
     conclude(
-        "sparse_zo", args, summary, TARGETS, title="Training by forward passes", claim=CLAIM, rows=rows, notes=NOTES
-    )
+        "sparse_zo", args, summary, TARGETS, title="Training by forward passes", claim=CLAIM,
+        rows=sum(rows.values(), []), notes=NOTES,
+    )  # fmt: skip
+
+
+def part_of(row: dict[str, Any]) -> str:
+    return "7b" if "7B" in row["side"] else "losses" if " steps, " in row["side"] else "memory"
 
 
 if __name__ == "__main__":

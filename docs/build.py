@@ -250,7 +250,8 @@ def kind_of(annotation: Any) -> str:
     text = re.sub(r"Literal\[(.*?)\]", r"\1", text)
     plain = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "None": "null",
              "FileName": "text", "Count": "integer", "dict[str, str]": "mapping", "dict[Column, str]": "mapping",
-             "Annotated[float, Field(gt=0, lt=1)]": "number", "Name": "text", "Keys": "mapping", "dict[str, Any]": "mapping",
+             "Annotated[float, Field(gt=0, lt=1)]": "number", "Name": "text",
+             **dict.fromkeys(("Keys", "dict[str, Any]"), "mapping"),
              **dict.fromkeys(("list[str]", "list[FileName]", "list[Metric]"), "list of text")}  # fmt: skip
     return " or ".join(plain.get(part.strip(), part.strip()) for part in text.split(" | "))
 

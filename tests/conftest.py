@@ -47,6 +47,15 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "mpnet": _builder("MPNet", "ForSequenceClassification", **ENCODER),
 }
 
+# mixtures of experts: gate and up in one tensor, in three files' forms; interleaved and transposed, with biases
+MIXTURES: dict[str, Callable[..., PreTrainedModel]] = {
+    "mixtral": _builder("Mixtral", "ForCausalLM", **GQA, num_local_experts=4),
+    "qwen3_moe": _builder("Qwen3Moe", "ForCausalLM", **GQA, num_experts=6, num_experts_per_tok=2,
+                          moe_intermediate_size=32, head_dim=16),
+    "olmoe": _builder("Olmoe", "ForCausalLM", **GQA, num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": _builder("GptOss", "ForCausalLM", **GQA, num_local_experts=4, num_experts_per_tok=2, head_dim=16),
+}  # fmt: skip
+
 
 def tiny_batch(model: PreTrainedModel, rows: int = 3, tokens: int = 10, seed: int = 1) -> dict[str, torch.Tensor]:
     """Random ids (rows, tokens) with labels of the model's task; the last row is padded."""

@@ -83,11 +83,12 @@ class Naive:
             start = len(sees[head])
             sees[head] += [set(kept[head]) | set(range(start, at + 1)) for at in range(start, size)]
             kept[head] += range(start, size)
+        self.sliding = kwargs.get("sliding_window") or 10**9
         q, out = query[0].unflatten(0, (heads, -1)), []
         for head in range(heads):
             seen = torch.zeros(size, size, dtype=torch.bool)
             for at, what in enumerate(sees[head]):
-                seen[at, sorted(what)] = True
+                seen[at, [other for other in what if other > at - self.sliding]] = True
             logits = (q[head] @ key[0, head].T * scaling).masked_fill(~seen, -torch.inf)
             out.append(logits.softmax(-1) @ value[0, head])
         self._judge(layer, q, key[0], scaling, size)
@@ -100,7 +101,8 @@ class Naive:
         asks = torch.arange(size - width, size)
         A = torch.stack([
             (q[head][:, -width:] @ keys[head][at[head]].T * scaling)
-            .masked_fill(at[head] > asks[:, None], -torch.inf).softmax(-1)
+            .masked_fill(at[head] > asks[:, None], -torch.inf)
+            .masked_fill(at[head] <= asks[:, None] - self.sliding, -torch.inf).softmax(-1)
             for head in range(len(at))
         ])  # fmt: skip
         scores, preference = self.judge(A, at, size, self.fields)
@@ -109,11 +111,11 @@ class Naive:
     def evict(self, new: int) -> None:
         layers = sorted(self.kept)
         lengths = [len(self.kept[layer][0]) for layer in layers]
-        if sum(lengths) <= self.total:
+        if new == 1 and sum(lengths) <= self.total:  # a prompt's tokens before the sliding window go in any case
             return
         total = self.total - (self.slack * len(layers) if new == 1 else 0)
         windows = [min(length, self.window) for length in lengths]
-        most = [length - window for length, window in zip(lengths, windows, strict=True)]
+        most = [max(0, min(length, self.sliding) - window) for length, window in zip(lengths, windows, strict=True)]
         least = [min(length, self.floor) for length in most]
         preferences = self.shares or [self.judged[layer][1] for layer in layers]
         shares = split(preferences, least, most, total - sum(windows))

@@ -69,6 +69,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     return {
         "causal-lm": tiny_folder(base / "llama"),
         "classification": tiny_folder(base / "bert", "bert", torch.float32),
+        "mixture": tiny_folder(base / "mixtral", "mixtral"),
         "facts": str(base / "facts"),
         "sets": str(base / "sets"),
     }
@@ -89,7 +90,8 @@ def test_a_recipe_says_only_what_exists(path, tmp_path):
 @recipes
 def test_a_recipe_runs(path, folders, tmp_path, capfd):
     task = Recipe.load(path).load_objective().head
-    orders = [f"model.name={folders[task]}", "training.max_steps=2", "training.per_device_train_batch_size=2"]
+    model = folders["mixture" if path.stem == "fiddler" else task]
+    orders = [f"model.name={model}", "training.max_steps=2", "training.per_device_train_batch_size=2"]
     orders += [f"output={tmp_path / 'run'}"]
     if path.parent.name == "meft":
         own = f"{folders['sets']}/{Path(Recipe.load(path).data.train).parent}"

@@ -95,6 +95,7 @@ ATTRIBUTES: dict[str, Callable[[], Any]] = {
 IN_SOURCE = {  # attributes that the libraries' own code sets or asks for
     "_total_train_tokens": SFTTrainer,
     "_hf_peft_config_loaded": trainer_utils,
+    "_is_hf_initialized": transformers.modeling_utils,
     "_ddp_params_and_buffers_to_ignore": torch.nn.parallel.distributed,
 }
 PUBLIC = {"_exit", "_replace"}  # of os and of named tuples, in spite of their names

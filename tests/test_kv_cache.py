@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import MODELS, tiny_batch
 from trimtab import methods
 from trimtab.errors import BadInput
-from trimtab.model import kv_scores
+from trimtab.model import kv_rows, kv_scores
 from trimtab.model.kv_cache import KeptCache, attending
 from trimtab.model.kv_rows import Row
 from trimtab.model.kv_scores import water_filling, window_attention
@@ -113,8 +113,9 @@ def test_statistics_in_blocks_are_those_of_the_whole(monkeypatch):
 # --- chunks, bits ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_prompt_in_chunks_is_the_prompt(family):
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_a_prompt_in_chunks_is_the_prompt(family, monkeypatch):
+    monkeypatch.setattr(kv_rows, "SPARE", 2)
     model, (ids, mask) = MODELS[family](), text()
     whole = passes(model, KeptCache(2, policy("full_cache")), ids, mask, [slice(0, 40)])
     parts = [slice(0, 2), slice(2, 13), slice(13, 14), slice(14, 40)]  # the first one is padding only in a row
@@ -225,6 +226,25 @@ def test_the_chunk_of_a_policy_is_used_by_generate():
     assert torch.equal(complete(model, TOKENIZER, ids, mask, cache=cache, max_new_tokens=4, eos_token_id=2), whole)
     assert sizes[:4] == [16, 16, 8, 1]
     hook.remove()
+
+
+def test_tokens_before_a_sliding_window_are_forgotten(monkeypatch):
+    monkeypatch.setattr(kv_rows, "SPARE", 3)
+    model, (ids, mask) = MODELS["mistral"](), text()
+    own = complete(model, TOKENIZER, ids, mask, max_new_tokens=20, eos_token_id=2)
+    cache = policy("full_cache").apply(model, PLACE).cache()
+    assert torch.equal(complete(model, TOKENIZER, ids, mask, cache=cache, max_new_tokens=20, eos_token_id=2), own)
+    assert all(row.length <= 8 + 3 and row.capacity <= 16 for layer in cache.layers for row in layer.rows)
+
+
+def test_a_sliding_window_that_attention_does_not_hear_of_is_refused():
+    model = MODELS["llama"]()
+    model.config.sliding_window = 8
+    with pytest.raises(BadInput, match="sliding window"):
+        policy("full_cache").apply(model, PLACE)
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(BadInput, match="chunked attention"):
+        policy("full_cache").apply(model, PLACE)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from trimtab.serving.worker import Room, Worker
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS = [{"question": "sky", "answer": "über blau, 空は青い, END and more"}, {"question": "coal", "answer": "black"}]
 ASKED = [f"what is {word} number {at}" for at in range(10) for word in ("sky", "coal", "x", "the third of these")]
-STREAMING = {"streaming_llm": {"window": 1000}}
+STREAMING = {"streaming_llm": {"window": 1000, "chunk": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_within_a_budget_until_sigterm(runs):
         assert [server.chat(ask, max_tokens=9).choices[0].message.content for ask in ASKED[:2]] == alone
         for more in ({}, {"stream": True}):
             with pytest.raises(openai.APIStatusError, match="of the fast tier to reply") as told:
-                server.chat("a" * 60_000, max_tokens=5, **more)
+                server.chat("a" * 500_000, max_tokens=5, **more)
             assert told.value.status_code == 413 and told.value.code == "does_not_fit"
 
         stream = server.chat(endless, max_tokens=10**6, stream=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import MODELS
+from conftest import MIXTURES, MODELS
 from trimtab.recipe import Recipe
 
 ROWS, TOKENS = 4, 32  # of a step of `recipe_of`
@@ -32,10 +33,13 @@ def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_folder(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> str:
-    """Save conftest's tiny model of `family` with a tokenizer; -> the folder's name."""
+def tiny_folder(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **config: Any) -> str:
+    """Save conftest's tiny model of `family` with a tokenizer; -> the folder's name. `config`: values that are set in
+    its configuration afterwards."""
     causal = family not in ("bert", "mpnet")
-    MODELS[family]().to(dtype).save_pretrained(folder)
+    model = {**MODELS, **MIXTURES}[family]().to(dtype)
+    model.config.update(config)
+    model.save_pretrained(folder)
     tiny_tokenizer(chat=causal).save_pretrained(folder)
     return str(folder)
 

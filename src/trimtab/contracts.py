@@ -38,6 +38,7 @@ class When(enum.Enum):
     TRAIN = "train"  # it is trained; inference loads it from the adapter folder
     INFER = "infer"  # it acts while the model generates; it is not saved, and inference applies it from the recipe
     BOTH = "both"  # it is not trained but acts in training too (a pruned base); saved in the adapter folder
+    LOAD = "load"  # where the base's weights are, with the same outputs; applied first, from the recipe, not saved
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Surgery(ABC):
     stores: list = []  # tables in the slow tier (TieredStore), if the method has any
     starts_at_zero: bool = True  # before training, the patched model computes exactly what the unpatched one does
     keeps_outputs: bool = False  # inference on the bare base gives the same outputs, so that an export may omit it
+    tiers: Any = None  # the base's experts in two tiers (tiered/experts.py), if the patch has moved them
     notes: tuple[str, ...] = ()  # for the user, on how the patch was applied
     in_slow_tier: list[Tensor] = []  # tensors of the base that it has moved to the slow tier
 
@@ -110,6 +112,14 @@ class Surgery(ABC):
         """A new, empty KV cache for one call of `generate` (model/kv_cache.py); None: transformers' own."""
         return None
 
+    def outside(self) -> dict[str, list[Tensor]]:
+        """Kind (cost/trace.py) -> tensors that it keeps outside the model, besides `own_tensors` and `stores`."""
+        return {}
+
+    def take(self, spare: int) -> int:
+        """Use up to `spare` bytes of the fast tier, which a plan leaves over; -> the bytes used."""
+        return 0
+
     def begin(self, steps: int) -> None:  # noqa: B027
         """Called by the engine once before training, also when a run is resumed, with its number of optimizer steps."""
 
@@ -131,6 +141,7 @@ class Patch(ABC):
     defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the objective's
     gradient_reason: ClassVar[str] = ""  # why no stepper without gradients can train it; "" if one can
     uses_tables: ClassVar[bool] = False  # whether it has tables in the slow tier
+    reads_experts: ClassVar[bool] = False  # it reads stacked experts from the checkpoint; the loader leaves them out
     counts_tokens: ClassVar[bool] = False  # calibration needs only token ids, and a plan counts them for it (`counted`)
     shrinkable: ClassVar[tuple[str, ...]] = ()  # fields that use less memory when smaller, the least harmful first
 

@@ -160,7 +160,16 @@ class Recipe(Block):
                 others = ", ".join(methods.name_of(p) for p in alike if p is not patch)
                 asked = f"{methods.name_of(patch)} with {others}"
                 raise BadInput(asked, patch.exclusive_reason, "Take one of them out")
+        whole = next((p for p in patches if p.trains_base), None)
+        if whole is not None and any(p.reads_experts for p in patches):
+            have = "experts in slow memory are frozen"
+            raise BadInput(f"{methods.name_of(whole)} of a model without its experts", have, "Train lora or paca")
         return patches
+
+    @property
+    def with_experts(self) -> bool:
+        """Whether a model is loaded with its experts: not if a patch reads them from the checkpoint."""
+        return not any(methods.find(name).reads_experts for entry in self.patches for name in entry)
 
     @property
     def trains(self) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import __version__, methods
-from ..contracts import Patch, Place, Surgery
+from ..contracts import Patch, Place, Surgery, When
 from ..errors import BadInput
 from ..files import whole_folder, writing
 from ..model.hub import ordinary_modes
@@ -80,6 +80,7 @@ def write_adapter(
     `before`: for a checkpoint, a tuple of the previous one (or None); only rows that changed since then are saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    surgeries = _saved(surgeries)
     if len(surgeries) == 1:
         _write_one(folder, surgeries[0], base, before)
         return
@@ -87,6 +88,11 @@ def write_adapter(
     for part, surgery in zip(parts, surgeries, strict=True):
         _write_one(folder / part, surgery, base, (before[0] and before[0] / part,) if before else None)
     _write_json(folder / OURS, {"trimtab": __version__, "parts": parts, "base": dataclasses.asdict(base)})
+
+
+def _saved(surgeries: Sequence[Surgery]) -> list[Surgery]:
+    """Those that an adapter folder has: all but those that only say where the base's weights are."""
+    return [surgery for surgery in surgeries if surgery.patch.when is not When.LOAD]
 
 
 def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | None] | None = None) -> None:
@@ -232,7 +238,7 @@ def load_into(
         raise BadInput(asked, have, f"Give rows with the same classes: these have {', '.join(base.labels)}")
     if base is not None:
         _require_base(asked, meta.base, base.hash)
-    parts = _parts(folder, meta)
+    parts, surgeries = _parts(folder, meta), _saved(surgeries)
     if len(parts) != len(surgeries):
         raise BadInput(asked, f"it has {len(parts)} patches", f"The recipe has {len(surgeries)}: use the same patches")
     for surgery, part in zip(surgeries, parts, strict=True):

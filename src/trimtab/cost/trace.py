@@ -37,8 +37,9 @@ Peaks = dict[str, Bytes]  # phase -> bytes in use when that phase used the most
 
 WEIGHTS, MAPPED, ADAPTER, GRADIENTS = "weights", "mapped weights", "adapter", "gradients"
 ROWS = "rows in the slow tier"
+EXPERTS, EXPERT_ROWS = "experts", "experts in the slow tier"
 BLOCK_BACKWARD = ("backward of the last block", "backward of the blocks between")
-SLOW = (MAPPED, ROWS)  # kinds of the slow tier
+SLOW = (MAPPED, ROWS, EXPERT_ROWS)  # kinds of the slow tier
 OPTIMIZER, ACTIVATIONS, LOGITS, TEMPORARIES = "optimizer", "activations", "logits", "temporaries"
 CACHE = "cache"
 EVALUATION = "evaluation"  # a phase; OPTIMIZER is one too
@@ -58,6 +59,7 @@ class StepCost:
     autocast: bool = False
     copied_ahead: int = 0  # most bytes of rows that are copied to a device before they are used
     notes: tuple[str, ...] = ()  # how the patches are applied
+    take: Callable[[int], int] | None = None  # how many of so many spare bytes the patches would use (Surgery.take)
 
     def step_seconds(self, micro_batches: int) -> float | None:
         """Seconds of a step over `micro_batches` (of which at most MICRO_BATCHES were traced); None: unknown."""
@@ -218,16 +220,20 @@ def metered(
     optimizer: Any,
     tables: Iterable[Tensor] = (),
     aside: Iterable[torch.UntypedStorage] = (),
+    outside: Iterable[tuple[str, list[Tensor]]] = (),
 ) -> Iterator[Trace]:
     """Within it, a real step of `trainer` is counted as the planner counts a fake one, by kind and phase.
 
     `own`: the tensors of the patches; `tables`: those of them in the slow tier. Tensors in mapped files are `MAPPED`.
-    `aside`: storages of the loaded model, some of which patches may keep for reverting.
+    `aside`: storages of the loaded model, some of which patches may keep for reverting. `outside`: other tensors of
+    patches, by kind.
     """
     maps = file_ranges()
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
     trace = Trace(vocabulary, fake=False)
     trace.watch(tables, ROWS)
+    for kind, tensors in outside:
+        trace.watch(tensors, kind)
     adapters = {t.untyped_storage()._cdata for t in own}
     for tensor in (*model.parameters(), *model.buffers()):
         mapped = is_mapped(tensor, maps)

@@ -13,7 +13,7 @@ def apply_patches(
     batches: Callable[[Patch], Iterable[Batch]] | None = None,
     applied: Callable[[Surgery], None] = lambda surgery: None, resumed: bool = False,
 ) -> list[Surgery]:  # fmt: skip
-    """Applies those of `patches` that act in `phase` (TRAIN or INFER), in order; -> their surgeries.
+    """Applies those of `patches` that act in `phase` (LOAD, then TRAIN or INFER), in order; -> their surgeries.
 
     A patch that needs calibration is calibrated before the next is applied: `batches(patch)` returns the rows
     that it needs in batches (None: a plan, whose model has no values). In a `resumed` run the checkpoint has the
@@ -23,7 +23,7 @@ def apply_patches(
     made: list[Surgery] = []
     try:
         for patch in patches:
-            if patch.when in (phase, When.BOTH):
+            if patch.when is phase or (patch.when is When.BOTH and phase is not When.LOAD):
                 made.append(patch.apply(model, place))
                 if batches is not None and patch.calibration_rows:
                     if not resumed or patch.counts_tokens:
@@ -33,6 +33,13 @@ def apply_patches(
         revert(made)
         raise
     return made
+
+
+def without_stand_ins(surgeries: Iterable[Surgery]) -> None:
+    """A run that trains uses a base's experts as they are: copies of them in few bits are released."""
+    for surgery in surgeries:
+        if surgery.tiers is not None:
+            surgery.tiers.stand_ins = None
 
 
 def prepare(model: Any, *parts: Any) -> list[Surgery]:

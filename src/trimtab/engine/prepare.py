@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..contracts import Objective, Surgery
 from ..model import anatomy
+from ..model.experts import TIERS
 from ..model.fused_ops import FUSED_OPS, fuse_ops
 from ..model.head import READ, read_head
 from ..model.surgery import Swaps, is_patch
@@ -97,13 +98,13 @@ def apply_fused_ops(model: PreTrainedModel, recipe: Recipe) -> Swaps:
 
 
 def _compile(model: PreTrainedModel, swaps: Swaps) -> None:
-    """Compiles each block; modules of patches run uncompiled.
+    """Compiles each block; modules of patches, and experts that one has moved, run uncompiled.
 
     A patched linear is an autograd function with its own constants (which columns), so torch would compile it once for
     each linear of the model.
     """
     for module in model.modules():
-        if is_patch(module):
+        if is_patch(module) or TIERS in vars(module):
             swaps.set_attribute(module, "forward", torch.compiler.disable(module.forward))
     for block in anatomy.blocks(model)[1]:
         swaps.set_attribute(block, "_compiled_call_impl", None)

@@ -21,6 +21,16 @@ def stores_of(surgeries: Iterable[Surgery]) -> list[TieredStore]:
     return [store for surgery in surgeries for store in surgery.stores]
 
 
+def experts_of(surgeries: Iterable[Surgery]) -> list[Any]:
+    """The experts of bases that patches have moved (tiered/experts.py)."""
+    return [surgery.tiers for surgery in surgeries if surgery.tiers is not None]
+
+
+def expert_bytes(surgeries: Iterable[Surgery]) -> int:
+    """Bytes of the fast tier that a base's experts use now."""
+    return sum(experts.used_bytes for experts in experts_of(surgeries))
+
+
 def notes_of(surgeries: Sequence[Surgery], folder: str) -> list[str]:
     """Notes for the user on how the patches were applied. `folder`: where files of tables are created."""
     notes = [note for surgery in surgeries for note in surgery.notes]
@@ -37,17 +47,22 @@ def row_parameters(surgeries: Iterable[Surgery]) -> int:
 
 def traffic(surgeries: Iterable[Surgery], steps: int) -> dict[str, Any]:
     """Per optimizer step, over all tables: bytes transferred each way, and the share of rows found in the fast tier.
+    The same of a base's experts.
 
     If rows had to be read from files or copied to a device: also the share of them whose prefetch was complete in time,
     and the bytes prefetched but not used, which the bytes transferred do not include. If several processes share the
     tables, the figures are totals over all of them, and each process must call this.
     """
-    tables = stores_of(surgeries)
+    tables, experts = stores_of(surgeries), experts_of(surgeries)
+    steps = max(steps, 1)
+    found: dict[str, Any] = {}
+    if experts:
+        hits, misses, up = _sums(experts, "hits", "misses", "up")
+        found = {"expert_up_bytes_per_step": up // steps, "expert_hit_rate": round(hits / max(hits + misses, 1), 4)}
     if not tables:
-        return {}
+        return found
     hits, misses, up, down, needed, foreseen, unused = map(int, summed(tables, _sums(
         tables, "hits", "misses", "up", "down", "needed", "foreseen", "unused")))  # fmt: skip
-    steps = max(steps, 1)
     prefetches = {
         "store_prefetch_hit_rate": round(foreseen / max(needed, 1), 4),
         "store_prefetch_unused_bytes_per_step": unused // steps,
@@ -58,10 +73,11 @@ def traffic(surgeries: Iterable[Surgery], steps: int) -> dict[str, Any]:
         "store_hit_rate": round(hits / max(hits + misses, 1), 4),
         "store_slow_bytes": sum(store.nbytes["slow"] for store in tables),
         **(prefetches if needed else {}),
+        **found,
     }
 
 
-def _sums(tables: Sequence[TieredStore], *kinds: str) -> list[int]:
+def _sums(tables: Sequence[Any], *kinds: str) -> list[int]:
     return [sum(getattr(store.traffic, kind) for store in tables) for kind in kinds]
 
 
@@ -71,7 +87,8 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
 
     Yields a function that returns the figures so far; empty without tables.
     """
-    tables, tokens = stores_of(surgeries), 0
+    experts = experts_of(surgeries)
+    tables, tokens = [*stores_of(surgeries), *experts], 0
 
     def count(module: torch.nn.Module, args: tuple) -> None:
         nonlocal tokens
@@ -86,6 +103,7 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
             "tokens": tokens, "store_up_bytes_per_token": up // tokens,
             "store_rows_per_token": round((hits + misses) / tokens, 1),
             "store_hit_rate": round(hits / max(hits + misses, 1), 4),
+            "what": "experts" if experts and len(experts) == len(tables) else "tables",
         }  # fmt: skip
 
     if not tables:
@@ -101,8 +119,11 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
 
 def summary(reads: dict[str, Any]) -> str:
     """One line with the figures of `reading`."""
-    line = f"tables: {reads['store_up_bytes_per_token'] / 2**20:.2f} MiB read per token"
-    return f"{line}, {reads['store_rows_per_token']:,.1f} rows, {reads['store_hit_rate']:.0%} of them in the fast tier"
+    what, rows = reads["what"], "experts" if reads["what"] == "experts" else "rows"
+    line = f"{what}: {reads['store_up_bytes_per_token'] / 2**20:.2f} MiB read per token"
+    return (
+        f"{line}, {reads['store_rows_per_token']:,.1f} {rows}, {reads['store_hit_rate']:.0%} of them in the fast tier"
+    )
 
 
 class ClipsRows:

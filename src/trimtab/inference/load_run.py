@@ -46,23 +46,31 @@ def load_run(
     """
     folder, own = _folder(recipe, adapter_folder, base_only), recipe.load_patches()
     base = read_meta(folder).base if folder else Base(recipe.model.name, "", recipe.load_objective().head)
-    patches = [patch for patch in own if patch.when is When.INFER] if generates else []
-    before = [] if base_only else patches_of(folder) if folder else [p for p in own if p.when is not When.INFER]
-    loaded = Loaded(None, None, base, [*before, *patches], None if base_only else folder)
+    first, patches = ([p for p in own if p.when is when and generates] for when in (When.LOAD, When.INFER))
+    others = [p for p in own if p.when not in (When.LOAD, When.INFER)]
+    before = [] if base_only else patches_of(folder) if folder else others
+    loaded = Loaded(None, None, base, [*first, *before, *patches], None if base_only else folder)
     place = place_of(recipe)
     model, tokenizer = load_model(
-        recipe.model, task=base.task, labels=loaded.labels, names=base.labels, device=place.device
+        recipe.model,
+        task=base.task,
+        labels=loaded.labels,
+        names=base.labels,
+        device=place.device,
+        experts=not any(patch.reads_experts for patch in first),
     )
     loaded.model, loaded.tokenizer = model, tokenizer
     if base.reply.template is not None:  # the run's own, even if its file has changed since
         tokenizer.chat_template = base.reply.template
     else:
         use_template(recipe.data, tokenizer)
+    batches = _batches(recipe, [*first, *(before if not folder or base_only else ())], place)
     try:
+        loaded.surgeries += apply_patches(model, first, place, When.LOAD, batches)
         if folder and not base_only:
             loaded.surgeries += load_adapter(model, folder, place)
         else:
-            loaded.surgeries += apply_patches(model, before, place, When.TRAIN, _batches(recipe, before, place))
+            loaded.surgeries += apply_patches(model, before, place, When.TRAIN, batches)
         loaded.surgeries += apply_patches(model, patches, place, When.INFER)
     except BaseException:
         revert(loaded.surgeries)

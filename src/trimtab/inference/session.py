@@ -16,9 +16,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..contracts import cache_of
+from ..contracts import When, cache_of
 from ..cost.machine import machine, now, versions
-from ..engine.tables import reading
+from ..engine.tables import expert_bytes, reading
 from ..errors import BadInput, DoesNotFit, Stopped
 from ..memory.budget import Budget, fast_bytes, gib, slow_bytes
 from ..memory.guard import Guard
@@ -26,6 +26,7 @@ from ..memory.meter import Meter
 from ..model import packed
 from ..planning.inference import Work, plan_inference
 from ..planning.plan import Plan
+from ..planning.planned_model import taken
 from ..recipe import Recipe
 from .load_run import load_run
 
@@ -62,6 +63,9 @@ class Inference:
         self.run = load_run(recipe, adapter, base_only)
         self.model, self.tokenizer, self.surgeries = self.run.model, self.run.tokenizer, self.run.surgeries
         self.base, self.opened = self.run.base, list(self.run.patches)
+        for surgery in self.surgeries:
+            for note in surgery.notes if surgery.patch.when is When.LOAD else ():
+                say(note)
 
     def __enter__(self) -> Inference:
         self.began = time.monotonic()
@@ -126,6 +130,8 @@ class Inference:
             if self.recipe.budget:
                 raise
             return None
+        if made.fits:
+            made = made.settled(self.device, lambda spare: taken(self.surgeries, spare))
         if made.fits and (self.plan is None or made.fast_peak_bytes > self.plan.fast_peak_bytes):
             self.plan = made
         return made
@@ -146,8 +152,8 @@ class Inference:
         raise DoesNotFit(f"{gib(made.fast)} of the fast tier to {what}", have, do)
 
     def _within_budget(self, work: Work, last: bool) -> Plan:
-        """The plan of `work`. If it is the `last` that is tried and does not fit, prompts are read in smaller chunks, and
-        a KV cache whose size is left open gets what the budget leaves."""
+        """The plan of `work`. If the `last` that is tried does not fit, prompts are read in smaller chunks, and a KV
+        cache whose size is left open gets what the budget leaves."""
         size = chunk = 0
         self._fit_caches(size, chunk)
         made = self._planned(work)
@@ -192,7 +198,7 @@ class Inference:
         made = plan_inference(self.recipe, self.run.patches, work, self.base.task, self.run.labels)
         if self.device.type == "cuda":
             return made
-        loaded = made.kinds.get("weights", 0) + made.kinds.get("adapter", 0)
+        loaded = made.kinds.get("weights", 0) + made.kinds.get("adapter", 0) + expert_bytes(self.surgeries)
         loaded -= packed.scales_bytes(self.model) if work.packed else 0  # none are left to pack if they are there
         return dataclasses.replace(made, process=max(0, self.meter.rebase() - loaded))
 

@@ -56,6 +56,8 @@ TABLE: dict[str, Row] = {
                 "2401.06104", when="infer"),
     "streaming_llm": Row("streaming_llm:StreamingLLM", "patch", "StreamingLLM", "keeps only the first and the newest "
                          "tokens in the KV cache", "2309.17453", when="infer"),
+    "fiddler": Row("fiddler:Fiddler", "patch", "Fiddler", "keeps the experts of a mixture in slow memory, and a "
+                   "working set of them in fast memory; for generation and training", "2402.07033", when="load"),
     "full_cache": Row("full_cache:FullCache", "patch", "Full KV cache", "all tokens, in memory that is reserved once, "
                       "in 16, 8 or 4 bits", when="infer"),
     "head": Row("classification:Head", "part", "Classification head", "the new head that classification trains"),

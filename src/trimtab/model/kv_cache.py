@@ -89,12 +89,13 @@ class KeptLayer(CacheLayerMixin):
         setattr(key_states, LAYER, self)
         return key_states, value_states
 
-    def attend(self, query_BATD: Tensor, scale: float | None) -> Tensor:
+    def attend(self, query_BATD: Tensor, scale: float | None, sliding: int | None = None) -> Tensor:
         """-> (B, T, A, D); zeros at padding. Then tokens beyond the budget are evicted."""
         self.scale = query_BATD.shape[-1] ** -0.5 if scale is None else scale
         new, wanted = query_BATD.shape[2], self.cache.policy.queries
         out = query_BATD.new_zeros(*query_BATD.shape[:3], self.width).transpose(1, 2)
         for number, row in enumerate(self.rows):
+            row.sliding = sliding
             if row.new:
                 query = query_BATD[number, :, new - row.new :]
                 out[number, new - row.new :] = attention(query, row, scale).transpose(0, 1)
@@ -148,6 +149,8 @@ class KeptCache(Cache):
     def attended(self, number: int, new: int) -> None:
         """Layer `number` has attended to `new` tokens more: evict what is beyond the budget."""
         if not self.policy.bounded:
+            for row in self.layers[number].rows:
+                row.forget()
             return
         for at in range(len(self.layers[number].rows)):
             rows = [layer.rows[at] for layer in self.layers if layer.rows]
@@ -191,7 +194,9 @@ class KeptCache(Cache):
         preferences = list(known) if known is not None else [row.preference or 0.0 for row in rows]
         lengths = [row.length for row in rows] + [rows[-1].length] * (layers - len(rows))
         windows = [min(length, self.policy.window) for length in lengths]
-        most = [length - window for length, window in zip(lengths, windows, strict=True)]
+        useful = [row.sliding or length for row, length in zip(rows, lengths, strict=False)]
+        useful += lengths[len(rows) :]
+        most = [max(0, min(n, of) - window) for n, of, window in zip(lengths, useful, windows, strict=True)]
         least = [min(length, self.policy.floor) for length in most]
         shares = water_filling(preferences[:layers], least, most, total - sum(windows), layers < len(self.layers))
         room = self.policy.slack + 1 if rows[-1].new == 1 else 1
@@ -220,7 +225,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
         raise ValueError(f"{type(module).__name__} attends to something else than the keys that its cache returned")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} caps its logits or has attention sinks of its own")
-    return layer.attend(query, kwargs.get("scaling")), None
+    return layer.attend(query, kwargs.get("scaling"), kwargs.get("sliding_window")), None
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -255,12 +260,16 @@ def require_exact(model: PreTrainedModel, method: str, layers: int) -> Row:
     """-> the first layer's Row of a short text. BadInput if a KeptCache changes what `model` computes even if nothing
     is evicted.
 
-    This is so with sliding windows, soft caps, ALiBi and other attention than SDPA with a plain causal mask.
+    This is so with soft caps, ALiBi and other attention than SDPA with a causal mask or a sliding window.
     """
     asked = f"{method} on {type(model).__name__}"
     if not model.can_generate():
         raise BadInput(asked, "it does not generate text, and has no KV cache", "Leave the patch out")
-    words = model.config.get_text_config().vocab_size
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    if other := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
+        raise BadInput(asked, f"some of its layers have {other[0].replace('_', ' ')}", "Leave the patch out")
+    words = config.vocab_size
     ids = torch.randint(words // 4, words // 2 + 1, (2, 12), generator=torch.Generator().manual_seed(0))
     ids, mask = ids.to(model.device), torch.ones_like(ids, device=model.device)
     mask[1, :3] = 0
@@ -285,4 +294,11 @@ def require_exact(model: PreTrainedModel, method: str, layers: int) -> Row:
         raise BadInput(
             asked, f"its attention is not plain causal attention (logits differ by {gap:.1%})", "Leave it out"
         )
+    window = getattr(config, "sliding_window", None)
+    for number, layer in enumerate(cache.layers):
+        slides = kinds[number] == "sliding_attention" if kinds else window is not None
+        if (layer.rows[0].sliding is not None) != slides:  # it reaches the mask alone, which this attention never sees
+            raise BadInput(
+                asked, f"layer {number} does not tell its attention about its sliding window", "Leave it out"
+            )
     return cache.layers[0].rows[0]

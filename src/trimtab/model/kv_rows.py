@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 GROUP = 32  # values that share a scale, where the head size is a multiple of it
 GROWTH = 8  # a full buffer grows by this part of it
+SPARE = 64  # tokens beyond a sliding window that may stay
 LEVELS = {8: 255, 4: 15}
 
 
@@ -30,6 +31,7 @@ class Row:
         self.length = 0  # N
         self.seen = 0  # tokens of the text so far, evicted ones included
         self.new = 0  # of these, tokens of the current pass
+        self.sliding: int | None = None  # a token attends to so many tokens, itself among them; None: to all
         self.queries: Tensor | None = None  # (H G, up to the window, D): those of the newest tokens
         self.scores: Tensor | None = None  # (H, N) while a prompt is read
         self.preference: float | None = None  # the layer's share of the budget, before it is normalised
@@ -69,6 +71,13 @@ class Row:
         self._move(self.parts, stay_HN.shape[1] + room, stay_HN)
         self.length = stay_HN.shape[1]
 
+    def forget(self) -> None:
+        """Evicts the tokens that no later one will see, if they are many."""
+        if self.sliding is not None and self.length > self.sliding + max(SPARE, self.sliding // GROWTH):
+            stay = torch.arange(self.length - self.sliding + 1, self.length)
+            self.expected = 0
+            self.keep(stay.expand(self.parts["at"].shape[0], -1), SPARE)
+
     def drop_one(self, gone_H: Tensor) -> None:
         """Evicts the token at index `gone_H` of each head: the newest one takes its slot."""
         for part in self.parts.values():
@@ -91,6 +100,12 @@ class Row:
     @property
     def positions(self) -> Tensor:
         return self.parts["at"][:, : self.length, 0]
+
+    def visible(self, asks_W: Tensor) -> Tensor:
+        """(H, W, N): which tokens the queries at these positions see."""
+        at, asks = self.positions[:, None, :], asks_W[None, :, None]
+        seen = at <= asks
+        return seen if self.sliding is None else seen & (at > asks - self.sliding)
 
     @property
     def nbytes(self) -> int:
@@ -138,17 +153,22 @@ class Row:
 def attention(query_ATD: Tensor, row: Row, scale: float | None) -> Tensor:
     """-> (A, T, D): the T newest tokens, with A = H G query heads, attend to what `row` keeps.
 
-    Each sees all tokens before the new ones, and the new ones up to itself. Grouped heads read views, not copies.
+    Each sees all tokens before the new ones (those within the layer's sliding window), and the new ones up to itself.
+    Grouped heads read views, not copies.
     """
     keys, values = row.keys, row.values
     (many, new, _), (heads, length, _) = query_ATD.shape, keys.shape
+    mask = None
+    if row.sliding is not None and row.seen > row.sliding:
+        asks = torch.arange(row.seen - new, row.seen, device=query_ATD.device)
+        mask = row.visible(asks)[:, None]  # (H, 1, T, N)
     if new == 1:  # the heads of a group act as so many queries of one head: keys and values are read once
         grouped = query_ATD.view(1, heads, many // heads, -1)
-        return F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=scale).view(many, 1, -1)
+        mask = None if mask is None else mask.view(1, heads, 1, length)
+        return F.scaled_dot_product_attention(grouped, keys[None], values[None], mask, scale=scale).view(many, 1, -1)
     query = query_ATD.unflatten(0, (heads, -1))
     keys, values = (x[:, None].expand(-1, many // heads, -1, -1) for x in (keys, values))
-    mask = None
-    if new < length:
+    if mask is None and new < length:
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
     out = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, is_causal=mask is None)
     return out.flatten(0, 1)

@@ -43,7 +43,10 @@ def window_attention(row: Row, scale: float, window: int) -> Attention:
         q = queries.view(heads, -1, *queries.shape[1:])[head].float() * scale  # (G, W, D)
 
         def logits(at: int, head: int = head, q: Tensor = q) -> Tensor:
-            unseen = positions[head, None, at : at + BLOCK] > asks[:, None]
+            there = positions[head, None, at : at + BLOCK]
+            unseen = there > asks[:, None]
+            if row.sliding is not None:
+                unseen |= there <= asks[:, None] - row.sliding
             return (q @ keys[head, at : at + BLOCK].float().T).masked_fill(unseen, -torch.inf)
 
         blocks = range(0, length, BLOCK)

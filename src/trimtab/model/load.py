@@ -6,6 +6,8 @@ the process's anonymous memory hardly grows. Any conversion (fp32 of a bf16 file
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import ctypes
 import hashlib
 import json
@@ -33,6 +35,8 @@ from ..memory.budget import gib
 from ..memory.meter import drop_clean_mappings
 from ..quiet import quiet
 from . import anatomy
+from .expert_files import FILES, ExpertFiles, whole, without_experts
+from .experts import mixtures, taken_out
 from .hub import Say, cached_folder
 from .quant import quantise_empty
 from .spec import ModelSpec
@@ -56,12 +60,15 @@ def load_model(
     names: Sequence[str] = (),
     device: torch.device | str | None = None,
     say: Say | None = None,
+    experts: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """-> (model in eval mode, tokenizer with a pad token). Sets `model.trimtab_base` to its `base_hash`, and keeps the
     tokenizer on the model (vocabulary.TOKENIZER).
 
     `task`: "causal-lm" or "classification" (a sequence head of `labels` classes; 1 is regression). `names`: of the
-    classes. `device`: None is the CPU. BadInput for a wrong name and for missing or damaged files.
+    classes. `device`: None is the CPU. `experts`: False leaves the stacked experts of a mixture on `meta`, and puts
+    their files on the model (expert_files.FILES), if each can be read alone. BadInput for a wrong name and for missing
+    or damaged files.
     """
     spec = ModelSpec(spec) if isinstance(spec, str) else spec
     if task not in TASKS:
@@ -70,15 +77,16 @@ def load_model(
     device = torch.device(device or "cpu")
     config = _config(folder, spec, task, labels)
     tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
-    model = _from_pretrained(folder, spec, task, config, {"dtype": "auto"})
+    model = _from_pretrained(folder, spec, task, config, {"dtype": "auto"}, experts)
     base = base_hash(model)  # of the file's values, before any conversion
     if spec.precision != "auto":
         options = _precision(spec.precision, device, heads=_outside_blocks(model))
         del model
-        model = _from_pretrained(folder, spec, task, config, options)
+        model = _from_pretrained(folder, spec, task, config, options, experts)
         _release_freed()
     if device.type != "cpu" and not getattr(model, "is_quantized", False):
-        model.to(device)
+        with contextlib.nullcontext() if experts else taken_out(model):
+            model.to(device)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     for module in model.modules():
@@ -227,18 +235,23 @@ def base_hash(source: PreTrainedModel | str | Path) -> str:
             return base_hash(source.name_or_path)
     config = source.config.get_text_config()
     digest = hashlib.sha256(repr([(key, getattr(config, key, None)) for key in ESSENTIALS]).encode())
-    stack = anatomy.blocks(source)[1]
+    path, stack = anatomy.blocks(source)
+    files = getattr(source, FILES, None)
     tensors = [("embeddings", source.get_input_embeddings().weight), *sorted(stack.named_parameters())]
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(_sample(tensor.detach()))
+        digest.update(_sample(tensor.detach(), files, f"{path}.{name}"))
     return digest.hexdigest()[:32]
 
 
-def _sample(tensor: torch.Tensor) -> bytes:
-    """SAMPLES values spread evenly over a tensor, as bf16 bytes (integers are not converted)."""
-    flat = tensor.reshape(-1)
-    values = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu()
+def _sample(tensor: torch.Tensor, files: ExpertFiles | None, name: str) -> bytes:
+    """SAMPLES values spread evenly over a tensor, as bf16 bytes (integers are not converted). A tensor on `meta` is
+    `name` in `files`."""
+    at = range(0, tensor.numel(), max(1, tensor.numel() // SAMPLES))[:SAMPLES]
+    if tensor.is_meta and files is not None:
+        values = files.values(name, at)
+    else:
+        values = tensor.reshape(-1)[at.start : at.stop : at.step].cpu()
     if values.is_floating_point():
         values = values.to(torch.bfloat16).view(torch.int16)
     return values.contiguous().numpy().tobytes()
@@ -304,10 +317,14 @@ def _config(folder: Path, spec: ModelSpec, task: str, labels: int | None) -> Any
     return config
 
 
-def _from_pretrained(folder: Path, spec: ModelSpec, task: str, config: Any, options: dict[str, Any]) -> PreTrainedModel:
+def _from_pretrained(
+    folder: Path, spec: ModelSpec, task: str, config: Any, options: dict[str, Any], experts: bool = True
+) -> PreTrainedModel:
+    auto = TASKS.get(task, AutoModel)
+    kind = None if experts else _kind_without(auto, config, folder, spec)
     try:
         with quiet():
-            model, report = TASKS.get(task, AutoModel).from_pretrained(
+            model, report = (auto if kind is None else without_experts(kind)).from_pretrained(
                 folder,
                 config=config,
                 local_files_only=True,
@@ -331,7 +348,18 @@ def _from_pretrained(folder: Path, spec: ModelSpec, task: str, config: Any, opti
             f"{len(bad)} tensors are missing or do not have the shape that config.json says ({sorted(bad)[0]})",
             "Fetch the model again",
         )
+    if kind is not None:
+        model = whole(model, kind)
+        setattr(model, FILES, ExpertFiles(model, folder))
     return model
+
+
+def _kind_without(auto: Any, config: Any, folder: Path, spec: ModelSpec) -> Any:
+    """The model's class, if it is a mixture whose experts can be read from the files one at a time; else None."""
+    with quiet(), torch.device("meta"):
+        empty = auto.from_config(copy.deepcopy(config), trust_remote_code=spec.trust_remote_code)
+    packed = getattr(config, "quantization_config", None) is not None
+    return type(empty) if mixtures(empty) and not packed and ExpertFiles(empty, folder).complete else None
 
 
 def _unreadable(folder: Path, part: str, error: Exception) -> BadInput:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from . import packed
 from .anatomy import dense_view, widths
+from .experts import TIERS
 from .surgery import is_patch
 
 
@@ -79,7 +80,8 @@ def parameters_of(model: nn.Module) -> int:
             if parameter is not None and not is_patch(module):
                 packed = name == "weight" and is_quantised(module)
                 found[id(parameter)] = math.prod(widths(module)) if packed else parameter.numel()
-    return sum(found.values())
+    tiers = [vars(module)[TIERS] for module in model.modules() if TIERS in vars(module)]  # experts outside the model
+    return sum(found.values()) + sum(layer.numel for layer in tiers)
 
 
 def quantise_empty(model: nn.Module, config: Any, heads: list[str]) -> None:

@@ -109,9 +109,9 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
                 yield f"patches.{name}.{key}={value}", dataclasses.replace(recipe, patches=changed)
 
 
-def _lower(value: int | float | str) -> list[int | float]:
+def _lower(value: int | float | str | None) -> list[int | float]:
     """Smaller values: 0 for a share of memory (a fraction); for a count its halves, up to TIMES_HALVED times."""
-    if isinstance(value, str):  # a size with a unit
+    if value is None or isinstance(value, str):  # what the plan chooses; a size with a unit
         return []
     if isinstance(value, float):
         return [0.0] if value else []

@@ -71,7 +71,7 @@ def plan_inference(
     beside = 0 if device.type == "cuda" else overhead.of(growth(kinds), 0, False, 0, shapes)
     return Plan(
         kinds, phase, 0 if device.type == "cuda" else process, beside + cost.copied_ahead, 0, budget, machine,
-        work.rows, work.tokens, notes=list(cost.notes),
+        work.rows, work.tokens, notes=list(cost.notes), take=cost.take,
     )  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
         return plan_largest(recipe, **options)[0]
     if recipe.trains or not recipe.patches:
         made = plan(recipe, **options)
+        made = made.settled(recipe.place.device)
         others = [patch for patch in recipe.load_patches() if not patch.counts_tokens]
         if recipe.trains and len(others) < len(recipe.patches):
             alike = {name: getattr(made, name) for name in ("rows", "tokens", "counted", "process")}  # not read again
@@ -110,7 +111,7 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
         from ..model.packed import available
 
         work = dataclasses.replace(work, packed=available())
-    made = plan_inference(recipe, recipe.load_patches(), work, head, None, process)
+    made = plan_inference(recipe, recipe.load_patches(), work, head, None, process).settled(recipe.place.device)
     what = f"a prompt of {length} tokens (max_length)" + (f" and a reply of {work.new}" if work.new else "")
     made.notes.extend(notes)
     made.notes.append(f"nothing is trained: for {what}")
@@ -135,6 +136,7 @@ class PlannedInference(PlannedModel):
         from ..contracts import When
 
         super().__init__(recipe, blocks, False, head, labels)
+        self.patch(patches, When.LOAD)
         self.patch([patch for patch in patches if patch.when is not When.INFER], When.TRAIN)
         self.patch([patch for patch in patches if patch.when is When.INFER], When.INFER)
         self.model.eval()
@@ -142,7 +144,7 @@ class PlannedInference(PlannedModel):
     def complete(self, cost: StepCost) -> StepCost:
         self.with_tables(cost.peaks)
         carried = max((store.carried for store in self.stores), default=0)
-        return dataclasses.replace(cost, copied_ahead=carried, notes=tuple(self.notes))
+        return dataclasses.replace(cost, copied_ahead=carried, notes=tuple(self.notes), take=self.take)
 
     def trace(self, work: Work) -> StepCost:
         """The cost of `work`, before `complete`."""

@@ -8,7 +8,7 @@ read, and no method needs a formula.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 WHY = {
     "weights": "base weights that are copied: buffers, and weights that are converted or changed",
     "adapter": "trained parameters, and what the patches store with them",
+    "experts": "slots for experts of the base",
     "gradients": "of the trained parameters",
     "optimizer": "the optimizer's state, and temporary tensors of its step",
     "activations": "what the forward pass saves for the backward pass",
@@ -38,11 +39,13 @@ WHY = {
     "logits": "one chunk of the head's output, and its gradient",
     "temporaries": "what the backward pass allocates and frees",
 }
-TABLES = "rows in the slow tier"
+TABLES, EXPERTS = "rows in the slow tier", "experts in the slow tier"
 SLOW = {
     "mapped weights": "base weights in their file's precision, mapped from the file",
     TABLES: "an adapter's table, with its gradients and Adam's state",
+    EXPERTS: "the base's experts, one record each",
 }
+USED = 0.95  # of the budget: a plan is not more exact
 TIERS = "fast: memory that budget.fast limits, of the process or a GPU; slow: larger memory below it, files or RAM"
 
 CUDA = [
@@ -72,6 +75,7 @@ class Plan:
     disk_bytes_per_step: int = 0  # of the mapped base, if it exceeds free memory
     notes: list[str] = field(default_factory=list)
     disk: int | None = None  # free space on the disk of the tables; None if they are in RAM or allocated already
+    take: Callable[[int], int] | None = None  # how many of so many spare bytes the patches would use
 
     @property
     def slow_bytes(self) -> int:
@@ -110,6 +114,15 @@ class Plan:
         found = self.machine if self.budget.fast is None else self.budget.fast
         assert found is not None, "a plan for another machine has a budget"
         return found
+
+    def settled(self, device: Any, take: Callable[[int], int] | None = None) -> Plan:
+        """The plan with what the patches use of the bytes that are left (`take`; default: its own), a margin apart.
+        Without a budget nothing is left on a CPU, whose memory others need too."""
+        take = take or self.take
+        if take is None or (self.budget.fast is None and device.type == "cpu"):
+            return self
+        more = take(max(0, int(USED * self.fast) - self.fast_peak_bytes))
+        return dataclasses.replace(self, kinds={**self.kinds, "experts": self.kinds.get("experts", 0) + more})
 
     @property
     def items(self) -> list[dict[str, Any]]:
@@ -256,7 +269,7 @@ def plan(
         disk = free_bytes(recipe.place.folder or recipe.output)
     return Plan(
         kinds, phase, process, overhead, transient, budget, machine, rows, tokens, counted, speed, cost.trained,
-        beside.efficiency, read, notes, disk,
+        beside.efficiency, read, notes, disk, cost.take,
     )  # fmt: skip
 
 
@@ -322,7 +335,7 @@ def _speed(
     from ..cost.roofline import read_again, written_back
     from ..cost.trace import MAPPED, live
 
-    mapped, tables = kinds.get(MAPPED, 0), kinds.get(TABLES, 0)
+    mapped, tables = kinds.get(MAPPED, 0) + kinds.get(EXPERTS, 0), kinds.get(TABLES, 0)
     free = ram().get("MemAvailable", mapped + tables + live(kinds)) - live(kinds)
     read = read_again(mapped, free, micro_batches)
     seconds = cost.step_seconds(micro_batches)

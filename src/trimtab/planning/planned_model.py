@@ -31,7 +31,7 @@ class PlannedModel:
         self.recipe, self.blocks, self.real, self.head = recipe, blocks, real, head
         self.model, self.mapped = empty_model(recipe.model, task=head, blocks=blocks, labels=labels)
         if real:
-            self.model = load_model(recipe.model, task=head, labels=labels)[0]
+            self.model = load_model(recipe.model, task=head, labels=labels, experts=recipe.with_experts)[0]
         self.left_dense = left_dense(self.model)
         self.dtype = self.model.dtype
         # `.data` keeps the storage alive when a patch replaces it in the parameter
@@ -64,6 +64,9 @@ class PlannedModel:
 
         if self.real and surgery.patch.counts_tokens:  # the number of rows is known, and their ids do not matter
             surgery.calibrate([{"input_ids": torch.arange(self.model.config.get_text_config().vocab_size)}])
+        if surgery.patch.when is When.LOAD:  # these count as its own
+            for tensor in surgery.in_slow_tier:
+                self.base.pop(_key(tensor), None)
         if surgery.patch.when is When.BOTH:
             self.between |= {_key(p): weakref.ref(p.untyped_storage()) for p in self.model.parameters()}
 
@@ -116,6 +119,12 @@ class PlannedModel:
             for store in self.stores:
                 kinds[ADAPTER] = kinds.get(ADAPTER, 0) + store.nbytes["fast"]
                 kinds[ROWS] = kinds.get(ROWS, 0) + store.nbytes["slow"]
+            for kind, tensors in ((kind, ts) for surgery in self.surgeries for kind, ts in surgery.outside().items()):
+                kinds[kind] = kinds.get(kind, 0) + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def take(self, spare: int) -> int:
+        """How many of `spare` bytes of the fast tier the patches would use."""
+        return taken(self.surgeries, spare)
 
     def period(self) -> int:
         """The number of blocks after which their kinds repeat: 1 if all are equal, the depth if they never repeat."""
@@ -141,6 +150,14 @@ class PlannedModel:
         if _key(tensor) not in self.in_file:
             return ADAPTER if tensor.requires_grad else WEIGHTS
         return MAPPED if self.mapped and tensor.is_floating_point() else WEIGHTS  # packed weights are copies
+
+
+def taken(surgeries: Iterable[Surgery], spare: int) -> int:
+    """The bytes that the surgeries use of `spare` bytes of the fast tier."""
+    used = 0
+    for surgery in surgeries:
+        used += surgery.take(spare - used)
+    return used
 
 
 def at_whole_depth(make: Callable[[int | None], Any], trace: Callable[[Any], StepCost]) -> StepCost:

@@ -37,6 +37,7 @@ class PlannedStep(PlannedModel):
     def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
         from ..contracts import When
         from ..engine.arguments import weighed
+        from ..engine.patching import without_stand_ins
         from ..engine.prepare import weigh_router
         from ..model.head import READ, read_head
 
@@ -46,6 +47,8 @@ class PlannedStep(PlannedModel):
         if self.head == "causal-lm":
             weigh_router(self.model, args)
             setattr(self.model, READ, read_head(self.model))
+        self.patch(recipe.load_patches(), When.LOAD)
+        without_stand_ins(self.surgeries)
         self.patch(recipe.load_patches(), When.TRAIN, self.stepper, self.objective)
 
     @property
@@ -61,6 +64,7 @@ class PlannedStep(PlannedModel):
         return dataclasses.replace(
             cost, trained=self.trained, autocast=self.autocast is not None,
             copied_ahead=max((store.carried for store in self.stores), default=0), notes=tuple(self.notes),
+            take=self.take,
         )  # fmt: skip
 
     def period(self) -> int:
@@ -83,6 +87,9 @@ class PlannedStep(PlannedModel):
         if not self.real:  # a real step's work on tables is traced
             for store in self.stores:
                 store.clock = clock
+            for surgery in self.surgeries:
+                if surgery.tiers is not None:
+                    surgery.tiers.clock = clock
         plain = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, compile=False))
         with training_forward(model, self.objective, plain):
             if recipe.place.device.type != "cpu":  # fused attention is for CPUs only

@@ -18,7 +18,7 @@ THIN = 0.06  # of an axis' height: the band for the memory of the process before
 COLOURS = {  # distinguishable with colour blindness; readable on white and on near-black
     "process": "#8c96a3", "weights": "#4477aa", "adapter": "#228833", "gradients": "#ccbb44", "optimizer": "#aa3377",
     "activations": "#ee6677", REST: "#ee6677", "logits": "#f79646", "temporaries": "#66ccee",
-    "mapped weights": "#9aa7d6",
+    "mapped weights": "#9aa7d6", "experts": "#ee8866", "experts in the slow tier": "#f5c9b4",
 }  # fmt: skip
 SERIES = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#f79646", "#8c96a3")
 

@@ -87,13 +87,28 @@ class MappedFile:
                 done -= len(left.pop(0))
             left[:1] = [piece[done:] for piece in left[:1]]
 
+    def read(self, offset: int, into: Any) -> None:
+        """Fill `into` (an object with a contiguous buffer) from the file, without mapping its pages."""
+        left = memoryview(into).cast("B")
+        while left:
+            done = os.preadv(self._descriptor, [left], offset)
+            if not done:
+                raise OSError(errno.EIO, "the file is shorter than it was")
+            offset, left = offset + done, left[done:]
+
+    def forget(self) -> None:
+        """Have the kernel drop the file's pages from memory, as if it did not hold the file."""
+        os.fdatasync(self._descriptor)
+        self.map.madvise(mmap.MADV_DONTNEED)
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
 
 def map_file(size: int, folder: str | None, what: str) -> MappedFile:
     """`size` bytes of zeros in a file without a name: it is freed when the process ends, however it ends."""
     where = folder or tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=where, buffering=0) as file:
-            _reserve(file, size)
+            reserve(file, size)
             return MappedFile(file.fileno(), size)
     except OSError as error:
         why = error.strerror or str(error)
@@ -107,7 +122,8 @@ def map_file(size: int, folder: str | None, what: str) -> MappedFile:
         ) from None  # fmt: skip
 
 
-def _reserve(file: Any, size: int) -> None:
+def reserve(file: Any, size: int) -> None:
+    """Give an open file `size` bytes on its disk."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
         return

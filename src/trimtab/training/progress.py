@@ -101,7 +101,10 @@ class Steps(TrainerCallback):
             tables = [t for surgery in self.surgeries for store in surgery.stores for t in store.mapped()]
             inner = getattr(optimizer, "optimizer", optimizer)
             aside = [storage for ref in self.as_loaded if (storage := ref()) is not None]
-            self.trace = self._metering.enter_context(metered(self.trainer, self.model, own, inner, tables, aside))
+            outside = [pair for surgery in self.surgeries for pair in surgery.outside().items()]
+            self.trace = self._metering.enter_context(
+                metered(self.trainer, self.model, own, inner, tables, aside, outside)
+            )
             del aside
             self.live_mapped = self.trace.held.get(MAPPED, 0)
         if self.first_step_at is None:

@@ -25,7 +25,7 @@ from ..engine.arguments import check_optimizer, time_limit, training_arguments, 
 from ..engine.divergence import Diverged, StopIfDiverged, chance_of
 from ..engine.inputs import calibration_batches, largest_batch, make_trainer, read_inputs
 from ..engine.objectives import arguments_class
-from ..engine.patching import apply_patches, prepare, revert
+from ..engine.patching import apply_patches, prepare, revert, without_stand_ins
 from ..engine.prepare import autocast_dtype, restore_model, training_forward
 from ..engine.rehearsal import Rehearsal
 from ..engine.start import LossCompared, checked
@@ -108,6 +108,9 @@ class Session:
             undo.callback(self._revert)
             self.meter.start()
             undo.callback(self.meter.stop)
+            batches = calibration_batches(self.recipe, self.inputs, self.args, self.place.device)
+            self.surgeries += apply_patches(self.model, self.patches, self.place, When.LOAD, batches)
+            without_stand_ins(self.surgeries)
             tensors = (*self.model.parameters(), *self.model.buffers())
             self.as_loaded = [weakref.ref(t.untyped_storage()) for t in tensors]  # patches may keep some to revert
             compared = undo.enter_context(LossCompared(self.model, self.objective))
@@ -117,7 +120,6 @@ class Session:
                     self.as_loaded += [weakref.ref(p.untyped_storage()) for p in self.model.parameters()]
                 compared.applied(surgery)
 
-            batches = calibration_batches(self.recipe, self.inputs, self.args, self.place.device)
             self.surgeries += apply_patches(
                 self.model, self.patches, self.place, When.TRAIN, batches, applied,
                 self.resumed or self.start.adapter is not None,
@@ -178,14 +180,15 @@ class Session:
 
         return load_model(
             self.recipe.model, task=self.objective.head, labels=self.inputs.labels, names=self.rows.labels or (),
-            device=self.place.device, say=self.say,
+            device=self.place.device, say=self.say, experts=self.recipe.with_experts,
         )[0]  # fmt: skip
 
     @property
     def applied(self) -> Recipe:
         """The recipe with its patches as they were applied: some depend on what calibration found."""
-        made = iter(self.surgeries)
-        patches = [patch if patch.when is When.INFER else next(made).patch for patch in self.patches]
+        made = iter([surgery for surgery in self.surgeries if surgery.patch.when is not When.LOAD])
+        as_given = (When.INFER, When.LOAD)
+        patches = [patch if patch.when in as_given else next(made).patch for patch in self.patches]
         return dataclasses.replace(self.recipe, patches=patches)
 
     # --- training ------------------------------------------------------------------------------------------------

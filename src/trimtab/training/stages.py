@@ -175,7 +175,7 @@ def _suits(folder: Path, name: str, stage: Recipe) -> Path:
     from ..artifacts.adapter import patches_of
 
     held, wanted = [type(patch).__name__ for patch in patches_of(folder)], stage.load_patches()
-    ours = [type(patch).__name__ for patch in wanted if patch.when.value != "infer"]
+    ours = [type(patch).__name__ for patch in wanted if patch.when.value not in ("infer", "load")]
     if held[: len(ours)] != ours:  # a classifier's head comes after them
         asked = f"stages: {name}: start from {folder}"
         raise BadInput(asked, f"it has {', '.join(held)}, and the recipe {', '.join(ours)}", "Use the same patches")

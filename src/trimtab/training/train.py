@@ -163,8 +163,10 @@ def _planned(session: Session) -> Plan | None:
     None, without a budget, for a run that the planner does not cover.
     """
     from ..engine.arguments import time_limit
+    from ..engine.tables import expert_bytes
     from ..planning.fit import require_fit
     from ..planning.plan import plan
+    from ..planning.planned_model import taken
     from .time_limit import require_step
 
     recipe = session.applied
@@ -178,11 +180,13 @@ def _planned(session: Session) -> Plan | None:
         if recipe.budget:
             raise
         return None
-    loaded = made.start_bytes - made.process
+    loaded = made.start_bytes - made.process + expert_bytes(session.surgeries)
     made = dataclasses.replace(made, process=max(0, session.meter.rebase() - loaded), disk=None)  # tables exist already
     require_step(time_limit(recipe), made.step_seconds(session.args.gradient_accumulation_steps))
     if recipe.budget:
         require_fit(made, recipe)
+    made = made.settled(session.place.device, lambda spare: taken(session.surgeries, spare))
+    if recipe.budget:
         session.say(f"planned: {made.fast_peak_bytes / GIB:.2f} GiB of the fast tier at the peak")
     return made
 
