@@ -43,7 +43,7 @@ def matrix(run: Any) -> dict[str, Any] | None:
     losses = metric == "loss"
     trace = {
         "type": "heatmap", "x": [str(name) for name in names], "y": labels, "z": rows, "texttemplate": "%{z:.3f}",
-        "hovertemplate": "%{y}, on %{x}: %{z:.4f}<extra></extra>", "colorscale": "Blues", "reversescale": not losses,  # the better the darker
+        "hovertemplate": "%{y}, on %{x}: %{z:.4f}<extra></extra>", "colorscale": "Blues", "reversescale": not losses,
         "showscale": False, "xgap": 2, "ygap": 2,
     }  # fmt: skip
     axes = {"xaxis": {"side": "top", "type": "category"}, "yaxis": {"autorange": "reversed", "type": "category"}}
