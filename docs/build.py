@@ -251,6 +251,8 @@ def kind_of(annotation: Any) -> str:
     text = re.sub(r"Literal\[(.*?)\]", r"\1", text)
     plain = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "None": "null",
              "FileName": "text", "Count": "integer", "dict[str, str]": "mapping", "dict[Column, str]": "mapping",
+             "Annotated[float, Field(gt=0, lt=1)]": "number", "Name": "text",
+             **dict.fromkeys(("Keys", "dict[str, Any]"), "mapping"),
              **dict.fromkeys(("list[str]", "list[FileName]", "list[Metric]"), "list of text")}  # fmt: skip
     return " or ".join(plain.get(part.strip(), part.strip()) for part in text.split(" | "))
 
@@ -262,7 +264,8 @@ def shown(value: Any) -> str:
 def recipe_keys() -> str:
     parts = ["## Top level\n\n" + table(["key", "type", "default", "meaning"], whole())]
     for name, cls in (("model", ModelSpec), ("data", DataSpec), ("place", recipe.Place),
-                      ("engine", recipe.EngineSpec)):  # fmt: skip
+                      ("engine", recipe.EngineSpec), ("stages", recipe.StageSpec),
+                      ("rehearsal", recipe.RehearsalSpec)):  # fmt: skip
         parts.append(f"## {name}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
     for kind in ("objective", "stepper"):
         for name in methods.names(kind):
@@ -284,6 +287,8 @@ def recipe_keys() -> str:
         "`activation_checkpointing` are both accepted. These defaults differ from the libraries', to suit small\n"
         "machines:",
         table(["key", "default here"], defaults),
+        "`max_minutes: 30` (trimtab's own) stops the run before 30 minutes have passed, with a checkpoint that\n"
+        "`resume=true` continues exactly; see [cli.md](cli.md#stopping-and-resuming).",
         "Some methods have other defaults; of several patches, the smallest learning rate applies:",
         table(["method", "defaults"], of_methods),
         "These fields are refused, since they would have no effect here, or another effect than their name says: "
@@ -304,6 +309,8 @@ def whole() -> list[list[str]]:
         "budget": ("mapping", "`{fast: 2GiB, slow: 40GiB}`, also `80%` or `-2GiB`; [planner.md](planner.md)"),
         "place": ("mapping", "which memory is used, see below"),
         "engine": ("mapping", "how steps are computed, see below"),
+        "stages": ("list", "several stages of training, one after another, see below"),
+        "rehearsal": ("mapping", "rows of earlier stages that later ones repeat, see below"),
         "output": ("text", "the folder of the run"),
         "resume": ("true or false", "continue from the newest checkpoint in `output`"),
         "overwrite": ("true or false", "replace the run in `output`"),

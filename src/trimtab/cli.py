@@ -70,6 +70,8 @@ def _epilog() -> str:
 def train(
     recipe: RecipeArg, overrides: Overrides = None,
     hard: Annotated[bool, typer.Option("--hard", help="Make budget.fast a limit of the process.")] = False,
+    baselines: Annotated[str, typer.Option(help="Of several stages, also run these for comparison, comma-separated: "
+                                           "sequential, joint, frozen.")] = "",
     quiet: Quiet = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Fine-tune a model. Writes adapter/, run.json and metrics.jsonl into the recipe's output folder."""
@@ -81,7 +83,7 @@ def train(
         in_a_child(lambda name: _crashed(loaded, name))
     from .training.train import train as run
 
-    result = run(loaded, quiet=quiet, hard=hard)
+    result = run(loaded, quiet=quiet, hard=hard, baselines=[name for name in baselines.split(",") if name])
     if as_json:
         print(json.dumps(result, indent=2, default=str))
 
@@ -105,20 +107,24 @@ def plan(
         _search(loaded, as_json, write, overwrite)
         return
     from .planning.fit import require_fit
-    from .planning.inference import plan_recipe as run
+    from .planning.inference import plan_largest
     from .planning.remembered import remember
 
-    made = run(loaded)
-    remember(loaded, made)
+    made, planned = plan_largest(loaded)
+    remember(planned, made)
     print(json.dumps(made.to_dict(), indent=2) if as_json else "\n".join(made.lines()))
-    require_fit(made, loaded)
+    require_fit(made, planned)
 
 
 def _search(recipe: Any, as_json: bool, write: str | None, overwrite: bool) -> None:
     from pathlib import Path
 
+    from .errors import BadInput
     from .planning import search as plan_search
 
+    if recipe.stages:
+        have = "the recipe has stages, which may need different plans"
+        raise BadInput("plan --search", have, "Search with the recipe of one stage")
     if write:
         plan_search.check_free(Path(write), overwrite)  # before the work
     found = plan_search.search(recipe, workers=min(2, os.cpu_count() or 1))
@@ -139,7 +145,7 @@ def eval_(
     """Evaluate the run's model on data.test: loss, answers, accuracy."""
     from .recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides or ())
+    loaded = Recipe.load(recipe, overrides or (), final=True)
     _allocator(loaded)
     from .engine.tables import summary
     from .inference.evaluate import evaluate
@@ -171,7 +177,7 @@ def generate(
     """Reply to prompts, or chat in the terminal if none is given."""
     from .recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides or ())
+    loaded = Recipe.load(recipe, overrides or (), final=True)
     _allocator(loaded)
     settings = _settings(setting)
     from .inference import generate as verb
@@ -202,7 +208,7 @@ def serve(
     """Serve the run's model to programs, with OpenAI's API, on this machine only."""
     from .recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides or ())
+    loaded = Recipe.load(recipe, overrides or (), final=True)
     _allocator(loaded)
     from .serving.serve import serve as run
 
@@ -222,7 +228,7 @@ def export(
     from .inference.export import export as run
     from .recipe import Recipe
 
-    print(run(Recipe.load(recipe, overrides or ()), to, out, adapter, overwrite))
+    print(run(Recipe.load(recipe, overrides or (), final=True), to, out, adapter, overwrite))
 
 
 @app.command()
@@ -240,6 +246,51 @@ def report(
         import webbrowser
 
         webbrowser.open(written.resolve().as_uri())
+
+
+data = typer.Typer(no_args_is_help=True, help="Look at data before training.")
+app.add_typer(data, name="data")
+
+
+@data.command()
+def audit(
+    files: Annotated[list[str] | None, typer.Argument(metavar="[FILE ...]", help="Data files to look at.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Take tokenizer, columns and max_length, and without "
+                                               "FILES the files, from this recipe.")] = None,
+    test: Annotated[list[str] | None, typer.Option("--test", help="A file that must share no row with the others.")]
+    = None,
+    near: Annotated[float, typer.Option(help="Similarity of near duplicates; 0: do not look for them.")] = 0.8,
+    skip: Annotated[str, typer.Option(help="Kinds to leave out, comma-separated.")] = "",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if something is found.")] = False,
+    write: Annotated[str | None, typer.Option(metavar="DIR", help="Write copies without the rows found.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --write replace files.")] = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Find duplicates, leaks into test sets, and faulty rows in data files. The files are not changed."""
+    from .data.audit import audit as run
+    from .data.audit import write_clean
+    from .data.spec import DataSpec
+
+    named, tests, spec, length, tokenizer = list(files or ()), list(test or ()), DataSpec(), None, None
+    if recipe:
+        from .data.chat import use_template
+        from .model.load import config_folder, load_tokenizer
+        from .recipe import Recipe
+
+        loaded = Recipe.load(recipe)
+        spec, length = loaded.data, loaded.training_values()["max_length"]
+        if not named:
+            named, listed = loaded.data_files()
+            tests += [name for name in listed if name not in tests]
+        tokenizer = load_tokenizer(config_folder(loaded.model), trust_remote_code=loaded.model.trust_remote_code)
+        use_template(spec, tokenizer)
+    made = run(named, tests, spec, tokenizer, length, near, [kind for kind in skip.split(",") if kind])
+    written = write_clean(made, Path(write), overwrite) if write else []
+    print(json.dumps(made.to_dict(), indent=2) if as_json else "\n".join(made.lines()))
+    for path in written:
+        print(f"{path}: the rows without findings", file=sys.stderr)
+    if strict and made.findings:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from . import methods
 from .data.spec import DataSpec
+from .data.stage import RehearsalSpec, StageSpec
 from .errors import BadInput, nearest
 from .memory.place import Place
 from .model.spec import ModelSpec
@@ -95,6 +96,8 @@ class Recipe(Block):
     budget: dict[str, Any] | None = None
     place: Place = field(default_factory=Place)
     engine: EngineSpec = field(default_factory=EngineSpec)
+    stages: list[StageSpec] = field(default_factory=list)
+    rehearsal: RehearsalSpec | None = None
     output: FileName = "runs/run"
     resume: bool = False  # go on from the newest checkpoint in `output`
     overwrite: bool = False  # replace the run that `output` holds
@@ -102,10 +105,11 @@ class Recipe(Block):
     # --- reading and writing -------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    def load(cls, path: str | Path, overrides: Iterable[str] = (), final: bool = False) -> Recipe:
         """Read a YAML file, or the one in a run's folder; `overrides` are "key=value" ("training.max_steps=20").
 
-        Data files are looked for beside the recipe first, then in the working folder.
+        Data files are looked for beside the recipe first, then in the working folder. `final`: the recipe of the last
+        stage, if there are several, which `overrides` then change.
         """
         path, run = Path(path), None
         if (path / "recipe.yaml").is_file():
@@ -113,11 +117,14 @@ class Recipe(Block):
         tree = _read_yaml(path)
         if run is not None:  # a copied or moved run is its own
             tree["output"] = str(run)
+        if final and tree.get("stages"):
+            tree = cls.from_dict(tree).final.to_dict()
         for text in overrides:
             override(tree, text)
         recipe = cls.from_dict(tree)
         patches = [_beside(entry, path.parent) for entry in recipe.patches]
-        return dataclasses.replace(recipe, data=recipe.data.beside(path.parent), patches=patches)
+        stages = [_stage_beside(stage, path.parent) for stage in recipe.stages]
+        return dataclasses.replace(recipe, data=recipe.data.beside(path.parent), patches=patches, stages=stages)
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Recipe:
@@ -133,6 +140,10 @@ class Recipe(Block):
     def hash(self) -> str:
         """A name for what is computed: equal recipes, equal hash (where it writes and how it resumes do not count)."""
         tree = {k: v for k, v in self.to_dict().items() if k not in ("output", "resume", "overwrite")}
+        for key in ("stages", "rehearsal"):  # as if a recipe without them had no such key
+            if not tree[key]:
+                del tree[key]
+        tree["training"] = {k: v for k, v in self.training.items() if k != "max_minutes"}  # when it stops, not what
         return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     # --- what it names -------------------------------------------------------------------------------------------
@@ -185,6 +196,35 @@ class Recipe(Block):
         wanted |= self._class(self.stepper, "stepper").defaults
         return {**TRAINING_DEFAULTS, **wanted, **given}
 
+    def data_files(self) -> tuple[list[str], list[str]]:
+        """-> the files of `data.train` and of `data.test`, of all stages, each once."""
+        specs = [stage.data for stage in self.stage_recipes()] or [self.data]
+        train = [name for s in specs for name in ([s.train] if isinstance(s.train, str) else s.train or ())]
+        return list(dict.fromkeys(train)), list(dict.fromkeys(s.test for s in specs if s.test))
+
+    def stage_recipes(self) -> list[Recipe]:
+        """One recipe per stage: its data and training over the recipe's own, its output in a folder of this one's.
+
+        `max_minutes` of the recipe limits the whole run, and is left out of them.
+        """
+        names = [stage.name for stage in self.stages]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise BadInput(f"stages: {twice[0]}", "two stages have this name", "Give each stage a name of its own")
+        whole = {key: value for key, value in self.training.items() if key != "max_minutes"}
+        made = []
+        for number, stage in enumerate(self.stages, 1):
+            data = build(DataSpec, {**dataclasses.asdict(self.data), **stage.data}, f"stages: {stage.name}: data")
+            made.append(dataclasses.replace(
+                self, data=data, training={**whole, **stage.training}, stages=[], rehearsal=None,
+                output=str(Path(self.output) / "stages" / f"{number}-{stage.name}"),
+            ))  # fmt: skip
+        return made
+
+    @property
+    def final(self) -> Recipe:
+        """The recipe whose model the run's folder has in the end: that of the last stage, or itself."""
+        return dataclasses.replace(self.stage_recipes()[-1], output=self.output) if self.stages else self
+
     # --- doing ---------------------------------------------------------------------------------------------------
 
     def plan(self, **options: Any) -> Any:
@@ -197,7 +237,7 @@ class Recipe(Block):
 
     def evaluate(self, **options: Any) -> dict[str, Any]:
         """Measure it on data.test (`trimtab.inference.evaluate`)."""
-        return self._verb("inference.evaluate", "evaluate")(self, **options)
+        return self._verb("inference.evaluate", "evaluate")(self.final, **options)
 
     @staticmethod
     def _verb(module: str, name: str) -> Any:
@@ -222,6 +262,14 @@ def _beside(entry: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[st
     file = values.get("calibration")
     there = isinstance(file, str) and file and (folder / file).is_file()
     return {name: {**values, "calibration": str(folder / file)}} if there else entry  # type: ignore[operator]
+
+
+def _stage_beside(stage: StageSpec, folder: Path) -> StageSpec:
+    """The stage with files and an adapter that are in `folder` named by their paths."""
+    named = build(DataSpec, stage.data, f"stages: {stage.name}: data").beside(folder)
+    there = stage.adapter and (folder / stage.adapter).is_dir()
+    adapter = str(folder / stage.adapter) if there else stage.adapter  # type: ignore[operator]
+    return dataclasses.replace(stage, data={key: getattr(named, key) for key in stage.data}, adapter=adapter)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -226,11 +226,16 @@ def _load_one(model: PreTrainedModel, folder: Path, place: Place, undo: contextl
     return surgery
 
 
-def load_into(surgeries: Sequence[Surgery], folder: str | Path, base: Base | None = None) -> None:
+def load_into(
+    surgeries: Sequence[Surgery], folder: str | Path, base: Base | None = None, what: str = "resume from"
+) -> None:
     """Load saved tensors into patches that are already applied (resume). `base`: that of the patches, if known."""
     folder = Path(folder)
     meta = read_meta(folder)
-    asked = f"resume from {folder}"
+    asked = f"{what} {folder}"
+    if base is not None and meta.base.labels != base.labels:
+        have = f"it has the classes {', '.join(meta.base.labels)}"
+        raise BadInput(asked, have, f"Give rows with the same classes: these have {', '.join(base.labels)}")
     if base is not None:
         _require_base(asked, meta.base, base.hash)
     parts, surgeries = _parts(folder, meta), _saved(surgeries)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..contracts import Place
 
 PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html",
-         "eval.json")  # fmt: skip
+         "eval.json", "stages", "baselines")  # fmt: skip
 PARTIAL = ".checkpoint.partial"  # a checkpoint being written
 
 
@@ -49,7 +49,8 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
     held = found or any((output / name).exists() for name in ("recipe.yaml", "run.json"))
     if recipe.resume:
         if held:
-            _same_recipe(output, recipe)
+            if (output / "recipe.yaml").is_file():
+                same_recipe(output, Recipe.load(output / "recipe.yaml"), recipe)
         if held and not found and finished_run(recipe) is None:
             raise BadInput(f"resume {output}", "it has no complete checkpoint", "Run it again with overwrite=true")
         if found:
@@ -100,19 +101,15 @@ def begin_run(output: Path, recipe: Recipe, resumed: bool) -> None:
         write_text(output / "recipe.yaml", recipe.to_yaml())
 
 
-def _same_recipe(output: Path, recipe: Recipe) -> None:
-    """BadInput unless `recipe` continues the run in the folder: its steps must be the same.
+def same_recipe(output: Path, old: Recipe, new: Recipe) -> None:
+    """BadInput unless `new` continues the run of `old` in the folder: its steps must be the same.
 
     Its length may differ, and so may what changes memory but not the steps: the budget, `engine:`, activation
     checkpointing, and the size of micro-batches if a step has as many rows.
     """
-    path = output / "recipe.yaml"
-    if not path.is_file():
-        return
-    old, new = Recipe.load(path), recipe
     micro, times = "per_device_train_batch_size", "gradient_accumulation_steps"
-    free = ("max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit", "logging_steps",
-            "report_to", "activation_checkpointing", micro, times)  # fmt: skip
+    free = ("max_steps", "num_train_epochs", "max_minutes", "save_strategy", "save_steps", "save_total_limit",
+            "logging_steps", "report_to", "activation_checkpointing", micro, times)  # fmt: skip
 
     def training(r: Recipe) -> dict[str, Any]:
         values = r.training_values()
@@ -124,6 +121,8 @@ def _same_recipe(output: Path, recipe: Recipe) -> None:
     files = lambda value: [Path(v).name for v in ([value] if isinstance(value, str) else value or [])]  # noqa: E731
     data = lambda r: vars(r.data) | {k: files(getattr(r.data, k)) for k in ("train", "test", "chat_template")}  # noqa: E731
     for name, before, now in [
+        ("stages", [stage.name for stage in old.stages], [stage.name for stage in new.stages]),
+        ("rehearsal", old.rehearsal, new.rehearsal),
         ("patches", old.load_patches(), new.load_patches()),
         ("model", old.model, new.model),
         ("data", data(old), data(new)),

@@ -90,7 +90,7 @@ def _open(name: str, part: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]
     return "row", _hub(name, part)
 
 
-def _bytes(path: Path, packed: bool) -> BinaryIO:
+def open_bytes(path: Path, packed: bool) -> BinaryIO:
     return gzip.open(path, "rb") if packed else path.open("rb")  # type: ignore[return-value]
 
 
@@ -98,7 +98,7 @@ def _jsonl(path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     do = "Each line must be one JSON object in UTF-8"
     number = 0
     try:
-        with _bytes(path, packed) as file:
+        with open_bytes(path, packed) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -121,7 +121,7 @@ def _csv(path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.csv as pc
 
     try:
-        with _bytes(path, packed) as file:
+        with open_bytes(path, packed) as file:
             content = file.read()
         content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -76,6 +76,37 @@ class LongestFirst(Sampler):
         yield from order
 
 
+class Mixed(Sampler):
+    """Each of the first `own` rows once per epoch, in a random order, and among them rows of the `more` behind them.
+
+    Of any n rows in a row `mix` n are of these, to within one. They come in a random order, each once before any comes
+    again; the next epoch goes on with a new order.
+    """
+
+    def __init__(self, own: int, more: int, mix: float, seed: int):
+        self.own, self.more, self.mix, self.seed, self.epoch = own, more, mix, seed, 0
+
+    def __len__(self) -> int:
+        return int(self.own / (1 - self.mix))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        random = numpy.random.default_rng((self.seed, self.epoch))
+        own, more = iter(random.permutation(self.own).tolist()), iter(())
+        drawn = 0
+        for place in range(1, len(self) + 1):
+            if int(place * self.mix) > drawn:
+                drawn += 1
+                if (index := next(more, None)) is None:
+                    more = iter((self.own + random.permutation(self.more)).tolist())
+                    index = next(more)
+                yield index
+            else:
+                yield next(own)
+
+
 def longest_first(sampler: Any, trainer: Any) -> Any:
     """`sampler` with the longest rows first, if it shuffles; any other order was requested and is kept."""
     if type(sampler) is not RandomSampler or not trainer.accelerator.use_seedable_sampler:
@@ -86,7 +117,10 @@ def longest_first(sampler: Any, trainer: Any) -> Any:
     if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
         return sampler
     # what accelerate would have replaced the sampler by
-    shuffled = SeedableRandomSampler(dataset, data_seed=trainer.accelerator.dataloader_config.data_seed)
+    shuffled: Any = SeedableRandomSampler(dataset, data_seed=trainer.accelerator.dataloader_config.data_seed)
     args = trainer.args
+    if trainer.rehearsed is not None:
+        own, mix = trainer.rehearsed
+        shuffled = Mixed(own, len(dataset) - own, mix, args.seed if args.data_seed is None else args.data_seed)
     times = args.gradient_accumulation_steps * args.world_size
     return LongestFirst(shuffled, row_lengths(dataset), args.train_batch_size, times)

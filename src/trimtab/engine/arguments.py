@@ -4,6 +4,7 @@ TrainingArguments."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,6 +22,10 @@ from .fields import check_fields
 def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:
     """`training:` as an instance of `cls`. BadInput for unknown fields and bad values."""
     values = recipe.training_values()
+    if time_limit(recipe) is not None and values.get("save_only_model"):
+        have = "a checkpoint without the optimizer's state cannot be resumed exactly"
+        raise BadInput("training: max_minutes with save_only_model: true", have, "Remove one of the two")
+    values.pop("max_minutes", None)
     length = values["max_length"] if isinstance(values["max_length"], int) else 512
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     if "max_length" not in known:  # rows are tokenised by trimtab, up to it
@@ -29,7 +34,8 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
             raise BadInput("training: packing: true", "a classifier reads one text per row", "Leave it out")
     for key in values:
         if key not in known:
-            raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", nearest(str(key), known))
+            do = nearest(str(key), known | {"max_minutes"})
+            raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", do)
     kinds = get_type_hints(cls)
     values = {key: _typed(key, value, kinds[key]) for key, value in values.items()}
     ours = {"output_dir": str(output), "use_cpu": cpu, "disable_tqdm": True, "dataloader_pin_memory": not cpu}
@@ -51,6 +57,18 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
         return made
     except (TypeError, ValueError, ImportError) as error:
         raise BadInput("training", str(error).strip().splitlines()[0], "Correct the value") from error
+
+
+def time_limit(recipe: Recipe) -> float | None:
+    """`training.max_minutes` in seconds; None if the recipe has none."""
+    minutes = recipe.training.get("max_minutes")
+    if minutes is None:
+        return None
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
+        raise BadInput(
+            f"training: max_minutes: {str(minutes)[:60]}", "it must be a number above 0", "Correct the value"
+        )
+    return 60.0 * minutes
 
 
 def _try_schedule(args: TrainingArguments) -> None:

@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..artifacts import adapter
-from ..artifacts.checkpoint_files import EARLIER, STATE, check_optimizer, check_scheduler, write_sums
+from ..artifacts.checkpoint_files import EARLIER, STATE, check_optimizer, check_scheduler, load, write_sums
 from ..artifacts.run_folder import PARTIAL, checkpoints
 from ..contracts import Stepper, penalty_of
 from ..data.order import longest_first
@@ -48,6 +48,9 @@ class _OurTrainer(ClipsRows):
     job: Job
 
     grad_norm = 0.0  # of the newest step, before clipping
+    start_optimizer: Path | None = None  # optimizer.pt of an earlier run, whose state a new run takes over
+    rehearsed: tuple[int, float] | None = None  # number of own rows before those of earlier stages, and their share
+    last_counts: list[torch.Tensor]  # of the newest evaluation: correct, seen and summed loss of each batch
 
     def _take(self, job: Job, model: Any, args: Any) -> None:
         self.job, self.counted, self.step_losses = job, {}, []
@@ -99,7 +102,13 @@ class _OurTrainer(ClipsRows):
         if self.optimizer is None:
             trained = [p for p in (model or self.model).parameters() if p.requires_grad]
             self.optimizer = self.job.stepper.optimizer(trained, self.args)
-        return super().create_optimizer(model)  # type: ignore[misc]
+        made = super().create_optimizer(model)  # type: ignore[misc]
+        if self.start_optimizer is not None:
+            check_optimizer(self.start_optimizer, made)
+            groups = made.state_dict()["param_groups"]  # with this run's learning rate
+            made.load_state_dict({"state": load(self.start_optimizer)["state"], "param_groups": groups})
+            self.start_optimizer = None
+        return made
 
     def step_loss(self) -> float:
         """The mean loss of the current optimizer step over all processes (each must call this)."""
@@ -117,7 +126,8 @@ class _OurTrainer(ClipsRows):
 
     def counts(self, mode: str) -> dict[str, float]:
         """Accuracy since the last call, over all processes, and in evaluation the loss per item."""
-        sums = sum(self.counted.pop(mode, []), torch.zeros(3, dtype=torch.float64, device=self.args.device))
+        self.last_counts = self.counted.pop(mode, [])
+        sums = sum(self.last_counts, torch.zeros(3, dtype=torch.float64, device=self.args.device))
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums, "sum")
         correct, seen, loss = sums.tolist()

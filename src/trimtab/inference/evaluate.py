@@ -65,6 +65,28 @@ def evaluate(
     return result
 
 
+@silence_libraries()
+@no_dataset_bars()
+def scores(
+    recipe: Recipe, tests: Sequence[Recipe], adapter: str | Path | None = None, base_only: bool = False,
+    say: Say = lambda line: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Evaluates one model on the `data.test` of several recipes, row by row.
+
+    -> for each {"rows", "metrics", "each": {metric: a value per row}, "samples"}. A row's loss is the mean over its
+    tokens.
+    """
+    from ..engine.objectives import evaluator
+    from .session import Inference
+
+    found = []
+    with Inference(recipe, adapter, base_only, say) as made:
+        for test in tests:
+            made.recipe, made.each = test, {}
+            found.append({**evaluator(test.load_objective())(made, None), "each": made.each})
+    return found
+
+
 # --- causal language models ------------------------------------------------------------------------------------------
 
 
@@ -96,7 +118,8 @@ def answer(made: Inference, limit: int | None = None) -> dict[str, Any]:
         )  # fmt: skip
         for (prompt, accepted), reply in zip(pairs, replies, strict=True):
             for name in scores:
-                scores[name] += METRICS[name](reply, accepted)
+                scores[name] += (one := METRICS[name](reply, accepted))
+                made.keep(name, one)
             samples.append({"prompt": _shown(prompt), "reply": reply, "answers": accepted})
         metrics |= {name: score / size for name, score in scores.items()}
         if cut:
@@ -127,7 +150,9 @@ def losses(made: Inference, rows: Any, size: int) -> dict[str, float]:
         args = training_arguments(recipe, arguments_class(recipe.load_objective()), Path(folder), cpu)
         args.dataloader_drop_last, args.eval_strategy = False, IntervalStrategy.NO
         args.max_steps, args.num_train_epochs = -1, 1
-        args.per_device_eval_batch_size = args.per_device_train_batch_size
+        args.per_device_eval_batch_size = args.per_device_train_batch_size = (
+            args.per_device_train_batch_size if made.each is None else 1
+        )
         dataset = rows.dataset.select(range(size))
         inputs = Inputs(tokenizer, dataclasses.replace(rows, dataset=dataset), None)
         trainer = make_trainer(Job.without_patches(recipe, model, part="test"), recipe, model, args, inputs)
@@ -140,6 +165,8 @@ def losses(made: Inference, rows: Any, size: int) -> dict[str, float]:
             made.evaluation(batch["rows"], batch["tokens"], batch["lengths"])
             trainer.add_callback(Guarded(made))
             found = trainer.evaluate()
+    for _, seen, value in (part.tolist() for part in trainer.last_counts if made.each is not None):
+        made.keep("loss", value / max(seen, 1))
     loss = found["eval_loss"]
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": found["eval_accuracy"]}
 
@@ -186,6 +213,8 @@ def classify(made: Inference, limit: int | None = None) -> dict[str, Any]:
     else:
         chosen = got.argmax(-1)
         metrics = {"accuracy": float((chosen == wanted).float().mean())}
+        for right in (chosen == wanted).tolist():
+            made.keep("accuracy", float(right))
         if got.shape[1] == 2:
             metrics["matthews"] = _correlation(chosen, wanted)  # equal to Pearson's for two binary variables
     return {"rows": size, "metrics": metrics, "samples": []}

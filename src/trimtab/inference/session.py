@@ -59,6 +59,7 @@ class Inference:
         self.budget = Budget.of(recipe.budget, fast_bytes(self.device), slow)
         self.meter, self.tokens = Meter(device=self.device), 0
         self.plan: Plan | None = None  # of the work that uses the most
+        self.each: dict[str, list[float]] | None = None  # metric -> a value per row, if rows are evaluated one by one
         self.run = load_run(recipe, adapter, base_only)
         self.model, self.tokenizer, self.surgeries = self.run.model, self.run.tokenizer, self.run.surgeries
         self.base, self.opened = self.run.base, list(self.run.patches)
@@ -119,7 +120,10 @@ class Inference:
 
     def planned(self, work: Work, last: bool = False) -> Plan | None:
         """The plan of one batch, which the record will have if it fits and no other uses more. None: it cannot be
-        planned, which is an error only with a budget. `last`: chunks and caches may shrink to make it fit."""
+        planned, which is an error only with a budget; rows that are evaluated one by one are planned only within one.
+        `last`: chunks and caches may shrink to make it fit."""
+        if self.each is not None and not self.recipe.budget:
+            return None
         try:
             made = self._within_budget(work, last)
         except BadInput:
@@ -203,6 +207,11 @@ class Inference:
     def cache(self) -> Any:
         """A new KV cache of the patch that has one; None: transformers' own."""
         return cache_of(self.surgeries)
+
+    def keep(self, metric: str, value: float) -> None:
+        """Keep a row's value, if rows are evaluated one by one."""
+        if self.each is not None:
+            self.each.setdefault(metric, []).append(value)
 
     def check(self) -> None:
         """Stopped if the budget is exceeded or the machine has little memory left."""

@@ -51,9 +51,24 @@ def plan_inference(
     )  # fmt: skip
 
 
+def plan_largest(recipe: Recipe, **options: Any) -> tuple[Plan, Recipe]:
+    """The plan of the recipe, and the recipe. Of several stages, those of the stage that needs the most, with a note on
+    each."""
+    if not recipe.stages:
+        return plan_recipe(recipe, **options), recipe
+    names, recipes = [stage.name for stage in recipe.stages], recipe.stage_recipes()
+    made = [plan_recipe(stage, **options) for stage in recipes]
+    at = max(range(len(made)), key=lambda i: (not made[i].fits, made[i].fast_peak_bytes))
+    notes = [f"stage {name}: {gib(one.fast_peak_bytes)} at the peak" for name, one in zip(names, made, strict=True)]
+    notes.append(f"the plan is of stage {names[at]}, which needs the most")
+    return dataclasses.replace(made[at], notes=[*made[at].notes, *notes]), recipes[at]
+
+
 def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
     """What `trimtab plan` shows: the plan of training, or of a reply where the recipe trains nothing. Of a patch that
     counts tokens, it also says what the peak would be without it."""
+    if recipe.stages:
+        return plan_largest(recipe, **options)[0]
     if recipe.trains or not recipe.patches:
         made = plan(recipe, **options)
         made = made.settled(recipe.place.device)

@@ -96,6 +96,11 @@ class Plan:
     def fast_peak_bytes(self) -> int:
         return self.process + self.overhead + self.live_peak_bytes
 
+    def step_seconds(self, micro_batches: int) -> float | None:
+        """Seconds of a step of the largest batch; None if the speed is unknown."""
+        speed = self.tokens_per_second
+        return micro_batches * self.rows * self.tokens / speed if speed else None
+
     @property
     def fits(self) -> bool:
         slow = self.budget.slow is None or self.slow_bytes <= self.budget.slow

@@ -9,6 +9,7 @@ from typing import Any
 from ..memory.budget import gib
 from .figures import HOWS, at, bars, curves, kinds, number, throughput, timelines
 from .style import SCRIPT, STYLE
+from .tasks import marks, section
 
 
 def page(runs: list[Any]) -> str:
@@ -32,6 +33,12 @@ def page(runs: list[Any]) -> str:
             f'<div class="figure" id="{name}" style="min-height:{height}px"></div></div>'
         )
 
+    def marked(made: dict[str, Any] | None) -> dict[str, Any] | None:
+        if made is not None and len(runs) == 1:
+            made["layout"] |= marks(runs[0])
+        return made
+
+    staged = "".join(section(run, figure, _table) for run in runs)
     names = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
     body = [
         f"<header><h1>{escape(names)}</h1>",
@@ -41,9 +48,10 @@ def page(runs: list[Any]) -> str:
             '<p class="quiet">The fast tier is the memory where the model computes: GPU memory, or on a CPU the '
             "process's own memory without mapped files. The slow tier is the larger memory below it: mapped files, or "
             "host RAM under a GPU.</p>"),
+        _section("Tasks", staged) if staged else "",
         _section("Loss and speed", '<div class="grid">' + figure(
-            curves(runs, "loss", "loss"), "Loss", "No losses were logged.") + figure(
-            throughput(runs), "Throughput", "The logs are not enough to compute a speed.") + "</div>"),
+            marked(curves(runs, "loss", "loss")), "Loss", "No losses were logged.") + figure(
+            marked(throughput(runs)), "Throughput", "The logs are not enough to compute a speed.") + "</div>"),
         *_rewards(runs, figure),
         _section("Memory over time", '<div class="grid">' + "".join(
             figure(made, run.name, "There is no timeline.")

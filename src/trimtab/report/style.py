@@ -53,8 +53,8 @@ function axis(given) {
 }
 function draw() {
   for (const [id, figure] of Object.entries(figures)) {
-    for (const line of figure.layout.shapes || []) line.line.color = colour("--bad");
-    for (const note of figure.layout.annotations || []) note.font = { color: colour("--bad") };
+    for (const line of figure.layout.shapes || []) line.line.color = colour(line.name || "--bad");
+    for (const note of figure.layout.annotations || []) note.font = { color: colour(note.name || "--bad") };
     const switched = on.has(id) ? figure.switch.yaxis : {};
     const layout = Object.assign({ height: 320 }, figure.layout, {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,

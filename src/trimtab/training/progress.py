@@ -288,9 +288,17 @@ class StopOnInterrupt(TrainerCallback):
         self.say("Stopping: finishing this step and writing a checkpoint (again to stop at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.requested = _any_process(self.requested, args)
+        self.requested = any_process(self.requested, args)
         if self.requested:
             control.should_save = control.should_training_stop = True
+        return control
+
+
+class SaveLast(TrainerCallback):
+    """Writes a checkpoint after the last step, whatever save_strategy is."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= state.global_step >= state.max_steps
         return control
 
 
@@ -302,13 +310,13 @@ class StopAtLimit(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.meter.sample()
-        if _any_process(bool(self.guard.why), args):
+        if any_process(bool(self.guard.why), args):
             self.guard.why = self.guard.why or "machine"  # another process's guard tripped
             control.should_save = control.should_training_stop = True
         return control
 
 
-def _any_process(flag: bool, args: Any) -> bool:
+def any_process(flag: bool, args: Any) -> bool:
     """Whether `flag` is set in any process, so that all stop after the same step."""
     if args.world_size > 1:
         flags = torch.tensor(float(flag), device=args.device)

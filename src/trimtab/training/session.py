@@ -21,12 +21,13 @@ from ..artifacts import adapter
 from ..artifacts.checkpoint_files import STATE, read_state
 from ..artifacts.run_folder import nothing_left, place_of
 from ..contracts import When
-from ..engine.arguments import check_optimizer, training_arguments, weighed
+from ..engine.arguments import check_optimizer, time_limit, training_arguments, weighed
 from ..engine.divergence import Diverged, StopIfDiverged, chance_of
 from ..engine.inputs import calibration_batches, largest_batch, make_trainer, read_inputs
 from ..engine.objectives import arguments_class
 from ..engine.patching import apply_patches, prepare, revert, without_stand_ins
 from ..engine.prepare import autocast_dtype, restore_model, training_forward
+from ..engine.rehearsal import Rehearsal
 from ..engine.start import LossCompared, checked
 from ..engine.tables import notes_of
 from ..engine.trainers import Job, remove_printing
@@ -35,7 +36,8 @@ from ..memory.guard import Guard, hard_limit, ran_out
 from ..memory.meter import Meter
 from ..model.reply import ReplyForm
 from ..recipe import Recipe
-from .progress import Live, MetricsFile, SamplesFile, Steps, StopAtLimit, StopOnInterrupt
+from .progress import Live, MetricsFile, SamplesFile, SaveLast, Steps, StopAtLimit, StopOnInterrupt
+from .time_limit import StopAtTime
 
 Say = Callable[[str], None]
 
@@ -46,16 +48,37 @@ class Ended:
 
     step: int
     wanted: int
-    why: str = ""  # "" (done), "interrupt", "budget", "machine", "diverged", or "refused" (an allocation failed)
+    why: str = ""  # "" (done), "interrupt", "time", "budget", "machine", "diverged", "refused" (an allocation failed)
     mean_loss: float = 0.0
     diverged: Diverged | None = None
     failed: Stopped | None = None  # of what the user provides, a reward function say
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a run starts that follows another, as one stage of several does.
+
+    `adapter`: the folder (an adapter's or a checkpoint's) whose tensors it starts from. `optimizer`: the optimizer.pt
+    whose state it takes over. `save_last`: a checkpoint is written after the last step, for a run that follows.
+    `rehearsal`: rows of earlier stages to mix in, and where to keep this one's.
+    `timed_from`: when `max_minutes` began, on the clock of time.monotonic (None: when this run began).
+    """
+
+    adapter: Path | None = None
+    optimizer: Path | None = None
+    save_last: bool = False
+    rehearsal: Rehearsal | None = None
+    timed_from: float | None = None
+
+
 class Session:
     """A recipe's model, data and training arguments. Within `with`, the model is patched and has a trainer."""
 
-    def __init__(self, recipe: Recipe, output: Path, say: Say, quiet: bool, resumed: bool = False):
+    def __init__(
+        self, recipe: Recipe, output: Path, say: Say, quiet: bool, resumed: bool = False,
+        start: Start = Start(),
+    ):  # fmt: skip
+        self.start = start
         self.recipe, self.output, self.say, self.quiet, self.resumed = recipe, output, say, quiet, resumed
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.objective, self.stepper = recipe.load_objective(), recipe.load_stepper()
@@ -99,8 +122,9 @@ class Session:
                 compared.applied(surgery)
 
             self.surgeries += apply_patches(
-                self.model, self.patches, self.place, When.TRAIN, batches, applied, self.resumed
-            )
+                self.model, self.patches, self.place, When.TRAIN, batches, applied,
+                self.resumed or self.start.adapter is not None,
+            )  # fmt: skip
             half = autocast_dtype(self.surgeries, dtype, bool(self.args.bf16))
             compared.require_unchanged(self.surgeries, half)
             if any(surgery.stores for surgery in self.surgeries) and (sharder := sharded_by(self.args)):
@@ -110,6 +134,8 @@ class Session:
                     "Use plain data parallelism, with torchrun",
                 )
             self.surgeries += prepare(self.model, self.stepper, self.objective)
+            if self.start.adapter and not self.resumed:
+                adapter.load_into(self.surgeries, self.start.adapter, self.base, "start from")
             for note in notes_of(self.surgeries, str(self.place.folder)):
                 self.say(note)
             undo.enter_context(restore_model(self.model))
@@ -119,6 +145,9 @@ class Session:
             )
             self.trainer = make_trainer(job, self.recipe, self.model, self.args, self.inputs)
             remove_printing(self.trainer)
+            if self.start.rehearsal and (many := self.start.rehearsal.mix_into(self.trainer)):
+                self.say(f"rehearsing {many:,} rows of earlier stages")
+            self.trainer.start_optimizer = None if self.resumed else self.start.optimizer
             self.recipe = checked(
                 self.trainer, self.recipe, self.say, gradients=self.stepper.uses_gradients, autocast=half
             )
@@ -169,8 +198,9 @@ class Session:
         """The size of the largest training batch (engine/inputs.py)."""
         return largest_batch(self.trainer)
 
-    def fit(self, checkpoint: Path | None, limit: int | None, hard: bool = False) -> Ended:
-        """Trains, from `checkpoint` on if one is given, within `limit` bytes of the fast tier."""
+    def fit(self, checkpoint: Path | None, limit: int | None, hard: bool = False, began: float = 0.0) -> Ended:
+        """Trains, from `checkpoint` on if one is given, within `limit` bytes of the fast tier. `began`: when the run
+        began, from which max_minutes counts."""
         trainer, meter = self.trainer, self.meter
         self.guard = Guard.of(limit, self.place.device)
         self.steps = Steps(self.surgeries, meter, self.model, self.as_loaded)
@@ -181,7 +211,9 @@ class Session:
             trainer.add_callback(MetricsFile(self.output / "metrics.jsonl"))
             if hasattr(trainer, "samples"):
                 trainer.add_callback(SamplesFile(self.output / "completions.jsonl", trainer))
-        for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter)):
+        self.timer = StopAtTime(time_limit(self.recipe), self.start.timed_from or began)
+        last = [SaveLast()] if self.start.save_last else []
+        for callback in (self.steps, live, interrupt, StopAtLimit(self.guard, meter), self.timer, *last):
             trainer.add_callback(callback)
         if checkpoint and nothing_left(read_state(checkpoint), self.args.max_steps, self.args.num_train_epochs):
             return self._reached(checkpoint)
@@ -209,7 +241,7 @@ class Session:
                 meter.stop_watching(self.guard.see)
         done, wanted = trainer.state.global_step, trainer.state.max_steps
         if not why and done < wanted:
-            why = "interrupt" if interrupt.requested else self.guard.why
+            why = "interrupt" if interrupt.requested else self.guard.why or "time" * self.timer.reached
         return Ended(done, wanted, why, loss, diverged, failed)
 
     def _reached(self, checkpoint: Path) -> Ended:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from ..recipe import Recipe
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
-    from .session import Ended, Session
+    from .session import Ended, Session, Start
 
 
 NOT_TAKEN = {  # keys of run.json: why a stepper took no step
@@ -39,9 +39,11 @@ NOT_TAKEN = {  # keys of run.json: why a stepper took no step
 @silence_libraries()
 @no_dataset_bars()
 def train(
-    recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None = None, hard: bool = False
-) -> dict[str, Any]:
+    recipe: Recipe, quiet: bool = True, say: Callable[[str], None] | None = None, hard: bool = False,
+    baselines: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Runs a recipe; -> the content of run.json. `hard`: its budget of the fast tier also limits the process.
+    `baselines`: of several stages, what they are compared with (training/baselines.py).
 
     Raises BadInput for a mistake in the recipe or the data, DoesNotFit before a run that would exceed its budget,
     Stopped during a run that exceeds it, and Interrupted after Ctrl-C (with a checkpoint in the folder).
@@ -56,6 +58,17 @@ def train(
 
     say = say or speaker(quiet)
     with lock_run(recipe.output, f"train into {recipe.output}"):
+        if recipe.rehearsal and not recipe.stages:
+            raise BadInput("rehearsal", "the recipe has no stages", "Remove it, or add stages")
+        if recipe.stages:
+            from .baselines import check_baselines, train_baselines
+            from .stages import train_stages
+
+            check_baselines(recipe, baselines)
+            result = train_stages(recipe, _run, quiet, say, hard, began)
+            return train_baselines(recipe, baselines, _run, quiet, say, hard, result) if baselines else result
+        if baselines:
+            raise BadInput(f"--baselines {','.join(baselines)}", "the recipe has no stages", "Add stages, one per task")
         output, checkpoint = open_run(recipe)
         if recipe.resume and (done := finished_run(recipe, checkpoint)):
             say(f"{output} finished after {done['steps']} steps: there is nothing left to train")
@@ -67,27 +80,29 @@ def train(
 
 def _run(
     recipe: Recipe, output: Path, checkpoint: Path | None, quiet: bool, say: Callable[[str], None], hard: bool,
-    began: float,
+    began: float, start: Start | None = None, begin: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Loads, trains (from `checkpoint` on) and saves; -> the content of run.json."""
+    """Loads, trains (from `checkpoint` on) and saves; -> the content of run.json. `begin` is called before the first
+    write."""
     from ..artifacts.adapter import save_adapter
     from ..engine.tables import row_parameters
     from ..planning.remembered import shown
-    from .session import Session  # imports TRL: after the cheap checks
+    from .session import Session, Start  # imports TRL: after the cheap checks
 
-    session = Session(recipe, output, say, quiet, resumed=checkpoint is not None)
+    session = Session(recipe, output, say, quiet, checkpoint is not None, start or Start())
     _check_shortest(session)
     with _write_errors(output), session:
         say = session.say
         made = _planned(session)
         if session.main:  # nothing is written before this line
+            begin()
             begin_run(output, recipe, resumed=checkpoint is not None)
         trainable = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
         trainable += row_parameters(session.surgeries)
         total = sum(t.numel() for s in session.surgeries for t in s.own_tensors().values())
         patches = " + ".join(map(methods.name_of, session.patches))
         say(f"{patches} on {recipe.model.name}: {trainable:,} trained parameters")
-        ended = session.fit(checkpoint, made.budget.fast if made else None, hard)
+        ended = session.fit(checkpoint, made.budget.fast if made else None, hard, began)
         if ended.why:
             raise _stopped(session, ended, made, hard)
         session.meter.stop()
@@ -99,6 +114,8 @@ def _run(
             "budget": dataclasses.asdict(made.budget) if made else {},
             "processes": session.args.world_size, "machine": machine(), "versions": versions(),
         }  # fmt: skip
+        if session.main and session.start.rehearsal and session.start.rehearsal.after:
+            session.start.rehearsal.keep(session.trainer)
         if session.main:
             save_adapter(output / "adapter", session.surgeries, session.base)
             write_json(output / "run.json", trained)
@@ -145,10 +162,12 @@ def _planned(session: Session) -> Plan | None:
 
     None, without a budget, for a run that the planner does not cover.
     """
+    from ..engine.arguments import time_limit
     from ..engine.tables import expert_bytes
     from ..planning.fit import require_fit
     from ..planning.plan import plan
     from ..planning.planned_model import taken
+    from .time_limit import require_step
 
     recipe = session.applied
     if session.args.world_size > 1:
@@ -163,6 +182,7 @@ def _planned(session: Session) -> Plan | None:
         return None
     loaded = made.start_bytes - made.process + expert_bytes(session.surgeries)
     made = dataclasses.replace(made, process=max(0, session.meter.rebase() - loaded), disk=None)  # tables exist already
+    require_step(time_limit(recipe), made.step_seconds(session.args.gradient_accumulation_steps))
     if recipe.budget:
         require_fit(made, recipe)
     made = made.settled(session.place.device, lambda spare: taken(session.surgeries, spare))
@@ -178,6 +198,8 @@ def _stopped(session: Session, ended: Ended, made: Plan | None, hard: bool) -> E
     output, guard = session.output, session.guard
     at = f"step {ended.step} of {ended.wanted}"
     left = checkpoints(output)
+    if ended.why == "time":
+        return session.timer.stopped(at, left[-1], session.resumed)
     if ended.why == "interrupt":
         return Interrupted(f"stopped after {at}", f"{left[-1]} is complete", "Continue with resume=true")
     if ended.failed:
