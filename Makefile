@@ -28,5 +28,5 @@ lint: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[dev,serve]"
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[dev,serve,audit]"
 	@touch $@
