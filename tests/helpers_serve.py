@@ -18,32 +18,21 @@ from typing import Any
 import openai
 
 import trimtab
+from helpers_network import REFUSED
 from trimtab.memory.meter import process_memory
 
 SECONDS = 60  # until a process counts as stuck
 
-# the command line, with every connection and look-up counted and refused
-COUNTED = """
-import socket, sys
-asked = []
-
-def refused(name):
-    def refuse(*arguments, **_):
-        asked.append((name, str(arguments[-1])[:200]))
-        raise OSError("no network in this test")
-    return refuse
-
-for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo"),
-                    (socket, "create_connection")):
-    setattr(owner, name, refused(name))
-
-from trimtab import cli
+COUNTED = (
+    REFUSED
+    + """
 sys.argv[0] = "trimtab"
 try:
     cli.main()
 finally:
     print("ASKED", asked, flush=True)
 """
+)
 
 
 class Served:

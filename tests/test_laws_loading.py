@@ -22,7 +22,7 @@ from trimtab.model.load import base_hash, load_model
 from trimtab.planning.inference import Work, plan_inference
 from trimtab.recipe import Recipe
 from world import CASES as TRAINED
-from world import PLACE, same, snapshot, train, values
+from world import PLACE, calibrated, named, same, snapshot, train, values
 
 CASES = {  # a name of one's own -> the table's name, fields
     "dynamic": ("fiddler", {"cache": 1e-4}),
@@ -37,16 +37,11 @@ ON_TOP = [name for name in TRAINED if name != "full"]
 
 
 def make(name: str, **more):
-    patch, fields = CASES[name]
-    return methods.find(patch)(**{**fields, **more})
+    return named(CASES[name], **more)
 
 
 def put(name: str, model: nn.Module, **more):
-    """Applied and calibrated."""
-    surgery = make(name, **more).apply(model, PLACE)
-    if surgery.patch.calibration_rows:
-        surgery.calibrate([tiny_batch(model, seed=seed) for seed in (1, 2)])
-    return surgery
+    return calibrated(make(name, **more), model)
 
 
 def plain(family: str) -> nn.Module:

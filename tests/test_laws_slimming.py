@@ -20,7 +20,7 @@ from trimtab.contracts import When
 from trimtab.errors import BadInput
 from trimtab.model.load import base_hash
 from world import CASES as TRAINED
-from world import PLACE, same, snapshot, train, values
+from world import PLACE, calibrated, named, same, snapshot, train, values
 
 CASES = {  # a name of one's own -> the table's name, fields
     "magnitude": ("pruning", {}),
@@ -36,16 +36,11 @@ families = pytest.mark.parametrize("family", ["llama", "gemma2", "bert"])
 
 
 def make(name: str, **more):
-    patch, fields = CASES[name]
-    return methods.find(patch)(**{**fields, **more})
+    return named(CASES[name], **more)
 
 
 def put(name: str, model: nn.Module, **more):
-    """Applied and calibrated."""
-    surgery = make(name, **more).apply(model, PLACE)
-    if surgery.patch.calibration_rows:
-        surgery.calibrate([tiny_batch(model, seed=seed) for seed in (1, 2)])
-    return surgery
+    return calibrated(make(name, **more), model)
 
 
 def test_every_slimming_patch_has_a_case():

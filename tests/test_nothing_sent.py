@@ -11,27 +11,15 @@ import pytest
 import yaml
 
 import trimtab
+from helpers_network import REFUSED
 from helpers_run import make_world, tree
 
 FORBID = ("CI", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY",
           "DISABLE_TELEMETRY", "DO_NOT_TRACK")  # fmt: skip
 
-VERBS = """
-import socket, sys
-asked = []
-
-def no_network(name):
-    def refuse(*arguments, **_):
-        asked.append((name, str(arguments[-1])[:200]))
-        raise OSError("no network in this test")
-    return refuse
-
-for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo"),
-                    (socket, "create_connection")):
-    setattr(owner, name, no_network(name))
-
-from trimtab import cli
-
+VERBS = (
+    REFUSED
+    + """
 def verb(*arguments):
     sys.argv = ["trimtab", *arguments]
     try:
@@ -62,6 +50,7 @@ SFTTrainer(AutoModelForCausalLM.from_pretrained(sys.argv_model), args, processin
 theirs = waited_for()[len(ours):]
 print("COUNTED", len(ours), len(theirs), ours, theirs[:3])
 """
+)
 
 
 def environment(*paths: Path) -> dict[str, str]:

@@ -45,6 +45,20 @@ def make(name: str, **fields):
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
+def named(case: tuple[str, dict], **more):
+    """The patch of a case (the table's name, fields)."""
+    patch, fields = case
+    return methods.find(patch)(**{**fields, **more})
+
+
+def calibrated(patch, model: nn.Module):
+    """The surgery of `patch`, applied and calibrated."""
+    surgery = patch.apply(model, PLACE)
+    if surgery.patch.calibration_rows:
+        surgery.calibrate([tiny_batch(model, seed=seed) for seed in (1, 2)])
+    return surgery
+
+
 def snapshot(model: nn.Module) -> dict:
     """All that a revert must bring back."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",

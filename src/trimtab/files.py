@@ -70,6 +70,14 @@ def _aside(folder: Path) -> Path:
     return old
 
 
+def link(old: Path, new: Path) -> None:
+    """One file under two names, which takes no space; a copy where the file system has no such links."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)
+
+
 def beside(path: Path, ending: str) -> Path:
     """A hidden name in the same folder."""
     return path.with_name(f".{path.name}.{ending}")

@@ -98,7 +98,7 @@ class Rehearsal:
             made.keys.append(float(keys[place]))
         every = read(self.before).joined(made) if self.before else made
         kept = choose(every, self.budget, self.policy, wide(trainer))
-        write(self.after, kept, wide(trainer), count + (summary(self.before)["seen"] if self.before else 0))
+        write(self.after, kept, wide(trainer), count + (seen(self.before) if self.before else 0))
         return kept
 
 
@@ -175,12 +175,18 @@ def read(path: Path) -> Rows:
         raise BadInput(f"rehearse {path}", f"it cannot be read ({error})", "Start again with overwrite=true") from None
 
 
+def seen(path: Path) -> int:
+    """Of how many rows those of a file were chosen."""
+    with safe_open(path, framework="numpy") as opened:
+        return int(opened.metadata()["seen"])
+
+
 def summary(path: Path) -> dict[str, int]:
     """How many rows a file has, of how many, and their bytes."""
     rows = read(path)
     with safe_open(path, framework="numpy") as opened:
-        seen, four = int(opened.metadata()["seen"]), opened.get_slice("ids").get_dtype() == "U32"
-    return {"rows": len(rows), "seen": seen, "bytes": nbytes(rows, four)}
+        four = opened.get_slice("ids").get_dtype() == "U32"
+    return {"rows": len(rows), "seen": seen(path), "bytes": nbytes(rows, four)}
 
 
 def _beside(own: Any, rows: Rows) -> Any:

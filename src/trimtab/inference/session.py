@@ -99,8 +99,7 @@ class Inference:
 
     def packs(self, new: int) -> bool:
         """Whether replies of `new` tokens are faster with the model's 4-bit weights in the form for decoding."""
-        there = packed.any_packed(self.model)
-        return there or (packed.pays(new) and bool(packed.packable(self.model)) and packed.available())
+        return self.is_packed or (packed.pays(new) and bool(packed.packable(self.model)) and packed.available())
 
     @property
     def is_packed(self) -> bool:
@@ -110,7 +109,7 @@ class Inference:
         """Put 4-bit weights into the form for decoding, until `with` ends, or back into the ordinary one."""
         if not wanted:
             packed.unpack_all(self.model)
-        elif not packed.any_packed(self.model):
+        elif not self.is_packed:
             self._stack.enter_context(packed.hold(self.model))
 
     def evaluation(self, rows: int, tokens: int, lengths: int) -> None:
@@ -161,7 +160,7 @@ class Inference:
             if made.fits or self.budget.fast is None:
                 break
             excess = (made.fast_peak_bytes - made.fast + SPARE) // work.rows + 1
-            half = min(chunk or work.tokens, *self._chunks(work.tokens)) // 2
+            half = min(chunk or work.tokens, self._chunk(work.tokens)) // 2
             if made.phase == "prompt" and half >= LEAST_CHUNK:
                 chunk = half
             else:
@@ -177,10 +176,10 @@ class Inference:
             surgery.patch = patch
         return made
 
-    def _chunks(self, tokens: int) -> list[int]:
-        """Tokens of a prompt of `tokens` that are read at a time, of each patch that says so; at least [0]."""
-        found = [patch.chunk or tokens for patch in self.opened if "chunk" in patch.shrinkable]  # type: ignore
-        return [*found, tokens] if found else [0]
+    def _chunk(self, tokens: int) -> int:
+        """Tokens of a prompt of `tokens` that are read at a time; 0 if no patch reads prompts in chunks."""
+        found = (patch.chunk or tokens for patch in self.opened if "chunk" in patch.shrinkable)  # type: ignore
+        return min(found, default=0)
 
     def _fit_caches(self, size: int, chunk: int) -> bool:
         """Set `size` bytes per text for KV caches whose size is left open, and `chunk` tokens of a prompt at a time

@@ -34,9 +34,8 @@ class TSPMO(Policy):
     packs: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {**Policy.defaults, "scale_rewards": "none"}
     ignored: ClassVar[dict[str, str]] = {
-        **Policy.ignored, **dict.fromkeys(CORRECTIONS, NO_RATIO), 
+        **Policy.ignored, **dict.fromkeys(CORRECTIONS, NO_RATIO),
         **dict.fromkeys(("beta", "use_bias_correction_kl"), "T-SPMO has no divergence term"),
-       
         **dict.fromkeys(ENTROPY, "T-SPMO selects the tokens at which completions part"),
     }  # fmt: skip
 

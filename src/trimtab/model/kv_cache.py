@@ -43,10 +43,8 @@ class Policy(Protocol):
     queries: int  # newest queries of each layer that `judge` needs
     slack: int  # tokens that are evicted at a time while tokens are generated
     chunk: int  # tokens of a prompt that are read at a time; 0: all
-
     floor: int  # tokens before the window that each layer keeps at least
-
-    bounded: bool
+    bounded: bool  # whether tokens are ever evicted
 
     def tokens(self, row: Row, layers: int) -> int:
         """The budget of a text in tokens, over all layers, of which `row` is one."""
@@ -152,30 +150,31 @@ class KeptCache(Cache):
             for row in self.layers[number].rows:
                 row.forget()
             return
-        for at in range(len(self.layers[number].rows)):
-            rows = [layer.rows[at] for layer in self.layers if layer.rows]
-            if rows[number].new == 0:
+        if new == 1 and number < len(self.layers) - 1:
+            return
+        for at, own in enumerate(self.layers[number].rows):
+            if own.new == 0:
                 continue
+            rows = [layer.rows[at] for layer in self.layers if layer.rows]
             total = self.policy.tokens(rows[0], self.depth) * len(self.layers) // self.depth
             if new > 1:
-                self._of_prompt(at, number, total)
-            elif number == len(self.layers) - 1 and sum(row.length for row in rows) > total:
-                for n, row in enumerate(rows):
-                    self._judge(row, self.layers[n].scale)
-                self._divide(rows, rows, total - self.policy.slack * len(rows), len(rows))
+                self._of_prompt(rows, number, total)
+            elif sum(row.length for row in rows) > total:
+                for row, layer in zip(rows, self.layers, strict=True):
+                    self._judge(row, layer.scale)
+                self._divide(rows, total - self.policy.slack * len(rows), len(rows))
                 for row in rows:
                     row.scores = None
 
-    def _of_prompt(self, at: int, number: int, total: int) -> None:
-        """Row `at`: divides the budget among the layers up to `number`, which has just attended to a chunk."""
+    def _of_prompt(self, rows: Sequence[Row], number: int, total: int) -> None:
+        """Divides the budget of a text among the layers up to `number`, which has just attended to a chunk."""
         layers = len(self.layers)
-        rows = [layer.rows[at] for layer in self.layers if layer.rows]
         reached, later = rows[: number + 1], rows[number + 1 :]
         self._judge(rows[number], self.layers[number].scale)
-        if self.policy.shares(layers) is not None:
-            self._divide(reached, [rows[number]], total, layers)
+        if self.policy.shares(layers) is not None:  # the layers before it have their shares
+            self._divide(reached, total, layers, first=number)
         else:
-            self._divide(reached, reached, total - sum(row.length for row in later), len(reached))
+            self._divide(reached, total - sum(row.length for row in later), len(reached))
         if number == layers - 1:
             for row in rows:
                 row.scores = None
@@ -185,8 +184,8 @@ class KeptCache(Cache):
         row.scores = scores.masked_fill(row.positions >= row.seen - self.policy.window, torch.inf)
         row.preference = 1.0 if isinstance(scores, FakeTensor) else float(preference)
 
-    def _divide(self, rows: Sequence[Row], evict: Sequence[Row], total: int, layers: int) -> None:
-        """Divides `total` tokens among `layers` layers, those in `rows` first, and evicts from those in `evict`.
+    def _divide(self, rows: Sequence[Row], total: int, layers: int, first: int = 0) -> None:
+        """Divides `total` tokens among `layers` layers, those in `rows` first, and evicts from row `first` on.
 
         A layer that has not attended yet counts like the last one that has.
         """
@@ -200,11 +199,10 @@ class KeptCache(Cache):
         least = [min(length, self.policy.floor) for length in most]
         shares = water_filling(preferences[:layers], least, most, total - sum(windows), layers < len(self.layers))
         room = self.policy.slack + 1 if rows[-1].new == 1 else 1
-        for row, share, window in zip(rows, shares, windows, strict=False):
-            if any(row is other for other in evict):
-                if share + window < row.length:
-                    self._evict(row, share + window, room)
-                row.expected = row.length + room  # it grows no further before the budget is divided again
+        for row, share, window in list(zip(rows, shares, windows, strict=False))[first:]:
+            if share + window < row.length:
+                self._evict(row, share + window, room)
+            row.expected = row.length + room  # it grows no further before the budget is divided again
 
     def _evict(self, row: Row, share: int, room: int) -> None:
         assert row.scores is not None
@@ -246,6 +244,11 @@ def attending(model: PreTrainedModel, cache: Cache | None, mask: Tensor | None =
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def chunk_of(cache: Cache | None, tokens: int) -> int:
+    """How many tokens of a prompt of `tokens` are read at a time."""
+    return min(tokens, cache.policy.chunk or tokens) if isinstance(cache, KeptCache) else tokens
 
 
 class _Whole:

@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .head import Head, before_head, head_of, router_loss
-from .kept_rows import KEPT, KeptRows
-from .loss import CHUNK_BYTES, ROWS
+from .head import before_head, router_loss
+from .kept_rows import KeptRows
+from .loss import CHUNK_BYTES, head_and_kept, prepared, projection
 
 WIDTHS = 16  # the sequence is cut at a multiple of it
 
@@ -134,15 +133,8 @@ def log_probs(
     if chunk is None:
         words = weight_VH.shape[0] if kept is None else kept.size
         chunk = max(64, CHUNK_BYTES // (words * (8 + weight_VH.element_size())) // 64 * 64)
-    if torch.is_autocast_enabled(hidden_NH.device.type):
-        hidden_NH = hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
-    weight_VH = weight_VH.to(hidden_NH.dtype)
-    if not torch.is_grad_enabled():
-        hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
-        bias_V = None if bias_V is None else bias_V.detach()
     count = hidden_NH.shape[0]
-    if hidden_NH.device.type == "cpu" and hidden_NH.element_size() == 2 and (more := -count % ROWS):  # see loss.py
-        hidden_NH, target_N = F.pad(hidden_NH, (0, 0, 0, more)), F.pad(target_N, (0, more))
+    hidden_NH, weight_VH, bias_V, target_N = prepared(hidden_NH, weight_VH, bias_V, target_N)
     form = (chunk, softcap, scale, temperature, kept)
     logp_N, entropy_N = _TokenLogProbs.apply(hidden_NH, weight_VH, bias_V, target_N, form, entropy_gradient)
     return logp_N[:count], entropy_N[:count]
@@ -169,10 +161,7 @@ def score_tokens(
     that are trees (prefix_trie.py; default: the column to the left). `whole`: uses all logits of the model's own
     forward; always so if the form of the head is unknown (head.py).
     """
-    head = Head() if whole else head_of(model)
-    kept: KeptRows | None = getattr(head.linear, KEPT, None)
-    if kept is not None and head.words is not None:
-        head, kept = Head(), None
+    head, kept = head_and_kept(model, whole)
     if kept is not None and not kept.uses_all():  # an id without a row has no logit
         known = kept.row_of[labels_BT.clamp(min=0)] >= 0
         labels_BT = torch.where(known, labels_BT, -100)
@@ -195,14 +184,7 @@ def score_tokens(
     else:
         hidden_BTH, output = before_head(model, head.linear, inputs)
         hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, rows_N * hidden_BTH.shape[1] + from_N)
-        weight_VH, bias_V = head.linear.weight, head.linear.bias
-        if head.words is not None:
-            weight_VH, bias_V = weight_VH[: head.words], None if bias_V is None else bias_V[: head.words]
-        if kept is not None and kept.plain_for(hidden_NH):
-            weight_VH, kept = kept.cold, None
-        elif kept is not None and not kept.uses_all():
-            target_N, bias_V = kept.row_of[target_N].long(), None if bias_V is None else bias_V[kept.ids]
-            kept = None
+        weight_VH, bias_V, target_N, kept = projection(head, kept, hidden_NH, target_N)
         logp_N, entropy_N = log_probs(
             hidden_NH, weight_VH, target_N, bias_V, chunk=chunk, softcap=head.softcap, scale=head.scale,
             temperature=temperature, entropy_gradient=entropy_gradient, kept=kept,

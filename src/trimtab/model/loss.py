@@ -132,18 +132,49 @@ def chunked_cross_entropy(
     if chunk is None:
         words = weight_VH.shape[0] if kept is None else kept.size
         chunk = max(128, CHUNK_BYTES // (words * (4 + weight_VH.element_size())) // 64 * 64)
+    counted = hidden_NH.shape[0]
+    hidden_NH, weight_VH, bias_V, target_N = prepared(hidden_NH, weight_VH, bias_V, target_N)
+    return _ChunkedCrossEntropy.apply(
+        hidden_NH, weight_VH, bias_V, target_N, chunk, softcap, scale, smoothing, dft, counted, kept
+    )
+
+
+def prepared(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The inputs of a head's chunked Function: in one precision, and with as many rows as its products need."""
     if torch.is_autocast_enabled(hidden_NH.device.type):  # here, not inside: products with `out=` ignore autocast
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(hidden_NH.device.type))
     weight_VH = weight_VH.to(hidden_NH.dtype)
     if not torch.is_grad_enabled():  # a Function is told that trainable inputs need gradients even then
         hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    counted = hidden_NH.shape[0]
-    if hidden_NH.device.type == "cpu" and hidden_NH.element_size() == 2 and (more := -counted % ROWS):
+    if hidden_NH.device.type == "cpu" and hidden_NH.element_size() == 2 and (more := -hidden_NH.shape[0] % ROWS):
         hidden_NH, target_N = F.pad(hidden_NH, (0, 0, 0, more)), F.pad(target_N, (0, more))
-    return _ChunkedCrossEntropy.apply(
-        hidden_NH, weight_VH, bias_V, target_N, chunk, softcap, scale, smoothing, dft, counted, kept
-    )
+    return hidden_NH, weight_VH, bias_V, target_N
+
+
+def head_and_kept(model: PreTrainedModel, whole: bool) -> tuple[Head, KeptRows | None]:
+    """The head of `model`, and the rows that it holds if not all. `whole`: without a known form, as where the form is
+    unknown."""
+    head = Head() if whole else head_of(model)
+    kept: KeptRows | None = getattr(head.linear, KEPT, None)
+    return (Head(), None) if kept is not None and head.words is not None else (head, kept)
+
+
+def projection(
+    head: Head, kept: KeptRows | None, rows_NH: Tensor, target_N: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, KeptRows | None]:
+    """-> weight, bias and targets for a chunked Function on the rows, and the kept rows if it has to know them."""
+    assert head.linear is not None, "a head of unknown form has no weight"
+    weight_VH, bias_V = head.linear.weight, head.linear.bias
+    if head.words is not None:
+        weight_VH, bias_V = weight_VH[: head.words], None if bias_V is None else bias_V[: head.words]
+    if kept is not None and kept.plain_for(rows_NH):
+        return kept.cold, bias_V, target_N, None
+    if kept is not None and not kept.uses_all():
+        return weight_VH, None if bias_V is None else bias_V[kept.ids], kept.row_of[target_N].long(), None
+    return weight_VH, bias_V, target_N, kept
 
 
 def next_token_loss(
@@ -160,10 +191,7 @@ def next_token_loss(
     With gradients, the router's loss of a mixture of experts is added if its config sets `output_router_logits`. With
     gradient accumulation, each batch's is weighted by its share of the counted tokens, so that the step has their mean.
     """
-    head = Head() if whole else head_of(model)
-    kept: KeptRows | None = getattr(head.linear, KEPT, None)
-    if kept is not None and head.words is not None:
-        head, kept = Head(), None
+    head, kept = head_and_kept(model, whole)
     target_N = labels_BT[:, 1:].reshape(-1)
     if kept is not None and not kept.uses_all():  # an id without a row has no logit
         target_N = torch.where(kept.row_of[target_N.clamp(min=0)] >= 0, target_N, -100)
@@ -181,14 +209,7 @@ def next_token_loss(
         total = (loss_N * torch.exp(-loss_N.detach()) if dft else loss_N).sum()
         correct = (rows_NX.argmax(-1) == target_N).sum()
     else:
-        weight_VH, bias_V = head.linear.weight, head.linear.bias
-        if head.words is not None:
-            weight_VH, bias_V = weight_VH[: head.words], None if bias_V is None else bias_V[: head.words]
-        if kept is not None and kept.plain_for(rows_NX):
-            weight_VH, kept = kept.cold, None
-        elif kept is not None and not kept.uses_all():
-            target_N, bias_V = kept.row_of[target_N].long(), None if bias_V is None else bias_V[kept.ids]
-            kept = None
+        weight_VH, bias_V, target_N, kept = projection(head, kept, rows_NX, target_N)
         total, correct = chunked_cross_entropy(
             rows_NX, weight_VH, target_N, bias_V, chunk=chunk, softcap=head.softcap, scale=head.scale,
             smoothing=smoothing, dft=dft, kept=kept,

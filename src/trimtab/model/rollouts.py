@@ -1,14 +1,14 @@
 """Samples several completions of each prompt with transformers' `generate`.
 
 A prompt's keys and values are the same for all its completions, so it is read once, and the cache is then copied for
-the group. A cache with a policy (model/kv_cache.py) cannot be copied; with one, each completion reads its prompt.
+the group. A policy (model/kv_cache.py) judges a prompt by its last tokens, which are not read with the rest here: with
+one, each completion reads its prompt.
 
 P prompts, G completions of each.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from .sampling import complete
+from .sampling import complete, last_logits, left_padded
 
 
 def sample_with_replays(
     sample: Callable[[list[list[int]], int, int], list[list[int]]], prompts: Sequence[list[int]], generations: int,
     replays: int, longest: int,
 ) -> list[list[int]]:  # fmt: skip
-    """`generations` completions of each prompt, of which the last `replays` start with a random part of one of the
-    others: they show what else can follow it. `sample`: (prompts, completions of each, most tokens) -> completions."""
+    """`generations` completions of each prompt. The last `replays` of them begin as another one does, up to a random
+    token, and show what else can follow. `sample`: (prompts, completions of each, most tokens) -> completions."""
     first = generations - replays
     found, starts = sample(list(prompts), first, longest), list[list[int]]()
     for at in range(len(prompts)):
@@ -49,13 +49,7 @@ def sample_groups(
 ) -> list[list[int]]:  # fmt: skip
     """-> the new ids of `generations` completions of each prompt, those of a prompt together; each ends with its first
     end token. `settings`: transformers' names, complete; `cache`: makes an empty cache (None: the library's)."""
-    width = max(map(len, prompts))
-    ids_PW = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask_PW = torch.zeros_like(ids_PW)
-    for row, prompt in enumerate(prompts):
-        ids_PW[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask_PW[row, width - len(prompt) :] = 1
-    ids_PW, mask_PW = ids_PW.to(model.device), mask_PW.to(model.device)
+    ids_PW, mask_PW = (x.to(model.device) for x in left_padded(prompts, tokenizer.pad_token_id))
     training = model.training
     model.eval()
     try:
@@ -84,10 +78,9 @@ def _prompts_read(model: PreTrainedModel, ids_PW: Tensor, mask_PW: Tensor, gener
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     places_PW = (mask_PW.cumsum(1) - 1).clamp(min=0)
     part = slice(0, -1)
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     model.forward(
         input_ids=ids_PW[:, part], attention_mask=mask_PW[:, part], position_ids=places_PW[:, part],
-        past_key_values=cache, use_cache=True, **last,
+        past_key_values=cache, use_cache=True, **last_logits(model),
     )  # fmt: skip
     cache.batch_repeat_interleave(generations)
     return cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from ..errors import BadInput, nearest
-from .kv_cache import KeptCache, attending
+from .kv_cache import attending, chunk_of
 from .limits import check_ids, learned_positions
 from .reply import ReplyForm, stop_ids
 
@@ -155,8 +156,8 @@ def complete(
         more = {} if cache is None else {"past_key_values": cache}
         if on_token is not None:
             more["stopping_criteria"] = StoppingCriteriaList([_Callback(on_token)])
-        if isinstance(cache, KeptCache) and 0 < cache.policy.chunk < ids.shape[1]:
-            config.prefill_chunk_size = cache.policy.chunk
+        if (chunk := chunk_of(cache, ids.shape[1])) < ids.shape[1]:
+            config.prefill_chunk_size = chunk
         with hook, attending(model, cache, mask, config.max_new_tokens or 0):
             out = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
@@ -204,13 +205,8 @@ def sample(
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            width = max(len(ids[i]) for i in chosen)
-            batch = torch.full((len(chosen), width), tokenizer.pad_token_id)
-            mask = torch.zeros_like(batch)
-            for row, i in enumerate(chosen):
-                batch[row, width - len(ids[i]) :] = torch.tensor(ids[i])
-                mask[row, width - len(ids[i]) :] = 1
-            limited = within_positions(model, width, settings)
+            batch, mask = left_padded([ids[i] for i in chosen], tokenizer.pad_token_id)
+            limited = within_positions(model, batch.shape[1], settings)
             for i, row in zip(
                 chosen,
                 complete(model, tokenizer, batch, mask, cache=cache(), on_token=on_token, **limited),
@@ -223,6 +219,22 @@ def sample(
         model.train(was_training)
     for i in range(len(ids)):
         yield answers[i]
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> ids and mask, int64 (rows, width): the prompts with padding on their left; 0: as wide as the longest."""
+    width = width or max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for at, row in enumerate(rows):
+        ids[at, width - len(row) :] = torch.tensor(list(row))
+        mask[at, width - len(row) :] = 1
+    return ids, mask
+
+
+def last_logits(model: PreTrainedModel) -> dict[str, int]:
+    """The arguments of a forward pass that computes the logits of the last position only, where the model can."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def settings_of(

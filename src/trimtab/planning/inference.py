@@ -14,8 +14,7 @@ from ..memory.budget import gib
 from ..recipe import Recipe
 from .calibrate import known_overhead
 from .plan import Plan, foreseen, growth, limits, longest_allowed, plan, process_bytes
-from .planned_reply import PlannedInference as PlannedInference
-from .planned_reply import Work, reply_cost
+from .planned_reply import Work, packs, reply_cost
 
 if TYPE_CHECKING:
     from ..contracts import Patch
@@ -70,8 +69,7 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
     if recipe.stages:
         return plan_largest(recipe, **options)[0]
     if recipe.trains or not recipe.patches:
-        made = plan(recipe, **options)
-        made = made.settled(recipe.place.device)
+        made = plan(recipe, **options).settled(recipe.place.device)
         others = [patch for patch in recipe.load_patches() if not patch.counts_tokens]
         if recipe.trains and len(others) < len(recipe.patches):
             alike = {name: getattr(made, name) for name in ("rows", "tokens", "counted", "process")}  # not read again
@@ -82,11 +80,8 @@ def plan_recipe(recipe: Recipe, **options: Any) -> Plan:
     if any(patch.counts_tokens for patch in recipe.load_patches()) and (seen := foreseen(recipe, notes)) is not None:
         recipe, notes = seen.recipe, list(seen.notes)
     head = recipe.load_objective().head
-    work = Work(1, length, NEW if head == "causal-lm" else 0)
-    if work.new and recipe.model.precision == "nf4" and recipe.place.device.type == "cpu":
-        from ..model.packed import available
-
-        work = dataclasses.replace(work, packed=available())
+    new = NEW if head == "causal-lm" else 0
+    work = Work(1, length, new, packed=packs(recipe, new))
     made = plan_inference(recipe, recipe.load_patches(), work, head, None, process).settled(recipe.place.device)
     what = f"a prompt of {length} tokens (max_length)" + (f" and a reply of {work.new}" if work.new else "")
     made.notes.extend(notes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,15 @@ class Work:
     lengths: int = 1
     packed: bool = False
     prompts: int | None = None
+
+
+def packs(recipe: Recipe, new: int) -> bool:
+    """Whether replies of `new` tokens are generated with 4-bit weights in the form for decoding, if there is room."""
+    if recipe.model.precision != "nf4" or recipe.place.device.type != "cpu":
+        return False
+    from ..model import packed
+
+    return packed.pays(new) and packed.available()
 
 
 def reply_cost(
@@ -99,8 +107,10 @@ class PlannedInference(PlannedModel):
     def _reply(self, trace: Trace, work: Work) -> None:
         if work.packed:
             self._pack(trace)
-        most = getattr(getattr(cache := self._cache(trace), "policy", None), "chunk", 0) or work.tokens
-        before = max(0, work.tokens - most)  # tokens of the prompt that earlier chunks have read
+        from ..model.kv_cache import chunk_of
+
+        cache = self._cache(trace)
+        before = work.tokens - chunk_of(cache, work.tokens)  # tokens of the prompt that earlier chunks have read
         with self._attending(cache, work):
             rows = work.prompts or work.rows
             self._fill(trace, cache, rows, before)
@@ -139,12 +149,13 @@ class PlannedInference(PlannedModel):
 
     def _pass(self, trace: Trace, phase: str, rows: int, tokens: int, cache: Any) -> None:
         from ..cost.trace import TEMPORARIES
+        from ..model.sampling import last_logits
 
         trace.enter(phase, TEMPORARIES)
         batch = _inputs(rows, tokens)
         batch["attention_mask"] = batch["attention_mask"].new_ones(rows, cache.get_seq_length() + tokens)
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        logits = self.model(**batch, past_key_values=cache, use_cache=True, **last).logits[:, -1].float()
+        logits = self.model(**batch, past_key_values=cache, use_cache=True, **last_logits(self.model)).logits
+        logits = logits[:, -1].float()
         logits.log_softmax(-1)  # as sampling does; greedy search copies them as well
 
     def _cache(self, trace: Trace) -> Any:

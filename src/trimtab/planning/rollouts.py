@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..recipe import Recipe
-from .planned_reply import Work, reply_cost
+from .planned_reply import Work, packs, reply_cost
 
 if TYPE_CHECKING:
     from ..cost.trace import StepCost
@@ -24,15 +24,13 @@ def with_rollouts(cost: StepCost, recipe: Recipe, args: Any, prompt: int) -> tup
     """`cost` with the phases of the rollouts, and what they are, in a few words."""
     from ..contracts import When
     from ..cost.trace import OPTIMIZER
-    from ..model import packed
 
     patches = recipe.load_patches()
     replies = args.per_device_train_batch_size * args.steps_per_generation
     prompts = max(1, replies // args.num_generations)
     evicts = any(patch.when is When.INFER for patch in patches)  # such a cache is not copied for a group
     new = args.max_completion_length
-    packs = recipe.model.precision == "nf4" and recipe.place.device.type == "cpu" and packed.pays(new)
-    work = Work(replies, prompt, new, packed=packs and packed.available(), prompts=None if evicts else prompts)
+    work = Work(replies, prompt, new, packed=packs(recipe, new), prompts=None if evicts else prompts)
     found = reply_cost(recipe, patches, work)
     kept = min(kinds.get(OPTIMIZER, 0) for kinds in cost.peaks.values())  # the state stays
     peaks = {f"{ROLLOUTS}: {phase}": {**kinds, OPTIMIZER: kept} for phase, kinds in found.peaks.items()}

@@ -25,7 +25,7 @@ from ..inference.session import Inference
 from ..memory.budget import gib
 from ..memory.guard import ran_out
 from ..model.limits import learned_positions, rows_depend
-from ..model.sampling import complete
+from ..model.sampling import complete, left_padded
 from ..planning.inference import Work
 from ..planning.plan import Plan
 from .jobs import Job
@@ -247,11 +247,7 @@ class Worker:
         for job in batch:
             job.send("")
         work = self._work(batch)
-        ids = torch.full((work.rows, work.tokens), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, job in enumerate(batch):
-            ids[row, work.tokens - len(job.ids) :] = torch.tensor(job.ids)
-            mask[row, work.tokens - len(job.ids) :] = 1
+        ids, mask = left_padded([job.ids for job in batch], self.tokenizer.pad_token_id, work.tokens)
         seed = batch[0].seed if batch[0].seed is not None else secrets.randbits(63)
         device = self.made.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

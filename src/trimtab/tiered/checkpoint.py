@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import BadInput
+from ..files import link
 from .checksums import Checksums, bytes_of, differing, of_parts, some
 from .distributed import settle
 from .record import Part
@@ -102,7 +101,7 @@ def save_rows(store: TieredStore, folder: Path, before: Path | None = None) -> N
         if not follows or sum(_length(path) for path in older) + len(rows) > store.rows:
             older, rows = [], list(range(store.rows))
     for path in older:
-        _link(path, folder / path.name)
+        link(path, folder / path.name)
     state = store.optimizer.state() if store.optimizer is not None else {}
     small = {"rows": torch.tensor(rows, dtype=torch.int64), **{f"{STATE}{name}": t for name, t in state.items()}}
     tensors = {name: pieces_of(tensor, of_parts(tensor, 1)) for name, tensor in small.items()}
@@ -230,10 +229,3 @@ def _identity(path: Path) -> tuple[int, int]:
 def _length(path: Path) -> int:
     with safe_open(path, framework="pt") as file:
         return file.get_slice("rows").get_shape()[0]
-
-
-def _link(old: Path, new: Path) -> None:
-    try:
-        os.link(old, new)
-    except OSError:  # a file system without links
-        shutil.copyfile(old, new)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from ..data.files import read_table
 from ..engine.arguments import time_limit
 from ..engine.rehearsal import Rehearsal, summary
 from ..errors import BadInput, Interrupted, Stopped
-from ..files import whole_folder, write_json, write_text
+from ..files import link, whole_folder, write_json, write_text
 from ..memory.budget import parse
 from ..recipe import Recipe
 from ..validation import read_json
@@ -279,7 +278,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 def _publish(root: Path, last: Path, recipe: Recipe, stages: list[Recipe]) -> None:
     """The last stage's adapter, and the logs of all stages as one, in the run's folder."""
     with whole_folder(root / "adapter") as partial:
-        shutil.copytree(last / "adapter", partial, dirs_exist_ok=True, copy_function=_linked)
+        shutil.copytree(last / "adapter", partial, dirs_exist_ok=True, copy_function=link)
     kept: dict[str, list[str]] = {"metrics.jsonl": [], "memory.jsonl": []}
     offset = dict.fromkeys(("step", "seconds", "num_tokens"), 0.0)
     for spec, stage in zip(recipe.stages, stages, strict=True):
@@ -305,11 +304,3 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and not (isinstance(row.get("loss"), float) and math.isnan(row["loss"])):
             found.append(row)
     return found
-
-
-def _linked(source: str, target: str) -> None:
-    """One file under two names, which takes no space; a copy where the file system has no such links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
