@@ -96,7 +96,7 @@ def test_killed_while_writing_a_checkpoint(instant, world, tmp_path, unkilled, m
 MEFT = {"meft": {**TABLES, "r": 256, "experts": 128, "probes": 1, "k": 2, "moments": "int8"}}  # few rows change a step
 # 2 tables, a delta each in each of 4 checkpoints, from the second on with links to the deltas before
 TABLE_INSTANTS = [
-    (checkpoint, "write_tensors", 2, False), (checkpoint, "write_tensors", 5, True), (checkpoint, "_link", 3, False),
+    (checkpoint, "write_tensors", 2, False), (checkpoint, "write_tensors", 5, True), (checkpoint, "link", 3, False),
     (torch, "save", 6, True), (engine, "sync", 3, True), (os, "replace", 6, False), (engine, "discard", 2, True),
 ]  # fmt: skip
 
