@@ -46,8 +46,8 @@ NOTES = [
     f"dynamic_to_popular: tokens per second on a text of two topics that alternate every {TOPIC} tokens; `popular` has "
     "counted such texts before. After each token the file's pages are dropped from memory, as if RAM did not hold it.",
     "dynamic_to_popular: the embeddings of this workload were made wider once. In its first form 94 to 96 % of the "
-    "uses hit with either, and the ratio was 0.86 (a short run beside other work). So 1.15 is met on a text made to change "
-    "its topic, not in general.",
+    "uses hit with either, and the ratio was 0.86 (a short run beside other work). So 1.15 is met on a text made to "
+    "change its topic, not in general.",
     "time_error: |predicted / measured - 1| of the seconds in experts, from a recorded trace and costs measured first.",
     "simulated: seconds a token in the experts, for a machine that is not here, with rates from its makers' sheets.",
     "train_difference: the largest difference of losses from the run in memory, 4 layers, fp32.",
