@@ -4,7 +4,8 @@ Accuracy (`--data FOLDER`, with glue_sst2 and glue_mrpc, each with train.jsonl.g
 with a new head, equal rows and steps, three seeds, scored on GLUE's validation rows: full fine-tuning, diff pruning
 with group gates (structured) and without. Each side's learning rate is the one with the best accuracy on training rows
 of the first set that were set apart, after as many steps; if the best rate is the first or the last one, the search
-goes on. The result contains no rows. Each training's result is kept in results/diff_pruning_trainings.jsonl, and it is not run again.
+goes on. The result contains no rows. Each training's result is kept in results/diff_pruning_trainings.jsonl, and it
+is not run again.
 
 Memory: the peak of anonymous memory beyond the loaded model in a run through both phases, against full fine-tuning with
 AdamW, each in fresh processes, alternating. File: the tensors of a task, without its head, against the model's file.

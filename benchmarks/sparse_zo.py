@@ -267,18 +267,18 @@ def losses(train: Path, apart: Path, quick: bool) -> tuple[float, list[dict[str,
     found, rows = {}, []
     kept = Kept(train.parent / "kept" if quick else RESULTS / "sparse_zo_trainings.jsonl")
 
-    def run(file: Path, **job: Any) -> dict[str, Any]:
+    def run(file: Path, job: dict[str, Any]) -> dict[str, Any]:
         return kept.get(job) or kept.add(job, itself(__file__, {**job, "train": str(file)}))
 
     for name, (side, rates) in sides.items():
         job = {"kind": "ours", "evaluate": True, **side}
 
-        def score(rate: float, job: dict[str, Any] = job) -> float:
-            loss = run(apart, **job, steps=tried, rate=rate, seed=0)["loss"]
+        def score(rate: float, job: dict[str, Any] = job, run: Any = run) -> float:
+            loss = run(apart, {**job, "steps": tried, "rate": rate, "seed": 0})["loss"]
             return -loss if loss == loss else -1e9
 
         rate, _ = seek(score, rates[1:] if quick else rates, further=0 if quick else 10)
-        made = [run(train, **job, steps=steps, rate=rate, seed=seed) for seed in seeds]
+        made = [run(train, {**job, "steps": steps, "rate": rate, "seed": seed}) for seed in seeds]
         found[name] = [run["loss"] for run in made]
         speed = spread([1 / r["seconds"] for r in made])
         rows.append({"side": f"{name}, {steps} steps, rate {rate:g}", "steps/s": speed, "growth, MiB": "",
