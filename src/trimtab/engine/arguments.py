@@ -100,6 +100,8 @@ def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
     """BadInput for an optimizer that would not be used, or that cannot step the rows of a patch's tables."""
     for part in (recipe.load_stepper(), recipe.load_objective()):
         for key in recipe.training.keys() & part.ignored.keys():
+            if not recipe.training[key]:  # switched off: nothing was asked for
+                continue
             have = part.ignored[key]
             raise BadInput(f"training: {key} with {type(part).__name__}", have, f"Remove {key}")
     if recipe.load_stepper().uses_gradients and not recipe.load_objective().differentiable:
