@@ -7,8 +7,8 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from helpers_run import POLICIES as OBJECTIVES
 from helpers_run import make_world, prompts
-from test_policy import OBJECTIVES
 from trimtab.errors import BadInput
 from trimtab.recipe import Recipe
 

@@ -119,11 +119,11 @@ def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
             raise BadInput(asked, f"{name} has an optimizer of its own", "Remove optim")
         if tables:
             asked = f"{name} with {type(tables[0]).__name__}"
-            raise BadInput(asked, "rows in the slow tier are stepped by Adam only", "Set stepper: backprop")
+            raise BadInput(asked, "in the slow tier only Adam steps", "Set stepper: backprop")
     if tables and args.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise BadInput(
             f"training: optim: {getattr(args.optim, 'value', args.optim)} with {type(tables[0]).__name__}",
-            "rows in the slow tier are stepped by Adam only", "Set optim: adamw_torch",
+            "in the slow tier only Adam steps", "Set optim: adamw_torch",
         )  # fmt: skip
 
 

@@ -160,7 +160,11 @@ class PlannedStep(PlannedModel):
                 "the planner supports PyTorch's own optimizers only",
                 "Remove budget:, or train with adamw_torch",
             )
-        return cls(trained, **options)
+        made = cls(trained, **options)
+        for surgery in self.surgeries:
+            if surgery.offloaded:
+                surgery.offloaded.hold(made)
+        return made
 
     @property
     def autocast(self) -> Any:
