@@ -299,14 +299,61 @@ def test_a_kept_store_is_used_again_and_only_for_its_own_model(tmp_path):
         times.append((keep / DATA).stat().st_mtime_ns)
         surgery.revert()
     assert torch.equal(*outputs) and times[0] == times[1] and sorted(os.listdir(keep)) == [DATA, MEANING]
-    for folder, precision in ((folders[1], "auto"), (folders[0], "bf16")):
+    for folder, precision, own, why in (
+        (folders[1], "auto", "auto", "another model"),
+        (folders[0], "bf16", "auto", "in float32, and this run needs them in bfloat16"),
+        (folders[0], "nf4", "auto", "in float32, and this run needs them in bfloat16"),
+        (folders[0], "auto", "nf4", "in float32, and this run needs them in nf4 of float32"),
+    ):
         other = load_model(ModelSpec(folder, precision), experts=False)[0]
-        with pytest.raises(BadInput, match="another model"):
-            Fiddler(store=str(keep)).apply(other, PLACE)
+        with pytest.raises(BadInput, match=why):
+            Fiddler(store=str(keep), precision=own).apply(other, PLACE)
         assert any(p.is_meta for p in other.parameters()), "the model is as it was"
     (keep / MEANING).write_text("{")
     with pytest.raises(BadInput, match="damaged"):
         Fiddler(store=str(keep)).apply(load_model(folders[0], experts=False)[0], PLACE)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["from files", "in memory"])
+@pytest.mark.parametrize("cache", [0.0, 1e-4])
+@pytest.mark.parametrize("precision", ["auto", "nf4"])
+def test_a_damaged_record_of_a_kept_store_is_refused(tmp_path, loaded, cache, precision):
+    patch = Fiddler(store=str(tmp_path / "store"), cache=cache, precision=precision)
+    folder = tiny_folder(tmp_path / "m", "mixtral", torch.float32)
+
+    def opened():
+        model = load_model(ModelSpec(folder, "bf16"))[0] if loaded else load_model(folder, experts=False)[0]
+        return model, patch.apply(model, PLACE)
+
+    model, surgery = opened()
+    own, store = logits(model, batch := tiny_batch(model)), surgery.tiers
+    assert store.layers[1].rows.stop == 8
+    at = store._span(6).start + 100
+    surgery.revert()
+    with (tmp_path / "store" / DATA).open("r+b") as file:
+        file.seek(at)
+        was = file.read(64)
+        file.seek(at)
+        file.write(bytes(64))
+    with pytest.raises(BadInput, match="expert 2 of layer 1 is not what was written"):
+        logits(opened()[0], batch)
+    with (tmp_path / "store" / DATA).open("r+b") as file:
+        file.seek(at)
+        file.write(was)
+    model, surgery = opened()
+    assert torch.equal(logits(model, batch), own) and surgery.tiers._unchecked != set(range(8))
+
+
+def test_a_store_without_checksums_is_refused(tmp_path):
+    folder = tiny_folder(tmp_path / "m", "mixtral", torch.float32)
+    patch = Fiddler(store=str(tmp_path / "store"))
+    patch.apply(load_model(folder, experts=False)[0], PLACE)
+    said = tmp_path / "store" / MEANING
+    known = json.loads(said.read_text())
+    for sums in (None, known["crc32"][:-1]):
+        said.write_text(json.dumps({**known, "crc32": sums}))
+        with pytest.raises(BadInput, match="a checksum of each expert"):
+            patch.apply(load_model(folder, experts=False)[0], PLACE)
 
 
 def test_a_store_that_was_not_completed_is_not_used(tmp_path, monkeypatch):
