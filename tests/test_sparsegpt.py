@@ -48,6 +48,10 @@ def damped(x: torch.Tensor) -> torch.Tensor:
     return hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(x), dtype=x.dtype)
 
 
+def factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return inverse_root(hessian, torch.empty_like(hessian))
+
+
 def obs(weight: torch.Tensor, x: torch.Tensor, share: float, group: int, bits: int, block: int) -> torch.Tensor:
     """Column by column, with the inverse of what is left of H each time; (out, in) in fp64."""
     w, h = weight.clone(), damped(x)
@@ -86,7 +90,7 @@ def test_it_is_exact_obs(share, group, bits, monkeypatch):
     monkeypatch.setattr(sparsegpt, "BLOCK", 8)
     x = correlated(20 if group != 8 else 24, 200)
     weight = torch.randn(6, len(x), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    root, dead = inverse_root(2 * x @ x.T / x.shape[1])
+    root, dead = factor(2 * x @ x.T / x.shape[1])
     ours = weight.T.clone()
     prune(ours, root, share, group, bits)
     assert not dead.any()
@@ -102,7 +106,7 @@ def test_what_stays_is_the_least_squares_fit():
     weight[:, :goes] += 1e-7
     whole = weight.clone()
     whole[:, :goes] = torch.randn(5, goes, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    root, _ = inverse_root(2 * x @ x.T / x.shape[1])
+    root, _ = factor(2 * x @ x.T / x.shape[1])
     small = weight.T.clone()
     prune(small, root, goes / 16, 0)
     assert not small[:goes].any() and small[goes:].all()
@@ -123,7 +127,7 @@ def test_blocks_of_columns_change_nothing_but_the_mask(monkeypatch):
     ends = []
     for block in (4, 16, 32, 128):
         monkeypatch.setattr(sparsegpt, "BLOCK", block)
-        root, _ = inverse_root(2 * x @ x.T)
+        root, _ = factor(2 * x @ x.T)
         ends.append(weight.T.clone())
         prune(ends[-1], root, 0.5, 4)
     assert all(torch.allclose(ends[0], other, atol=1e-10) for other in ends)
@@ -132,9 +136,9 @@ def test_blocks_of_columns_change_nothing_but_the_mask(monkeypatch):
 def test_an_input_that_is_always_zero_is_dropped_and_no_token_means_magnitude():
     x = correlated(8, 100)
     x[3] = 0
-    root, dead = inverse_root(2 * x @ x.T)
+    root, dead = factor(2 * x @ x.T)
     assert dead.tolist() == [False] * 3 + [True] + [False] * 4 and root.isfinite().all()
-    root, dead = inverse_root(torch.zeros(8, 8))
+    root, dead = factor(torch.zeros(8, 8))
     assert torch.equal(root, torch.eye(8)) and not dead.any()
     weight = torch.randn(8, 6)
     pruned = weight.clone()
@@ -145,7 +149,7 @@ def test_an_input_that_is_always_zero_is_dropped_and_no_token_means_magnitude():
 
 def test_a_hessian_without_an_inverse_is_refused():
     with pytest.raises(BadInput, match="positive definite"):
-        inverse_root(torch.full((4, 4), float("nan")))
+        factor(torch.full((4, 4), float("nan")))
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
@@ -191,9 +195,9 @@ def test_each_block_reads_what_the_pruned_ones_before_it_return(monkeypatch):
     """The Hessian of the second block, by a naive pass through the model whose first block is pruned."""
     seen, whole = [], sparsegpt.inverse_root
 
-    def spied(hessian):
+    def spied(hessian, out):
         seen.append(hessian.clone())
-        return whole(hessian)
+        return whole(hessian, out)
 
     monkeypatch.setattr(sparsegpt, "inverse_root", spied)
     model, naive = MODELS["qwen2"](3), MODELS["qwen2"](3)

@@ -94,11 +94,13 @@ class PruningSurgery(PrunedSurgery):
         return kept.view_as(score_OI)
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
-        for within, inputs in by_linears(self.model, batches, self.linears, self.folder):
+        for within, read in by_linears(self.model, batches, self.linears, self.folder):
             sums = {name: torch.zeros(anatomy.widths(m)[0], device=m.weight.device) for name, m in within.items()}
-            for read in inputs():
-                for name, x_TI in read.items():
-                    sums[name] += x_TI.float().square().sum(0)
+
+            def seen(name: str, x_TI: Tensor, sums: dict[str, Tensor] = sums) -> None:
+                sums[name] += x_TI.float().square().sum(0)
+
+            read(seen)
             for name, sum_I in sums.items():
                 self.prune(name, sum_I.sqrt())
 

@@ -99,38 +99,44 @@ class SparseGPTSurgery(PrunedSurgery):
         for name in names:
             self.linears[name].weight.data = self.pruned[name]  # type: ignore[union-attr]
 
+    @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
         few: dict[str, int] = {}
-        for within, inputs in by_linears(self.model, batches, self.linears, self.folder):
+        held: dict[tuple[int, int], Tensor] = {}  # (width, number) -> a Hessian; the same memory for every block
+        for within, read in by_linears(self.model, batches, self.linears, self.folder):
             groups = anatomy.shared_input_groups(list(within))
-            groups.sort(key=lambda group: anatomy.widths(within[group[0]])[0])  # the largest Hessian last, alone
-            sums = {group[0]: _zeros(within[group[0]]) for group in groups}
+            groups.sort(key=lambda group: anatomy.widths(within[group[0]])[0])
+            sums = {group[0]: _zeros(held, within[group[0]], at) for at, group in enumerate(groups)}
             counts = dict.fromkeys(sums, 0)
-            for read in inputs():
-                for name in sums.keys() & read.keys():
-                    x_TI = read[name].float()
+
+            def seen(name: str, x_TI: Tensor, sums: dict[str, Tensor] = sums, counts: dict[str, int] = counts) -> None:
+                if name in sums:
+                    x_TI = x_TI.float()
                     sums[name].addmm_(x_TI.T, x_TI)
                     counts[name] += len(x_TI)
+
+            read(seen)
             for first, *others in groups:
-                width = anatomy.widths(within[first])[0]
-                if counts[first] < width:
+                if counts[first] < len(sums[first]):
                     few[first] = counts[first]
-                root_II, dead_I = inverse_root(sums.pop(first).mul_(2 / max(1, counts[first])))
+                hessian_II = sums[first].mul_(2 / max(1, counts[first]))
+                root_II, dead_I = inverse_root(hessian_II, _zeros(held, within[first], -1))
                 for name in (first, *others):
-                    weight_IO = (
-                        anatomy.dense_view(within[name]).detach().T.float().clone(memory_format=torch.contiguous_format)
-                    )
-                    weight_IO[dead_I] = 0
-                    prune(weight_IO, root_II, self.patch.sparsity, PATTERNS[self.patch.pattern], self.patch.bits)
-                    turned = isinstance(within[name], anatomy.Conv1D)
-                    self.pruned[name].copy_(weight_IO if turned else weight_IO.T)
-                    self._use([name])
+                    self._prune(name, within[name], root_II, dead_I)
         if few:
             name, count = min(few.items(), key=lambda item: item[1])
             self.notes += (
                 f"sparsegpt: {len(few)} groups of linears read fewer tokens than they have inputs ({name}: {count}): "
                 "more rows of calibration prune better",
             )
+
+    def _prune(self, name: str, linear: nn.Module, root_II: Tensor, dead_I: Tensor) -> None:
+        weight_OI = anatomy.dense_view(linear).detach()
+        weight_IO = weight_OI.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        weight_IO[dead_I] = 0
+        prune(weight_IO, root_II, self.patch.sparsity, PATTERNS[self.patch.pattern], self.patch.bits)
+        self.pruned[name].copy_(weight_IO if isinstance(linear, anatomy.Conv1D) else weight_IO.T)
+        self._use([name])
 
     def own_tensors(self) -> dict[str, Tensor]:
         return {f"{name}.pruned": weight for name, weight in self.pruned.items()}
@@ -140,15 +146,19 @@ class SparseGPTSurgery(PrunedSurgery):
         self._use(self.linears)
 
 
-def _zeros(linear: nn.Module) -> Tensor:
+def _zeros(held: dict[tuple[int, int], Tensor], linear: nn.Module, number: int) -> Tensor:
+    """(in, in) in fp32, from `held`: a Hessian, or with -1 the memory for its inverse."""
     width = anatomy.widths(linear)[0]
-    return torch.zeros(width, width, dtype=torch.float32, device=linear.weight.device)  # type: ignore[union-attr]
+    if (width, number) not in held:
+        held[width, number] = torch.empty(width, width, dtype=torch.float32, device=linear.weight.device)  # type: ignore[union-attr]
+    return held[width, number].zero_()
 
 
-def inverse_root(hessian_II: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_root(hessian_II: Tensor, out_II: Tensor) -> tuple[Tensor, Tensor]:
     """-> U, (in, in) upper triangular with H^-1 = U^T U after damping, and which inputs are always zero, (in,).
 
-    `hessian_II` is overwritten. Without any token H is the identity: the weights are then pruned by magnitude.
+    U is in the memory of `out_II`; `hessian_II` gets the damping. Without any token H is the identity: the weights are
+    then pruned by magnitude.
     """
     diagonal_I = hessian_II.diagonal()
     dead_I = diagonal_I == 0
@@ -156,17 +166,16 @@ def inverse_root(hessian_II: Tensor) -> tuple[Tensor, Tensor]:
         return hessian_II.fill_diagonal_(1), torch.zeros_like(dead_I)
     mean = diagonal_I.mean().item()
     diagonal_I.masked_fill_(dead_I, 1)
-    damping = 0.0
+    damping, failed = 0.0, torch.zeros((), dtype=torch.int32, device=hessian_II.device)
     for more in (DAMPING, 10 * DAMPING, 100 * DAMPING):
         diagonal_I.add_((more - damping) * mean)
         damping = more
-        lower_II, failed = torch.linalg.cholesky_ex(hessian_II)
+        torch.linalg.cholesky_ex(hessian_II, out=(out_II, failed))
         if not failed:
-            inverse_II = torch.cholesky_inverse(lower_II)
-            del lower_II
-            root_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
+            torch.cholesky_inverse(out_II, out=out_II)
+            torch.linalg.cholesky_ex(out_II, upper=True, out=(out_II, failed))
             if not failed:
-                return root_II, dead_I
+                return out_II, dead_I
     have = "the Hessian of a linear's inputs is not positive definite: they are not finite, or the base's are too large"
     raise BadInput("sparsegpt", have, "Load the base in bf16 or fp32, or give more rows")
 

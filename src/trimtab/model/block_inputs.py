@@ -45,8 +45,9 @@ class _Recorded:
 def by_blocks(
     model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], folder: str | None = None
 ) -> Iterator[tuple[str, nn.Module, Callable[[], Iterator[Tensor | None]]]]:
-    """Yields (path, block, run) for each block in order. `run()` runs the block on each batch and then yields that
-    batch's mask (rows, tokens). Change the block after `run`: the changed block computes the input of the next one.
+    """Yields (path, block, run) for each block in order. `run()` yields the mask (rows, tokens) of each batch, and
+    runs the block on that batch before it yields the next. Change the block after `run`: the changed block computes
+    the input of the next one.
     `folder`: for the files of hidden states (None: that of temporary files).
     """
     path, stack = anatomy.blocks(model)
@@ -57,10 +58,11 @@ def by_blocks(
             recorded.append(_record(model, stack, batch, Path(files) / f"{number}", known, first=not number))
         for number, block in enumerate(stack):
 
+            @torch.no_grad()
             def run(number: int = number, block: nn.Module = block) -> Iterator[Tensor | None]:
                 for batch in recorded:
-                    _call(block, batch, number)
                     yield batch.mask
+                    _call(block, batch, number)
 
             if number == 0 and len(stack) > 1:
                 for batch in recorded[:1]:
@@ -71,35 +73,38 @@ def by_blocks(
                 batch.calls[number] = ((), {})
 
 
+Seen = Callable[[str, Tensor], None]
+
+
 @torch.no_grad()
 def by_linears(
     model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], linears: dict[str, nn.Module],
     folder: str | None = None,
-) -> Iterator[tuple[dict[str, nn.Module], Callable[[], Iterator[dict[str, Tensor]]]]]:  # fmt: skip
-    """Yields (those of `linears` in the block, inputs) for each block in order. `inputs()` yields, for each batch, path
-    -> the input of that linear (tokens that count, in). Change the linears after `inputs`."""
+) -> Iterator[tuple[dict[str, nn.Module], Callable[[Seen], None]]]:  # fmt: skip
+    """Yields (those of `linears` in the block, read) for each block in order. `read(seen)` runs the block on each batch
+    and calls `seen(path, x)` for each linear, x (tokens that count, in) its input. Change the linears after `read`."""
     names = {id(linear): name for name, linear in linears.items()}
     for _, block, run in by_blocks(model, batches, folder):
         within = {names[id(m)]: m for m in block.modules() if id(m) in names}
 
-        def inputs(
-            within: dict[str, nn.Module] = within, run: Callable[[], Iterator[Tensor | None]] = run
-        ) -> Iterator[dict[str, Tensor]]:
-            read: dict[str, Tensor] = {}
+        @torch.no_grad()
+        def read(
+            seen: Seen, within: dict[str, nn.Module] = within, run: Callable[[], Iterator[Tensor | None]] = run
+        ) -> None:
+            mask: list[Tensor | None] = []
 
-            def seen(_: nn.Module, args: tuple, name: str) -> None:
-                read[name] = args[0]
+            def hook(_: nn.Module, args: tuple, name: str) -> None:
+                seen(name, _counting(args[0], mask[0]))
 
-            handles = [m.register_forward_pre_hook(functools.partial(seen, name=n)) for n, m in within.items()]
+            handles = [m.register_forward_pre_hook(functools.partial(hook, name=n)) for n, m in within.items()]
             try:
                 for mask_BT in run():
-                    yield {name: _counting(x, mask_BT) for name, x in read.items()}
-                    read.clear()
+                    mask[:] = [mask_BT]
             finally:
                 for handle in handles:
                     handle.remove()
 
-        yield within, inputs
+        yield within, read
 
 
 def _counting(x: Tensor, mask_BT: Tensor | None) -> Tensor:
