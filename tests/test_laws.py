@@ -38,7 +38,7 @@ UNMERGED, UNPORTABLE = (
 )
 WHOLE = {"experts": 4, "probes": 4, "k": 64}  # no choice is made that a step along a gradient could change
 SMOOTH = {**dict.fromkeys(["meft", *STORED], WHOLE), "edora": {"detach_norm": False}}
-QUANTISED = ("paca", "lora", "edora", "parallel_adapter", "meft", "senszoq", "diff_pruning", *STORED)
+QUANTISED = ("paca", "lora", "edora", "parallel_adapter", "meft", "senszoq", "diff_pruning", "lst", *STORED)
 DEQUANTISED = ("paca", "edora", "senszoq", "diff_pruning")  # bitsandbytes also rounds the input of an int8 product
 
 patches = pytest.mark.parametrize("name", EVERY)
