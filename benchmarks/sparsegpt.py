@@ -4,6 +4,7 @@
 calibrate (the same ones for Wanda), others train a PaCA on top, and a last part, set apart, chooses its learning rate.
 Perplexity is that of windows of the test articles. Each side has its own process, whose anonymous memory is sampled
 from the moment the base is loaded (mapped from its file) to the end of pruning. The result contains no text.
+What each process gave is kept in results/sparsegpt_trainings.jsonl, and it is not run again.
 
     python benchmarks/sparsegpt.py --data FOLDER [--quick] [--json FILE]
 """
@@ -21,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import arguments, conclude, itself, options, say
+from common import RESULTS, Kept, arguments, conclude, itself, options, say
 
 MODEL, WINDOW = "smollm2-135m", 512
-CALIBRATION, APART, TEST = 24, 6, 16  # windows
-STEPS, BATCH, RATES = 30, 2, (1e-3, 3e-3)  # of the PaCA on top
+CALIBRATION, APART, TEST = 16, 4, 8  # windows
+STEPS, BATCH, RATES = 16, 2, (1e-3, 3e-3)  # of the PaCA on top
 PATTERNS = ("unstructured", "2:4")
 SIDES = ("magnitude", "wanda", "sparsegpt")
 
@@ -51,6 +52,7 @@ def perplexity(model: Any, ids_NT: Any) -> float:
 
 def worker(job: dict[str, Any]) -> None:
     import torch
+    from safetensors.torch import load_file, save_file
 
     from trimtab import methods
     from trimtab.contracts import Place
@@ -77,10 +79,15 @@ def worker(job: dict[str, Any]) -> None:
         ours = job["side"] == "sparsegpt"
         fields = {"rows": job["rows"], "pattern": job["pattern"], **({} if ours else {"score": job["side"]})}
         surgery = methods.find("sparsegpt" if ours else "pruning")(**fields).apply(model, place)
-        if surgery.patch.calibration_rows:
+        if (kept := Path(job["folder"]) / "pruned.safetensors").is_file() and job["rate"]:
+            surgery.load_tensors(load_file(kept))
+        elif surgery.patch.calibration_rows:
             surgery.calibrate(
                 {"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in calibration.split(1)
             )
+        done.set()
+        if ours and job["pattern"] == "unstructured" and not kept.is_file():
+            save_file({name: t.contiguous().clone() for name, t in surgery.own_tensors().items()}, kept)
         found["zeros"] = sum(int((m.weight == 0).sum()) for m in surgery.linears.values()) / sum(
             m.weight.numel() for m in surgery.linears.values()
         )
@@ -122,8 +129,13 @@ def main() -> None:
                "test": 2 if args.quick else TEST, "steps": 2 if args.quick else STEPS, "rate": 0, "side": "base",
                "pattern": "unstructured"}  # fmt: skip
 
+        kept = Kept(Path(folder) / "kept" if args.quick else RESULTS / "sparsegpt_trainings.jsonl")
+
         def run(**more: Any) -> dict[str, Any]:
-            return itself(__file__, {**job, **more}, threads=1)
+            asked = {key: value for key, value in {**job, **more}.items() if key != "folder"}
+            if (found := kept.get(asked)) is None:
+                found = kept.add(asked, itself(__file__, {**job, **more}, threads=1, timeout=3600))
+            return found
 
         def row(side: str, pattern: str, found: dict[str, Any]) -> None:
             pruned = pattern and "zeros" in found
