@@ -312,7 +312,8 @@ def test_gradients_equal_finite_differences(name, family):
                     store.rewritten()
                 climb.append(model(**batch).loss.item())
                 own[key].copy_(moved)
-        assert (climb[0] - climb[1]) / 2e-3 == pytest.approx(length, rel=1e-2, abs=2e-4), key
+        off = 5e-4 if name == "lst" else 2e-4  # its climbs are small, and two roundings of an fp32 loss are 5e-4
+        assert (climb[0] - climb[1]) / 2e-3 == pytest.approx(length, rel=1e-2, abs=off), key
 
 
 @pytest.mark.parametrize("name", QUANTISED)

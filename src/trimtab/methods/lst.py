@@ -26,6 +26,7 @@ are replaced by random ones. Rows are ranked by magnitude; the paper also uses F
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,8 +41,10 @@ from transformers.activations import ACT2FN
 from ..contracts import ModulePatch, Patch, Place, Surgery
 from ..errors import BadInput
 from ..model import anatomy, quant
+from ..model.block_inputs import without_cache
 from ..model.freeze import keep_trainable_layout
 from ..model.surgery import Swaps, require_unpatched
+from ..model.undisturbed import undisturbed
 
 TEMPERATURE = 0.1  # T, section 3.2
 ATTRIBUTE = "trimtab_lst"
@@ -72,6 +75,7 @@ class LST(Patch):
         require_unpatched(model, surgery.swaps, self.exclusive_reason)
         try:
             surgery.build(stack, width)
+            surgery.check()
         except BaseException:
             surgery.revert()
             raise
@@ -89,6 +93,7 @@ class LSTSurgery(Surgery):
         self.rungs: dict[int, Rung] = {}
         self.read: list[tuple[int, Tensor]] = []  # (number, hidden states) of this pass; -1: what block 0 read
         self.graph: list[bool] = []  # whether autograd recorded around the pass
+        self.misfit: BadInput | None = None  # why the last pass had no place for the side network
 
     def build(self, stack: nn.ModuleList, width: int) -> None:
         patch, swaps = self.patch, self.swaps
@@ -131,7 +136,7 @@ class LSTSurgery(Surgery):
 
     def _keeps(self, number: int) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
-            self.read.append((number, output[0] if isinstance(output, tuple) else output))
+            self.read.append((number, output[0] if isinstance(output, tuple | list) else output))
 
         return keep
 
@@ -140,20 +145,39 @@ class LSTSurgery(Surgery):
         torch.set_grad_enabled(self.graph.pop())
         if output is None:  # the pass failed
             return None
-        if [number for number, _ in read] != [-1, *self.rungs]:
-            raise BadInput("lst", "the model's blocks do not run once each, in order", "Use a plain stack of blocks")
+        plain = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+        self.misfit = self._misfit(read, plain)
+        if self.misfit is not None:
+            raise self.misfit
         side = self.ends.down(read[0][1])
         for number, hidden in read[1:]:
             side = self.rungs[number](hidden, side)
-        plain = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        if plain.shape[-1] != len(self.ends.last):
-            have = f"its last hidden states have {plain.shape[-1]} columns, its blocks {len(self.ends.last)}"
-            raise BadInput(f"lst on {type(self.model).__name__}", have, "Use lora")
         added = plain + self.ends.up(side, plain.dtype)
         if isinstance(output, tuple):
             return (added, *output[1:])
         output.last_hidden_state = added
         return output
+
+    def _misfit(self, read: list[tuple[int, Tensor]], plain: Tensor | None) -> BadInput | None:
+        """Why the model is no plain stack of blocks between its embeddings and its last hidden states."""
+        have = ""
+        if plain is None:
+            have = "the module that holds its blocks returns no last hidden states"
+        elif [number for number, _ in read] != [-1, *self.rungs]:
+            have = "its blocks do not run once each, in order"
+        elif any(hidden.shape != plain.shape for _, hidden in read) or plain.shape[-1] != len(self.ends.last):
+            have = "its blocks and its last hidden states differ in shape"
+        return BadInput(f"lst on {type(self.model).__name__}", have, "Use lora or paca") if have else None
+
+    def check(self) -> None:
+        """BadInput if a small pass finds that the side network has no place in the model."""
+        if self.model.device.type == "meta":
+            return
+        ids = torch.ones(2, 3, dtype=torch.int64, device=self.model.device)
+        with undisturbed(self.model), torch.no_grad(), contextlib.suppress(Exception):
+            self.model.base_model(input_ids=ids, **without_cache(self.model))
+        if self.misfit is not None:
+            raise self.misfit
 
     # --- what it saves -----------------------------------------------------------------------------------------------
 
@@ -220,7 +244,7 @@ class _Pruned:
         self.width, self.side, self.r, config = width, width // r, r, model.config.get_text_config()
         names = ("hidden_activation", "hidden_act", "activation_function", "activation")
         act = next((name for key in names if isinstance(name := getattr(config, key, None), str)), "gelu")
-        self.activation = ACT2FN[act] if act in ACT2FN else ACT2FN["gelu"]
+        self.activation = ACT2FN[act if act in ACT2FN else "gelu"].__call__  # not a submodule of the side layers
         units = getattr(config, "intermediate_size", None)
         self.units = units if isinstance(units, int) else 4 * width
         try:
