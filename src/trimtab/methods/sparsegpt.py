@@ -21,8 +21,8 @@ What differs from the paper, and why. Mask and update use blocks of the same wid
 paper rounds jointly too (section 3.5) and leaves the grid open. The result is saved, not the mask: the pruned weights
 as they are, which lie in a file of the slow tier. So memory above the mapped base is one block's Hessians and weights.
 
-A trained patch that leaves the weights alone (parallel_adapter, meft, lst), or trains only entries of which none is zero
-(senszoq with `score: weight` or `gradient_weight`), keeps the zeros. The others fill them when they are merged.
+A trained patch that leaves the weights alone (parallel_adapter, meft, lst), or trains only entries of which none is
+zero (senszoq with `score: weight` or `gradient_weight`), keeps the zeros. The others fill them when they are merged.
 """
 
 from __future__ import annotations
