@@ -36,6 +36,7 @@ class PlannedStep(PlannedModel):
 
     def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
         from ..contracts import When
+        from ..engine.anchor import anchored
         from ..engine.arguments import weighed
         from ..engine.patching import without_stand_ins
         from ..engine.prepare import weigh_router
@@ -50,6 +51,7 @@ class PlannedStep(PlannedModel):
         self.patch(recipe.load_patches(), When.LOAD)
         without_stand_ins(self.surgeries)
         self.patch(recipe.load_patches(), When.TRAIN, self.stepper, self.objective)
+        self.surgeries += anchored(self.model, recipe.anchor, (self.stepper, self.surgeries))
 
     @property
     def trained(self) -> int:
