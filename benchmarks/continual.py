@@ -4,14 +4,14 @@
 two seeds, STEPS steps of BATCH rows for each task, LoRA r 8:
 
     sequential    one adapter for all tasks, nothing else
-    text          and rehearsal of rows within BUDGET bytes, a quarter of each batch
+    text          and rehearsal of rows within BUDGET bytes
     logits        and rehearsal of the rows' probabilities, within as many bytes
     loss_diverse  as text, rows from easy to hard (the first order only)
     ewc           and anchoring; its bytes are those of theta* and the Fisher information (the first order only)
     diffs         a diff per task (diff_pruning), three of which fit into BUDGET bytes
 
-Learning rates and the anchor's strength are the best on training rows set apart (the mean exact match after one task,
-or two, in the first order). Seconds are those of the process's CPU in training, with what a stage keeps for later ones;
+Learning rates, the share of rehearsed rows and the anchor's strength are the best on training rows set apart (the mean
+exact match after one task, or for the latter two after two, in the first order). Seconds are those of the process's CPU in training, with what a stage keeps for later ones;
 other work on the machine does not count. Each training's result is kept in results/continual_trainings.jsonl, and it is
 not run again.
 
@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, Kept, arguments, conclude, options, seek, spread  # noqa: E402
-from small_model import LENGTH, TASKS, make_base, write_tasks  # noqa: E402
+from small_model import TASKS, make_base, write_tasks  # noqa: E402
 
 STEPS, BATCH, SEEDS = 50, 16, (1, 2)
 BUDGET = 48 * 1024
@@ -46,7 +46,7 @@ SIDES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # patch, keys 
     "ewc": (LORA, {"anchor": {"ewc": {"strength": 1.0}}}, 1),
     "loss_diverse": (LORA, {"rehearsal": {"budget": BUDGET, "policy": "loss_diverse"}}, 1),
 }
-RATES, STRENGTHS = (2e-3, 5e-3), (300.0, 3000.0)
+RATES, MIXES, STRENGTHS = (5e-3, 1e-2), (0.25, 0.5), (300.0, 3000.0)
 TRIED = 101  # the seed of the search
 
 
@@ -83,6 +83,8 @@ def learned(job: dict[str, Any], base: Path, out: Path) -> dict[str, Any]:
     patch, more, _ = SIDES[job["side"]]
     if "strength" in job:
         more = {"anchor": {"ewc": {"strength": job["strength"]}}}
+    if "mix" in job:
+        more = {"rehearsal": {**more["rehearsal"], "mix": job["mix"]}}
     stages = [
         {"name": task, "carry": "fresh" if job["side"] == "diffs" else "adapter",
          "data": {"train": str(base / f"{task}_train.jsonl"), "test": str(base / f"{task}_{job['on']}.jsonl")}}
@@ -92,7 +94,7 @@ def learned(job: dict[str, Any], base: Path, out: Path) -> dict[str, Any]:
         "model": str(base / "base"), "patches": [patch], "stages": stages, "output": str(out / "run"), **more,
         "data": {"metrics": ["exact_match"], "reply_tokens": 4, "too_long": "cut"},
         "training": {"max_steps": job["steps"], "per_device_train_batch_size": BATCH, "learning_rate": job["rate"],
-                     "max_length": LENGTH + 32, "seed": job["seed"], "logging_steps": job["steps"]},
+                     "max_length": 128, "seed": job["seed"], "logging_steps": job["steps"]},
         "engine": {"allocator": "none", "stop_if_diverged": False},
         **({"neutral": str(base / "neutral.jsonl")} if job["on"] == "test" else {}),
     })  # fmt: skip
@@ -155,10 +157,11 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         first = "diffs" if side == "diffs" else "sequential"
         alone = lambda rate: run(side=first, tasks=TASKS[:1], on="apart", seed=TRIED, rate=rate)["acc"]  # noqa: E731
         fields = {"rate": seek(alone, RATES[-1:] if args.quick else RATES)[0]}
-        if side == "ewc":
-            two = lambda strength: run(side=side, tasks=TASKS[:2], on="apart", seed=TRIED, **fields,  # noqa: E731
-                                       strength=strength)["acc"]  # fmt: skip
-            fields["strength"] = seek(two, STRENGTHS[:1] if args.quick else STRENGTHS)[0]
+        field, of, tried = ("strength", side, STRENGTHS) if side == "ewc" else ("mix", "text", MIXES)
+        if side not in ("sequential", "diffs"):
+            two = lambda value: run(side=of, tasks=TASKS[:2], on="apart", seed=TRIED, **fields,  # noqa: E731
+                                    **{field: value})["acc"]  # fmt: skip
+            fields[field] = seek(two, tried[:1] if args.quick else tried)[0]
         return fields
 
     wanted, results = args.sides.split(","), {}
@@ -210,7 +213,8 @@ def rows(results: Results, fields: dict[str, Any]) -> list[dict[str, Any]]:
     for side in fields:
         neutral = [found[-1] / found[0] for found in of(results, side, "perplexity") if found]
         made.append({
-            "side": side, "runs": len(of(results, side, "acc")), "learning rate": fields[side]["rate"],
+            "side": side, "runs": len(of(results, side, "acc")),
+            "fields": ", ".join(f"{key} {value:g}" for key, value in fields[side].items()),
             "exact match, mean": spread([100 * value for value in of(results, side, "acc")]),
             "forgetting, points": spread([100 * value for value in of(results, side, "forgetting")]),
             "CPU seconds": spread(of(results, side, "seconds")), "bytes": round(max(of(results, side, "bytes"))),
@@ -219,7 +223,7 @@ def rows(results: Results, fields: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: row.get(key, "") for key in COLUMNS} for row in made]
 
 
-COLUMNS = ("side", "runs", "learning rate", "exact match, mean", "forgetting, points", "CPU seconds", "bytes",
+COLUMNS = ("side", "runs", "fields", "exact match, mean", "forgetting, points", "CPU seconds", "bytes",
            "perplexity of neutral text, to the base")  # fmt: skip
 TITLE = "Four tasks one after another"
 CLAIM = (
@@ -227,13 +231,14 @@ CLAIM = (
     "probabilities, weight anchoring, and a diff per task."
 )
 NOTES = [
-    f"{STEPS} steps of {BATCH} rows for each task, 440 training and 80 test rows each; two orders and two seeds (ewc "
+    f"{STEPS} steps of {BATCH} rows for each task, up to 440 training rows and 80 test rows each; two orders and two seeds (ewc "
     "and loss_diverse: one order). A side's figures are the median (least .. most) of its runs; forgetting_cut "
     "compares means. Forgetting: the mean over tasks of the best score so far minus the last one (exact match).",
     "bytes: what the side stores of earlier tasks, as files. A diff has its own task's model, so what it has forgotten "
     "is its score after all stages, loaded again, minus that right after its stage. The perplexity of neutral text is "
     "that of the last stage's model.",
-    "Learning rates and the anchor's strength were chosen on 60 training rows set apart, with a seed of their own.",
+    "The fields (learning rate; share of rehearsed rows; the anchor's strength) were chosen on 50 training rows set "
+    "apart, with a seed of their own.",
 ]
 
 

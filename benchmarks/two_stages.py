@@ -1,8 +1,8 @@
 """Two stages of tuning: exact resume from wall-clock limits, the audit, and what the second stage adds.
 
 resume   Two stages of LoRA on the model of small_model.py, the second with the first's optimizer, are stopped by five
-         random values of `training.max_minutes` and resumed, and compared with an uninterrupted run: adapters, optimizer
-         states, losses and task matrix, bit for bit.
+         random values of `training.max_minutes` and resumed, and compared with an uninterrupted run: adapters,
+         optimizer states, losses and task matrix, bit for bit.
 audit    50 faults are planted into 1,000 rows of gsm8k (exact and near duplicates, rows of the test set, malformed
          turns, cut and empty answers, wrongly decoded text, keys), and `data audit` is asked for them, and for the rows
          without any.
@@ -39,13 +39,13 @@ ADDS, ROWS, LENGTH, HELD = 12, 4, 96, 24  # steps of a stage, rows of a step, to
 
 def stages(base: Path, output: Path, steps: int, **training: Any) -> dict[str, Any]:
     data = {task: {part: str(base / f"{task}_{file}.jsonl") for part, file in (("train", "train"), ("test", "apart"))}
-            for task in ("author", "sentiment")}  # fmt: skip
+            for task in ("author", "genre")}  # fmt: skip
     return {
         "model": str(base / "base"), "patches": [{"lora": {"r": 8, "dropout": 0.1}}], "output": str(output),
         "data": {"metrics": [], "too_long": "cut"}, "engine": {"allocator": "none"},
-        "stages": [{"name": task, "data": files, "carry": "full" if task == "sentiment" else "fresh"}
+        "stages": [{"name": task, "data": files, "carry": "full" if task == "genre" else "fresh"}
                    for task, files in data.items()],
-        "training": {"max_steps": steps, "per_device_train_batch_size": 8, "max_length": 96, "learning_rate": 2e-3,
+        "training": {"max_steps": steps, "per_device_train_batch_size": 8, "max_length": 128, "learning_rate": 5e-3,
                      "logging_steps": 1, "save_strategy": "steps", "save_steps": steps, **training},
     }  # fmt: skip
 

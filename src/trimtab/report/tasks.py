@@ -44,7 +44,8 @@ def matrix(run: Any) -> dict[str, Any] | None:
             rows, labels = [*rows, row], [*labels, f"{name} (baseline)"]
     losses = metric == "loss"
     trace = {
-        "type": "heatmap", "x": [str(name) for name in names], "y": labels, "z": rows, "texttemplate": "%{z:.3f}",
+        "type": "heatmap", "x": [escape(str(name)) for name in names], "y": [escape(label) for label in labels],
+        "z": rows, "texttemplate": "%{z:.3f}",
         "hovertemplate": "%{y}, on %{x}: %{z:.4f}<extra></extra>", "colorscale": "Blues", "reversescale": not losses,
         "showscale": False, "xgap": 2, "ygap": 2,
     }  # fmt: skip
@@ -131,4 +132,14 @@ def _costs(run: Any, table: Callable[..., str]) -> str:
             "" if number(stage.get("final_loss")) is None else f"{stage['final_loss']:.4f}",
         ])  # fmt: skip
     head = ["stage", "carries", "steps", "tokens", "seconds", "fast tier at the peak", "final training loss"]
-    return table(head, rows, numbers=True)
+    return table(head, rows, numbers=True) + _kept(run)
+
+
+def _kept(run: Any) -> str:
+    """What was kept of earlier stages for the last one."""
+    keys = ("bytes", "budget_bytes", "rows", "seen")
+    size, budget, rows, seen = (number(at(run.run, "rehearsal", key)) for key in keys)
+    if size is None or budget is None or rows is None or not seen:
+        return ""
+    told = f"{size:,} of {budget:,} bytes: {rows:,} of {seen:,} rows seen before ({rows / seen:.1%})"
+    return f'<p class="quiet">Rehearsed in the last stage: {told}.</p>'
