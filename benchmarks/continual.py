@@ -11,9 +11,9 @@ two seeds, STEPS steps of BATCH rows for each task, LoRA r 8:
     diffs         a diff per task (diff_pruning), three of which fit into BUDGET bytes
 
 Learning rates, the share of rehearsed rows and the anchor's strength are the best on training rows set apart (the mean
-exact match after one task, or for the latter two after two, in the first order). Seconds are those of the process's CPU in training, with what a stage keeps for later ones;
-other work on the machine does not count. Each training's result is kept in results/continual_trainings.jsonl, and it is
-not run again.
+exact match after one task, or for the latter two after two, in the first order). Seconds are those of the process's CPU
+in training, with what a stage keeps for later ones; other work on the machine does not count. Each training's result is
+kept in results/continual_trainings.jsonl, and it is not run again.
 
     python benchmarks/continual.py --data FOLDER [--sides text,logits] [--quick] [--json FILE]
 """
@@ -231,9 +231,9 @@ CLAIM = (
     "probabilities, weight anchoring, and a diff per task."
 )
 NOTES = [
-    f"{STEPS} steps of {BATCH} rows for each task, up to 440 training rows and 80 test rows each; two orders and two seeds (ewc "
-    "and loss_diverse: one order). A side's figures are the median (least .. most) of its runs; forgetting_cut "
-    "compares means. Forgetting: the mean over tasks of the best score so far minus the last one (exact match).",
+    f"{STEPS} steps of {BATCH} rows for each task, up to 440 training rows and 40 test rows each; two orders and two "
+    "seeds (ewc and loss_diverse: one order). A side's figures are the median (least .. most) of its runs; "
+    "forgetting_cut compares means. Forgetting: the mean over tasks of the best exact match so far minus the last.",
     "bytes: what the side stores of earlier tasks, as files. A diff has its own task's model, so what it has forgotten "
     "is its score after all stages, loaded again, minus that right after its stage. The perplexity of neutral text is "
     "that of the last stage's model.",

@@ -24,7 +24,7 @@ PRETRAIN = 900  # steps of 16 texts
 TASKS = ("author", "genre", "language", "asks")
 LANGUAGES = {"ar": "Arabic", "de": "German", "es": "Spanish", "hi": "Hindi", "ru": "Russian", "zh": "Chinese"}
 ASKS = {"who ": "person", "when ": "time", "what year": "time", "where ": "place", "how many": "number"}
-TRAIN, APART, TEST = 440, 50, 80  # rows of each task: to train on, for choosing fields, and to score on
+TRAIN, APART, TEST = 440, 50, 40  # rows of each task: to train on, for choosing fields, and to score on
 NEEDED = "gutenberg, tinyshakespeare, glue_sst2, squad, xquad, svamp, wikitext2, c4_demo"
 
 
@@ -73,12 +73,12 @@ def write_tasks(data: Path, out: Path) -> None:
     for task, pairs in examples(data).items():
         drawn = random.Random(1).sample(pairs, len(pairs))
         pairs = list({text[:160]: answer for text, answer in drawn}.items())  # no text twice
-        test, apart, train = pairs[:TEST], pairs[TEST : TEST + APART], pairs[TEST + APART :][:TRAIN]
+        test, apart, train = pairs[:TEST], pairs[80 : 80 + APART], pairs[80 + APART :][:TRAIN]
         parts = {"train": train, "apart": apart, "test": test}
         for part, some in parts.items():
             rows = ({"prompt": f"{text} {task} =>", "completion": f" {answer}"} for text, answer in some)
             (out / f"{task}_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    neutral = [piece for row in load(data, "wikitext2/test") for piece in pieces(row["text"], 40)[:2]][:40]
+    neutral = [piece for row in load(data, "wikitext2/test") for piece in pieces(row["text"], 40)[:2]][:20]
     (out / "neutral.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in neutral), encoding="utf-8")
 
 

@@ -6,8 +6,8 @@ resume   Two stages of LoRA on the model of small_model.py, the second with the 
 audit    50 faults are planted into 1,000 rows of gsm8k (exact and near duplicates, rows of the test set, malformed
          turns, cut and empty answers, wrongly decoded text, keys), and `data audit` is asked for them, and for the rows
          without any.
-adds     SmolLM2-135M, LoRA r 16: first Dolly and HH-RLHF, then OASST1 (English), against one stage of as many steps on
-         the mixture: the held-out loss on both test sets.
+adds     The same model, LoRA r 16 (`--model smollm2-135m`: that one): first Dolly and HH-RLHF, then OASST1 (English),
+         against one stage of as many steps on the mixture: the held-out loss on both test sets.
 
 `--data FOLDER` has the sets that small_model.py names, gsm8k, dolly_hhrlhf and oasst1.
 
@@ -31,7 +31,8 @@ from small_model import load, make_base, write_tasks  # noqa: E402
 
 STOPS, STEPS = 5, 24  # limits; steps of a stage in `resume`
 PLANTED, CLEAN = 50, 1000
-ADDS, ROWS, LENGTH, HELD = 12, 4, 96, 24  # steps of a stage, rows of a step, tokens of a row, rows of a test set
+ADDS, ROWS, LENGTH, HELD = 60, 8, 96, 40  # steps of a stage, rows of a step, tokens of a row, rows of a test set
+RATE = 2e-3
 
 
 # --- resume ----------------------------------------------------------------------------------------------------------
@@ -190,6 +191,7 @@ def adds(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[d
     from trimtab import Recipe
 
     data, steps, held = Path(args.data), 2 if args.quick else ADDS, 4 if args.quick else HELD
+    model = args.model or str(base_of(args, folder) / "base")
     files: dict[str, str] = {}
     for name, part, most in (("dolly", "train", 400), ("dolly", "test", held), ("oasst", "train", 400),
                              ("oasst", "test", held)):  # fmt: skip
@@ -215,7 +217,7 @@ def adds(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[d
             two[0]["data"] = {**two[0]["data"], "train": str(both)}
             two[0]["training"], two[1]["training"] = {"max_steps": 2 * steps}, {"max_steps": 1, "learning_rate": 0.0}
         made = Recipe.from_dict({
-            "model": "smollm2-135m", "patches": [{"lora": {"r": 16, "alpha": 32}}], "stages": two,
+            "model": model, "patches": [{"lora": {"r": 16, "alpha": 32}}], "stages": two,
             "output": str(folder / f"{side}-{seed}"), "data": {"metrics": [], "too_long": "cut", "chat": False},
             "engine": {"allocator": "none"},
             "training": {"max_steps": steps, "per_device_train_batch_size": ROWS, "max_length": LENGTH,
@@ -226,8 +228,9 @@ def adds(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[d
     kept = Kept(folder / "kept" if args.quick else RESULTS / "two_stages_trainings.jsonl")
     found, shown = {}, []
     for side in ("two stages", "mixture"):
-        job = {"side": side, "rate": 2e-4, "seed": 1, "steps": steps, "rows": ROWS, "length": LENGTH}
-        found[side] = kept.get(job) or kept.add(job, train(side, 2e-4, 1))
+        job = {"side": side, "rate": RATE, "seed": 1, "steps": steps, "rows": ROWS, "length": LENGTH}
+        job["model"] = args.model or "small"
+        found[side] = kept.get(job) or kept.add(job, train(side, RATE, 1))
         for label, row in zip(("base", "after stage one", "in the end"), found[side]["losses"], strict=True):
             if side == "two stages" or label == "in the end":
                 shown.append({"what": f"{side}, {label}", "loss, Dolly and HH-RLHF": row[0], "loss, OASST1": row[1]})
@@ -245,6 +248,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--data", metavar="FOLDER", help="the folder of the sets")
     parser.add_argument("--parts", default=",".join(PARTS), help="the other parts' figures stay in the result file")
+    parser.add_argument("--model", help="of `adds`, in place of the small one")
     parser.add_argument("--base", metavar="FOLDER", help="where the small base is made, or was (default: temporary)")
     if (args := arguments(parser, lambda job: None, needs_data=True)) is None:
         return
@@ -274,8 +278,8 @@ NOTES = [
     "losses and the task matrix.",
     f"audit: {PLANTED} faults in {CLEAN:,} rows of gsm8k, with 200 others as the test set. false_alarms: the larger of "
     "those in the mixed file and in the 1,000 rows alone.",
-    f"adds: SmolLM2-135M, LoRA r 16 alpha 32, rate 2e-4 (the advisor's), {ADDS} steps of {ROWS} rows of up to {LENGTH} "
-    f"tokens for each stage, {2 * ADDS} for the mixture; {HELD} test rows each; one seed, so it shows no more than a "
+    f"adds: the small model, LoRA r 16 alpha 32, rate {RATE:g}, {ADDS} steps of {ROWS} rows of up to {LENGTH} tokens "
+    f"for each stage, {2 * ADDS} for the mixture; {HELD} test rows each; one seed, so it shows no more than a "
     "direction.",
 ]
 
