@@ -1,4 +1,4 @@
-"""Four text tasks one after another on a small model: what is forgotten, and what prevents it within 48 KiB.
+"""Four text tasks one after another on a small model: what is forgotten, and what prevents it within some bytes.
 
 `--data FOLDER` has the sets that small_model.py names, each with its files PART.jsonl.gz. Two orders of the tasks and
 two seeds, STEPS steps of BATCH rows for each task, LoRA r 8:
@@ -8,7 +8,7 @@ two seeds, STEPS steps of BATCH rows for each task, LoRA r 8:
     logits        and rehearsal of the rows' probabilities, within as many bytes
     loss_diverse  as text, rows from easy to hard (the first order only)
     ewc           and anchoring; its bytes are those of theta* and the Fisher information (the first order only)
-    diffs         a diff per task (diff_pruning), three of which fit into BUDGET bytes
+    diffs         a diff per task (diff_pruning); three of them take about twice BUDGET bytes
 
 Learning rates, the share of rehearsed rows and the anchor's strength are the best on training rows set apart (the mean
 exact match after one task, or for the latter two after two, in the first order). Seconds are those of the process's CPU
@@ -37,7 +37,7 @@ from small_model import TASKS, make_base, write_tasks  # noqa: E402
 STEPS, BATCH, SEEDS = 50, 16, (1, 2)
 BUDGET = 48 * 1024
 LORA = {"lora": {"r": 8}}
-DIFF = {"diff_pruning": {"density": 0.0018, "gate_share": 0.5}}  # three diffs fit into BUDGET
+DIFF = {"diff_pruning": {"density": 0.0018, "gate_share": 0.5}}
 SIDES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # patch, keys of the recipe, orders
     "sequential": (LORA, {}, 2),
     "text": (LORA, {"rehearsal": {"budget": BUDGET}}, 2),
@@ -202,7 +202,7 @@ def figures(results: Results, fields: dict[str, Any]) -> tuple[dict[str, float],
         pairs = [at for name, *at in results if name == "logits"]
         accs = [results["logits", *at]["acc"] - results["text", *at]["acc"] for at in pairs]
         summary["logits_minus_text_points"] = 100 * statistics.mean(accs)
-    targets = {"forgetting_cut": [">=", 0.7], "time_to_sequential": ["<=", 1.3], "diff_forgetting": ["==", 0]}
+    targets = {"forgetting_cut": [">=", 0.7], "time_to_sequential": ["<=", 1.3], "diff_forgetting": ["<=", 0]}
     return summary, {key: value for key, value in targets.items() if key in summary}
 
 
@@ -228,7 +228,7 @@ COLUMNS = ("side", "runs", "fields", "exact match, mean", "forgetting, points", 
 TITLE = "Four tasks one after another"
 CLAIM = (
     "A small Llama learns four text tasks one after another: sequential tuning, rehearsal within 48 KiB of text or of "
-    "probabilities, weight anchoring, and a diff per task."
+    "probabilities, and a diff per task."
 )
 NOTES = [
     f"{STEPS} steps of {BATCH} rows for each task, up to 440 training rows and 40 test rows each; two orders and two "
@@ -237,6 +237,10 @@ NOTES = [
     "bytes: what the side stores of earlier tasks, as files. A diff has its own task's model, so what it has forgotten "
     "is its score after all stages, loaded again, minus that right after its stage. The perplexity of neutral text is "
     "that of the last stage's model.",
+    "The learning rate of LoRA, 1e-2, was chosen on one task alone and proved too high for a chain of four: in the "
+    "second order the perplexity of neutral text rose from 131 to some thousands, and tasks were not learned at all. "
+    "Three diffs take 94 KB, about twice the 48 KiB of the buffers, so bytes are not equal for them. ewc and "
+    "loss_diverse have not been run.",
     "The fields (learning rate; share of rehearsed rows; the anchor's strength) were chosen on 50 training rows set "
     "apart, with a seed of their own.",
 ]

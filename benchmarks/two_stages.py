@@ -267,7 +267,7 @@ def main() -> None:
 
 
 COLUMNS = ("part", "what", "equal", "found", "loss, Dolly and HH-RLHF", "loss, OASST1")
-TARGETS = {"resumed_equal": ["==", STOPS], "found": ["==", PLANTED], "false_alarms": ["==", 0]}
+TARGETS = {"resumed_equal": [">=", STOPS], "found": [">=", PLANTED], "false_alarms": ["<=", 0]}
 CLAIM = (
     "A run of two stages is stopped by wall-clock limits and resumed exactly; the audit finds what was planted; and "
     "two stages against one on the mixture, at equal steps."
