@@ -41,7 +41,7 @@ from common import (  # noqa: E402
 from llama_shape import write_model, write_text  # noqa: E402
 
 GIB, ROWS, LENGTH, DENSITY = 2**30, 16, 64, 0.001
-STEPS, TRIED, SEEDS = 80, 30, (1, 2)  # of the comparison of losses; of the search for a rate
+STEPS, TRIED, SEEDS = 80, 80, (1, 2)  # of the comparison of losses; of the search for a rate
 TARGETS = {
     "growth_to_inference": ["<=", 1.1], "steps_to_mezo": [">=", 2.0], "loss_minus_mezo": ["<", 0.0],
     "cosine": [">=", 0.95], "seven_b_gib": ["<=", 8.0],
