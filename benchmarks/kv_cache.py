@@ -312,8 +312,8 @@ def main() -> None:
         ]
     if "quality" in parts:
         sizes = {"texts": {"2048": 2}, "needles": {"1024": 2}} if args.quick else \
-            {"texts": {str(n): 16 for n in LENGTHS}, "needles": {"2048": 20, "4096": 12}}  # fmt: skip
-        made = itself(__file__, {"kind": "quality", "data": args.data, **sizes}, timeout=2400)
+            {"texts": {str(n): 8 for n in LENGTHS}, "needles": {"2048": 12, "4096": 8}}  # fmt: skip
+        made = itself(__file__, {"kind": "quality", "data": args.data, **sizes}, timeout=7200)
         kl, found = made["kl"], made["needles"]
         rows["kl"], rows["needles"] = [], []
         for share in SHARES:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import (  # noqa: E402
     RESULTS,
     Clock,
+    Kept,
     alternate,
     arguments,
     conclude,
@@ -94,7 +95,7 @@ def recipe(job: dict[str, Any], folder: str) -> Any:
             "max_steps": job["steps"], "per_device_train_batch_size": job.get("rows", ROWS), "max_length": LENGTH,
             "learning_rate": job["rate"], "seed": job["seed"], "report_to": "none",
         },
-        output=f"{folder}/run",
+        output=f"{folder}/run", engine={"stop_if_diverged": False},  # a rate that is too high is a result too
     )  # fmt: skip
 
 
@@ -264,15 +265,20 @@ def losses(train: Path, apart: Path, quick: bool) -> tuple[float, list[dict[str,
         "MeZO (full, our stepper)": ({"patch": "full", "fields": {}}, (1e-7, 1e-6, 1e-5)),
     }
     found, rows = {}, []
+    kept = Kept(train.parent / "kept" if quick else RESULTS / "sparse_zo_trainings.jsonl")
+
+    def run(file: Path, job: dict[str, Any]) -> dict[str, Any]:
+        return kept.get(job) or kept.add(job, itself(__file__, {**job, "train": str(file)}))
+
     for name, (side, rates) in sides.items():
         job = {"kind": "ours", "evaluate": True, **side}
 
-        def score(rate: float, job: dict[str, Any] = job) -> float:
-            loss = itself(__file__, {**job, "train": str(apart), "steps": tried, "rate": rate, "seed": 0})["loss"]
+        def score(rate: float, job: dict[str, Any] = job, run: Any = run) -> float:
+            loss = run(apart, {**job, "steps": tried, "rate": rate, "seed": 0})["loss"]
             return -loss if loss == loss else -1e9
 
         rate, _ = seek(score, rates[1:] if quick else rates, further=0 if quick else 10)
-        made = [itself(__file__, {**job, "train": str(train), "steps": steps, "rate": rate, "seed": s}) for s in seeds]
+        made = [run(train, {**job, "steps": steps, "rate": rate, "seed": seed}) for seed in seeds]
         found[name] = [run["loss"] for run in made]
         speed = spread([1 / r["seconds"] for r in made])
         rows.append({"side": f"{name}, {steps} steps, rate {rate:g}", "steps/s": speed, "growth, MiB": "",

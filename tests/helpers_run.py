@@ -138,6 +138,7 @@ def forked(work: Any) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
+POLICIES = {"s_grpo": {"s_grpo": {"alpha": 2, "k": 4, "p": 0.5}}, "t_spmo": "t_spmo", "grpo": "grpo"}
 TABLES = {"r": 64, "k": 16, "scale": 1.0}
 PATCHES = {
     "paca": {"paca": {"r": 4}},
@@ -159,6 +160,7 @@ PATCHES = {
     "diff_pruning gates": {"diff_pruning": {"density": 0.02, "candidates": 0.2, "gate_share": 0.8}},
     "diff_pruning kept": {"diff_pruning": {"density": 0.02, "structured": False, "gate_share": 0.2}},
     "full": {"full": {}},
+    "full offloaded": {"full": {"offload": "slow"}},
 }
 
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from helpers_run import POLICIES as OBJECTIVES
 from helpers_run import left, make_world, prompts
 from trimtab.data.rewards import RewardFailed
 from trimtab.engine.arguments import training_arguments, weighed
@@ -24,7 +25,6 @@ from trimtab.report.report import report
 from trimtab.training.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-OBJECTIVES = {"s_grpo": {"s_grpo": {"alpha": 2, "k": 4, "p": 0.5}}, "t_spmo": "t_spmo", "grpo": "grpo"}
 objectives = pytest.mark.parametrize("name", OBJECTIVES)
 
 

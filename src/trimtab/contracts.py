@@ -63,6 +63,7 @@ class Surgery(ABC):
     tiers: Any = None  # the base's experts in two tiers (tiered/experts.py), if the patch has moved them
     notes: tuple[str, ...] = ()  # for the user, on how the patch was applied
     in_slow_tier: list[Tensor] = []  # tensors of the base that it has moved to the slow tier
+    offloaded: Any = None  # its parameters, if they are trained in the slow tier (tiered/offload.py)
 
     @abstractmethod
     def revert(self) -> None:

@@ -9,6 +9,7 @@ training continues with a moment that has NaN.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -124,6 +125,18 @@ def load(path: Path) -> Any:
     except Exception as error:  # torch, zipfile and pickle each raise their own exceptions
         why = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise BadInput(f"resume from {path.parent}", f"{path.name} {why}", EARLIER) from error
+
+
+@contextlib.contextmanager
+def mapped_loads() -> Iterator[None]:
+    """Within it, `torch.load` maps tensors from their file rather than reading them into memory."""
+    from torch.utils.serialization import config
+
+    before, config.load.mmap = config.load.mmap, True
+    try:
+        yield
+    finally:
+        config.load.mmap = before
 
 
 def _finite(tensor: Any) -> bool:

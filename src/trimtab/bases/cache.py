@@ -89,9 +89,7 @@ class BudgetedPolicy(CachePolicy):
 
     shrinkable: ClassVar[tuple[str, ...]] = ("chunk", "budget")
 
-    # what a text may keep: tokens per layer on average (1024), bytes over all layers (64MiB), a share of its prompt
-    # (10%), or auto: what budget.fast leaves
-    budget: int | str = 1024
+    budget: int | str = 1024  # tokens per layer, bytes (64MiB), a share of the prompt (10%), or auto (budget.fast)
 
     @property
     @abstractmethod

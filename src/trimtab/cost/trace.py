@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import TrimtabError, Untraceable
 from ..foreign import DataDependentOutputException, FakeTensorMode
-from ..memory.meter import LiveTensors, file_ranges, is_mapped
+from ..memory.meter import LiveTensors
 from ..model import anatomy
 from ..model.fused_ops import fresh_biases
 from ..model.quant import quantised_state
@@ -38,8 +38,9 @@ Peaks = dict[str, Bytes]  # phase -> bytes in use when that phase used the most
 WEIGHTS, MAPPED, ADAPTER, GRADIENTS = "weights", "mapped weights", "adapter", "gradients"
 ROWS = "rows in the slow tier"
 EXPERTS, EXPERT_ROWS = "experts", "experts in the slow tier"
+OFFLOADED = "training state in the slow tier"  # weights, gradients and moments (tiered/offload.py)
 BLOCK_BACKWARD = ("backward of the last block", "backward of the blocks between")
-SLOW = (MAPPED, ROWS, EXPERT_ROWS)  # kinds of the slow tier
+SLOW = (MAPPED, ROWS, EXPERT_ROWS, OFFLOADED)  # kinds of the slow tier
 OPTIMIZER, ACTIVATIONS, LOGITS, TEMPORARIES = "optimizer", "activations", "logits", "temporaries"
 CACHE = "cache"
 EVALUATION = "evaluation"  # a phase; OPTIMIZER is one too
@@ -153,6 +154,15 @@ class Trace(LiveTensors):
         if tensor.untyped_storage()._cdata in self._kinds:
             self._move(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes(), kind)
 
+    def kind_of(self, tensor: Tensor) -> str | None:
+        """The kind that the tensor's storage counts as; None: it is not counted."""
+        return self._kinds.get(tensor.untyped_storage()._cdata)
+
+    def gradient(self, parameter: Tensor) -> None:
+        """Counts the parameter's gradient, which is complete, as what it is."""
+        if parameter.grad is not None:  # an optimizer that steps in the backward pass has dropped it
+            self.relabel(parameter.grad, OFFLOADED if self.kind_of(parameter) == OFFLOADED else GRADIENTS)
+
     def enter(self, phase: str, kind: str | None = None) -> None:
         if self.phase in BLOCK_BACKWARD:
             self.backward_transient = max(self.backward_transient, self._top - self._entered)
@@ -188,9 +198,11 @@ class Trace(LiveTensors):
         self._kinds[key] = kind
         self.held[old] -= size
         self.held[kind] = self.held.get(kind, 0) + size
-        if old == MAPPED:
+        if old in SLOW and kind not in SLOW:
             self.live += size
             self._peak()
+        elif kind in SLOW and old not in SLOW:
+            self.live -= size
 
     def _peak(self) -> None:
         self._top = max(self._top, self.live)
@@ -207,60 +219,11 @@ class Trace(LiveTensors):
         for argument, value in zip(schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in value if isinstance(value, list | tuple) else (value,):
+                    if tensor is None:  # an optional argument
+                        continue
                     storage = tensor.untyped_storage()
                     if self._kinds.get(storage._cdata) == MAPPED:
                         self._move(storage._cdata, storage.nbytes(), WEIGHTS)
-
-
-@contextlib.contextmanager
-def metered(
-    trainer: Any,
-    model: Any,
-    own: Sequence[Tensor],
-    optimizer: Any,
-    tables: Iterable[Tensor] = (),
-    aside: Iterable[torch.UntypedStorage] = (),
-    outside: Iterable[tuple[str, list[Tensor]]] = (),
-) -> Iterator[Trace]:
-    """Within it, a real step of `trainer` is counted as the planner counts a fake one, by kind and phase.
-
-    `own`: the tensors of the patches; `tables`: those of them in the slow tier. Tensors in mapped files are `MAPPED`.
-    `aside`: storages of the loaded model, some of which patches may keep for reverting. `outside`: other tensors of
-    patches, by kind.
-    """
-    maps = file_ranges()
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
-    trace = Trace(vocabulary, fake=False)
-    trace.watch(tables, ROWS)
-    for kind, tensors in outside:
-        trace.watch(tensors, kind)
-    adapters = {t.untyped_storage()._cdata for t in own}
-    for tensor in (*model.parameters(), *model.buffers()):
-        mapped = is_mapped(tensor, maps)
-        ours = tensor.untyped_storage()._cdata in adapters or tensor.requires_grad
-        trace.watch([tensor], MAPPED if mapped else ADAPTER if ours else WEIGHTS)
-        if tensor.grad is not None:
-            trace.watch([tensor.grad], GRADIENTS)
-    trace.watch(own, ADAPTER)
-    for storage in aside:
-        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        trace.watch([whole], MAPPED if is_mapped(whole, maps) else WEIGHTS)
-    trace.watch(quantised_state(model), WEIGHTS)
-    trace.watch([t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)], OPTIMIZER)
-    loss = trainer.compute_loss
-
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        trace.enter("embedding", ACTIVATIONS)
-        value = loss(*args, **kwargs)
-        trace.enter("backward of the head", TEMPORARIES)
-        return value
-
-    trainer.compute_loss, trainer.trace = marked, trace
-    try:
-        with _phases(trace, model), trace:
-            yield trace
-    finally:
-        del trainer.compute_loss, trainer.trace
 
 
 @dataclass
@@ -329,7 +292,7 @@ def _traced(
             trace.watch([tensor], kinds[name])
         trace.watch(quantised_state(model), WEIGHTS)
         try:
-            with _phases(trace, model), trace:
+            with phases(trace, model), trace:
                 yield
         except TrimtabError:
             raise
@@ -360,11 +323,15 @@ def _train(step: Step, trace: Trace, optimizer: torch.optim.Optimizer, trained: 
     if step.clip:
         nn.utils.clip_grad_norm_(trained, step.clip)
     optimizer.step()
+    for parameter in trained:
+        if trace.kind_of(parameter) == OFFLOADED:
+            for tensor in (t for t in optimizer.state[parameter].values() if t.dim()):  # not the number of steps
+                trace.relabel(tensor, OFFLOADED)
     optimizer.zero_grad(set_to_none=True)
 
 
 @contextlib.contextmanager
-def _phases(trace: Trace, model: Any) -> Iterator[None]:
+def phases(trace: Trace, model: Any) -> Iterator[None]:
     """Within it, hooks set the trace's phase as the model runs, and label gradients."""
     stack = anatomy.blocks(model)[1]
     last = len(stack) - 1
@@ -384,7 +351,7 @@ def _phases(trace: Trace, model: Any) -> Iterator[None]:
             hidden.register_hook(lambda grad: trace.enter(f"backward of the {where}"))
 
     trained = (p for p in model.parameters() if p.requires_grad)
-    handles = [p.register_post_accumulate_grad_hook(lambda p: trace.relabel(p.grad, GRADIENTS)) for p in trained]
+    handles = [p.register_post_accumulate_grad_hook(trace.gradient) for p in trained]
     for index, block in enumerate(stack):
         handles.append(block.register_forward_pre_hook(functools.partial(before, index=index)))
         handles.append(block.register_forward_hook(functools.partial(after, index=index)))

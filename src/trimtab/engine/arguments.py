@@ -17,6 +17,7 @@ from ..errors import BadInput, nearest
 from ..recipe import Recipe
 from ..validation import booleans
 from .fields import check_fields
+from .optimizers import require_library
 
 
 def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:
@@ -100,8 +101,11 @@ def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
     """BadInput for an optimizer that would not be used, or that cannot step the rows of a patch's tables."""
     for part in (recipe.load_stepper(), recipe.load_objective()):
         for key in recipe.training.keys() & part.ignored.keys():
+            if not recipe.training[key]:  # switched off: nothing was asked for
+                continue
             have = part.ignored[key]
             raise BadInput(f"training: {key} with {type(part).__name__}", have, f"Remove {key}")
+    require_library(args, recipe.place.device)
     if recipe.load_stepper().uses_gradients and not recipe.load_objective().differentiable:
         asked = f"objective: {recipe.objective} with stepper: {recipe.stepper}"
         raise BadInput(asked, "the loss has no gradient", "Set stepper: mezo")
@@ -117,11 +121,11 @@ def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
             raise BadInput(asked, f"{name} has an optimizer of its own", "Remove optim")
         if tables:
             asked = f"{name} with {type(tables[0]).__name__}"
-            raise BadInput(asked, "rows in the slow tier are stepped by Adam only", "Set stepper: backprop")
+            raise BadInput(asked, "in the slow tier only Adam steps", "Set stepper: backprop")
     if tables and args.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise BadInput(
             f"training: optim: {getattr(args.optim, 'value', args.optim)} with {type(tables[0]).__name__}",
-            "rows in the slow tier are stepped by Adam only", "Set optim: adamw_torch",
+            "in the slow tier only Adam steps", "Set optim: adamw_torch",
         )  # fmt: skip
 
 

@@ -23,7 +23,15 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..artifacts import adapter
-from ..artifacts.checkpoint_files import EARLIER, STATE, check_optimizer, check_scheduler, load, write_sums
+from ..artifacts.checkpoint_files import (
+    EARLIER,
+    STATE,
+    check_optimizer,
+    check_scheduler,
+    load,
+    mapped_loads,
+    write_sums,
+)
 from ..artifacts.run_folder import PARTIAL, checkpoints
 from ..contracts import Stepper, penalty_of
 from ..data.order import longest_first
@@ -108,7 +116,14 @@ class _OurTrainer(ClipsRows):
             groups = made.state_dict()["param_groups"]  # with this run's learning rate
             made.load_state_dict({"state": load(self.start_optimizer)["state"], "param_groups": groups})
             self.start_optimizer = None
+        self._hold(made)
         return made
+
+    def _hold(self, optimizer: Any) -> None:
+        """Moves the optimizer's state to the slow tier, where the surgeries have their parameters there."""
+        for surgery in self.job.surgeries:
+            if surgery.offloaded is not None:
+                surgery.offloaded.hold(optimizer)
 
     def step_loss(self) -> float:
         """The mean loss of the current optimizer step over all processes (each must call this)."""
@@ -157,7 +172,9 @@ class _OurTrainer(ClipsRows):
             folder = Path(checkpoint)
             check_optimizer(folder / "optimizer.pt", self.optimizer)
             check_scheduler(folder / "scheduler.pt", self.lr_scheduler, self.state.global_step)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with mapped_loads():
+            super()._load_optimizer_and_scheduler(checkpoint)
+        self._hold(self.optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         try:

@@ -8,12 +8,17 @@ most of AdamW's steps at a learning rate of 1e-5. `dtype: bf16` halves weights, 
 price. The engine multiplies fp32 copies of a bf16 base under bf16 autocast, so that the products stay fast; an fp32
 base is multiplied in fp32 unless `training: {bf16: true}`.
 
+`offload: slow` keeps the copy, its gradients and Adam's moments in a mapped file, 16 bytes a parameter in fp32, as
+optimizers are offloaded elsewhere to a CPU's memory. Each operation is that of training in memory, so that the result
+is the same bit for bit.
+
 `train` restricts training to the parameters whose path the regex matches ("norm"). If these have a wider dtype than the
 frozen rest, their modules compute in fp32 and return the dtype that the base would return.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -23,8 +28,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..contracts import Patch, Place, Portable, Surgery
+from ..cost.trace import OFFLOADED
 from ..errors import BadInput
 from ..model.surgery import Swaps, require_unpatched
+from ..tiered.offload import Offloaded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "keep": None}
 
@@ -39,6 +46,15 @@ class Full(Patch):
 
     dtype: Literal["fp32", "bf16", "keep"] = "fp32"  # of the weights while they are trained; bf16 loses small updates
     train: str = "all"  # "all", or a regex on parameter paths
+    offload: Literal["none", "slow"] = "none"  # slow: weights, gradients and Adam's moments in a mapped file
+
+    @property
+    def uses_tables(self) -> bool:  # type: ignore[override]
+        return self.offload == "slow"
+
+    @property
+    def gradient_reason(self) -> str:  # type: ignore[override]
+        return "offload: slow keeps gradients and moments, of which it has none" if self.offload == "slow" else ""
 
     @property
     def autocast(self) -> bool:
@@ -53,8 +69,8 @@ class Full(Patch):
         require_unpatched(model, surgery.swaps, self.exclusive_reason)
         for parameter in model.parameters():
             surgery.swaps.set_requires_grad(parameter, False)
-        for name, parameter in chosen.items():
-            surgery.train(name, parameter, DTYPES[self.dtype] or parameter.dtype)
+        dtypes = {name: DTYPES[self.dtype] or parameter.dtype for name, parameter in chosen.items()}
+        surgery.train(chosen, dtypes, place if self.offload == "slow" else None)
         surgery.bridge()
         return surgery
 
@@ -83,13 +99,19 @@ class FullSurgery(Surgery):
         self.trained: dict[str, nn.Parameter] = {}
         self.originals: dict[str, Tensor] = {}
 
-    def train(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-        """Give `parameter` a copy of its values in `dtype`. The object stays the same, so it stays tied."""
-        original = parameter.data
-        parameter.data = original.to(dtype, copy=True)
-        self.trained[name], self.originals[name] = parameter, original
-        self.swaps.on_undo(lambda: _put_back(parameter, original))
-        self.swaps.set_requires_grad(parameter, True)
+    def train(self, chosen: dict[str, nn.Parameter], dtypes: dict[str, torch.dtype], slow: Place | None) -> None:
+        """Give the parameters copies of their values, in the slow tier of `slow` unless that is None. The objects stay
+        the same, so they stay tied."""
+        self.trained, self.originals = chosen, {name: parameter.data for name, parameter in chosen.items()}
+        for name, parameter in chosen.items():
+            self.swaps.on_undo(functools.partial(_put_back, parameter, parameter.data))
+            self.swaps.set_requires_grad(parameter, True)
+            if slow is None:
+                parameter.data = parameter.data.to(dtypes[name], copy=True)
+        if slow is not None:
+            self.offloaded = Offloaded(chosen, dtypes, slow)
+            for handle in self.offloaded.keep_gradients():
+                self.swaps.hook(handle)
 
     def bridge(self) -> None:
         """Add casts around each module whose trained weights have another dtype than the frozen rest of the model."""
@@ -112,6 +134,9 @@ class FullSurgery(Surgery):
         self.swaps.undo()
         for name, parameter in self.trained.items():
             parameter.data = values[name]
+
+    def outside(self) -> dict[str, list[Tensor]]:
+        return {} if self.offloaded is None else {OFFLOADED: self.offloaded.outside()}
 
     def own_tensors(self) -> dict[str, Tensor]:
         return dict(self.trained)

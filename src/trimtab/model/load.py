@@ -75,6 +75,8 @@ def load_model(
         raise BadInput(f'task: "{task}"', "there is no such task", nearest(task, TASKS))
     folder = cached_folder(spec.name, revision=spec.revision, code=spec.trust_remote_code, say=say)
     device = torch.device(device or "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"place: {device}", "this machine, or its PyTorch, has no such device", "Set place: cpu")
     config = _config(folder, spec, task, labels)
     tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
     model = _from_pretrained(folder, spec, task, config, {"dtype": "auto"}, experts)

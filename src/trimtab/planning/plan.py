@@ -41,10 +41,12 @@ WHY = {
     "temporaries": "what the backward pass allocates and frees",
 }
 TABLES, EXPERTS = "rows in the slow tier", "experts in the slow tier"
+OFFLOADED = "training state in the slow tier"
 SLOW = {
     "mapped weights": "base weights in their file's precision, mapped from the file",
     TABLES: "an adapter's table, with its gradients and Adam's state",
     EXPERTS: "the base's experts, one record each",
+    OFFLOADED: "trained weights, their gradients and Adam's moments, in a file",
 }
 USED = 0.95  # of the budget: a plan is not more exact
 TIERS = "fast: memory that budget.fast limits, of the process or a GPU; slow: larger memory below it, files or RAM"
@@ -108,7 +110,7 @@ class Plan:
 
     @property
     def table_bytes(self) -> int:
-        return self.kinds.get(TABLES, 0)
+        return self.kinds.get(TABLES, 0) + self.kinds.get(OFFLOADED, 0)
 
     @property
     def fast(self) -> int:
@@ -278,7 +280,7 @@ def plan(
     overhead = beside.of(growth(kinds), transient, cost.autocast, threads, shapes) + cost.copied_ahead
     disk = None
     if slow_kind(place.slow, device) == "disk":
-        if kinds.get(TABLES) and recipe.place.folder:
+        if (kinds.get(TABLES) or kinds.get(OFFLOADED)) and recipe.place.folder:
             require_folder(recipe.place.folder)
         disk = free_bytes(recipe.place.folder or recipe.output)
     return Plan(

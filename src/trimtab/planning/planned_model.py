@@ -142,10 +142,12 @@ class PlannedModel:
         return next(recurs, depth)
 
     def kind_of(self, name: str, tensor: Any) -> str:
-        from ..cost.trace import ADAPTER, MAPPED, WEIGHTS
+        from ..cost.trace import ADAPTER, MAPPED, OFFLOADED, WEIGHTS
 
         if _key(tensor) in self._moved():
             return MAPPED
+        if any(name in surgery.offloaded.parameters for surgery in self.surgeries if surgery.offloaded):
+            return OFFLOADED
         if _key(tensor) not in self.base:
             return ADAPTER
         if _key(tensor) not in self.in_file:

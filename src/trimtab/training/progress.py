@@ -21,7 +21,8 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from ..contracts import Surgery
-from ..cost.trace import ADAPTER, MAPPED, OPTIMIZER, WEIGHTS, Trace, highest, live, metered
+from ..cost.metered import metered
+from ..cost.trace import ADAPTER, MAPPED, OPTIMIZER, WEIGHTS, Trace, highest, live
 from ..files import write_text
 from ..memory.guard import Guard
 from ..memory.meter import GIB, Meter

@@ -133,6 +133,9 @@ class Session:
                     "it shards the parameters beside a table in the slow tier, whose rows cannot be stepped then",
                     "Use plain data parallelism, with torchrun",
                 )
+            if self.args.world_size > 1 and any(surgery.offloaded for surgery in self.surgeries):
+                have = "each process would keep a copy of all weights, gradients and moments in a file"
+                raise BadInput(f"offload: slow in {self.args.world_size} processes", have, "Use one process")
             self.surgeries += prepare(self.model, self.stepper, self.objective)
             if self.start.adapter and not self.resumed:
                 adapter.load_into(self.surgeries, self.start.adapter, self.base, "start from")
