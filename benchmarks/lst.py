@@ -3,10 +3,10 @@
 Memory: MiniLM-L6 and SmolLM2-135M, the peak of anonymous memory beyond the loaded model in a short run of each side, in
 fresh processes, alternating. LoRA's rank is the one with the nearest number of trained parameters.
 
-Accuracy (`--data FOLDER`, with glue_sst2/train.jsonl.gz and validation.jsonl.gz): MiniLM-L6 with a new head, 150 steps of
-16 rows, three seeds, scored on GLUE's validation rows. Each side's learning rate is the one with the best accuracy on
-training rows set apart, after as many steps. Each training is kept in results/lst_trainings.jsonl, and not run again.
-The result contains no rows.
+Accuracy (`--data FOLDER`, with glue_sst2/train.jsonl.gz and validation.jsonl.gz): MiniLM-L6 with a new head, 150 steps
+of 16 rows, three seeds, scored on GLUE's validation rows. Each side's learning rate is the one with the best accuracy
+on training rows set apart, after as many steps. Each training is kept in results/lst_trainings.jsonl, and not run
+again. The result contains no rows.
 
     python benchmarks/lst.py --data FOLDER [--parts memory,accuracy] [--quick] [--rounds 3] [--json FILE]
 """
@@ -162,8 +162,8 @@ CLAIM = (
     "beyond the loaded model, and accuracy on SST-2 with MiniLM-L6 after as many steps."
 )
 NOTES = [
-    "growth: anonymous memory beyond the loaded model; 4 steps, of 4 rows of 256 tokens (SmolLM2-135M) and of 32 rows of "
-    "up to 96 tokens (MiniLM-L6), without activation checkpointing.",
+    "growth: anonymous memory beyond the loaded model; 4 steps, of 4 rows of 256 tokens (SmolLM2-135M) and of 32 rows "
+    "of up to 96 tokens (MiniLM-L6), without activation checkpointing.",
     f"Accuracy: {STEPS} steps of {BATCH} rows of up to {LENGTH} tokens, {SEEDS} seeds, on GLUE's 872 validation rows "
     f"(standard error of one run: 1 point). The rates were chosen on {APART} training rows set apart.",
 ]
