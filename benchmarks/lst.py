@@ -98,7 +98,9 @@ def memory(args: argparse.Namespace, folder: Path) -> tuple[dict[str, float], li
         run = lambda side, job=job: child(  # noqa: E731
             [__file__, "--worker", json.dumps({**job, "side": side})], threads=1, timeout=3000
         )
-        runs = alternate({side: (lambda side=side: run(side)) for side in SIDES}, 1 if args.quick else args.rounds)
+        runs = alternate(
+            {side: (lambda side=side, run=run: run(side)) for side in SIDES}, 1 if args.quick else args.rounds
+        )
         for side, found in runs.items():
             rows.append({"side": f"{side}, {model}", "runs": len(found), "trained": counts[side],
                          "growth, MiB": spread([one[HELD] / MIB for one in found])})  # fmt: skip
