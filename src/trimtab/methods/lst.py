@@ -57,9 +57,7 @@ class LST(Patch):
 
     paper: ClassVar[str] = "2206.06522"
     exclusive_reason: ClassVar[str] = "no gradient flows through the base under lst, so a patch in it is not trained"
-    gradient_reason: ClassVar[str] = (
-        "its side layers run after all blocks, and MeZO changes a block's weights as it runs"
-    )
+    gradient_reason: ClassVar[str] = "its side layers run after all blocks, where MeZO changes no weights"
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 3e-3, "warmup_steps": 0.02}
 
     r: int = 8  # reduction factor, section 4.1
