@@ -148,6 +148,9 @@ class Session:
             self.surgeries += self.anchor
             if self.anchor and self.start.anchor[0]:
                 self.anchor[0].read(self.start.anchor[0])
+            if self.resumed or self.start.adapter:  # what calibration would have chosen is in the tensors that are read
+                for surgery in self.surgeries:
+                    surgery.notes = () if surgery.patch.calibration_rows else surgery.notes
             for note in notes_of(self.surgeries, str(self.place.folder)):
                 self.say(note)
             undo.enter_context(restore_model(self.model))
