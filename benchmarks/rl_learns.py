@@ -28,6 +28,7 @@ LENGTH = 4  # tokens of a reply: up to two digits and the end, or one character 
 OBJECTIVES = {"S-GRPO": {"s_grpo": {"alpha": 1, "k": 2, "p": 0.5}}, "T-SPMO": "t_spmo", "GRPO": "grpo"}
 RATES = (1e-3, 3e-3, 1e-2)
 CHARACTERS = "0123456789+="
+WARM = 6000  # steps; after 1,500 it had not learned what it was taught: 11 % of its replies were right, not 40
 
 
 def pairs() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -124,7 +125,7 @@ def main() -> None:
         return
     steps, seeds, rates = (40, 1, RATES[1:2]) if args.quick else (150, args.seeds, RATES)
     with tempfile.TemporaryDirectory() as folder:
-        warm_start(Path(folder), 1500)
+        warm_start(Path(folder), WARM)
         base = {"folder": folder, "steps": steps, "rows": 100 if args.quick else HELD_OUT}
         before = itself(__file__, {**base, "steps": 0, "rate": 0.0, "seed": 0})
         print("before", before, flush=True)
@@ -150,7 +151,10 @@ def main() -> None:
             print(rows[-1], flush=True)
     sampled, greedy = (f"{100 * before[key]:.1f} %" for key in ("sampled", "greedy"))
     note = f"Before: {sampled} of sampled and {greedy} of greedy replies to {base['rows']} held-out sums were right. "
-    note += f"{steps} steps of 8 prompts with 16 replies each."
+    note += (
+        f"{steps} steps of 8 prompts with 16 replies each. In a first form with 1,500 steps of warm start 11 % were "
+    )
+    note += "right before, and the gains were 4.2 (S-GRPO), -0.3 (T-SPMO) and 5.2 points (GRPO)."
     conclude("rl_learns", args, summary, TARGETS, title="Learning by rewards", claim=CLAIM, rows=rows, notes=[note])
 
 

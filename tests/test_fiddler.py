@@ -301,12 +301,27 @@ def test_a_kept_store_is_used_again_and_only_for_its_own_model(tmp_path):
     assert torch.equal(*outputs) and times[0] == times[1] and sorted(os.listdir(keep)) == [DATA, MEANING]
     for folder, precision in ((folders[1], "auto"), (folders[0], "bf16")):
         other = load_model(ModelSpec(folder, precision), experts=False)[0]
-        with pytest.raises(BadInput, match="another model"):
+        with pytest.raises(BadInput, match="another model|needs them in bfloat16"):
             Fiddler(store=str(keep)).apply(other, PLACE)
         assert any(p.is_meta for p in other.parameters()), "the model is as it was"
     (keep / MEANING).write_text("{")
     with pytest.raises(BadInput, match="damaged"):
         Fiddler(store=str(keep)).apply(load_model(folders[0], experts=False)[0], PLACE)
+
+
+@pytest.mark.parametrize("cache", [0.0, 1e-4, 1.0])
+@pytest.mark.parametrize("precision", ["auto", "nf4"])
+def test_a_damaged_record_of_a_kept_store_is_refused_before_it_is_used(precision, cache, tmp_path):
+    folder, keep = tiny_folder(tmp_path / "m", "mixtral", torch.float32), tmp_path / "store"
+    made = lambda: load_model(ModelSpec(folder, precision), experts=False)[0]  # noqa: E731
+    Fiddler(store=str(keep), cache=cache).apply(made(), PLACE).revert()
+    data = bytearray((keep / DATA).read_bytes())
+    data[1::2] = bytes(len(data[1::2]))
+    (keep / DATA).write_bytes(data)
+    model = made()
+    with pytest.raises(BadInput, match="is not what was written"):
+        Fiddler(store=str(keep), cache=cache).apply(model, PLACE)
+        logits(model, tiny_batch(model))
 
 
 def test_a_store_that_was_not_completed_is_not_used(tmp_path, monkeypatch):

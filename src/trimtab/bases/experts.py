@@ -127,6 +127,8 @@ class ExpertsSurgery(Surgery):
             for name, parameter in self.stacked[names[layer]].items():
                 kept = self.form is not None  # only the originals have all their bits
                 if not kept and not parameter.is_meta and not is_mapped(parameter, mapped):
+                    for row in self.tiers.layers[layer].rows:
+                        self.tiers.check(row)
                     self.released.append((names[layer], name, parameter, parameter.shape))
                     parameter.data = parameter.data.new_empty(0)
 

@@ -9,9 +9,9 @@ of the process is used. A GPU gets it through a buffer of one slot.
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..files import write_json
+from ..validation import read_json
+from .kept_store import DATA, MEANING, SUMS, difference
 from .mapped_file import MappedFile, map_file, require_memory, require_space, reserve
 from .prefetch import PIECE, Reader, Request
 from .record import PAGE, Part, round_up
@@ -30,7 +32,6 @@ from .table import Traffic
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and precision of one expert's tensor
 SAMPLED = 4  # records whose first pages are checked, to see whether all are in memory
-DATA, MEANING = "experts.bin", "experts.json"  # files of a store that is kept
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def layers_of(shapes: Sequence[tuple[int, Shapes]], form: Form | None) -> list[L
 class ExpertStore:
     """`shapes`: of each layer, how many experts there are and what one consists of. `reader`: reads records ahead.
     `form`: how records are packed. `keep`: a folder in which the store stays; "": the file has no name, and ends with
-    the process. `identity`: what the weights come from; a store that was kept must have the same. `planned`: for a
-    model without values; takes no memory.
+    the process. `identity`: what the weights come from; a store that was kept must have the same. A record of it is
+    compared with its checksum before its first use. `planned`: for a model without values; takes no memory.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class ExpertStore:
         self.slot_bytes = max(layer.record_bytes for layer in self.layers)
         self.filled = False
         self._file: MappedFile | None = None
-        self._partial: tuple[Path, Path, str] | None = None
+        self._partial: tuple[Path, Path, dict[str, Any]] | None = None
+        self._kept_in, self._sums = keep, list[int]()  # CRC-32 of each record of a store that is kept
+        self._unchecked: set[int] = set()  # rows of a store that was kept, which nothing has used yet
         self._table = self._new_table(folder, keep, identity)
         self.reader = reader if self.in_place and self._file is not None else None
         self._prefetched: Request | None = None
@@ -126,21 +129,21 @@ class ExpertStore:
 
     def _kept(self, folder: Path, identity: str) -> MappedFile:
         """The file in `folder`: an existing one of the same experts, or a new one, which `complete` names."""
-        layout = [[len(layer.rows), *((n, list(p.shape), str(p.dtype)) for n, p in layer.parts.items())]
+        layout = [[len(layer.rows), *([n, list(p.shape), str(p.dtype)] for n, p in layer.parts.items())]
                   for layer in self.layers]  # fmt: skip
         form = {} if self.form is None else {"form": self.form.name}
-        meaning = json.dumps({"identity": identity, **form, "layout": layout})
+        meaning = {"identity": identity, **form, "layout": layout}
         data, said = folder / DATA, folder / MEANING
         if said.is_file() or data.is_file():
-            try:
-                known = json.dumps(json.loads(said.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
-                known = ""
+            known = read_json(said) or {}
+            sums, do = known.pop(SUMS, None), "Name another folder, or remove this one"
+            whole = isinstance(sums, list) and len(sums) == sum(len(layer.rows) for layer in self.layers)
             if known != meaning:
-                have = "it has the experts of another model" if known else f"its {MEANING} is missing or damaged"
-                raise BadInput(f"store: {folder}", have, "Name another folder, or remove this one")
+                raise BadInput(f"store: {folder}", difference(known, meaning), do)
+            if not whole:
+                raise BadInput(f"store: {folder}", f"its {MEANING} has no checksums", do)
             if data.is_file() and data.stat().st_size == self.table_bytes:
-                self.filled = True
+                self.filled, self._sums, self._unchecked = True, sums, set(range(self.rows))
                 with data.open("r+b") as file:
                     return MappedFile(file.fileno(), self.table_bytes)
         try:
@@ -176,6 +179,7 @@ class ExpertStore:
     def _write(self, layer: Layer, expert: int, tensors: Mapping[str, Tensor]) -> None:
         if self.form is not None:
             tensors = self.form.packed(tensors, layer.shapes)
+        crc = 0
         for name, part in layer.parts.items():
             values = tensors[name].detach().to("cpu", part.dtype).contiguous().reshape(-1).view(torch.uint8)
             at = layer.start + expert * layer.record_bytes + part.offset
@@ -183,14 +187,32 @@ class ExpertStore:
                 self._table[at : at + part.nbytes] = values
             else:
                 self._file.write(at, values.numpy())
+            if self._partial is not None:
+                crc = zlib.crc32(values.numpy(), crc)
+        if self._partial is not None:
+            self._sums.append(crc)
 
     def _complete(self) -> None:
         self.filled = True
         if self._partial is not None:
             partial, data, meaning = self._partial
-            write_json(data.parent / MEANING, json.loads(meaning))  # first: without data it means nothing
+            write_json(data.parent / MEANING, {**meaning, SUMS: self._sums})  # first: without data it means nothing
             os.replace(partial, data)
             self._partial = None
+
+    def check(self, row: int, record: Tensor | None = None) -> None:
+        """BadInput if a row's record in a store that was kept (or its copy `record`) is not what was written. Only the
+        first call for a row reads it."""
+        if row not in self._unchecked:
+            return
+        layer, crc = self._of_row[row], 0
+        record = self._table[self._span(row)] if record is None else record
+        for part in layer.parts.values():
+            crc = zlib.crc32(record[part.offset : part.offset + part.nbytes].numpy(), crc)
+        if crc != self._sums[row]:
+            have = f"expert {row - layer.rows.start} of layer {self.layers.index(layer)} is not what was written"
+            raise BadInput(f"store: {self._kept_in}", have, "Remove this folder: the next run writes it again")
+        self._unchecked.discard(row)
 
     def abandon(self) -> None:
         """Remove a file that was not completed."""
@@ -206,6 +228,7 @@ class ExpertStore:
 
     def original(self, row: int) -> dict[str, Tensor]:
         """A row's tensors in the slow tier."""
+        self.check(row)
         return self.split(row, self._table[self._span(row)])
 
     def split(self, row: int, record: Tensor) -> dict[str, Tensor]:
@@ -282,7 +305,9 @@ class ExpertStore:
         span, size = self._span(row), self._of_row[row].record_bytes
         if self._file is not None and self.in_place:
             self._file.read(span.start, slot[:size].numpy())
+            self.check(row, slot)
         else:
+            self.check(row)
             slot[:size].copy_(self._table[span], non_blocking=True)
 
     def weights(self, row: int, exact: bool = True) -> dict[str, Tensor]:
