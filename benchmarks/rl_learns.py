@@ -28,7 +28,7 @@ LENGTH = 4  # tokens of a reply: up to two digits and the end, or one character 
 OBJECTIVES = {"S-GRPO": {"s_grpo": {"alpha": 1, "k": 2, "p": 0.5}}, "T-SPMO": "t_spmo", "GRPO": "grpo"}
 RATES = (1e-3, 3e-3, 1e-2)
 CHARACTERS = "0123456789+="
-WARM = 6000  # steps; after 1,500 it had not learned what it was taught: 11 % of its replies were right, not 40
+WARM = 1500  # steps
 
 
 def pairs() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -49,12 +49,13 @@ def taught(a: int, b: int, made: random.Random) -> str:
 def warm_start(folder: Path, steps: int) -> None:
     """Saves the tokenizer and the model, taught badly."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = {word: at for at, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()  # else "15" is read as "1 5", and never earns a reward
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -151,10 +152,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     sampled, greedy = (f"{100 * before[key]:.1f} %" for key in ("sampled", "greedy"))
     note = f"Before: {sampled} of sampled and {greedy} of greedy replies to {base['rows']} held-out sums were right. "
-    note += (
-        f"{steps} steps of 8 prompts with 16 replies each. In a first form with 1,500 steps of warm start 11 % were "
-    )
-    note += "right before, and the gains were 4.2 (S-GRPO), -0.3 (T-SPMO) and 5.2 points (GRPO)."
+    note += f"{steps} steps of 8 prompts with 16 replies each."
     conclude("rl_learns", args, summary, TARGETS, title="Learning by rewards", claim=CLAIM, rows=rows, notes=[note])
 
 
