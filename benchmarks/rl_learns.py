@@ -28,6 +28,7 @@ LENGTH = 4  # tokens of a reply: up to two digits and the end, or one character 
 OBJECTIVES = {"S-GRPO": {"s_grpo": {"alpha": 1, "k": 2, "p": 0.5}}, "T-SPMO": "t_spmo", "GRPO": "grpo"}
 RATES = (1e-3, 3e-3, 1e-2)
 CHARACTERS = "0123456789+="
+WARM = 1500  # steps
 
 
 def pairs() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -48,12 +49,13 @@ def taught(a: int, b: int, made: random.Random) -> str:
 def warm_start(folder: Path, steps: int) -> None:
     """Saves the tokenizer and the model, taught badly."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = {word: at for at, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()  # else "15" is read as "1 5", and never earns a reward
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -124,7 +126,7 @@ def main() -> None:
         return
     steps, seeds, rates = (40, 1, RATES[1:2]) if args.quick else (150, args.seeds, RATES)
     with tempfile.TemporaryDirectory() as folder:
-        warm_start(Path(folder), 1500)
+        warm_start(Path(folder), WARM)
         base = {"folder": folder, "steps": steps, "rows": 100 if args.quick else HELD_OUT}
         before = itself(__file__, {**base, "steps": 0, "rate": 0.0, "seed": 0})
         print("before", before, flush=True)

@@ -27,6 +27,7 @@ from typing import Any
 from trimtab import methods, recipe
 from trimtab.contracts import Objective
 from trimtab.data.spec import DataSpec
+from trimtab.data.stage import Ewc
 from trimtab.engine.fields import REFUSED
 from trimtab.model.spec import ModelSpec
 
@@ -265,7 +266,8 @@ def recipe_keys() -> str:
     parts = ["## Top level\n\n" + table(["key", "type", "default", "meaning"], whole())]
     for name, cls in (("model", ModelSpec), ("data", DataSpec), ("place", recipe.Place),
                       ("engine", recipe.EngineSpec), ("stages", recipe.StageSpec),
-                      ("rehearsal", recipe.RehearsalSpec)):  # fmt: skip
+                      ("rehearsal", recipe.RehearsalSpec), ("anchor", recipe.AnchorSpec),
+                      ("anchor: {ewc: ...}", Ewc)):  # fmt: skip
         parts.append(f"## {name}\n\n{inspect.getdoc(cls)}\n\n{fields_table(cls)}")
     for kind in ("objective", "stepper"):
         for name in methods.names(kind):
@@ -311,6 +313,8 @@ def whole() -> list[list[str]]:
         "engine": ("mapping", "how steps are computed, see below"),
         "stages": ("list", "several stages of training, one after another, see below"),
         "rehearsal": ("mapping", "rows of earlier stages that later ones repeat, see below"),
+        "anchor": ("mapping", "holds weights near those after the stage before, see below"),
+        "neutral": ("file", "rows of text whose perplexity is measured after each stage ([stages.md](stages.md))"),
         "output": ("text", "the folder of the run"),
         "resume": ("true or false", "continue from the newest checkpoint in `output`"),
         "overwrite": ("true or false", "replace the run in `output`"),

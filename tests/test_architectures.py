@@ -44,6 +44,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "diff_pruning": {"density": 1e-4, "candidates": 0.05},
     "parallel_adapter": {"r": 6, "scale": 0.5},
     "meft": {"r": 12, "experts": 4, "probes": 4, "k": 12, "scale": 2.0},
+    "lst": {"r": 4},
     "full": {},
 }
 WITHIN = 1e-5
@@ -235,6 +236,44 @@ def gated(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gra
     return float(loss.detach()), of(own)
 
 
+def ladder(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
+    """LST: its equations after a pass of the plain model, under plain autograd, with the frozen model in between."""
+    model = model_of(name)
+    own = {key: tensor.detach().clone().requires_grad_() for key, tensor in surgery.own_tensors().items()}
+    path, stack = anatomy.blocks(model)
+    holder, read = path.rpartition(".")[0], []
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+    def adds(module: nn.Module, args: tuple, out: Any) -> Any:
+        side = read[0] @ own[f"{holder}.trimtab_lst.first"].T
+        for number, hidden in enumerate(read[1:]):
+            p = {key.rpartition(".")[2]: t for key, t in own.items() if key.startswith(f"{path}.{number}.")}
+            mu = torch.sigmoid(10 * p["alpha"])
+            x = mu * hidden @ p["down"].T + (1 - mu) * side
+            n, act = normed(x, p["norm"]), surgery.rungs[number].act
+            units = n @ p["first"].T
+            side = x + (act(n @ p["gate"].T) * units if "gate" in p else act(units)) @ p["second"].T
+        tops = f"{holder}.trimtab_lst"
+        added = normed(side, own[f"{tops}.norm"]) @ own[f"{tops}.last"].T
+        if isinstance(out, tuple):
+            return (out[0].detach() + added, *out[1:])
+        out.last_hidden_state = out.last_hidden_state.detach() + added
+        return out
+
+    def first(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        read[:] = [(args[0] if args else kwargs["hidden_states"]).detach()]
+
+    stack[0].register_forward_pre_hook(first, with_kwargs=True)
+    for block in stack:
+        block.register_forward_hook(lambda m, a, o: read.append((o[0] if isinstance(o, tuple | list) else o).detach()))
+    model.get_submodule(holder).register_forward_hook(adds)
+    loss = own_loss(model, batch)
+    loss.backward()
+    return float(loss.detach()), of(own)
+
+
 def plain(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
     """Full: the model alone."""
     model = model_of(name)
@@ -245,7 +284,7 @@ def plain(name: str, surgery: Any, batch: dict[str, Tensor]) -> tuple[float, Gra
 
 WAYS: dict[str, Callable[..., tuple[float, Gradients]]] = {
     **dict.fromkeys(("paca", "lora", "edora", "senszoq", "diff_pruning"), dense), "parallel_adapter": beside,
-    "meft": gated, "full": plain,
+    "meft": gated, "lst": ladder, "full": plain,
 }  # fmt: skip
 
 

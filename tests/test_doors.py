@@ -84,7 +84,7 @@ def test_an_optimizer_that_would_not_be_used_is_refused(world, tmp_path):
         run(keys, stepper="plain_sgd")
     keys = tree(world, tmp_path / "run", {"meft": {"r": 64}}, max_steps=2)
     for verb in (plan, train):
-        with pytest.raises(BadInput, match="stepped by Adam only"):
+        with pytest.raises(BadInput, match="only Adam steps"):
             verb(Recipe.from_dict({**keys, "stepper": "plain_sgd"}))
     assert not (tmp_path / "run").exists()
 

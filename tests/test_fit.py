@@ -38,7 +38,7 @@ def test_what_would_fit_is_named(folders):
     "change,said",
     [
         ({"place": "cuda"}, "this machine has none"), ({"patches": []}, "no patch"),
-        ({"training": {"optim": "adafactor"}}, "PyTorch's own"), ({"budget": {"fast": "6 potatoes"}}, "not a unit"),
+        ({"training": {"optim": "lomo"}}, "lomo"), ({"budget": {"fast": "6 potatoes"}}, "not a unit"),
         ({"budget": {"fast": "900TiB"}}, "this machine has"), ({"training": {"max_length": None}}, "any length"),
     ],
 )  # fmt: skip
@@ -117,6 +117,4 @@ def test_a_run_within_its_budget_says_what_was_predicted(tmp_path):
     again = Recipe(**{**keys, "overwrite": True}).train()["predicted"]
     assert again["live_peak_bytes"] == predicted["live_peak_bytes"], "it is told without a budget too"
     adafactor = {**keys, "overwrite": True, "training": {**keys["training"], "optim": "adafactor"}}
-    assert Recipe(**adafactor).train()["predicted"] == {}, "what the planner does not cover runs without a prediction"
-    with pytest.raises(BadInput, match="PyTorch's own"):
-        Recipe(**adafactor, budget={"fast": "90%"}).train()
+    assert Recipe(**adafactor).train()["predicted"]["live_peak_bytes"] > 0, "told by a real step"

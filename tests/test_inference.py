@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +150,16 @@ def test_a_recipe_that_trains_nothing_needs_no_adapter(runs, tmp_path):
         train(recipe)
     with pytest.raises(BadInput, match="Train first"):
         list(generate(with_keys(runs["lora"], output=str(tmp_path / "none")), [ASK]))
+
+
+@pytest.mark.parametrize("verb", [lambda made: list(generate(made, [ASK])), evaluate])
+def test_other_patches_do_not_make_an_interrupted_run_its_base(verb, runs, tmp_path):
+    """`generate RUN patches=[...]` has no patch that is trained, but the run's own recipe has."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(Path(runs["lora"].output) / "recipe.yaml", folder)
+    with pytest.raises(BadInput, match="Train first"):
+        verb(with_keys(runs["lora"], patches=[STREAMING], output=str(folder)))
 
 
 def test_what_a_recipe_that_trains_nothing_plans_and_exports(runs, call, tmp_path):

@@ -38,7 +38,7 @@ UNMERGED, UNPORTABLE = (
 )
 WHOLE = {"experts": 4, "probes": 4, "k": 64}  # no choice is made that a step along a gradient could change
 SMOOTH = {**dict.fromkeys(["meft", *STORED], WHOLE), "edora": {"detach_norm": False}}
-QUANTISED = ("paca", "lora", "edora", "parallel_adapter", "meft", "senszoq", "diff_pruning", *STORED)
+QUANTISED = ("paca", "lora", "edora", "parallel_adapter", "meft", "senszoq", "diff_pruning", "lst", *STORED)
 DEQUANTISED = ("paca", "edora", "senszoq", "diff_pruning")  # bitsandbytes also rounds the input of an int8 product
 
 patches = pytest.mark.parametrize("name", EVERY)
@@ -312,7 +312,8 @@ def test_gradients_equal_finite_differences(name, family):
                     store.rewritten()
                 climb.append(model(**batch).loss.item())
                 own[key].copy_(moved)
-        assert (climb[0] - climb[1]) / 2e-3 == pytest.approx(length, rel=1e-2, abs=2e-4), key
+        off = 5e-4 if name == "lst" else 2e-4  # its climbs are small, and two roundings of an fp32 loss are 5e-4
+        assert (climb[0] - climb[1]) / 2e-3 == pytest.approx(length, rel=1e-2, abs=off), key
 
 
 @pytest.mark.parametrize("name", QUANTISED)

@@ -163,7 +163,8 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_pa
     cost = step.complete(step.trace(ROWS, TOKENS))
     whole = trace.highest(cost.peaks)
     extended = plan(recipe)
-    assert extended.backward_transient == cost.backward_transient > 0
+    assert extended.backward_transient == cost.backward_transient
+    assert (cost.backward_transient > 0) == (name != "lst"), "under lst no block has a backward pass"
     assert extended.live_peak_bytes == trace.live(whole[1])
     assert extended.slow_bytes == whole[1].get(trace.MAPPED, 0) + whole[1].get(trace.ROWS, 0)
 

@@ -229,3 +229,8 @@ def test_a_chat_template_is_looked_for_beside_the_recipe(tmp_path, monkeypatch):
 def test_a_field_of_a_stepper_that_is_named_by_text_can_be_set(file):
     made = Recipe.load(file, ["stepper=mezo", "stepper.mezo.eps=0.01", "objective.causal_lm.chunk=64"])
     assert made.stepper == {"mezo": {"eps": 0.01}} and made.load_objective().chunk == 64
+
+
+def test_choices_that_are_numbers_are_named():
+    with pytest.raises(BadInput, match="bits: 3: there is no such choice. Known: 16, 4, 8"):
+        Recipe.from_dict({"model": "x", "patches": [{"full_cache": {"bits": 3}}]}).load_patches()

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from helpers_run import PLACES, QUESTIONS, left, make_world, metrics, run, same, tree, write_rows
 from trimtab.data.continual import figures, interval
 from trimtab.errors import BadInput, Stopped
+from trimtab.inference.evaluate import scores
 from trimtab.planning.inference import plan_largest, plan_recipe
 from trimtab.recipe import Recipe
 from trimtab.report.report import report
 from trimtab.training import time_limit
+from trimtab.training.stages import lines
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 4
@@ -180,6 +182,79 @@ def test_the_plan_is_of_the_largest_stage(world, tmp_path):
     assert plan.live_peak_bytes == each[1].live_peak_bytes > each[0].live_peak_bytes
     assert any("stage one" in note for note in plan.notes)
     assert recipe.plan().rows == 8
+
+
+def test_the_plan_of_a_stage_sees_the_rows_it_rehearses(world, tmp_path):
+    long = [{"question": "which country is the good paris in ? " * 4, "answer": "france"}] * 8
+    write_rows(tmp_path / "long.jsonl", long)
+    made = keys(world, tmp_path / "run", "fresh", "adapter") | {"rehearsal": {"budget": 3000, "mix": 0.5}}
+    made["stages"][0]["data"]["train"] = str(tmp_path / "long.jsonl")
+    recipe = Recipe.from_dict(made)
+    first, second = (plan_recipe(stage) for stage in recipe.stage_recipes())
+    assert second.tokens < first.tokens
+    plan, largest = plan_largest(dataclasses.replace(recipe, stages=recipe.stages))
+    assert plan.tokens == first.tokens and plan.process >= first.process
+    found = run(made)["stages"][1]
+    assert found["predicted"]["batch"]["tokens"] == first.tokens
+    logits = dataclasses.replace(recipe, rehearsal=dataclasses.replace(recipe.rehearsal, keep="logits", top=32))
+    soft = plan_recipe(logits.stage_recipes()[1])
+    assert soft.live_peak_bytes - second.live_peak_bytes >= second.rows * second.tokens * 32 * 12
+    made["rehearsal"], made["output"] = (
+        {"budget": 3000, "mix": 0.5, "keep": "logits", "top": 32},
+        str(tmp_path / "soft"),
+    )
+    found = run(made)["stages"][1]
+    assert found["predicted"]["live_peak_bytes"] == pytest.approx(found["measured"]["live_peak_bytes"], rel=0.02)
+
+
+def test_neutral_text(world, tmp_path):
+    write_rows(tmp_path / "text.jsonl", [{"text": f"the country of {place} is {answer}"} for place, answer in PLACES])
+    made = keys(world, tmp_path / "run", "fresh", "adapter") | {"neutral": str(tmp_path / "text.jsonl")}
+    found = run(made)["tasks"]
+    general = found["general"]
+    assert general["file"] == "text.jsonl" and general["rows"] == 5 and len(general["perplexity"]) == 3
+    text = dataclasses.replace(Recipe.load(tmp_path / "run", final=True), neutral=None)
+    data = dataclasses.replace(text.data, train=str(tmp_path / "text.jsonl"), test=str(tmp_path / "text.jsonl"))
+    text = dataclasses.replace(text, data=data)
+    assert text.evaluate()["metrics"]["perplexity"] == pytest.approx(general["perplexity"][2], rel=1e-4)
+    base = text.evaluate(base_only=True)["metrics"]
+    assert base["perplexity"] == pytest.approx(general["perplexity"][0], rel=1e-4)
+    change = general["change_of_loss"]
+    assert change["low"] <= change["change"] <= change["high"]
+    assert "perplexity on text.jsonl" in report([tmp_path / "run"]).read_text()
+    assert lines(found)[-1].startswith("perplexity on text.jsonl: base ") and "general" not in keys(world, tmp_path)
+    for change, words in [({"neutral": "nowhere.jsonl"}, "no such file"),
+                          ({"neutral": made["neutral"], "objective": "classification"}, "no perplexity")]:  # fmt: skip
+        with pytest.raises(BadInput, match=words):
+            run(keys(world, tmp_path / "bad", "fresh", "adapter") | change)
+
+
+@pytest.mark.parametrize(
+    "patch", [{"diff_pruning": {"density": 0.02, "candidates": 0.2}}, {"senszoq": {}}], ids=["diff", "senszoq"]
+)
+def test_a_diff_per_task_forgets_nothing(world, tmp_path, patch):
+    """With `carry: fresh` a task's own diff gives after all stages, and again from its files, what it gave before."""
+    made = keys(world, tmp_path / "run", "fresh", "fresh", "fresh", patch=patch, seed=1)
+    found = run(made)["tasks"]
+    recipe = Recipe.load(tmp_path / "run")
+    for index, (spec, one) in enumerate(zip(recipe.stages, recipe.stage_recipes(), strict=True)):
+        at_once = {metric: rows[index + 1][index] for metric, rows in found["matrix"].items()}
+        assert {metric: row[index] for metric, row in found["switched"]["row"].items()} == at_once
+        adapter = tmp_path / f"run/stages/{index + 1}-{spec.name}/adapter"
+        again = scores(recipe.final, [one], adapter=adapter)[0]["metrics"]
+        assert {metric: again[metric] for metric in at_once} == at_once, "bit for bit"
+    row = found["switched"]["row"]["loss"]
+    assert found["switched"]["acc"]["loss"] == pytest.approx(sum(row) / 3)
+    assert any(line.startswith("own adapters") for line in lines(found))
+    heat = report([tmp_path / "run"]).read_text()
+    assert "each with its own adapter" in heat
+
+
+def test_adapters_of_chains_are_those_of_their_last_stage(world, tmp_path):
+    found = run(keys(world, tmp_path / "run", "fresh", "adapter", "fresh"))["tasks"]
+    a = found["matrix"]["loss"]
+    assert found["switched"]["row"]["loss"] == [a[2][0], a[2][1], a[3][2]]
+    assert "switched" not in run(keys(world, tmp_path / "one", "fresh", "adapter"))["tasks"]
 
 
 BAD = {

@@ -25,6 +25,7 @@ CASES = {
     "meft": {"r": 64, "k": 16, "scale": 1.0},
     "senszoq": {"density": 0.02},
     "diff_pruning": {"density": 0.02, "candidates": 0.1},
+    "lst": {"r": 2},
     "full": {},
 }
 PLACE = Place(fast="cpu")

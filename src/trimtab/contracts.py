@@ -59,6 +59,7 @@ class Surgery(ABC):
     patch: Patch
     stores: list = []  # tables in the slow tier (TieredStore), if the method has any
     starts_at_zero: bool = True  # before training, the patched model computes exactly what the unpatched one does
+    saved: bool = True  # an adapter folder has a part for it
     keeps_outputs: bool = False  # inference on the bare base gives the same outputs, so that an export may omit it
     tiers: Any = None  # the base's experts in two tiers (tiered/experts.py), if the patch has moved them
     notes: tuple[str, ...] = ()  # for the user, on how the patch was applied

@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from . import methods
 from .data.spec import DataSpec
-from .data.stage import RehearsalSpec, StageSpec
+from .data.stage import AnchorSpec, RehearsalSpec, StageSpec
 from .errors import BadInput, nearest
 from .memory.place import Place
 from .model.spec import ModelSpec
@@ -98,6 +98,8 @@ class Recipe(Block):
     engine: EngineSpec = field(default_factory=EngineSpec)
     stages: list[StageSpec] = field(default_factory=list)
     rehearsal: RehearsalSpec | None = None
+    anchor: AnchorSpec | None = None
+    neutral: FileName | None = None  # rows of text whose perplexity is measured after each stage
     output: FileName = "runs/run"
     resume: bool = False  # go on from the newest checkpoint in `output`
     overwrite: bool = False  # replace the run that `output` holds
@@ -124,7 +126,10 @@ class Recipe(Block):
         recipe = cls.from_dict(tree)
         patches = [_beside(entry, path.parent) for entry in recipe.patches]
         stages = [_stage_beside(stage, path.parent) for stage in recipe.stages]
-        return dataclasses.replace(recipe, data=recipe.data.beside(path.parent), patches=patches, stages=stages)
+        neutral = recipe.neutral and DataSpec(test=recipe.neutral).beside(path.parent).test
+        return dataclasses.replace(
+            recipe, data=recipe.data.beside(path.parent), patches=patches, stages=stages, neutral=neutral
+        )
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Recipe:
@@ -140,7 +145,7 @@ class Recipe(Block):
     def hash(self) -> str:
         """A name for what is computed: equal recipes, equal hash (where it writes and how it resumes do not count)."""
         tree = {k: v for k, v in self.to_dict().items() if k not in ("output", "resume", "overwrite")}
-        for key in ("stages", "rehearsal"):  # as if a recipe without them had no such key
+        for key in ("stages", "rehearsal", "anchor", "neutral"):  # as if a recipe without them had no such key
             if not tree[key]:
                 del tree[key]
         tree["training"] = {k: v for k, v in self.training.items() if k != "max_minutes"}  # when it stops, not what
@@ -215,10 +220,26 @@ class Recipe(Block):
         for number, stage in enumerate(self.stages, 1):
             data = build(DataSpec, {**dataclasses.asdict(self.data), **stage.data}, f"stages: {stage.name}: data")
             made.append(dataclasses.replace(
-                self, data=data, training={**whole, **stage.training}, stages=[], rehearsal=None,
+                self, data=data, objective=self._objective_of(number), training={**whole, **stage.training},
+                stages=[], rehearsal=None, anchor=self._anchor_of(number - 1), neutral=None,
                 output=str(Path(self.output) / "stages" / f"{number}-{stage.name}"),
             ))  # fmt: skip
         return made
+
+    def _objective_of(self, number: int) -> Part:
+        """The objective of a stage: from the second on, a language model's may learn kept probabilities."""
+        if number == 1 or self.rehearsal is None or self.rehearsal.keep != "logits":
+            return self.objective
+        name, values = (self.objective, {}) if isinstance(self.objective, str) else next(iter(self.objective.items()))
+        return {name: {**(values or {}), "soft": self.rehearsal.top}} if name == "causal_lm" else self.objective
+
+    def _anchor_of(self, index: int) -> AnchorSpec | None:
+        """The anchor of a stage that is held by one, or that the next stage is held near."""
+        stage, after = self.stages[index], self.stages[index + 1 : index + 2]
+        held, holds = index > 0 and stage.follows, bool(after) and after[0].follows
+        if held and (own := stage.anchor or self.anchor):
+            return own
+        return (after[0].anchor or self.anchor) if holds else None
 
     @property
     def final(self) -> Recipe:

@@ -163,7 +163,8 @@ def _bad_input(error: ValidationError, cls: type, where: str) -> BadInput:
         return BadInput(f'{where}: "{loc[0]}"', "there is no such key", nearest(str(loc[0]), known))
     asked = ": ".join([where, *map(str, loc[:1]), repr(value)])
     if kind == "literal_error":
-        return BadInput(asked, "there is no such choice", nearest(str(value), re.findall("'(.*?)'", first["msg"])))
+        known = re.findall("'(.*?)'", first["msg"]) or re.findall(r"-?\d+", first["msg"])
+        return BadInput(asked, "there is no such choice", nearest(str(value), known))
     if kind in _WANTED:
         return BadInput(asked, f"{_WANTED[kind]} is wanted there", "Check the indentation")
     return BadInput(asked, first["msg"].lower(), "Give a value of that kind")

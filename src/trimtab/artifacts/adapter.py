@@ -91,8 +91,8 @@ def write_adapter(
 
 
 def _saved(surgeries: Sequence[Surgery]) -> list[Surgery]:
-    """Those that an adapter folder has: all but those that only say where the base's weights are."""
-    return [surgery for surgery in surgeries if surgery.patch.when is not When.LOAD]
+    """Those that an adapter folder has: all but those that only say where the base's weights are, and an anchor."""
+    return [surgery for surgery in surgeries if surgery.patch.when is not When.LOAD and surgery.saved]
 
 
 def _write_one(folder: Path, surgery: Surgery, base: Base, before: tuple[Path | None] | None = None) -> None:

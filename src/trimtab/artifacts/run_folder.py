@@ -123,6 +123,8 @@ def same_recipe(output: Path, old: Recipe, new: Recipe) -> None:
     for name, before, now in [
         ("stages", [stage.name for stage in old.stages], [stage.name for stage in new.stages]),
         ("rehearsal", old.rehearsal, new.rehearsal),
+        ("anchor", old.anchor, new.anchor),
+        ("neutral", files(old.neutral), files(new.neutral)),
         ("patches", old.load_patches(), new.load_patches()),
         ("model", old.model, new.model),
         ("data", data(old), data(new)),

@@ -160,8 +160,8 @@ class Trace(LiveTensors):
 
     def gradient(self, parameter: Tensor) -> None:
         """Counts the parameter's gradient, which is complete, as what it is."""
-        assert parameter.grad is not None
-        self.relabel(parameter.grad, OFFLOADED if self.kind_of(parameter) == OFFLOADED else GRADIENTS)
+        if parameter.grad is not None:  # an optimizer that steps in the backward pass has dropped it
+            self.relabel(parameter.grad, OFFLOADED if self.kind_of(parameter) == OFFLOADED else GRADIENTS)
 
     def enter(self, phase: str, kind: str | None = None) -> None:
         if self.phase in BLOCK_BACKWARD:
@@ -219,6 +219,8 @@ class Trace(LiveTensors):
         for argument, value in zip(schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in value if isinstance(value, list | tuple) else (value,):
+                    if tensor is None:  # an optional argument
+                        continue
                     storage = tensor.untyped_storage()
                     if self._kinds.get(storage._cdata) == MAPPED:
                         self._move(storage._cdata, storage.nbytes(), WEIGHTS)

@@ -17,6 +17,7 @@ from ..errors import BadInput, nearest
 from ..recipe import Recipe
 from ..validation import booleans
 from .fields import check_fields
+from .optimizers import require_library
 
 
 def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:
@@ -104,6 +105,7 @@ def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
                 continue
             have = part.ignored[key]
             raise BadInput(f"training: {key} with {type(part).__name__}", have, f"Remove {key}")
+    require_library(args, recipe.place.device)
     if recipe.load_stepper().uses_gradients and not recipe.load_objective().differentiable:
         asked = f"objective: {recipe.objective} with stepper: {recipe.stepper}"
         raise BadInput(asked, "the loss has no gradient", "Set stepper: mezo")

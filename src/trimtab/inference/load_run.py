@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts.adapter import Base, load_adapter, patches_of, read_meta
-from ..artifacts.run_folder import place_of
+from ..artifacts.run_folder import checkpoints, place_of
 from ..contracts import Patch, Surgery, When
 from ..data.chat import use_template
 from ..engine.arguments import training_arguments
@@ -89,10 +89,18 @@ def _folder(recipe: Recipe, adapter_folder: str | Path | None, base_only: bool) 
     folder = Path(recipe.output) / "adapter"
     if folder.is_dir():
         return folder
-    if recipe.trains and not base_only:
+    if not base_only and (recipe.trains or _unfinished(Path(recipe.output))):
         do = "Train first, name one with --adapter, or use --base"
         raise BadInput(f"the adapter of {recipe.output}", f"there is no {folder}", do)
     return None
+
+
+def _unfinished(run: Path) -> bool:
+    """Whether the run of this folder trains patches, which a recipe with other patches does not say."""
+    try:
+        return (run / "recipe.yaml").is_file() and Recipe.load(run).trains
+    except BadInput:  # a recipe of another version
+        return bool(checkpoints(run))
 
 
 def _batches(recipe: Recipe, patches: list[Patch], place: Any) -> Any:

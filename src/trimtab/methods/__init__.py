@@ -41,9 +41,14 @@ TABLE: dict[str, Row] = {
                             "a wide two-layer ReLU network beside each FFN", "2110.04366"),
     "meft": Row("meft:Meft", "patch", "MEFT", "a sparse adapter larger than fast memory; only the experts that a batch "
                 "needs are fetched", "2406.04984"),
+    "lst": Row("lst:LST", "patch", "LST", "a narrow side network that reads the model's blocks; no backward pass "
+               "through the model", "2206.06522"),
     "full": Row("full:Full", "patch", "Full fine-tuning", "trains every weight", exports=("merged",)),
     "pruning": Row("pruning:Pruning", "patch", "Magnitude pruning, Wanda", "sets the least important weights to zero, "
                    "before training or for export", "2306.11695", ("merged",), "both"),
+    "sparsegpt": Row("sparsegpt:SparseGPT", "patch", "SparseGPT", "sets weights to zero and makes up for them in the "
+                     "others, by the Hessian of each linear's inputs; optionally in 4 bits", "2301.00774", ("merged",),
+                     "both"),
     "embedding_pruning": Row("embedding_pruning:EmbeddingPruning", "patch", "Embedding pruning", "keeps only the "
                              "embeddings of ids that occur in the data", "2309.08708", ("merged",), "both"),
     "cake": Row("cake:CAKE", "patch", "CAKE", "a KV cache within a budget, divided among layers by how they attend",

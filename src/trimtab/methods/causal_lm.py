@@ -1,7 +1,8 @@
 """Causal language modelling: the mean negative log-likelihood of the next token, over the labels that count.
 
 The logits are computed in chunks (model/loss.py), unless the head is of an unknown form (model/head.py). Prompt tokens
-have the label -100 and are neither projected nor counted.
+have the label -100 and are neither projected nor counted. A batch may have probabilities that an earlier stage kept
+(`SOFT`): the loss is then the cross-entropy against them.
 
 `BlackBox` is one minus a metric of the model's answers, for steppers that need no gradient (MeZO, section 3.3):
 
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from ..contracts import Batch, Loss, Objective
 from ..errors import BadInput
 from ..model.block_mask import BLOCK
-from ..model.loss import next_token_loss, predictions
+from ..model.loss import SOFT, next_token_loss, predictions
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class CausalLM(Objective):
     whole: bool = False
     smoothing: float = 0.0  # label smoothing; in `training:` it is label_smoothing_factor
     dft: bool = False  # weights each token by its probability (arXiv 2508.05629); in `training:` it is loss_type: dft
+    soft: int = 0  # kept probabilities per token, of rehearsed rows; stages set it (rehearsal: {keep: logits})
 
     def loss(self, model: PreTrainedModel, batch: Batch, count: Tensor | int | None = None) -> Loss:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        return Loss(
-            *next_token_loss(model, inputs, batch["labels"], count, self.chunk, self.whole, self.smoothing, self.dft)
-        )
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", *SOFT)}
+        soft = (batch[SOFT[0]], batch[SOFT[1]]) if SOFT[0] in batch else None
+        return Loss(*next_token_loss(
+            model, inputs, batch["labels"], count, self.chunk, self.whole, self.smoothing, self.dft, soft
+        ))  # fmt: skip
 
     def cross_entropy(self) -> CausalLM:
         return CausalLM(self.chunk, self.whole)
@@ -56,6 +59,9 @@ class CausalLM(Objective):
             del batch["attention_mask"]
             if (dtype := getattr(args, BLOCK, None)) is not None:
                 batch["attention_mask"] = torch.zeros(rows, 1, tokens, tokens, dtype=dtype)
+        if self.soft:
+            batch |= {SOFT[0]: torch.zeros(rows, tokens, self.soft, dtype=torch.int64),
+                      SOFT[1]: torch.zeros(rows, tokens, self.soft)}  # fmt: skip
         return batch
 
 

@@ -17,7 +17,6 @@ weights, so they stay zero after merging only if that change is zero there.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -26,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..contracts import Batch, Patch, Place, Surgery, When
+from ..bases.pruned import PrunedSurgery, check_share, prunable
+from ..contracts import Batch, Patch, Place, When
 from ..errors import BadInput
-from ..model import anatomy, quant
-from ..model.block_inputs import by_blocks
-from ..model.surgery import Swaps
+from ..model import anatomy
+from ..model.block_inputs import by_linears
 
 
 @dataclass(frozen=True)
@@ -51,48 +50,28 @@ class Pruning(Patch):
         return self.rows if self.score == "wanda" else 0
 
     def apply(self, model: PreTrainedModel, place: Place) -> PruningSurgery:
-        self._check()
-        linears = anatomy.target_linears(model, self.targets)
-        for name, linear in linears.items():
-            if not anatomy.is_linear(linear):
-                raise BadInput(f"pruning: {name}", "another patch wraps it", "Name pruning before the other patch")
-            if quant.is_quantised(linear):
-                have = "its base is stored in 4 or 8 bits, which cannot represent zero exactly"
-                raise BadInput(f"pruning: {name}", have, "Load the base in bf16")
-            if self.pattern == "2:4" and anatomy.widths(linear)[0] % 4:
-                have = f"{name} has {anatomy.widths(linear)[0]} inputs, not a multiple of 4"
-                raise BadInput('pruning: pattern: "2:4"', have, "Leave it out of targets")
-        surgery = PruningSurgery(self, model, linears)
+        check_share("pruning", self.sparsity, self.pattern)
+        if self.rows < 1:
+            raise BadInput(f"pruning: rows: {self.rows}", "Wanda needs at least one row", "Set rows: 64")
+        linears = prunable(model, "pruning", self.targets, self.pattern)
+        surgery = PruningSurgery(self, model, linears, place.folder)
         if self.score == "magnitude":
             for name in linears:
                 surgery.prune(name, None)
         return surgery
 
-    def _check(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise BadInput(f"pruning: sparsity: {self.sparsity}", "it must be above 0 and below 1", "Set it to 0.5")
-        if self.pattern == "2:4" and self.sparsity != 0.5:
-            asked = f'pruning: pattern: "2:4" with sparsity: {self.sparsity}'
-            raise BadInput(asked, "two of four are one half", "Set sparsity: 0.5")
-        if self.rows < 1:
-            raise BadInput(f"pruning: rows: {self.rows}", "Wanda needs at least one row", "Set rows: 64")
 
+class PruningSurgery(PrunedSurgery):
+    patch: Pruning
 
-class PruningSurgery(Surgery):
-    starts_at_zero = False
-
-    def __init__(self, patch: Pruning, model: PreTrainedModel, linears: dict[str, nn.Module]):
-        self.patch, self.model, self.linears = patch, model, linears
-        self.swaps = Swaps(model)
-        self.originals: dict[str, Tensor] = {}
+    def __init__(self, patch: Pruning, model: PreTrainedModel, linears: dict[str, nn.Module], folder: str | None):
+        super().__init__(patch, model, linears)
+        self.folder = folder
         self.masks: dict[str, Tensor] = {}  # path -> one bit per weight, set where the weight stays; uint8
         for name, linear in linears.items():
-            weight_OI = anatomy.dense_view(linear)
-            size = -(-weight_OI.numel() // 8)
-            self.masks[name] = torch.full((size,), 255, dtype=torch.uint8, device=weight_OI.device)
-            self.originals[name] = linear.weight.data
+            size = -(-linear.weight.numel() // 8)
+            self.masks[name] = torch.full((size,), 255, dtype=torch.uint8, device=linear.weight.device)
             linear.weight.data = linear.weight.data.clone()
-            self.swaps.on_undo(lambda linear=linear, name=name: _put(linear, self.originals[name]))
 
     @torch.no_grad()
     def prune(self, name: str, norms_I: Tensor | None) -> None:
@@ -115,24 +94,13 @@ class PruningSurgery(Surgery):
         return kept.view_as(score_OI)
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
-        names = {id(linear): name for name, linear in self.linears.items()}
-        for _, block, run in by_blocks(self.model, batches):
-            within = {names[id(m)]: m for m in block.modules() if id(m) in names}
+        for within, read in by_linears(self.model, batches, self.linears, self.folder):
             sums = {name: torch.zeros(anatomy.widths(m)[0], device=m.weight.device) for name, m in within.items()}
-            inputs: dict[str, Tensor] = {}
 
-            def seen(_: nn.Module, args: tuple, name: str, inputs: dict[str, Tensor] = inputs) -> None:
-                inputs[name] = args[0]
+            def seen(name: str, x_TI: Tensor, sums: dict[str, Tensor] = sums) -> None:
+                sums[name] += x_TI.float().square().sum(0)
 
-            handles = [m.register_forward_pre_hook(functools.partial(seen, name=n)) for n, m in within.items()]
-            for mask_BT in run():
-                for name, x in inputs.items():
-                    counts = mask_BT is not None and mask_BT.dim() == 2 and mask_BT.shape == x.shape[:2]
-                    x_TI = (x[mask_BT.bool()] if counts else x).reshape(-1, x.shape[-1]).float()
-                    sums[name] += x_TI.square().sum(0)
-                inputs.clear()
-            for handle in handles:
-                handle.remove()
+            read(seen)
             for name, sum_I in sums.items():
                 self.prune(name, sum_I.sqrt())
 
@@ -150,23 +118,9 @@ class PruningSurgery(Surgery):
             for name in self.linears:
                 self._write(name)
 
-    def revert(self) -> None:
-        self.swaps.undo()
-
-    def merge(self) -> None:
-        """Keeps the pruned weights in the model."""
-        kept = {name: linear.weight.data for name, linear in self.linears.items()}
-        self.swaps.undo()
-        for name, linear in self.linears.items():
-            linear.weight.data = kept[name]
-
 
 def _view(linear: nn.Module, weight: Tensor) -> Tensor:
     return weight.t() if isinstance(linear, anatomy.Conv1D) else weight
-
-
-def _put(linear: nn.Module, original: Tensor) -> None:
-    linear.weight.data = original
 
 
 def _packed(kept: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ a weight's size is kept from one block to the next: the weights need no gradient
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import BadInput
-from ..files import writing
 from . import anatomy
-from .block_inputs import call_block, without_cache
+from .block_inputs import call_block, stored, without_cache
 from .undisturbed import undisturbed
 
 Seen = Callable[[str, Tensor, Tensor], None]
@@ -68,7 +66,7 @@ def _forward(model: PreTrainedModel, stack: nn.ModuleList, batch: dict[str, Tens
 
     def reads(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        made.hidden.append(_stored(hidden, file.with_name(f"{file.name}-{len(made.hidden)}")))
+        made.hidden.append(stored(hidden, file.with_name(f"{file.name}-{len(made.hidden)}")))
         made.calls.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
 
     def last(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -117,14 +115,3 @@ def _watched(linears: dict[str, nn.Module], seen: Seen) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _stored(tensor: Tensor, file: Path) -> Tensor:
-    """A copy that is mapped from a file, so that it uses no anonymous memory."""
-    if tensor.device.type != "cpu":
-        return tensor.detach().to("cpu")
-    with writing(f"write hidden states to {file.parent}", "Free some space, or lower the number of calibration rows"):
-        with file.open("wb") as made:
-            os.posix_fallocate(made.fileno(), 0, max(1, tensor.nbytes))
-    mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-    return mapped.copy_(tensor.detach())

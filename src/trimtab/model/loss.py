@@ -15,6 +15,8 @@ p - (1 - e) 1_y - e / V; and DFT (arXiv 2508.05629), p_y (lse - z_y) with p_y co
 On a CPU oneDNN caches code for each number of rows of a 16-bit product (docs/LOG.md), and N differs in each batch: N is
 rounded up to a multiple of 64 there, with rows that do not count.
 
+A target may also be a distribution q over K tokens: lse - sum_k q_k z_k, with gradient p - q (`soft`).
+
 Legend: N positions that count, C of them in a chunk, H hidden size, V vocabulary.
 """
 
@@ -25,16 +27,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..errors import BadInput
 from .head import Head, before_head, head_of, router_loss
 from .kept_rows import KEPT, KeptRows
 
+SOFT = ("soft_ids", "soft_shares")  # keys of a batch: `soft` of `next_token_loss`
 ROWS = 64
 CHUNK_BYTES = 48 * 2**20  # of logits and their fp32 softmax, per chunk; below 128 positions the GEMMs get slow
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, bias_V, target_N, chunk, cap, scale, smoothing, dft, counted, kept):
+    def forward(ctx, hidden_NH, weight_VH, bias_V, target_N, chunk, cap, scale, smoothing, dft, counted, kept, soft):
         wants = ctx.needs_input_grad
         grad_NH = torch.empty_like(hidden_NH) if wants[0] else None
         grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants[1] else None
@@ -60,7 +64,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits_CV.div_(cap).tanh_().mul_(cap)
             top_C1, argmax_C1 = logits_CV.max(-1, keepdim=True)
             live = min(max(counted - start, 0), hidden_CH.shape[0])  # rows after these are padding
-            wanted_C1 = logits_CV.gather(1, target_C1).float()
+            if soft is None:
+                at_CK, share_CK = target_C1, torch.ones_like(target_C1, dtype=torch.float32)
+            else:
+                at_CK, share_CK = (part[start : start + chunk] for part in soft)
+            wanted_C1 = logits_CV.gather(1, at_CK).float().mul_(share_CK).sum(1, keepdim=True)
             probability_CV = probabilities[: hidden_CH.shape[0]].copy_(logits_CV)
             torch.softmax(probability_CV, -1, out=probability_CV)
             # log-sum-exp from the largest probability, which is never tiny: lse = max - log p(argmax)
@@ -73,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             correct += (argmax_C1 == target_C1)[:live].sum()
             if not any(wants[:3]):
                 continue
-            probability_CV.scatter_add_(1, target_C1, torch.full_like(lse_C1, smoothing - 1.0))
+            probability_CV.scatter_add_(1, at_CK, share_CK * (smoothing - 1.0))
             if smoothing:
                 probability_CV.sub_(smoothing / probability_CV.shape[1])
             if dft:
@@ -106,7 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             scaled[1] = scaled[1].to(ctx.weight_dtype)
         if scaled[2] is not None:
             scaled[2] = scaled[2].to(ctx.weight_dtype)
-        return (*scaled, *[None] * 8)
+        return (*scaled, *[None] * 9)
 
 
 def chunked_cross_entropy(
@@ -121,21 +129,25 @@ def chunked_cross_entropy(
     smoothing: float = 0.0,
     dft: bool = False,
     kept: KeptRows | None = None,
+    soft: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> (summed cross-entropy (nats) of `target_N` under softmax(cap(scale * (hidden W^T + b))), correct argmaxes).
 
     `chunk`: positions projected at once (default: `CHUNK_BYTES` worth). Gradients flow to hidden, weight and bias,
     whichever require them. Second derivatives are not supported. `smoothing`: of labels, in [0, 1); `dft`: each
     position is weighted by its target's probability. `kept`: `weight_VH` has only these rows, and the softmax is over
-    all; targets and bias are those of all.
+    all; targets and bias are those of all. `soft`: tokens (N, K), int64, and their shares (N, K), fp32, whose sum is 1
+    for each position: the loss is against them, and `target_N` only counts argmaxes.
     """
     if chunk is None:
         words = weight_VH.shape[0] if kept is None else kept.size
         chunk = max(128, CHUNK_BYTES // (words * (4 + weight_VH.element_size())) // 64 * 64)
     counted = hidden_NH.shape[0]
     hidden_NH, weight_VH, bias_V, target_N = prepared(hidden_NH, weight_VH, bias_V, target_N)
+    if soft is not None and (more := hidden_NH.shape[0] - counted):
+        soft = (F.pad(soft[0], (0, 0, 0, more)), F.pad(soft[1], (0, 0, 0, more)))
     return _ChunkedCrossEntropy.apply(
-        hidden_NH, weight_VH, bias_V, target_N, chunk, softcap, scale, smoothing, dft, counted, kept
+        hidden_NH, weight_VH, bias_V, target_N, chunk, softcap, scale, smoothing, dft, counted, kept, soft
     )
 
 
@@ -180,13 +192,15 @@ def projection(
 def next_token_loss(
     model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, count: Tensor | int | None = None,
     chunk: int | None = None, whole: bool = False, smoothing: float = 0.0, dft: bool = False,
+    soft: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> mean loss over the counted next tokens (shape ()), how many the argmax predicted, how many there are.
 
     Runs the model's own forward up to its last linear, drops the positions whose next label is -100, and projects only
     the rest. `count`: the number of tokens that the whole optimizer step averages over (default: those of this batch).
     `smoothing`, `dft`: as in `chunked_cross_entropy`. `whole`: uses all logits at once, from the model's own forward;
-    always so if the form of the head is unknown (head.py).
+    always so if the form of the head is unknown (head.py). `soft`: targets as in `chunked_cross_entropy`, (B, T, K)
+    each, of the tokens at the labels' places.
 
     With gradients, the router's loss of a mixture of experts is added if its config sets `output_router_logits`. With
     gradient accumulation, each batch's is weighted by its share of the counted tokens, so that the step has their mean.
@@ -196,6 +210,11 @@ def next_token_loss(
     if kept is not None and not kept.uses_all():  # an id without a row has no logit
         target_N = torch.where(kept.row_of[target_N.clamp(min=0)] >= 0, target_N, -100)
     keep_N = (target_N != -100).nonzero().squeeze(1)
+    if soft is not None:
+        if kept is not None:
+            have = "the head holds some rows of its vocabulary only"
+            raise BadInput("a loss against probabilities", have, "Rehearse text: rehearsal: {keep: text}")
+        soft = (soft[0][:, 1:].flatten(0, 1), soft[1][:, 1:].flatten(0, 1))
     if head.linear is None:
         output = model.forward(**inputs, use_cache=False)
         rows_BTX = output.logits
@@ -204,15 +223,16 @@ def next_token_loss(
     rows_NX = rows_BTX[:, :-1].reshape(-1, rows_BTX.shape[-1])
     if keep_N.numel() < target_N.numel():
         rows_NX, target_N = rows_NX.index_select(0, keep_N), target_N[keep_N]
+        soft = None if soft is None else (soft[0][keep_N], soft[1][keep_N])
     if head.linear is None:
-        loss_N = F.cross_entropy(rows_NX.float(), target_N, reduction="none", label_smoothing=smoothing)
+        loss_N = _cross_entropy(rows_NX.float(), target_N, smoothing, soft)
         total = (loss_N * torch.exp(-loss_N.detach()) if dft else loss_N).sum()
         correct = (rows_NX.argmax(-1) == target_N).sum()
     else:
         weight_VH, bias_V, target_N, kept = projection(head, kept, rows_NX, target_N)
         total, correct = chunked_cross_entropy(
             rows_NX, weight_VH, target_N, bias_V, chunk=chunk, softcap=head.softcap, scale=head.scale,
-            smoothing=smoothing, dft=dft, kept=kept,
+            smoothing=smoothing, dft=dft, kept=kept, soft=soft,
         )  # fmt: skip
     seen = torch.as_tensor(target_N.numel(), device=total.device)
     divisor = seen if count is None else torch.as_tensor(count, device=total.device)
@@ -220,6 +240,15 @@ def next_token_loss(
     if torch.is_grad_enabled() and (balance := router_loss(model, output)) is not None:
         loss = loss + balance * (1.0 if count is None else seen / divisor.clamp(min=1))
     return loss, correct, seen
+
+
+def _cross_entropy(logits_NV: Tensor, target_N: Tensor, smoothing: float, soft: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The loss of each position, from its logits (N,)."""
+    if soft is None:
+        return F.cross_entropy(logits_NV, target_N, reduction="none", label_smoothing=smoothing)
+    logp_NV = logits_NV.log_softmax(-1)
+    loss_N = -(logp_NV.gather(1, soft[0]) * soft[1]).sum(-1)
+    return (1 - smoothing) * loss_N - smoothing * logp_NV.mean(-1)
 
 
 @torch.no_grad()

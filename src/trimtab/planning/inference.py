@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..memory.budget import gib
+from ..data.stage import RehearsalSpec
+from ..memory.budget import gib, parse
 from ..recipe import Recipe
 from .calibrate import known_overhead
 from .plan import Plan, foreseen, growth, limits, longest_allowed, plan, process_bytes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..contracts import Patch
 
 
+RESIDENT = 9  # bytes in memory of a kept row of text, as columns of a data set, per byte of its file
 NEW = 256  # tokens of the reply that a plan without prompts is for
 
 
@@ -56,11 +58,34 @@ def plan_largest(recipe: Recipe, **options: Any) -> tuple[Plan, Recipe]:
     if not recipe.stages:
         return plan_recipe(recipe, **options), recipe
     names, recipes = [stage.name for stage in recipe.stages], recipe.stage_recipes()
-    made = [plan_recipe(stage, **options) for stage in recipes]
+    made: list[Plan] = []
+    for stage in recipes:
+        one = plan_recipe(stage, **options)
+        if recipe.rehearsal and made:
+            one = _with_earlier_rows(one, made, stage, recipe.rehearsal, options)
+        made.append(one)
     at = max(range(len(made)), key=lambda i: (not made[i].fits, made[i].fast_peak_bytes))
     notes = [f"stage {name}: {gib(one.fast_peak_bytes)} at the peak" for name, one in zip(names, made, strict=True)]
     notes.append(f"the plan is of stage {names[at]}, which needs the most")
     return dataclasses.replace(made[at], notes=[*made[at].notes, *notes]), recipes[at]
+
+
+def _with_earlier_rows(
+    one: Plan, before: list[Plan], stage: Recipe, rehearsal: RehearsalSpec, options: dict[str, Any]
+) -> Plan:
+    """The plan of a stage that rehearses: its longest row may be an earlier stage's; kept rows are in memory."""
+    budget = parse(rehearsal.budget, None, "rehearsal: budget")
+    if stage.place.device.type == "cpu":
+        one = dataclasses.replace(one, process=one.process + RESIDENT * budget)
+    tokens = max(plan.tokens for plan in before)
+    known = [plan.counted for plan in (*before, one) if plan.counted is not None]
+    counted = max(known) if len(known) > len(before) else None
+    if tokens <= one.tokens and counted == one.counted:
+        return one
+    longest = {"rows": one.rows, "tokens": max(tokens, one.tokens), "counted": counted, "process": one.process}
+    made = plan_recipe(stage, **{**options, **longest})
+    made.notes.append(f"rows of earlier stages have up to {tokens} tokens")
+    return made
 
 
 def plan_recipe(recipe: Recipe, **options: Any) -> Plan:

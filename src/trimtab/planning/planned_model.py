@@ -92,7 +92,8 @@ class PlannedModel:
         slimming = (surgery for surgery in self.surgeries if surgery.patch.when is When.BOTH)
         own = [tensor for surgery in slimming for tensor in surgery.own_tensors().values()]
         found = {_key(t): (ADAPTER, t.untyped_storage()) for t in own}
-        found |= {key: (WEIGHTS, s) for key, ref in self.between.items() if (s := ref()) is not None}
+        kinds = {key: MAPPED if key in self._moved() else WEIGHTS for key in self.between}
+        found |= {key: (kinds[key], s) for key, ref in self.between.items() if (s := ref()) is not None}
         for key, tensor in self.base.items():
             slow = (self.mapped and key in self.in_file) or key in self._moved()
             found[key] = (MAPPED if slow else WEIGHTS, tensor.untyped_storage())

@@ -12,7 +12,7 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInput
+from ..errors import BadInput, Untraceable
 from ..recipe import Recipe
 from .planned_model import PlannedModel, at_whole_depth
 
@@ -36,6 +36,7 @@ class PlannedStep(PlannedModel):
 
     def __init__(self, recipe: Recipe, args: Any, blocks: int | None, real: bool = False):
         from ..contracts import When
+        from ..engine.anchor import anchored
         from ..engine.arguments import weighed
         from ..engine.patching import without_stand_ins
         from ..engine.prepare import weigh_router
@@ -50,6 +51,7 @@ class PlannedStep(PlannedModel):
         self.patch(recipe.load_patches(), When.LOAD)
         without_stand_ins(self.surgeries)
         self.patch(recipe.load_patches(), When.TRAIN, self.stepper, self.objective)
+        self.surgeries += anchored(self.model, recipe.anchor, (self.stepper, self.surgeries))
 
     @property
     def trained(self) -> int:
@@ -129,6 +131,12 @@ class PlannedStep(PlannedModel):
         made = self.objective.example_batch(rows, tokens, self.args)
         if self.real:  # values may decide which operations run, so ids should differ
             made["input_ids"].random_(self.model.config.get_text_config().vocab_size)
+            if (
+                "attention_mask" in made
+                and not getattr(self.args, "packing", False)
+                and made["attention_mask"].dim() == 2
+            ):
+                made["attention_mask"][0, -1:] = 0  # a row that is padded needs a mask in each layer
         return made
 
     def _evaluation(self, tokens: int) -> Any:
@@ -151,16 +159,23 @@ class PlannedStep(PlannedModel):
     def optimizer(self, trained: list[Any]) -> Any:
         from transformers import Trainer
 
+        from ..engine.optimizers import make_optimizer, name_of
+
         if (made := self.stepper.optimizer(trained, self.args)) is not None:
             return made
+        name = name_of(self.args)
         cls, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if not cls.__module__.startswith("torch.optim"):
+        if cls.__module__.startswith("torch.optim"):
+            made = cls(trained, **options)
+        elif "lomo" in name or "layerwise" in name:
+            have = "it steps during the backward pass, which the planner does not do"
             raise BadInput(
-                f"plan training: optim: {self.args.optim}",
-                "the planner supports PyTorch's own optimizers only",
-                "Remove budget:, or train with adamw_torch",
+                f"plan training: optim: {name}", have, "Remove budget:; run.json will show what the run used"
             )
-        made = cls(trained, **options)
+        elif not self.real:
+            raise Untraceable(f"plan training: optim: {name}", f"{name} needs values", "Remove budget:")
+        else:
+            made = make_optimizer(self.model, self.args)
         for surgery in self.surgeries:
             if surgery.offloaded:
                 surgery.offloaded.hold(made)

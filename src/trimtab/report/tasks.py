@@ -37,12 +37,15 @@ def matrix(run: Any) -> dict[str, Any] | None:
         return None
     labels = ["base", *(f"after {name}" for name in names)][: len(rows)]
     metric = str(at(run.run, "tasks", "metric"))
+    if isinstance(row := at(run.run, "tasks", "switched", "row", metric), list):
+        rows, labels = [*rows, row], [*labels, "each with its own adapter"]
     for name in ("sequential", "joint"):
         if isinstance(row := at(run.run, "baselines", name, "row", metric), list):
             rows, labels = [*rows, row], [*labels, f"{name} (baseline)"]
     losses = metric == "loss"
     trace = {
-        "type": "heatmap", "x": [str(name) for name in names], "y": labels, "z": rows, "texttemplate": "%{z:.3f}",
+        "type": "heatmap", "x": [escape(str(name)) for name in names], "y": [escape(label) for label in labels],
+        "z": rows, "texttemplate": "%{z:.3f}",
         "hovertemplate": "%{y}, on %{x}: %{z:.4f}<extra></extra>", "colorscale": "Blues", "reversescale": not losses,
         "showscale": False, "xgap": 2, "ygap": 2,
     }  # fmt: skip
@@ -57,7 +60,7 @@ def section(run: Any, figure: Callable[..., str], table: Callable[..., str]) -> 
     metric = str(at(run.run, "tasks", "metric"))
     drawn = figure(matrix(run), f"{run.name}: {metric} on each task", "No scores were written.")
     return f'<div class="grid">{drawn}</div><p class="quiet">{MEANING}</p>' + "".join(
-        (_figures(run, table), _changes(run, table), _costs(run, table))
+        (_figures(run, table), _changes(run, table), _general(run, table), _costs(run, table))
     )
 
 
@@ -100,6 +103,23 @@ def _changes(run: Any, table: Callable[..., str]) -> str:
     return table(head, rows, numbers=True) if rows else ""
 
 
+def _general(run: Any, table: Callable[..., str]) -> str:
+    """The perplexity on text that is of no task: of the base, then after each stage."""
+    found = at(run.run, "tasks", "general", "perplexity")
+    values = [number(value) for value in found] if isinstance(found, list) else []
+    if not values or None in values:
+        return ""
+    change = [number(at(run.run, "tasks", "general", "change_of_loss", key)) for key in ("change", "low", "high")]
+    names = ["base", *(f"after {stage.get('name')}" for stage in _stages(run))]
+    rows = [[escape(name), f"{value:,.2f}", f"{value / values[0] - 1:+.1%}"]  # type: ignore[operator]
+            for name, value in zip(names, values, strict=False)]  # fmt: skip
+    if None not in change:
+        rows.append(["change of the loss in the end, mean of the rows", f"{change[0]:+.4f}",
+                     f"{change[1]:+.4f} to {change[2]:+.4f}"])  # fmt: skip
+    file = escape(str(at(run.run, "tasks", "general", "file")))
+    return table([f"perplexity on {file}", "", "to the base"], rows, numbers=True)
+
+
 def _costs(run: Any, table: Callable[..., str]) -> str:
     rows = []
     for stage in _stages(run):
@@ -112,4 +132,14 @@ def _costs(run: Any, table: Callable[..., str]) -> str:
             "" if number(stage.get("final_loss")) is None else f"{stage['final_loss']:.4f}",
         ])  # fmt: skip
     head = ["stage", "carries", "steps", "tokens", "seconds", "fast tier at the peak", "final training loss"]
-    return table(head, rows, numbers=True)
+    return table(head, rows, numbers=True) + _kept(run)
+
+
+def _kept(run: Any) -> str:
+    """What was kept of earlier stages for the last one."""
+    keys = ("bytes", "budget_bytes", "rows", "seen")
+    size, budget, rows, seen = (number(at(run.run, "rehearsal", key)) for key in keys)
+    if size is None or budget is None or rows is None or not seen:
+        return ""
+    told = f"{size:,} of {budget:,} bytes: {rows:,} of {seen:,} rows seen before ({rows / seen:.1%})"
+    return f'<p class="quiet">Rehearsed in the last stage: {told}.</p>'

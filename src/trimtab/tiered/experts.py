@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..files import write_json
-from . import kept_experts
+from ..validation import read_json
+from .kept_store import DATA, MEANING, SUMS, difference
 from .mapped_file import MappedFile, map_file, require_memory, require_space, reserve
 from .prefetch import PIECE, Reader, Request
 from .record import PAGE, Part, round_up
@@ -30,7 +32,6 @@ from .table import Traffic
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and precision of one expert's tensor
 SAMPLED = 4  # records whose first pages are checked, to see whether all are in memory
-DATA, MEANING = "experts.bin", "experts.json"  # files of a store that is kept
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,19 @@ class ExpertStore:
 
     def _kept(self, folder: Path, identity: str) -> MappedFile:
         """The file in `folder`: an existing one of the same experts, or a new one, which `complete` names."""
-        meaning = kept_experts.meaning(self.layers, self.form, identity)
+        layout = [[len(layer.rows), *([n, list(p.shape), str(p.dtype)] for n, p in layer.parts.items())]
+                  for layer in self.layers]  # fmt: skip
+        form = {} if self.form is None else {"form": self.form.name}
+        meaning = {"identity": identity, **form, "layout": layout}
         data, said = folder / DATA, folder / MEANING
         if said.is_file() or data.is_file():
-            sums = kept_experts.require(said, meaning, self.rows)
+            known = read_json(said) or {}
+            sums, do = known.pop(SUMS, None), "Name another folder, or remove this one"
+            whole = isinstance(sums, list) and len(sums) == sum(len(layer.rows) for layer in self.layers)
+            if known != meaning:
+                raise BadInput(f"store: {folder}", difference(known, meaning), do)
+            if not whole:
+                raise BadInput(f"store: {folder}", f"its {MEANING} has no checksums", do)
             if data.is_file() and data.stat().st_size == self.table_bytes:
                 self.filled, self._sums, self._unchecked = True, sums, set(range(self.rows))
                 with data.open("r+b") as file:
@@ -169,7 +179,7 @@ class ExpertStore:
     def _write(self, layer: Layer, expert: int, tensors: Mapping[str, Tensor]) -> None:
         if self.form is not None:
             tensors = self.form.packed(tensors, layer.shapes)
-        written = []
+        crc = 0
         for name, part in layer.parts.items():
             values = tensors[name].detach().to("cpu", part.dtype).contiguous().reshape(-1).view(torch.uint8)
             at = layer.start + expert * layer.record_bytes + part.offset
@@ -177,17 +187,16 @@ class ExpertStore:
                 self._table[at : at + part.nbytes] = values
             else:
                 self._file.write(at, values.numpy())
-            written.append(values)
+            if self._partial is not None:
+                crc = zlib.crc32(values.numpy(), crc)
         if self._partial is not None:
-            self._sums.append(kept_experts.sum_of(written))
+            self._sums.append(crc)
 
     def _complete(self) -> None:
         self.filled = True
         if self._partial is not None:
             partial, data, meaning = self._partial
-            write_json(
-                data.parent / MEANING, {**meaning, kept_experts.SUMS: self._sums}
-            )  # first: without data it means nothing
+            write_json(data.parent / MEANING, {**meaning, SUMS: self._sums})  # first: without data it means nothing
             os.replace(partial, data)
             self._partial = None
 
@@ -196,9 +205,11 @@ class ExpertStore:
         first call for a row reads it."""
         if row not in self._unchecked:
             return
-        layer, record = self._of_row[row], self._table[self._span(row)] if record is None else record
-        parts = (record[part.offset : part.offset + part.nbytes] for part in layer.parts.values())
-        if kept_experts.sum_of(parts) != self._sums[row]:
+        layer, crc = self._of_row[row], 0
+        record = self._table[self._span(row)] if record is None else record
+        for part in layer.parts.values():
+            crc = zlib.crc32(record[part.offset : part.offset + part.nbytes].numpy(), crc)
+        if crc != self._sums[row]:
             have = f"expert {row - layer.rows.start} of layer {self.layers.index(layer)} is not what was written"
             raise BadInput(f"store: {self._kept_in}", have, "Remove this folder: the next run writes it again")
         self._unchecked.discard(row)

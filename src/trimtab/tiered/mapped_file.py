@@ -12,14 +12,18 @@ import os
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput, DoesNotFit
 from ..memory.budget import available_memory, free_bytes, gib, nearest_folder
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 RAM = ("tmpfs", "ramfs")  # file systems in memory
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # by the file system, of posix_fallocate
+ALIGNED = 64  # bytes at which each tensor of a file begins
 ZEROS = 2**24  # bytes that are written at a time
 
 
@@ -120,6 +124,31 @@ def map_file(size: int, folder: str | None, what: str) -> MappedFile:
             f"{gib(size)} for {what} in {where}", why,
             "Name another folder on a local disk (place: folder), or set place: slow: ram",
         ) from None  # fmt: skip
+
+
+def mapped_like(tensors: dict[str, Tensor], folder: str | None, what: str) -> dict[str, Tensor]:
+    """Name -> zeros of the shape, dtype and strides of each tensor, all mapped from one file that is freed with the
+    process. They are written in place; pages that were written belong to the file, not to anonymous memory."""
+    import torch
+
+    starts, size = {}, 0
+    for name, tensor in tensors.items():
+        starts[name] = size
+        size += -(-tensor.nbytes // ALIGNED) * ALIGNED
+    if folder:
+        require_folder(folder)
+    require_space(size, folder, what)
+    handle, path = tempfile.mkstemp(suffix=".safetensors", dir=folder)  # the meter knows mapped files by the name
+    try:
+        with open(handle, "r+b", buffering=0) as file:
+            reserve(file, size)
+        whole = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+    except OSError as error:
+        raise _too_small(size, folder or tempfile.gettempdir(), what, error.strerror or str(error)) from None
+    finally:
+        os.unlink(path)
+    parts = {name: whole[starts[name] : starts[name] + tensor.nbytes] for name, tensor in tensors.items()}
+    return {name: parts[name].view(t.dtype).as_strided(t.shape, t.stride()) for name, t in tensors.items()}
 
 
 def reserve(file: Any, size: int) -> None:

@@ -1,6 +1,6 @@
 """What a run of several stages is compared with, each in `OUTPUT/baselines/NAME`: `trimtab train --baselines NAMES`.
 
-sequential   the same stages with `carry: adapter` and no rehearsal: how much is forgotten without it
+sequential   the same stages with `carry: adapter`, no rehearsal and no anchor: how much is forgotten without it
 joint        one run over the rows of all tasks, for as many steps as the stages took together: what can be reached
 frozen       the base, which costs nothing
 """
@@ -52,11 +52,11 @@ def train_baselines(
             found[name] = {"row": rows, "seconds": 0.0}
         elif name == "sequential":
             say("baseline: sequential")
-            stages = [dataclasses.replace(spec, carry="adapter") for spec in recipe.stages]
+            stages = [dataclasses.replace(spec, carry="adapter", anchor=None) for spec in recipe.stages]
             folder = Path(recipe.output) / "baselines" / name
             again = (folder / "recipe.yaml").is_file()
             alone = dataclasses.replace(
-                recipe, stages=stages, rehearsal=None, output=str(folder), resume=again, overwrite=False
+                recipe, stages=stages, rehearsal=None, anchor=None, output=str(folder), resume=again, overwrite=False
             )
             made = train_stages(alone, run, quiet, say, hard, began)
             rows = {metric: matrix[-1] for metric, matrix in made["tasks"]["matrix"].items()}
@@ -88,7 +88,7 @@ def _joint(recipe: Recipe, steps: int) -> Recipe:
         files += [given] if isinstance(given, str) else list(given or ())
     return dataclasses.replace(
         first, data=dataclasses.replace(first.data, train=list(dict.fromkeys(files))),
-        training={**first.training, "max_steps": steps},
+        training={**first.training, "max_steps": steps}, anchor=None,
         output=str(Path(recipe.output) / "baselines" / "joint"),
     )  # fmt: skip
 

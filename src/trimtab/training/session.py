@@ -21,6 +21,7 @@ from ..artifacts import adapter
 from ..artifacts.checkpoint_files import STATE, read_state
 from ..artifacts.run_folder import nothing_left, place_of
 from ..contracts import When
+from ..engine.anchor import Anchor, anchored
 from ..engine.arguments import check_optimizer, time_limit, training_arguments, weighed
 from ..engine.divergence import Diverged, StopIfDiverged, chance_of
 from ..engine.inputs import calibration_batches, largest_batch, make_trainer, read_inputs
@@ -60,7 +61,8 @@ class Start:
 
     `adapter`: the folder (an adapter's or a checkpoint's) whose tensors it starts from. `optimizer`: the optimizer.pt
     whose state it takes over. `save_last`: a checkpoint is written after the last step, for a run that follows.
-    `rehearsal`: rows of earlier stages to mix in, and where to keep this one's.
+    `rehearsal`: rows of earlier stages to mix in, and where to keep this one's. `anchor`: the file that the trained
+    weights are anchored by, and the one to write for the next stage.
     `timed_from`: when `max_minutes` began, on the clock of time.monotonic (None: when this run began).
     """
 
@@ -68,6 +70,7 @@ class Start:
     optimizer: Path | None = None
     save_last: bool = False
     rehearsal: Rehearsal | None = None
+    anchor: tuple[Path | None, Path | None] = (None, None)
     timed_from: float | None = None
 
 
@@ -99,6 +102,7 @@ class Session:
             spec.name, self.model.trimtab_base, head, spec.precision, self.rows.labels or [], self._reply_form()
         )
         self.surgeries: list[Any] = []
+        self.anchor: list[Anchor] = []
         self.meter = Meter(device=self.place.device)
         self.meter.workers = self.args.dataloader_num_workers > 0
         self.guard = Guard()
@@ -139,6 +143,14 @@ class Session:
             self.surgeries += prepare(self.model, self.stepper, self.objective)
             if self.start.adapter and not self.resumed:
                 adapter.load_into(self.surgeries, self.start.adapter, self.base, "start from")
+            trainable = (self.stepper, self.surgeries)
+            self.anchor = anchored(self.model, self.recipe.anchor, trainable, self.args.world_size)
+            self.surgeries += self.anchor
+            if self.anchor and self.start.anchor[0]:
+                self.anchor[0].read(self.start.anchor[0])
+            if self.resumed or self.start.adapter:  # what calibration would have chosen is in the tensors that are read
+                for surgery in self.surgeries:
+                    surgery.notes = () if surgery.patch.calibration_rows else surgery.notes
             for note in notes_of(self.surgeries, str(self.place.folder)):
                 self.say(note)
             undo.enter_context(restore_model(self.model))
@@ -194,6 +206,15 @@ class Session:
         as_given = (When.INFER, When.LOAD)
         patches = [patch if patch.when in as_given else next(made).patch for patch in self.patches]
         return dataclasses.replace(self.recipe, patches=patches)
+
+    def keep(self) -> None:
+        """Writes what later stages need of this one: its rows, and its weights with their Fisher information."""
+        own = (self.trainer.rehearsed or (len(self.trainer.train_dataset), 0))[0]
+        if self.start.rehearsal and self.start.rehearsal.after:
+            self.start.rehearsal.keep(self.trainer)
+        if self.anchor and self.start.anchor[1]:
+            rows = self.recipe.anchor.ewc.rows if self.recipe.anchor.ewc else 0
+            self.anchor[0].write(self.start.anchor[1], self.trainer, own, rows)
 
     # --- training ------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from ..artifacts.checkpoint_files import check_files
 from ..artifacts.run_folder import begin_run, checkpoints, finished_run, same_recipe
 from ..data.continual import LOSSES, figures, interval
 from ..data.files import read_table
+from ..data.spec import DataSpec
 from ..engine.arguments import time_limit
 from ..engine.rehearsal import Rehearsal, summary
 from ..errors import BadInput, Interrupted, Stopped
@@ -30,7 +31,7 @@ from ..recipe import Recipe
 from ..validation import read_json
 from .session import Start
 
-BASE, SCORES, KEPT = "base.json", "scores.json", "kept.safetensors"
+BASE, SCORES, KEPT, ANCHOR = "base.json", "scores.json", "kept.safetensors", "anchor.safetensors"
 
 
 def train_stages(
@@ -58,7 +59,10 @@ def train_stages(
                 have = f"training.max_minutes ({whole / 60:g} minutes) have passed"
                 raise Stopped(f"stopped before stage {name}", have, "Continue with resume=true")
             say(f"stage {name}, {index + 1} of {len(stages)}")
-            start = dataclasses.replace(_start(recipe, stages, index), rehearsal=rehearsal_of(recipe, stages, index))
+            start = dataclasses.replace(
+                _start(recipe, stages, index), rehearsal=rehearsal_of(recipe, stages, index),
+                anchor=anchors_of(recipe, stages, index),
+            )  # fmt: skip
             limited, start = _limited(stage, whole, began, now, start)
             newest = checkpoints(Path(stage.output))[-1:] if resumed else []
             for checkpoint in newest:
@@ -87,10 +91,20 @@ def train_stages(
 
 def check(recipe: Recipe, stages: list[Recipe]) -> None:
     """BadInput for stages that cannot run, before the first one starts."""
+    if recipe.neutral is not None:
+        if recipe.load_objective().head != "causal-lm":
+            raise BadInput(f"neutral: {recipe.neutral}", "a classifier has no perplexity", "Remove it")
+        read_table([recipe.neutral], 1, "test")
     if recipe.rehearsal is not None:
         rehearsal_of(recipe, stages, 0)
         if len(stages) < 2:
             raise BadInput("rehearsal", "no stage comes before another", "Remove it, or add a stage")
+    kinds = {one.kind: spec.name for spec in recipe.stages if (one := spec.anchor or recipe.anchor)}
+    if len(kinds) > 1:
+        have = f"stage {kinds['ewc']} has ewc, and stage {kinds['l2']} l2"
+        raise BadInput("stages: anchor", have, "Give all stages the same kind")
+    if kinds and not any(stage.anchor for stage in stages):
+        raise BadInput("anchor", "no stage starts from the one before", "Remove it, or add a stage")
     for index, (spec, stage) in enumerate(zip(recipe.stages, stages, strict=True)):
         asked = f"stages: {spec.name}"
         for part, names in (("train", stage.data.train), ("test", stage.data.test)):
@@ -166,7 +180,17 @@ def rehearsal_of(recipe: Recipe, stages: list[Recipe], index: int) -> Rehearsal 
         return None
     files = [Path(stage.output) / KEPT for stage in stages]
     before, after = files[index - 1] if index else None, files[index] if index + 1 < len(files) else None
-    return Rehearsal(parse(spec.budget, None, "rehearsal: budget"), spec.policy, spec.mix, index + 1, before, after)
+    budget, top = parse(spec.budget, None, "rehearsal: budget"), spec.top if spec.keep == "logits" else 0
+    return Rehearsal(budget, spec.policy, spec.mix, index + 1, before, after, top)
+
+
+def anchors_of(recipe: Recipe, stages: list[Recipe], index: int) -> tuple[Path | None, Path | None]:
+    """The file that anchors stage `index`, and the one that it writes for the next."""
+    files = [Path(stage.output) / ANCHOR for stage in stages]
+    spec = recipe.stages[index]
+    held = index > 0 and spec.follows and bool(spec.anchor or recipe.anchor)
+    holds = index + 1 < len(files) and recipe.stages[index + 1].follows
+    return files[index - 1] if held and files[index - 1].is_file() else None, files[index] if holds else None
 
 
 def _suits(folder: Path, name: str, stage: Recipe) -> Path:
@@ -203,10 +227,17 @@ def _evaluate(recipe: Recipe, stages: list[Recipe], index: int, say: Callable[[s
             continue
         say(f"evaluating {'the base' if base else f'stage {recipe.stages[index].name}'} on all test sets")
         began = time.monotonic()
-        found = scores(stages[index], stages, base_only=base, say=say)
+        found = scores(stages[index], [*stages, *_neutral(recipe, stages)], base_only=base, say=say)
         names = [spec.name for spec in recipe.stages]
-        tasks = {name: {**one, "samples": one["samples"][:5]} for name, one in zip(names, found, strict=True)}
-        write_json(path, {"tasks": tasks, "seconds": round(time.monotonic() - began, 2)})
+        tasks = {name: {**one, "samples": one["samples"][:5]} for name, one in zip(names, found, strict=False)}
+        more = {"neutral": found[-1]} if recipe.neutral else {}
+        write_json(path, {"tasks": tasks, "seconds": round(time.monotonic() - began, 2), **more})
+
+
+def _neutral(recipe: Recipe, stages: list[Recipe]) -> list[Recipe]:
+    """What evaluates the neutral text, if there is any: rows of text, cut at max_length."""
+    text = DataSpec(recipe.neutral, recipe.neutral, too_long="cut")
+    return [dataclasses.replace(stages[0], data=text)] if recipe.neutral else []
 
 
 def _result(recipe: Recipe, stages: list[Recipe]) -> dict[str, Any]:
@@ -255,12 +286,36 @@ def tasks(recipe: Recipe, stages: list[Recipe]) -> dict[str, Any]:
                for metric, before in rows[0][name]["each"].items() if metric in rows[-1][name]["each"]}
         for name in names
     }  # fmt: skip
+    seconds = [(read_json(path) or {})["seconds"] for path in files]
     return {
         "names": names, "rows": [rows[0][name]["rows"] for name in names],
         "metric": next((metric for metric in shared if metric not in (*LOSSES, "token_accuracy")), "loss"),
         "matrix": matrix, "figures": {metric: figures(found, metric) for metric, found in matrix.items()},
-        "change": change, "seconds": [(read_json(path) or {})["seconds"] for path in files],
+        "change": change, "seconds": seconds, **_switched(recipe, matrix), **_general(recipe, files),
     }  # fmt: skip
+
+
+def _switched(recipe: Recipe, matrix: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """Where a stage after the first starts fresh: the scores with the adapter that is the last of each task's own."""
+    starts = [index for index, spec in enumerate(recipe.stages) if index == 0 or not spec.follows]
+    if len(starts) < 2:
+        return {}
+    ends = [min((s for s in starts if s > index), default=len(recipe.stages)) for index in range(len(recipe.stages))]
+    rows = {metric: [found[end][task] for task, end in enumerate(ends)] for metric, found in matrix.items()}
+    return {"switched": {"row": rows, "acc": {metric: sum(row) / len(row) for metric, row in rows.items()}}}
+
+
+def _general(recipe: Recipe, files: list[Path]) -> dict[str, Any]:
+    """The perplexity on the neutral text of the base and after each stage, and the change of the loss in the end."""
+    if not recipe.neutral:
+        return {}
+    found = [(read_json(path) or {})["neutral"] for path in files]
+    change = interval(found[0]["each"]["loss"], found[-1]["each"]["loss"])
+    general = {
+        "file": Path(recipe.neutral).name, "rows": found[0]["rows"], "change_of_loss": change,
+        "perplexity": [one["metrics"]["perplexity"] for one in found],
+    }  # fmt: skip
+    return {"general": general}
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -270,9 +325,16 @@ def lines(found: dict[str, Any]) -> list[str]:
     made = [f"{metric} on the test set of", " " * (width + 8) + "  ".join(f"{name:>{width}}" for name in names)]
     for label, row in zip(["base", *(f"after {name}" for name in names)], found["matrix"][metric], strict=True):
         made.append(f"{label:<{width + 8}}" + "  ".join(f"{value:>{width}.4f}" for value in row))
+    if "switched" in found:
+        row = found["switched"]["row"][metric]
+        made.append(f"{'own adapters':<{width + 8}}" + "  ".join(f"{value:>{width}.4f}" for value in row))
     figure = found["figures"][metric]
     labels = {"acc": "ACC", "bwt": "BWT", "fwt": "FWT"}
-    return [*made, ", ".join(f"{labels.get(key, key)} {value:.4f}" for key, value in figure.items())]
+    made.append(", ".join(f"{labels.get(key, key)} {value:.4f}" for key, value in figure.items()))
+    if "general" in found:
+        first, *later = (f"{value:.2f}" for value in found["general"]["perplexity"])
+        made.append(f"perplexity on {found['general']['file']}: base {first}, after each stage {', '.join(later)}")
+    return made
 
 
 def _publish(root: Path, last: Path, recipe: Recipe, stages: list[Recipe]) -> None:

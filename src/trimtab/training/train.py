@@ -58,8 +58,9 @@ def train(
 
     say = say or speaker(quiet)
     with lock_run(recipe.output, f"train into {recipe.output}"):
-        if recipe.rehearsal and not recipe.stages:
-            raise BadInput("rehearsal", "the recipe has no stages", "Remove it, or add stages")
+        for key in ("rehearsal", "anchor", "neutral"):
+            if getattr(recipe, key) and not recipe.stages:
+                raise BadInput(key, "the recipe has no stages", "Remove it, or add stages")
         if recipe.stages:
             from .baselines import check_baselines, train_baselines
             from .stages import train_stages
@@ -105,6 +106,8 @@ def _run(
         ended = session.fit(checkpoint, made.budget.fast if made else None, hard, began)
         if ended.why:
             raise _stopped(session, ended, made, hard)
+        if session.main:
+            session.keep()
         session.meter.stop()
         trained = {
             "recipe": recipe.hash, "finished": now(), "output": str(output),
@@ -114,8 +117,6 @@ def _run(
             "budget": dataclasses.asdict(made.budget) if made else {},
             "processes": session.args.world_size, "machine": machine(), "versions": versions(),
         }  # fmt: skip
-        if session.main and session.start.rehearsal and session.start.rehearsal.after:
-            session.start.rehearsal.keep(session.trainer)
         if session.main:
             save_adapter(output / "adapter", session.surgeries, session.base)
             write_json(output / "run.json", trained)
