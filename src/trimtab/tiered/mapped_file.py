@@ -7,10 +7,12 @@ small is therefore an error before the start; during a run the kernel could only
 from __future__ import annotations
 
 import errno
+import functools
 import mmap
 import os
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,11 +109,13 @@ class MappedFile:
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def map_file(size: int, folder: str | None, what: str) -> MappedFile:
-    """`size` bytes of zeros in a file without a name: it is freed when the process ends, however it ends."""
+def map_file(size: int, folder: str | None, what: str, suffix: str = "") -> MappedFile:
+    """`size` bytes of zeros in a file without a name: it is freed when the process ends, however it ends. With `suffix`
+    the file has a name, which ends so, until it is mapped."""
     where = folder or tempfile.gettempdir()
+    make = functools.partial(tempfile.NamedTemporaryFile, suffix=suffix) if suffix else tempfile.TemporaryFile
     try:
-        with tempfile.TemporaryFile(dir=where, buffering=0) as file:
+        with make(dir=where, buffering=0) as file:  # type: ignore[operator]
             reserve(file, size)
             return MappedFile(file.fileno(), size)
     except OSError as error:
@@ -126,29 +130,25 @@ def map_file(size: int, folder: str | None, what: str) -> MappedFile:
         ) from None  # fmt: skip
 
 
-def mapped_like(tensors: dict[str, Tensor], folder: str | None, what: str) -> dict[str, Tensor]:
-    """Name -> zeros of the shape, dtype and strides of each tensor, all mapped from one file that is freed with the
-    process. They are written in place; pages that were written belong to the file, not to anonymous memory."""
+def mapped_like(tensors: Mapping[Any, Tensor], folder: str | None, what: str) -> dict[Any, Tensor]:
+    """Key -> zeros of the shape, dtype and strides of each tensor, each a storage of its own, all mapped from one file
+    that is freed with the process. They are written in place; pages that were written belong to the file, not to
+    anonymous memory. DoesNotFit, before anything is created, if the disk has no space for them."""
     import torch
 
     starts, size = {}, 0
-    for name, tensor in tensors.items():
-        starts[name] = size
+    for key, tensor in tensors.items():
+        starts[key] = size
         size += -(-tensor.nbytes // ALIGNED) * ALIGNED
     if folder:
         require_folder(folder)
     require_space(size, folder, what)
-    handle, path = tempfile.mkstemp(suffix=".safetensors", dir=folder)  # the meter knows mapped files by the name
-    try:
-        with open(handle, "r+b", buffering=0) as file:
-            reserve(file, size)
-        whole = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-    except OSError as error:
-        raise _too_small(size, folder or tempfile.gettempdir(), what, error.strerror or str(error)) from None
-    finally:
-        os.unlink(path)
-    parts = {name: whole[starts[name] : starts[name] + tensor.nbytes] for name, tensor in tensors.items()}
-    return {name: parts[name].view(t.dtype).as_strided(t.shape, t.stride()) for name, t in tensors.items()}
+    file = map_file(size, folder, what, ".safetensors")  # the meter knows mapped weights by the name
+    parts = {}
+    for key, tensor in tensors.items():
+        flat = torch.frombuffer(file.map, dtype=tensor.dtype, count=tensor.numel(), offset=starts[key])
+        parts[key] = flat.as_strided(tensor.shape, tensor.stride())
+    return parts
 
 
 def reserve(file: Any, size: int) -> None:

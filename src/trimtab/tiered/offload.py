@@ -9,7 +9,6 @@ working on are needed: the file's pages are the kernel's to write back and to dr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..memory.place import Place
-from .mapped_file import map_file, require_space, slow_kind
+from .mapped_file import mapped_like, slow_kind
 
-GRADIENT, MOMENTS = "gradient", ("exp_avg", "exp_avg_sq")
-PAGE = 4096  # bytes; each tensor starts at a page of its own
+VALUE, GRADIENT, MOMENTS = "value", "gradient", ("exp_avg", "exp_avg_sq")
 
 
 class Offloaded:
@@ -36,26 +34,19 @@ class Offloaded:
             have = "on a CPU the fast tier is RAM, so that nothing would be saved"
             raise BadInput("offload: slow with place: slow: ram", have, "Set place: slow: disk")
         self.parameters = dict(parameters)
-        self.tensors: dict[str, dict[str, Tensor]] = {}
-        self.sizes = {name: p.numel() * dtypes[name].itemsize for name, p in self.parameters.items()}
-        self.nbytes = sum(4 * -(-size // PAGE) * PAGE for size in self.sizes.values())
-        self.planned = any(parameter.is_meta for parameter in self.parameters.values())
-        if self.planned:
-            for name, parameter in self.parameters.items():
+        self.tensors: dict[str, dict[str, Tensor]] = {}  # of a plan, whose parameters have no values: empty
+        if any(parameter.is_meta for parameter in parameters.values()):
+            for name, parameter in parameters.items():
                 parameter.data = parameter.data.to(dtypes[name], copy=True)
             return
-        what = "weights, gradients and Adam's moments"
-        require_space(self.nbytes, place.folder, what)
-        self.file, offset = map_file(self.nbytes, place.folder, what), 0
-        for name, parameter in self.parameters.items():
-            parts = {}
-            for part in ("value", GRADIENT, *MOMENTS):
-                flat = torch.frombuffer(self.file.map, dtype=dtypes[name], count=parameter.numel(), offset=offset)
-                parts[part] = flat.view(parameter.shape)
-                offset += math.ceil(self.sizes[name] / PAGE) * PAGE
-            parts["value"].copy_(parameter.data)
-            parameter.data = parts.pop("value")
-            self.tensors[name] = parts
+        like = {
+            (name, part): torch.empty(parameter.shape, dtype=dtypes[name], device="meta")
+            for name, parameter in parameters.items() for part in (VALUE, GRADIENT, *MOMENTS)
+        }  # fmt: skip
+        made = mapped_like(like, place.folder, "weights, gradients and Adam's moments")
+        for name, parameter in parameters.items():
+            parameter.data = made[name, VALUE].copy_(parameter.data)
+            self.tensors[name] = {part: made[name, part] for part in (GRADIENT, *MOMENTS)}
 
     def keep_gradients(self) -> list[Any]:
         """Moves each gradient to the file as soon as it is complete; -> the handles of the hooks."""
