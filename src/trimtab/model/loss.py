@@ -251,19 +251,28 @@ def _cross_entropy(logits_NV: Tensor, target_N: Tensor, smoothing: float, soft: 
     return (1 - smoothing) * loss_N - smoothing * logp_NV.mean(-1)
 
 
+def rows_that_count(
+    model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, whole: bool
+) -> tuple[Head, Tensor, Tensor]:
+    """-> the head, of no known form with `whole`; the positions of labels[:, 1:] that count, flat, int64 (N,); and what
+    the head reads at each, (N, H), or its logits (N, V) if its form is unknown."""
+    head = Head() if whole else head_of(model)
+    keep_N = (labels_BT[:, 1:].reshape(-1) != -100).nonzero().squeeze(1)
+    if head.linear is None:
+        rows_BTX = model.forward(**inputs, use_cache=False).logits
+    else:
+        rows_BTX, _ = before_head(model, head.linear, inputs)
+    return head, keep_N, rows_BTX[:, :-1].flatten(0, 1).index_select(0, keep_N)
+
+
 @torch.no_grad()
 def predictions(
     model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, whole: bool = False, chunk: int = 128
 ) -> tuple[Tensor, Tensor]:
     """-> the positions of labels[:, 1:] that count, flat, int64 (N,), and the most probable token at each."""
-    head = Head() if whole else head_of(model)
-    target_M = labels_BT[:, 1:].reshape(-1)
-    keep_N = (target_M != -100).nonzero().squeeze(1)
+    head, keep_N, rows_NX = rows_that_count(model, inputs, labels_BT, whole)
     if head.linear is None:
-        logits_BTV = model.forward(**inputs, use_cache=False).logits
-        return keep_N, logits_BTV[:, :-1].flatten(0, 1).index_select(0, keep_N).argmax(-1)
-    hidden_BTH, _ = before_head(model, head.linear, inputs)
-    hidden_NH = hidden_BTH[:, :-1].flatten(0, 1).index_select(0, keep_N)
+        return keep_N, rows_NX.argmax(-1)
     # a positive scale and a soft cap leave the order of the logits as it is
-    parts = [head.linear(hidden_CH)[:, : head.words].argmax(-1) for hidden_CH in hidden_NH.split(chunk)]
+    parts = [head.linear(hidden_CH)[:, : head.words].argmax(-1) for hidden_CH in rows_NX.split(chunk)]
     return keep_N, torch.cat(parts) if parts else keep_N

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .head import Head, before_head, head_of
+from .head import head_of
 from .kept_rows import KEPT
+from .loss import rows_that_count
 
 STEPS = 16  # of a log-probability in one nat
 CHUNK = 128  # positions
@@ -34,16 +35,9 @@ class Top(NamedTuple):
 def top_tokens(model: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor, k: int, whole: bool) -> Top:
     """The k most probable tokens at each label of `labels_BT[:, 1:]` other than -100, and that label's loss. k may
     be 0. `whole`: from all logits at once, for a head of unknown form."""
-    head = Head() if whole else head_of(model)
-    target_N = labels_BT[:, 1:].reshape(-1)
-    keep_N = (target_N != -100).nonzero().squeeze(1)
-    target_N = target_N[keep_N]
-    if head.linear is None or getattr(head.linear, KEPT, None) is not None:
-        rows_BTX = model.forward(**inputs, use_cache=False).logits
-        head = Head()
-    else:
-        rows_BTX, _ = before_head(model, head.linear, inputs)
-    rows_NX = rows_BTX[:, :-1].flatten(0, 1).index_select(0, keep_N)
+    whole = whole or getattr(head_of(model).linear, KEPT, None) is not None
+    head, keep_N, rows_NX = rows_that_count(model, inputs, labels_BT, whole)
+    target_N = labels_BT[:, 1:].reshape(-1)[keep_N]
     parts = []
     for rows_CX, target_C in zip(rows_NX.split(CHUNK), target_N.split(CHUNK), strict=True):
         logits_CV = rows_CX.float()
