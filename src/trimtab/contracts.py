@@ -78,9 +78,8 @@ class Surgery(ABC):
         own = self.own_tensors()
         do = "Use the adapter with the base model and the patch that it was trained with"
         if own.keys() != tensors.keys():
-            odd = sorted(own.keys() ^ tensors.keys())[0]
-            asked = f"load {len(tensors)} tensors into {type(self.patch).__name__}"
-            raise BadInput(asked, f"{len(own)} are expected, and {odd} is only in one of the two", do)
+            have = f"{len(own)} are expected, and {min(own.keys() ^ tensors.keys())} is only in one of the two"
+            raise BadInput(f"load {len(tensors)} tensors into {type(self.patch).__name__}", have, do)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if own[name].shape != tensor.shape:
@@ -142,7 +141,7 @@ class Patch(ABC):
     exclusive_reason: ClassVar[str] = ""  # why no other trained patch can be applied with it; "" if one can
     defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the objective's
     gradient_reason: ClassVar[str] = ""  # why no stepper without gradients can train it; "" if one can
-    uses_tables: ClassVar[bool] = False  # whether it has tables in the slow tier
+    uses_tables: ClassVar[bool] = False  # whether it trains tables or weights in the slow tier, which only Adam steps
     reads_experts: ClassVar[bool] = False  # it reads stacked experts from the checkpoint; the loader leaves them out
     counts_tokens: ClassVar[bool] = False  # calibration needs only token ids, and a plan counts them for it (`counted`)
     shrinkable: ClassVar[tuple[str, ...]] = ()  # fields that use less memory when smaller, the least harmful first
@@ -189,6 +188,7 @@ class Objective(ABC):
     evaluator: ClassVar[str] = "trimtab.inference.evaluate:answer"  # what `trimtab eval` calls
     defaults: ClassVar[dict[str, Any]] = {"lr_scheduler_type": "linear", "warmup_steps": 0}  # of `training:`
     differentiable: ClassVar[bool] = True  # whether the loss has a gradient
+    gradient_reason: ClassVar[str] = ""  # as a patch's
     ignored: ClassVar[dict[str, str]] = {}  # fields of `training:` that would do nothing -> why; they are refused
 
     def prepare(self, model: PreTrainedModel) -> Surgery | None:

@@ -17,7 +17,7 @@ from ..errors import BadInput, nearest
 from ..recipe import Recipe
 from ..validation import booleans
 from .fields import check_fields
-from .optimizers import require_library
+from .optimizers import name_of, require_library
 
 
 def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Path, cpu: bool) -> TrainingArguments:
@@ -99,21 +99,22 @@ def weighed(objective: Objective, args: TrainingArguments) -> Objective:
 
 def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
     """BadInput for an optimizer that would not be used, or that cannot step the rows of a patch's tables."""
-    for part in (recipe.load_stepper(), recipe.load_objective()):
+    stepper, objective, patches = recipe.load_stepper(), recipe.load_objective(), recipe.load_patches()
+    for part in (stepper, objective):
         for key in recipe.training.keys() & part.ignored.keys():
             if not recipe.training[key]:  # switched off: nothing was asked for
                 continue
             have = part.ignored[key]
             raise BadInput(f"training: {key} with {type(part).__name__}", have, f"Remove {key}")
     require_library(args, recipe.place.device)
-    if recipe.load_stepper().uses_gradients and not recipe.load_objective().differentiable:
+    if stepper.uses_gradients and not objective.differentiable:
         asked = f"objective: {recipe.objective} with stepper: {recipe.stepper}"
         raise BadInput(asked, "the loss has no gradient", "Set stepper: mezo")
-    stepper, tables = recipe.load_stepper(), [patch for patch in recipe.load_patches() if patch.uses_tables]
-    for patch in recipe.load_patches():
-        if patch.gradient_reason and not stepper.uses_gradients:
-            asked = f"{type(patch).__name__} with {type(stepper).__name__}"
-            raise BadInput(asked, patch.gradient_reason, "Set stepper: backprop, or use another patch")
+    for part, kind in (*((patch, "patch") for patch in patches), (objective, "objective")):
+        if part.gradient_reason and not stepper.uses_gradients:
+            asked = f"{type(part).__name__} with {type(stepper).__name__}"
+            raise BadInput(asked, part.gradient_reason, f"Set stepper: backprop, or use another {kind}")
+    tables = [patch for patch in patches if patch.uses_tables]
     if type(stepper).optimizer is not Stepper.optimizer:
         name = type(stepper).__name__
         if "optim" in recipe.training:
@@ -124,7 +125,7 @@ def check_optimizer(recipe: Recipe, args: TrainingArguments) -> None:
             raise BadInput(asked, "in the slow tier only Adam steps", "Set stepper: backprop")
     if tables and args.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise BadInput(
-            f"training: optim: {getattr(args.optim, 'value', args.optim)} with {type(tables[0]).__name__}",
+            f"training: optim: {name_of(args)} with {type(tables[0]).__name__}",
             "in the slow tier only Adam steps", "Set optim: adamw_torch",
         )  # fmt: skip
 

@@ -98,11 +98,8 @@ def cache_policies(recipe: Recipe, model: Any) -> list[Surgery]:
     return apply_patches(model, [p for p in patches if p.when is When.INFER], recipe.place, When.INFER)
 
 
-def check_groups(recipe: Recipe, args: Any, objective: Policy, rows: int) -> None:
-    """BadInput for batches that do not fit the groups, or the objective, and for a stepper that cannot step it."""
-    if not objective.own_loss and not recipe.load_stepper().uses_gradients:
-        have = "TRL's loss takes the policy itself as the old one, so that forward passes alone see no difference"
-        raise BadInput(f"{type(objective).__name__} with stepper: {recipe.stepper}", have, "Use objective: s_grpo")
+def check_groups(args: Any, objective: Policy, rows: int) -> None:
+    """BadInput for batches that do not fit the groups, or the objective."""
     groups = args.generation_batch_size // args.num_generations
     if rows < groups:
         asked = f"sample replies to {groups} prompts at once"

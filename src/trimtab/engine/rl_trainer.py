@@ -57,7 +57,7 @@ class PolicyTrainer(_OurTrainer, GRPOTrainer):
     def build(cls, job: Job, recipe: Recipe, model: Any, args: Any, inputs: Inputs) -> PolicyTrainer:
         rows, rewards = prompts_of(recipe, inputs, model, args, "train", job.say)
         test = None if inputs.test is None else prompts_of(recipe, inputs, model, args, "test", job.say)[0]
-        check_groups(recipe, args, job.objective, len(rows))
+        check_groups(args, job.objective, len(rows))
         made = cls(
             job, model=model, args=args, processing_class=inputs.tokenizer, train_dataset=rows, eval_dataset=test,
             reward_funcs=list(rewards), policies=cache_policies(recipe, model),

@@ -23,6 +23,9 @@ class GRPO(Policy):
     """GRPO with TRL's loss."""
 
     own_loss: ClassVar[bool] = False
+    gradient_reason: ClassVar[str] = (
+        "TRL's loss takes the policy itself as the old one, so that forward passes alone see no difference"
+    )
 
     def weights(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         shares_BT = All().select(rollouts.mask).weights()
