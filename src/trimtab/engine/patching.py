@@ -28,6 +28,8 @@ def apply_patches(
                 if batches is not None and patch.calibration_rows:
                     if not resumed or patch.counts_tokens:
                         made[-1].calibrate(batches(patch))
+                    else:  # what it would choose is in the tensors that are read later
+                        made[-1].notes = ()
                 applied(made[-1])
     except BaseException:
         revert(made)

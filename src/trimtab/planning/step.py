@@ -131,12 +131,8 @@ class PlannedStep(PlannedModel):
         made = self.objective.example_batch(rows, tokens, self.args)
         if self.real:  # values may decide which operations run, so ids should differ
             made["input_ids"].random_(self.model.config.get_text_config().vocab_size)
-            if (
-                "attention_mask" in made
-                and not getattr(self.args, "packing", False)
-                and made["attention_mask"].dim() == 2
-            ):
-                made["attention_mask"][0, -1:] = 0  # a row that is padded needs a mask in each layer
+            if "attention_mask" in made and not getattr(self.args, "packing", False):
+                made["attention_mask"][0, -1] = 0  # a row that is padded needs a mask in each layer
         return made
 
     def _evaluation(self, tokens: int) -> Any:
