@@ -309,9 +309,11 @@ def test_a_kept_store_is_used_again_and_only_for_its_own_model(tmp_path):
         with pytest.raises(BadInput, match=why):
             Fiddler(store=str(keep), precision=own).apply(other, PLACE)
         assert any(p.is_meta for p in other.parameters()), "the model is as it was"
-    (keep / MEANING).write_text("{")
-    with pytest.raises(BadInput, match="damaged"):
-        Fiddler(store=str(keep)).apply(load_model(folders[0], experts=False)[0], PLACE)
+    known = json.loads((keep / MEANING).read_text())
+    for damage in ("{", json.dumps(known | {"layout": [[1]]}), json.dumps(known | {"layout": 1})):
+        (keep / MEANING).write_text(damage)
+        with pytest.raises(BadInput, match="damaged"):
+            Fiddler(store=str(keep)).apply(load_model(folders[0], experts=False)[0], PLACE)
 
 
 @pytest.mark.parametrize("cache", [0.0, 1e-4, 1.0])

@@ -18,7 +18,12 @@ def difference(known: dict[str, Any], meaning: dict[str, Any]) -> str:
         return f"its {MEANING} is missing or damaged"
     if known.get("identity") != meaning["identity"]:
         return "it has the experts of another model"
-    there, wanted = _precision(known), _precision(meaning)
+    try:
+        there, wanted = _precision(known), _precision(meaning)
+    except (KeyError, IndexError, TypeError, ValueError):
+        there = ""
+    if not there:
+        return f"its {MEANING} is missing or damaged"
     if there == wanted:
         return "it has the experts of this model in another layout"
     return f"it has the model's experts in {there}, and this run needs them in {wanted} (model.precision, precision)"
