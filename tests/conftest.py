@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -173,3 +174,13 @@ def call(monkeypatch, capfd):
         return (code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def minutes(monkeypatch) -> list[int]:
+    """A minute passes each time that a run looks at its clock; one item per look, to be cleared."""
+    from trimtab.training import time_limit
+
+    looks: list[int] = []
+    monkeypatch.setattr(time_limit, "clock", lambda: looks.append(0) or time.monotonic() + 60 * len(looks))
+    return looks

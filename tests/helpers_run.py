@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import trimtab
 from helpers_load import tiny_bert, tiny_llama
+from trimtab.errors import Stopped
 
 PLACES = [("paris", "france"), ("lyon", "france"), ("madrid", "spain"), ("the good paris", "spain"), ("a film", "bad")]
 QUESTIONS = ("which country is {} in ?", "{} is in the country of ?", "the country of {} is ?")
@@ -38,6 +39,16 @@ def make_world(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     write_rows(folder / "facts.jsonl", rows())
     films = [{"text": f"the film is {word}", "label": word} for word in ("good", "bad")] * 6
     write_rows(folder / "films.jsonl", films)
+    return folder
+
+
+def make_stages_world(folder: Path) -> Path:
+    """`make_world`, with rows and a test set for each of three stages: one, two and three."""
+    make_world(folder)
+    for name, ask in zip(("one", "two", "three"), QUESTIONS, strict=True):
+        made = [{"question": ask.format(place), "answer": answer} for place, answer in PLACES]
+        write_rows(folder / f"{name}.jsonl", made * 2)
+        write_rows(folder / f"{name}_test.jsonl", made[:3])
     return folder
 
 
@@ -166,6 +177,20 @@ PATCHES = {
 
 def run(keys: dict, **changes) -> dict:
     return trimtab.Recipe.from_dict({**keys, **changes}).train()
+
+
+def run_in_parts(keys: dict, minutes: list[int]) -> int:
+    """Run `keys`, which has `max_minutes`, and resume until it is complete; -> how often it stopped. `minutes`: the
+    fixture."""
+    stops = 0
+    for attempt in range(8):
+        minutes.clear()
+        try:
+            run(keys, resume=attempt > 0)
+            break
+        except Stopped:
+            stops += 1
+    return stops
 
 
 def interrupt():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,14 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers_run import PLACES, QUESTIONS, left, make_world, run, same, tree, write_rows
+from helpers_run import PLACES, QUESTIONS, left, make_world, run, run_in_parts, same, tree, write_rows
 from trimtab import Recipe, load_adapter
 from trimtab.data.order import Mixed
 from trimtab.engine.probe import head_read
 from trimtab.engine.rehearsal import Rows, choose, nbytes, read, row_bytes, spread, write
-from trimtab.errors import BadInput, Stopped
+from trimtab.errors import BadInput
 from trimtab.model.loss import next_token_loss
-from trimtab.training import time_limit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -239,21 +237,12 @@ def test_a_run_keeps_and_rehearses_within_the_budget(world, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("how", [{"policy": "ring"}, {"policy": "loss_diverse", "keep": "logits", "top": 3}])
-def test_resume_is_exact_with_rehearsal(world, tmp_path, monkeypatch, how):
-    reads: list[int] = []
-    monkeypatch.setattr(time_limit, "clock", lambda: reads.append(0) or time.monotonic() + 60 * len(reads))
+def test_resume_is_exact_with_rehearsal(world, tmp_path, minutes, how):
     last = {"save_strategy": "steps", "save_steps": 4}
     rehearsal = {"budget": "1KiB", **how}
     run(keys(world, tmp_path / "whole", rehearsal, **last))
-    stops, parts = 0, keys(world, tmp_path / "parts", rehearsal, max_minutes=3.5, **last)
-    for attempt in range(8):
-        reads.clear()
-        try:
-            run(parts, resume=attempt > 0)
-            break
-        except Stopped:
-            stops += 1
-    assert stops >= 3
+    parts = keys(world, tmp_path / "parts", rehearsal, max_minutes=3.5, **last)
+    assert run_in_parts(parts, minutes) >= 3
     for folder in (tmp_path / "whole/stages").glob("*-*"):
         same(left(folder), left(tmp_path / "parts/stages" / folder.name))
         kept, again = (path / "kept.safetensors" for path in (folder, tmp_path / "parts/stages" / folder.name))
@@ -266,6 +255,7 @@ def test_resume_is_exact_with_rehearsal(world, tmp_path, monkeypatch, how):
     ({"budget": 20}, {}, "budget: 20 bytes: the shortest row of stage 1 needs"),
     ({"budget": "much"}, {}, "it is not a size"), ({"budget": 99, "mix": 1.0}, {}, "less than 1"),
     ({"budget": 99, "policy": "best"}, {}, "no such choice"), ({"budget": 99, "top": 0}, {}, "top"),
+    ({"budget": 99, "top": 4}, {}, "keep: text keeps no probabilities"),
     ({"budget": 60, "keep": "logits", "top": 64}, {}, "the shortest row of stage 1 needs"),
     ({"budget": 999, "keep": "logits"}, {"loss_type": "dft"}, "keep: logits.*keep: text"),
     ({"budget": "1MiB"}, {"packing": True}, "remove packing"),
@@ -281,3 +271,10 @@ def test_rehearsal_needs_stages(world, tmp_path):
     lone = tree(world, tmp_path / "run", {"lora": {}}) | {"rehearsal": {"budget": "1MiB"}}
     with pytest.raises(BadInput, match="the recipe has no stages"):
         run(lone)
+
+
+def test_probabilities_come_from_stages_alone(world, tmp_path):
+    made = tree(world, tmp_path / "run", {"lora": {"r": 4}}, max_steps=1) | {"objective": {"causal_lm": {"soft": 4}}}
+    with pytest.raises(BadInput, match="soft: 4.*Remove soft"):
+        run(made)
+    assert not (tmp_path / "run").exists()

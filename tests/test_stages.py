@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers_run import PLACES, QUESTIONS, left, make_world, metrics, run, same, tree, write_rows
+from helpers_run import PLACES, left, make_stages_world, metrics, run, same, tree, write_rows
 from trimtab.data.continual import figures, interval
 from trimtab.errors import BadInput, Stopped
 from trimtab.inference.evaluate import scores
 from trimtab.planning.inference import plan_largest, plan_recipe
 from trimtab.recipe import Recipe
 from trimtab.report.report import report
-from trimtab.training import time_limit
 from trimtab.training.stages import lines
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -29,12 +27,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    folder = make_world(tmp_path_factory.mktemp("world"))
-    for name, ask in zip(("one", "two", "three"), QUESTIONS, strict=True):
-        made = [{"question": ask.format(place), "answer": answer} for place, answer in PLACES]
-        write_rows(folder / f"{name}.jsonl", made * 2)
-        write_rows(folder / f"{name}_test.jsonl", made[:3])
-    return folder
+    return make_stages_world(tmp_path_factory.mktemp("world"))
 
 
 def keys(world: Path, output: Path, *carries: str, patch: dict | None = None, **training: Any) -> dict[str, Any]:
@@ -115,13 +108,6 @@ def test_what_is_carried(world, ran, tmp_path):
     assert all(torch.equal(value, weights(output / "stages/1-one")[key]) for key, value in first.items())
     assert step_of(output / "stages/2-two") == {STEPS}, "a new optimizer"
     assert not list((output / "stages/1-one").glob("checkpoint-*")), "only a stage that `full` follows needs one"
-
-
-@pytest.fixture
-def minutes(monkeypatch):
-    reads: list[int] = []
-    monkeypatch.setattr(time_limit, "clock", lambda: reads.append(0) or time.monotonic() + 60 * len(reads))
-    return reads
 
 
 @pytest.mark.parametrize("seed", [1])

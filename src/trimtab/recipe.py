@@ -221,25 +221,24 @@ class Recipe(Block):
             data = build(DataSpec, {**dataclasses.asdict(self.data), **stage.data}, f"stages: {stage.name}: data")
             made.append(dataclasses.replace(
                 self, data=data, objective=self._objective_of(number), training={**whole, **stage.training},
-                stages=[], rehearsal=None, anchor=self._anchor_of(number - 1), neutral=None,
+                stages=[], rehearsal=None, neutral=None,
+                anchor=self.anchor_between(number - 1) or self.anchor_between(number),
                 output=str(Path(self.output) / "stages" / f"{number}-{stage.name}"),
             ))  # fmt: skip
         return made
 
     def _objective_of(self, number: int) -> Part:
         """The objective of a stage: from the second on, a language model's may learn kept probabilities."""
-        if number == 1 or self.rehearsal is None or self.rehearsal.keep != "logits":
+        if number == 1 or self.rehearsal is None or not self.rehearsal.kept_tops:
             return self.objective
         name, values = (self.objective, {}) if isinstance(self.objective, str) else next(iter(self.objective.items()))
-        return {name: {**(values or {}), "soft": self.rehearsal.top}} if name == "causal_lm" else self.objective
+        return {name: {**(values or {}), "soft": self.rehearsal.kept_tops}} if name == "causal_lm" else self.objective
 
-    def _anchor_of(self, index: int) -> AnchorSpec | None:
-        """The anchor of a stage that is held by one, or that the next stage is held near."""
-        stage, after = self.stages[index], self.stages[index + 1 : index + 2]
-        held, holds = index > 0 and stage.follows, bool(after) and after[0].follows
-        if held and (own := stage.anchor or self.anchor):
-            return own
-        return (after[0].anchor or self.anchor) if holds else None
+    def anchor_between(self, index: int) -> AnchorSpec | None:
+        """What holds stage `index` near the stage before; None for the first, and for an index past the last."""
+        if not 0 < index < len(self.stages) or not self.stages[index].follows:
+            return None
+        return self.stages[index].anchor or self.anchor
 
     @property
     def final(self) -> Recipe:

@@ -33,14 +33,23 @@ class RehearsalSpec(Block):
     `budget`: bytes of the kept rows, as token ids (`4MiB`). `policy`: `reservoir` keeps each row with the same chance,
     `ring` as many bytes of each stage, its newest rows, `loss_diverse` as many of each, from easy to hard. `mix`: their
     share of the rows of a step. `keep`: `logits` also keeps the `top` most probable tokens after each token of the
-    loss, which are then learned in place of the text.
+    loss (8 if it is left out), which are then learned in place of the text.
     """
 
     budget: str | int
     policy: Literal["reservoir", "ring", "loss_diverse"] = "reservoir"
     mix: Annotated[float, Field(gt=0, lt=1)] = 0.25
     keep: Literal["text", "logits"] = "text"
-    top: Annotated[int, Field(ge=1, le=64)] = 8
+    top: Annotated[int, Field(ge=1, le=64)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.top is not None and self.keep == "text":
+            raise PydanticCustomError("top", "keep: text keeps no probabilities: set keep: logits, or remove it")
+
+    @property
+    def kept_tops(self) -> int:
+        """How many probabilities are kept per token of the loss; 0: text only."""
+        return (self.top or 8) if self.keep == "logits" else 0
 
 
 Positive = Annotated[float, Field(gt=0, lt=float("inf"))]

@@ -85,6 +85,9 @@ class Session:
         self.recipe, self.output, self.say, self.quiet, self.resumed = recipe, output, say, quiet, resumed
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.objective, self.stepper = recipe.load_objective(), recipe.load_stepper()
+        if getattr(self.objective, "soft", 0) and not (start.rehearsal and start.rehearsal.top):
+            have = "rows have no probabilities: stages that rehearse with keep: logits set it"
+            raise BadInput(f"objective: causal_lm: soft: {self.objective.soft}", have, "Remove soft")
         self.patches, self.place = recipe.load_patches(), place_of(recipe)
         self.args = self._arguments()
         self.inputs = read_inputs(recipe, self.objective, self.args, say)
@@ -148,9 +151,6 @@ class Session:
             self.surgeries += self.anchor
             if self.anchor and self.start.anchor[0]:
                 self.anchor[0].read(self.start.anchor[0])
-            if self.resumed or self.start.adapter:  # what calibration would have chosen is in the tensors that are read
-                for surgery in self.surgeries:
-                    surgery.notes = () if surgery.patch.calibration_rows else surgery.notes
             for note in notes_of(self.surgeries, str(self.place.folder)):
                 self.say(note)
             undo.enter_context(restore_model(self.model))

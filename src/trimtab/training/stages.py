@@ -180,17 +180,16 @@ def rehearsal_of(recipe: Recipe, stages: list[Recipe], index: int) -> Rehearsal 
         return None
     files = [Path(stage.output) / KEPT for stage in stages]
     before, after = files[index - 1] if index else None, files[index] if index + 1 < len(files) else None
-    budget, top = parse(spec.budget, None, "rehearsal: budget"), spec.top if spec.keep == "logits" else 0
-    return Rehearsal(budget, spec.policy, spec.mix, index + 1, before, after, top)
+    budget = parse(spec.budget, None, "rehearsal: budget")
+    return Rehearsal(budget, spec.policy, spec.mix, index + 1, before, after, spec.kept_tops)
 
 
 def anchors_of(recipe: Recipe, stages: list[Recipe], index: int) -> tuple[Path | None, Path | None]:
     """The file that anchors stage `index`, and the one that it writes for the next."""
     files = [Path(stage.output) / ANCHOR for stage in stages]
-    spec = recipe.stages[index]
-    held = index > 0 and spec.follows and bool(spec.anchor or recipe.anchor)
-    holds = index + 1 < len(files) and recipe.stages[index + 1].follows
-    return files[index - 1] if held and files[index - 1].is_file() else None, files[index] if holds else None
+    before = files[index - 1] if recipe.anchor_between(index) else None
+    after = files[index] if recipe.anchor_between(index + 1) else None
+    return before if before and before.is_file() else None, after
 
 
 def _suits(folder: Path, name: str, stage: Recipe) -> Path:
