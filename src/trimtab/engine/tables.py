@@ -34,8 +34,10 @@ def expert_bytes(surgeries: Iterable[Surgery]) -> int:
 def notes_of(surgeries: Sequence[Surgery], folder: str) -> list[str]:
     """Notes for the user on how the patches were applied. `folder`: where files of tables are created."""
     notes = [note for surgery in surgeries for note in surgery.notes]
-    if any(store.slow == "disk" for store in stores_of(surgeries)) and in_ram(folder):
-        notes.append(f"{folder} is in RAM (tmpfs): tables there save no memory, although the figures of the fast tier "
+    offloaded = any(surgery.offloaded for surgery in surgeries)
+    if (offloaded or any(store.slow == "disk" for store in stores_of(surgeries))) and in_ram(folder):
+        what = "weights and their state" if offloaded else "tables"
+        notes.append(f"{folder} is in RAM (tmpfs): {what} there save no memory, although the figures of the fast tier "
                      "do not include them")  # fmt: skip
     return notes
 

@@ -182,7 +182,8 @@ class Plan:
         if self.budget.slow is not None:
             summary += f"; {gib(self.slow_bytes)} of {gib(self.budget.slow)}, the slow tier's"
         if self.disk is not None and self.table_bytes:
-            summary += f"; {gib(self.table_bytes)} of tables, {gib(self.disk)} free on their disk"
+            what = "tables" if self.kinds.get(TABLES) else "training state"
+            summary += f"; {gib(self.table_bytes)} of {what}, {gib(self.disk)} free on their disk"
         yield f"{'fits' if self.fits else 'does not fit'}: {summary}"
 
 
