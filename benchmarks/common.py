@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -134,6 +135,15 @@ class Kept:
 
     def get(self, job: dict[str, Any]) -> dict[str, Any] | None:
         return self.known.get(self.key(job))
+
+    def once(
+        self, job: dict[str, Any], make: Callable[[Path], dict[str, Any]], within: Path | str | None = None
+    ) -> dict[str, Any]:
+        """The result of `job`: what is kept, or that of `make` in a new folder (`within` another one)."""
+        if (found := self.get(job)) is None:
+            with tempfile.TemporaryDirectory(dir=within) as folder:
+                found = self.add(job, make(Path(folder)))
+        return found
 
     def add(self, job: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         """-> `result`. Prints what is kept; several threads may add."""
@@ -310,6 +320,24 @@ def conclude(
         print(f"{key:<24} {value:.4g}  {wanted}".rstrip())
     if args.json or not args.quick:
         write_result(name, args.json, summary=summary, targets=targets, **content)
+
+
+def in_parts(
+    name: str, args: argparse.Namespace, columns: Sequence[str],
+    measures: dict[str, Callable[[argparse.Namespace, Path], tuple[dict[str, float], list[dict[str, Any]]]]],
+) -> tuple[dict[str, float], list[dict[str, Any]]]:  # fmt: skip
+    """Run those of `measures` (memory, accuracy) that --parts names; -> figures and rows, with those of the other part
+    from the result file. The rows of the part accuracy have an accuracy."""
+    path = Path(args.json) if args.json else RESULTS / f"{name}.json"
+    before = {"summary": {}, "rows": []} if args.quick or not path.is_file() else json.loads(path.read_text())
+    summary, rows = before["summary"], before["rows"]
+    for part in (part for part in measures if part in args.parts.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            figures, found = measures[part](args, Path(folder))
+        summary = {**summary, **figures}
+        rows = [row for row in rows if bool(row["accuracy"]) != (part == "accuracy")]
+        rows += [{key: row.get(key, "") for key in columns} for row in found]
+    return summary, rows
 
 
 def write_result(name: str, path: str | None, **content: Any) -> Path:

@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, Kept, arguments, conclude, options, seek, spread  # noqa: E402
-from small_model import TASKS, make_base, write_tasks  # noqa: E402
+from small_model import TASKS, base_of  # noqa: E402
 
 STEPS, BATCH, SEEDS = 50, 16, (1, 2)
 BUDGET = 48 * 1024
@@ -137,21 +137,14 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> None:
-    base = Path(args.base or folder / "data")
-    base.mkdir(parents=True, exist_ok=True)
-    write_tasks(Path(args.data), base)
-    if not (base / "base" / "config.json").is_file():
-        make_base(Path(args.data), base / "base", *([20] if args.quick else []))
+    base = base_of(args, folder)
     steps, seeds = (4, SEEDS[:1]) if args.quick else (STEPS, SEEDS)
     orders = [TASKS[:2]] if args.quick else [TASKS, TASKS[::-1]]
     kept = Kept(folder / "kept" if args.quick else RESULTS / "continual_trainings.jsonl")
 
     def run(**job: Any) -> dict[str, Any]:
         job = {"steps": steps, **job}
-        if (found := kept.get(job)) is None:
-            with tempfile.TemporaryDirectory(dir=folder) as out:
-                found = kept.add(job, learned(job, base, Path(out)))
-        return found
+        return kept.once(job, lambda out: learned(job, base, out), folder)
 
     def chosen(side: str) -> dict[str, float]:
         first = "diffs" if side == "diffs" else "sequential"

@@ -17,7 +17,6 @@ Switching: from one task to another in the weights of the base model, in place.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from common import (
     conclude,
     follow,
     glue_rows,
+    in_parts,
     itself,
     options,
     ratios,
@@ -92,10 +92,7 @@ def accuracy(args: argparse.Namespace, folder: Path) -> tuple[dict[str, float], 
         paths = glue_rows(name, Path(args.data), folder, APART)
 
         def run(paths: dict[str, str] = paths, **job: Any) -> dict[str, Any]:
-            if (found := kept.get(job)) is None:
-                with tempfile.TemporaryDirectory(dir=folder) as out:
-                    found = kept.add(job, learned(job, paths, Path(out)))
-            return found
+            return kept.once(job, lambda out: learned(job, paths, out), folder)
 
         for side, (_, _, rates) in SIDES.items():
             job = {"set": name, "side": side, "steps": steps}
@@ -194,16 +191,7 @@ def main() -> None:
     parser.add_argument("--parts", default="memory,accuracy", help="the other part's figures stay in the result file")
     if (args := arguments(parser, worker, needs_data=True)) is None:
         return
-    path = Path(args.json) if args.json else RESULTS / "diff_pruning.json"
-    before = {"summary": {}, "rows": []} if args.quick or not path.is_file() else json.loads(path.read_text())
-    summary, rows = before["summary"], before["rows"]
-    for part, measure in (("memory", memory), ("accuracy", accuracy)):
-        if part in args.parts.split(","):
-            with tempfile.TemporaryDirectory() as folder:
-                figures, found = measure(args, Path(folder))
-            summary = {**summary, **figures}
-            rows = [row for row in rows if bool(row["accuracy"]) != (part == "accuracy")]
-            rows += [{key: row.get(key, "") for key in COLUMNS} for row in found]
+    summary, rows = in_parts("diff_pruning", args, COLUMNS, {"memory": memory, "accuracy": accuracy})
     title, targets = "Diff pruning against full fine-tuning", {key: TARGETS[key] for key in TARGETS if key in summary}
     notes = NOTES if any(row["accuracy"] for row in rows) else [*NOTES[1:], "The accuracy has not been measured yet."]
     conclude("diff_pruning", args, summary, targets, title=title, claim=CLAIM, rows=rows, notes=notes)

@@ -218,10 +218,7 @@ def accuracy(args: argparse.Namespace) -> None:
             paths = glue_rows(name, Path(args.data), Path(folder), APART)
 
             def run(paths: dict[str, str] = paths, **job: Any) -> float:
-                if (found := kept.get(job)) is None:
-                    with tempfile.TemporaryDirectory(dir=folder) as out:
-                        found = kept.add(job, learned(job, paths, out))
-                return found["accuracy"]
+                return kept.once(job, lambda out: learned(job, paths, str(out)), folder)["accuracy"]
 
             for patch, rates in RATES.items():
                 job = {"set": name, "patch": patch, "steps": steps}

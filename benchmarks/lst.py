@@ -32,6 +32,7 @@ from common import (
     conclude,
     follow,
     glue_rows,
+    in_parts,
     options,
     ratios,
     say,
@@ -115,14 +116,13 @@ def accuracy(args: argparse.Namespace, folder: Path) -> tuple[dict[str, float], 
     paths, (rank, counts) = glue_rows(SET, Path(args.data), folder, APART), equal_rank("minilm-l6")
     means, rows = {}, []
 
+    def learned(job: dict[str, Any], out: Path) -> dict[str, Any]:
+        made = recipe(job, paths, out)
+        made.train()
+        return {"accuracy": made.evaluate(limit=100 if args.quick else None)["metrics"]["accuracy"]}
+
     def run(**job: Any) -> float:
-        if (found := kept.get(job)) is None:
-            with tempfile.TemporaryDirectory(dir=folder) as out:
-                made = recipe(job, paths, Path(out))
-                made.train()
-                few = 100 if args.quick else None
-                found = kept.add(job, {"accuracy": made.evaluate(limit=few)["metrics"]["accuracy"]})
-        return found["accuracy"]
+        return kept.once(job, lambda out: learned(job, out), folder)["accuracy"]
 
     for side, (_, rates) in SIDES.items():
         job = {"model": "minilm-l6", "side": side, "steps": steps, "batch": BATCH, "length": LENGTH,
@@ -143,16 +143,7 @@ def main() -> None:
     parser.add_argument("--parts", default="memory,accuracy", help="the other part's figures stay in the result file")
     if (args := arguments(parser, worker, needs_data=True)) is None:
         return
-    path = Path(args.json) if args.json else RESULTS / "lst.json"
-    before = {"summary": {}, "rows": []} if args.quick or not path.is_file() else json.loads(path.read_text())
-    summary, rows = before["summary"], before["rows"]
-    for part, measure in (("memory", memory), ("accuracy", accuracy)):
-        if part in args.parts.split(","):
-            with tempfile.TemporaryDirectory() as folder:
-                figures, found = measure(args, Path(folder))
-            summary = {**summary, **figures}
-            rows = [row for row in rows if bool(row["accuracy"]) != (part == "accuracy")]
-            rows += [{key: row.get(key, "") for key in COLUMNS} for row in found]
+    summary, rows = in_parts("lst", args, COLUMNS, {"memory": memory, "accuracy": accuracy})
     targets = {key: TARGETS[key] for key in TARGETS if key in summary}
     conclude("lst", args, summary, targets, title="LST against LoRA", claim=CLAIM, rows=rows, notes=NOTES)
 

@@ -152,10 +152,8 @@ def main() -> None:
             print(rows[-1], flush=True)
     sampled, greedy = (f"{100 * before[key]:.1f} %" for key in ("sampled", "greedy"))
     note = f"Before: {sampled} of sampled and {greedy} of greedy replies to {base['rows']} held-out sums were right. "
-    note += (
-        f"{steps} steps of 8 prompts with 16 replies each. In a first form the tokenizer had no decoder: 15 was read "
-    )
-    note += "as 1 5 and earned nothing; the gains were 4.2 (S-GRPO), -0.3 (T-SPMO) and 5.2 points (GRPO)."
+    note += f"{steps} steps of 8 prompts with 16 replies each. In a first form the tokenizer had no decoder: 15 was "
+    note += "read as 1 5 and earned nothing; the gains were 4.2 (S-GRPO), -0.3 (T-SPMO) and 5.2 points (GRPO)."
     conclude("rl_learns", args, summary, TARGETS, title="Learning by rewards", claim=CLAIM, rows=rows, notes=[note])
 
 

@@ -13,6 +13,7 @@ the task's name:
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import random
@@ -119,3 +120,13 @@ def make_base(data: Path, folder: Path, steps: int = PRETRAIN) -> None:
         schedule.step()
         optimizer.zero_grad()
     model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def base_of(args: argparse.Namespace, folder: Path) -> Path:
+    """The folder with the tasks' rows and, in base/, the model: made in `folder`, or in --base unless it is there."""
+    base = Path(args.base or folder / "data")
+    base.mkdir(parents=True, exist_ok=True)
+    write_tasks(Path(args.data), base)
+    if not (base / "base" / "config.json").is_file():
+        make_base(Path(args.data), base / "base", *([20] if args.quick else []))
+    return base

@@ -268,7 +268,7 @@ def losses(train: Path, apart: Path, quick: bool) -> tuple[float, list[dict[str,
     kept = Kept(train.parent / "kept" if quick else RESULTS / "sparse_zo_trainings.jsonl")
 
     def run(file: Path, job: dict[str, Any]) -> dict[str, Any]:
-        return kept.get(job) or kept.add(job, itself(__file__, {**job, "train": str(file)}))
+        return kept.once(job, lambda _: itself(__file__, {**job, "train": str(file)}))
 
     for name, (side, rates) in sides.items():
         job = {"kind": "ours", "evaluate": True, **side}

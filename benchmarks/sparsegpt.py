@@ -133,9 +133,7 @@ def main() -> None:
 
         def run(**more: Any) -> dict[str, Any]:
             asked = {key: value for key, value in {**job, **more}.items() if key != "folder"}
-            if (found := kept.get(asked)) is None:
-                found = kept.add(asked, itself(__file__, {**job, **more}, threads=1, timeout=3600))
-            return found
+            return kept.once(asked, lambda _: itself(__file__, {**job, **more}, threads=1, timeout=3600))
 
         def row(side: str, pattern: str, found: dict[str, Any]) -> None:
             pruned = pattern and "zeros" in found and "apart" not in found  # that one reads the pruned weights

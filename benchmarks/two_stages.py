@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, Kept, arguments, conclude, options  # noqa: E402
-from small_model import load, make_base, write_tasks  # noqa: E402
+from small_model import base_of, load  # noqa: E402
 
 STOPS, STEPS = 5, 24  # limits; steps of a stage in `resume`
 PLANTED, CLEAN = 50, 1000
@@ -99,15 +99,6 @@ def resume(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list
         rows.append({"what": f"stopped after {limit:.1f} of {whole:.1f} s, {at.split(':')[0]}", "equal": same})
         print(json.dumps(rows[-1]), flush=True)
     return {"stops": len(rows), "resumed_equal": sum(row["equal"] for row in rows)}, rows
-
-
-def base_of(args: argparse.Namespace, folder: Path) -> Path:
-    base = Path(args.base or folder / "base")
-    base.mkdir(parents=True, exist_ok=True)
-    write_tasks(Path(args.data), base)
-    if not (base / "base" / "config.json").is_file():
-        make_base(Path(args.data), base / "base", *([20] if args.quick else []))
-    return base
 
 
 # --- audit -----------------------------------------------------------------------------------------------------------
@@ -230,7 +221,7 @@ def adds(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[d
     for side in ("two stages", "mixture"):
         job = {"side": side, "rate": RATE, "seed": 1, "steps": steps, "rows": ROWS, "length": LENGTH}
         job["model"] = args.model or "small"
-        found[side] = kept.get(job) or kept.add(job, train(side, RATE, 1))
+        found[side] = kept.once(job, lambda _, side=side: train(side, RATE, 1))
         for label, row in zip(("base", "after stage one", "in the end"), found[side]["losses"], strict=True):
             if side == "two stages" or label == "in the end":
                 shown.append({"what": f"{side}, {label}", "loss, Dolly and HH-RLHF": row[0], "loss, OASST1": row[1]})
