@@ -1,11 +1,12 @@
 """`export --to gguf` and `--to gguf-lora`: one file for llama.cpp and what is built on it (Ollama, LM Studio).
 
-`gguf`: the merged model. `gguf-lora`: the adapter alone, for llama.cpp's `--lora` beside a GGUF file of the base. A merged
-weight exists only while it is written, so that the base may stay mapped from its file.
+`gguf`: the merged model. `gguf-lora`: the adapter alone, for llama.cpp's `--lora` beside a GGUF file of the base. A
+merged weight exists only while it is written, so that the base may stay mapped from its file.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from ..model import anatomy, quant
 from ..model.gguf_file import TYPES, Entry, checked_type, write_file
 from ..model.gguf_shape import Shape
 from ..model.gguf_vocab import Vocabulary
-from ..model.reply import stop_ids
+from ..model.reply import ReplyForm, stop_ids
 from ..model.surgery import is_patch
 
 if TYPE_CHECKING:
@@ -68,8 +69,7 @@ def write_model(
 
 
 def write_adapter(folder: Path, name: str, outtype: str, model: Any, surgeries: list[Surgery]) -> Path:
-    """Write the adapter as `NAME-lora-TYPE.gguf` into `folder`; -> the file. B has the whole scale of its layer but for
-    alpha / r, which llama.cpp multiplies it by."""
+    """Write the adapter as `NAME-lora-TYPE.gguf` into `folder`; -> the file. llama.cpp computes x A^T B^T alpha / r."""
     asked = "export to gguf-lora"
     surgeries = [surgery for surgery in surgeries if not surgery.keeps_outputs] or surgeries
     if len(surgeries) != 1:
@@ -82,7 +82,7 @@ def write_adapter(folder: Path, name: str, outtype: str, model: Any, surgeries: 
     if config.use_dora:
         raise BadInput(asked, "it has a magnitude for each row (DoRA), which llama.cpp's adapters have not", do)
     if config.init_lora_weights not in KEEPS_BASE:
-        have = f"its init ({config.init_lora_weights}) changed the base's weights, and llama.cpp adds to the base as it is"
+        have = f"its init ({config.init_lora_weights}) changed the base's weights, and the base's file has its own"
         raise BadInput(asked, have, do)
     alpha, entries = float(config.lora_alpha), []
     for key in sorted(portable.tensors):
@@ -92,8 +92,8 @@ def write_adapter(folder: Path, name: str, outtype: str, model: Any, surgeries: 
         values, order = portable.tensors[key], None
         if a_or_b == "lora_B":
             order = shape.order(path, values.shape[0])
-            scale = alpha / (values.shape[1] ** 0.5 if config.use_rslora else values.shape[1])
-            values = values * (scale * values.shape[1] / alpha) if config.use_rslora else values
+            if config.use_rslora:  # alpha / sqrt(r) = sqrt(r) alpha / r
+                values = values * values.shape[1] ** 0.5
         stem = names.of(path, "weight")
         entries.append(Entry(f"{stem}.{a_or_b.lower()}", tuple(values.shape), lambda v=values: v, order))
     file = folder / f"{_file_name(name)}-lora-{outtype.upper()}.gguf"
@@ -103,6 +103,67 @@ def write_adapter(folder: Path, name: str, outtype: str, model: Any, surgeries: 
     writer.add_float32("adapter.lora.alpha", alpha)
     write_file(file, writer, entries, outtype)
     return file
+
+
+def how_to_run(form: str, file: str) -> str:
+    """The part of README.md on running `file`."""
+    if form == "gguf-lora":
+        text = "Run it with llama.cpp, beside a GGUF file of the base:\n\n"
+        return f"{text}```bash\nllama-cli -m BASE.gguf --lora {file}\nllama-server -m BASE.gguf --lora {file}\n```\n"
+    text = f"Run it with llama.cpp:\n\n```bash\nllama-cli -m {file}\nllama-server -m {file}\n```\n"
+    return (
+        f"{text}\nOr with Ollama, in this folder:\n\n```bash\nollama create NAME -f Modelfile\nollama run NAME\n```\n"
+    )
+
+
+def modelfile(file: str, tokenizer: Any, stops: list[int], reply: ReplyForm) -> str:
+    """Ollama's description of the model: how prompts are formatted, and what ends a reply.
+
+    Ollama has templates of its own kind. That of a chat template is written if a conversation shows that the template
+    puts a fixed text before and after each turn.
+    """
+    lines = [f"FROM ./{file}"]
+    if reply.chat is False:
+        lines += [f'TEMPLATE """{{{{ .Prompt }}}}{reply.after}"""']
+    elif found := _turns(tokenizer):
+        lines += [f'{key} """{text}"""' for key, text in zip(("TEMPLATE", "SYSTEM"), found, strict=False) if text]
+    else:
+        lines += ["# Ollama reads the chat template in the GGUF file if it knows it. If not, add a TEMPLATE."]
+    texts = [*tokenizer.convert_ids_to_tokens(stops), *reply.stop] if reply.chat is not False else reply.stop
+    lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in dict.fromkeys(texts)]
+    return "\n".join(lines) + "\n"
+
+
+def _turns(tokenizer: Any) -> tuple[str, str] | None:
+    """-> (the chat template in Ollama's language, the system message that it adds to a conversation without one); None
+    if it does more than put fixed texts around each turn."""
+    system, first, reply, second = ("Be brief.", "Who was it?", "Ada it was.", "And when?")
+    turns = [("system", system), ("user", first), ("assistant", reply), ("user", second)]
+    render = lambda some, ask: tokenizer.apply_chat_template(  # noqa: E731
+        [{"role": role, "content": text} for role, text in some], tokenize=False, add_generation_prompt=ask
+    )
+    around: dict[str, tuple[str, str]] = {}
+    try:
+        whole, bare, start = render(turns, True), render(turns[1:], True), ""
+        for count, (role, text) in enumerate(turns[:3], 1):
+            until = render(turns[:count], False)
+            before, _, after = until.removeprefix(start).partition(text)
+            around[role], start = (before, after), until
+        rest = whole.removeprefix(render(turns, False))
+    except Exception:  # a template may raise anything, as for a role that it does not know
+        return None
+    made = lambda some: "".join(around[role][0] + text + around[role][1] for role, text in some) + rest  # noqa: E731
+    odd = any(mark in text for pair in (*around.values(), (rest,)) for text in pair for mark in ('"""', "{{"))
+    usual = ""
+    if made(turns[1:]) != bare and around["system"][1]:
+        usual = bare.removeprefix(around["system"][0]).partition(around["system"][1])[0]
+    if made(turns) != whole or made([("system", usual)] * bool(usual) + turns[1:]) != bare or odd or '"""' in usual:
+        return None
+    parts = [
+        f'{{{{ if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{ end }}}}'
+        for role, (before, after) in around.items()
+    ]
+    return "{{ range .Messages }}" + "".join(parts) + "{{ end }}" + rest, usual
 
 
 def _entries(model: nn.Module, shape: Shape, surgeries: list[Surgery], tied: bool) -> list[Entry]:

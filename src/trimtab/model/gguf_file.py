@@ -72,7 +72,9 @@ def write_file(path: Path, writer: Any, entries: list[Entry], outtype: str) -> N
     free = shutil.disk_usage(path.parent).free
     if total > free:
         have = f"it takes {total / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"
-        raise BadInput(f"write {path.name}", have, "Free some space, choose a smaller --outtype, or name another folder")
+        raise BadInput(
+            f"write {path.name}", have, "Free some space, choose a smaller --outtype, or name another folder"
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -111,7 +113,9 @@ def _bytes(name: str, values: Tensor, kind: Any) -> Any:
     found = values if packed is None else values.to(packed)
     if not found.isfinite().all():
         if values.isfinite().all():
-            raise BadInput(f"write {name} as {kind.name.lower()}", "it has values beyond its range", "Use --outtype bf16")
+            raise BadInput(
+                f"write {name} as {kind.name.lower()}", "it has values beyond its range", "Use --outtype bf16"
+            )
         raise BadInput(f"export {name}", "it has NaN or infinity", "Use an earlier checkpoint")
     if packed is not None:
         return found.view(torch.int16).numpy()

@@ -1,4 +1,4 @@
-"""What llama.cpp must be told of a model, under its own keys and names, and which models it computes as transformers does.
+"""What llama.cpp must be told of a model, under its own keys and names, and which models it computes alike.
 
 A model is refused where llama.cpp would compute something else: another activation, another order of sliding windows, a
 rope scaling that it does not know. Facts of the format: llama.cpp's docs and the `gguf` package.
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import BadInput
 
 TANH = "gelu_pytorch_tanh"
+OTHERWISE = "Use --to merged, and llama.cpp's own convert_hf_to_gguf.py on the folder"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ class Shape:
         kind = self.config.model_type
         if kind not in FAMILIES:
             known = "Llama, Mistral, Qwen 2, Qwen 3 and Gemma 1 to 3"
-            raise self.refused(f"its architecture is {kind}, and trimtab writes {known}", "Use --to merged, and llama.cpp's own "
-                         "convert_hf_to_gguf.py on the folder")  # fmt: skip
+            raise self.refused(f"its architecture is {kind}, and trimtab writes {known}", OTHERWISE)
         self.family = FAMILIES[kind]
         self.heads = self.config.num_attention_heads
         self.kv_heads = getattr(self.config, "num_key_value_heads", None) or self.heads
@@ -71,7 +71,9 @@ class Shape:
         config, family = self.config, self.family
         act = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", family.activation)
         if act != family.activation:
-            raise self.refused(f"its activation is {act}, and llama.cpp computes {family.activation} in this architecture")
+            raise self.refused(
+                f"its activation is {act}, and llama.cpp computes {family.activation} in this architecture"
+            )
         kind = self.rope.get("rope_type", "default")
         plain = {key for key, value in YARN.items() if self.rope.get(key, value) == value}
         if kind not in SCALES or (kind == "llama3" and family.arch != "llama") or (kind == "yarn" and plain != {*YARN}):
@@ -89,7 +91,9 @@ class Shape:
         layers = config.num_hidden_layers
         whole = [kind == "full_attention" for kind in config.layer_types]
         if whole != [(index + 1) % family.period == 0 for index in range(layers)]:
-            raise self.refused(f"llama.cpp expects full attention in every {family.period}th layer, and it has another order")
+            raise self.refused(
+                f"llama.cpp expects full attention in every {family.period}th layer, and it has another order"
+            )
         by_width = layers == family.deep
         width = config.hidden_size // self.heads if by_width else self.head_dim
         if config.query_pre_attn_scalar != width:

@@ -1,8 +1,8 @@
 """A tokenizer under llama.cpp's keys. BadInput for one whose ids llama.cpp would not reproduce.
 
-llama.cpp has its own tokenizers, and a file names the one it needs. `gpt2` is BPE on bytes, after a split of the text by
-regular expressions that `tokenizer.ggml.pre` names. `llama` is SentencePiece's BPE on characters: the pair whose union
-has the highest score is merged first, and unknown characters become byte tokens.
+llama.cpp has its own tokenizers, and a file names the one it needs. `gpt2` is BPE on bytes, after a split of the text
+by regular expressions that `tokenizer.ggml.pre` names. `llama` is SentencePiece's BPE on characters: the pair whose
+union has the highest score is merged first, and unknown characters become byte tokens.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Vocabulary:
         do = "Use --to merged, and llama.cpp's own convert_hf_to_gguf.py on the folder"
         return BadInput(self.asked, f"{have}; llama.cpp would give other ids", do)
 
-    # --- what llama.cpp does before BPE ---------------------------------------------------------------------------------
+    # --- what llama.cpp does before BPE -----------------------------------------------------------------------------
 
     def _split(self) -> str:
         """The name of the split before BPE on bytes."""
@@ -101,7 +101,7 @@ class Vocabulary:
                     return bos, eos
         raise self._refused(f"its tokenizer adds other tokens than bos and eos to a text ({whole} for {bare})")
 
-    # --- the vocabulary -------------------------------------------------------------------------------------------------
+    # --- the vocabulary ---------------------------------------------------------------------------------------------
 
     def _tokens(self) -> tuple[list[str], list[int]]:
         added = {entry["id"]: entry for entry in self.form["added_tokens"]}
@@ -124,11 +124,11 @@ class Vocabulary:
             types.append(kind)
         if beyond := [token for token, index in self.form["model"]["vocab"].items() if index >= self.size]:
             if beyond[0] not in {entry["content"] for entry in added.values()}:
-                raise self._refused(f"its tokenizer has more tokens than the model has embeddings ({beyond[0]!r} is beyond)")
+                raise self._refused(f"its tokenizer has more tokens than the model has embeddings ({beyond[0]!r})")
         if len(set(tokens)) < len(tokens):
             raise self._refused("two of its tokens have the same text")
-        if self.pieces and kinds_of_bytes(types) not in (0, 256):
-            raise self._refused("it has some byte tokens but not all 256")
+        if self.pieces and types.count(BYTE) != 256:
+            raise self._refused("it has no token for each of the 256 bytes")
         return tokens, types
 
     def scores(self) -> list[float]:
@@ -139,16 +139,14 @@ class Vocabulary:
         for rank, (left, right) in enumerate(self.merges):
             made = left + right
             if made != last and made in first:
-                raise self._refused(f"its merges are not SentencePiece's (those that make {made!r} are not in one place)")
+                raise self._refused(f"its merges are not SentencePiece's (those of {made!r} are not in one place)")
             first.setdefault(made, rank)
             last = made
-        pairs, vocabulary = set(self.merges), self.form["model"]["vocab"]
-        for token, rank in first.items():
-            if len(token) > 1 and any(
-                (token[:at], token[at:]) not in pairs and token[:at] in vocabulary and token[at:] in vocabulary
-                for at in range(1, len(token))
-            ):
-                raise self._refused(f"its merges are not SentencePiece's (there are other parts that make {token!r}, {rank})")
+        pairs, known = set(self.merges), self.form["model"]["vocab"]
+        for token, kind in zip(self.tokens, self.types, strict=True):
+            splits = ((token[:at], token[at:]) for at in range(1, len(token) if kind == NORMAL else 0))
+            if any(pair not in pairs and pair[0] in known and pair[1] in known for pair in splits):
+                raise self._refused(f"its merges are not SentencePiece's ({token!r} has further parts)")
         return [-float(first.get(token.replace(" ", SPACE), len(first))) for token in self.tokens]
 
     def describe(self, writer: Any, stops: list[int]) -> None:
@@ -174,10 +172,6 @@ class Vocabulary:
         writer.add_add_space_prefix(self.prefix)
         if isinstance(tokenizer.chat_template, str):
             writer.add_chat_template(tokenizer.chat_template)
-
-
-def kinds_of_bytes(types: list[int]) -> int:
-    return sum(kind == BYTE for kind in types)
 
 
 def _flat(part: dict | None, key: str) -> list[dict]:
