@@ -33,8 +33,8 @@ TARGETS = {
 }  # fmt: skip
 CLAIM = (
     "A merged run as an F16 GGUF file, and its adapter as a GGUF LoRA beside the F16 base, give under llama.cpp the "
-    "greedy tokens of the same run under transformers and peft, 64 of 64; writing takes at most the largest tensor and "
-    "256 MiB."
+    "greedy tokens of the same run under transformers and peft, 64 of 64 in the median prompt; writing takes at most "
+    "the largest tensor and 256 MiB."
 )
 NOTES = [
     "same_tokens: how many of the 64 greedy tokens come before the first that differs, the median over the prompts; "
@@ -43,7 +43,7 @@ NOTES = [
     "closest_call: of the first tokens that differ, the largest gap in logits between ours and llama.cpp's choice, by "
     "the fp32 model.",
     "worst_family_error: the largest difference of logits, over their standard deviation, of tiny random models of "
-    "each family and rope scaling, with F32 files and an F32 cache. llama.cpp reads Gemma's GELU from a table in 16 bits. "
+    "each family and rope scaling, with F32 files and an F32 cache. llama.cpp reads Gemma's GELU from a 16-bit table. "
     "ids_that_differ: texts that llama.cpp's own tokenizer turns into other ids; of those that begin with a space, "
     "ids_after_a_space: llama.cpp puts SentencePiece's space before them too, transformers' LlamaTokenizer does not.",
     "growth: anonymous memory at its highest while the file is written, over that before; growth_beyond_largest: less "
@@ -172,7 +172,7 @@ def family(job: dict[str, Any]) -> None:
                    "tokens": [tokenizer(text)["input_ids"] for text in PROBES]})  # fmt: skip
 
 
-# --- what is measured --------------------------------------------------------------------------------------------------
+# --- what is measured ------------------------------------------------------------------------------------------------
 
 
 def rope(kind: str, **more: Any) -> dict[str, Any]:
@@ -271,7 +271,8 @@ def trained(folder: Path, steps: int) -> tuple[Path, Path]:
     city_text(folder / "cities.jsonl")
     recipe = folder / "r.yaml"
     recipe.write_text(json.dumps({
-        "model": "smollm2-135m", "data": {"train": str(folder / "cities.jsonl"), "too_long": "cut"}, "patches": [{"lora": {"r": 8}}],
+        "model": "smollm2-135m", "patches": [{"lora": {"r": 8}}],
+        "data": {"train": str(folder / "cities.jsonl"), "too_long": "cut"},
         "training": {"max_steps": steps, "learning_rate": 1e-3, "per_device_train_batch_size": 4, "max_length": 128,
                      "save_strategy": "no"},
         "output": str(folder / "run"),
