@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 TWO := -n 2 --dist worksteal  # two processes; who is done first takes from the other
 
-.PHONY: demo test test-next lint
+.PHONY: demo test test-next lint package
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
@@ -23,6 +23,15 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# wheel and sdist, checked, and the wheel's command run from a folder of its own
+package: $(READY)
+	rm -rf dist build/wheel
+	$(VENV)/bin/python -m build -q --installer pip
+	$(VENV)/bin/twine check --strict dist/*
+	$(VENV)/bin/python -m pip install -q --no-deps --target build/wheel dist/*.whl
+	cd build && PYTHONPATH=wheel ../$(VENV)/bin/python -P -c "import trimtab; assert 'wheel' in trimtab.__file__; print(trimtab.__file__)"
+	cd build && PYTHONPATH=wheel ../$(VENV)/bin/python -P -m trimtab --help > /dev/null
 
 # torch first and by its pinned version: an open range may bring a build for GPUs, gigabytes larger
 $(READY): pyproject.toml constraints.txt
