@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 TWO := -n 2 --dist worksteal  # two processes; who is done first takes from the other
 
-.PHONY: demo test test-next lint package cuda-check
+.PHONY: demo test test-next lint package cuda-check site
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
@@ -46,3 +46,7 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install -q -c constraints.txt torch==2.13.0
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[dev,serve,audit]"
 	@touch $@
+
+# the documentation, into build/site; any warning is an error
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q --strict
