@@ -102,7 +102,7 @@ def test_commands_in_pages_exist(page):
                     override({}, order)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/python.md", "docs/integrations.md"])
 def test_python_in_pages_runs(name, tmp_path, monkeypatch, capsys):
     """As it stands, but for a tiny model and two steps."""
     monkeypatch.chdir(tmp_path)
@@ -121,7 +121,10 @@ def test_python_in_pages_runs(name, tmp_path, monkeypatch, capsys):
             base, ours = MODELS["llama"]().to(torch.bfloat16).state_dict(), space["model"].state_dict()
             assert list(base) == list(ours)
             assert any(not torch.equal(base[key], ours[key]) for key in base), "the columns were merged"
-    assert capsys.readouterr().err == ""
+    said = re.sub(
+        r"[^\r\n]*\d+it/s\]", "", capsys.readouterr().err
+    )  # bars of from_pretrained, which a page calls itself
+    assert not said.strip()
 
 
 # --- results ---------------------------------------------------------------------------------------------------------

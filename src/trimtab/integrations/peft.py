@@ -36,6 +36,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils.peft_types import register_peft_method  # noqa: E402
 
 LINEAR, BESIDE = ("paca", "edora", "senszoq"), ("parallel_adapter", "meft")
+NAMES = (*LINEAR, *BESIDE)
 LOOP = {"reselect_every": 0, "router": ("gate", "centroid", "fixed")}  # fields -> the values that need no loop of ours
 
 
@@ -360,6 +361,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-for _name in (*LINEAR, *BESIDE):
+def config_of(name: str) -> type[PeftConfig]:
+    """The config class of a method, ours or PEFT's own."""
+    return globals().get(f"{_title(name)}Config") or __getattr__(f"{_title(name)}Config")
+
+
+for _name in NAMES:
     if (_made := _register(_name)) is not None:
         globals()[_made.__name__] = _made
