@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, methods
-from .errors import Stopped, TrimtabError
+from .errors import BadInput, Stopped, TrimtabError
 from .process.interrupt import INTERRUPTED, stopped_by_interrupt
 from .process.supervise import in_a_child
 
@@ -94,6 +94,8 @@ def plan(
     search: Annotated[bool, typer.Option("--search", help="Compare other methods and settings, best first.")] = False,
     write: Annotated[str | None, typer.Option(metavar="FILE", help="Write the best plan as a recipe.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --write replace a file.")] = False,
+    on: Annotated[str, typer.Option(metavar="DEVICES", help="Plan for GPUs, e.g. rtx-4090,2xl40s, by their published "
+                                    "figures.")] = "",
 ) -> None:  # fmt: skip
     """Predict a run's peak memory and speed, and whether it fits its budget; train nothing.
 
@@ -103,6 +105,16 @@ def plan(
 
     loaded = Recipe.load(recipe, overrides or ())
     _allocator(loaded)
+    if on:
+        if search or write:
+            raise BadInput("plan --on with --search or --write", "a search is made for one machine", "Leave one out")
+        from .planning import devices
+
+        found = devices.plan_on(loaded, devices.parse(on))
+        print(json.dumps([each.to_dict() for each in found], indent=2) if as_json else "\n".join(devices.lines(found)))
+        if not any(each.fits for each in found):
+            raise typer.Exit(3)
+        return
     if search or write or not loaded.patches:
         _search(loaded, as_json, write, overwrite)
         return
