@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
@@ -74,6 +75,13 @@ def test_what_a_recipe_states_is_kept(folder):
     assert own.patches in [c.recipe.patches for c in search._combinations(own)]
     free, fixed = recipe(folder), recipe(folder, objective={"causal_lm": {"chunk": 7}})
     assert search._chunk_is_free(free) and not search._chunk_is_free(fixed)
+
+
+def test_plans_can_be_made_by_several_processes(folder, found):
+    one = next(search._combinations(recipe(folder)))
+    planned = search._planned(one, {"process": 0, "rates": flat(), "tokens": None})
+    assert pickle.loads(pickle.dumps(planned)) == planned
+    assert all(pickle.dumps(c) for c in found.candidates)
 
 
 def test_a_candidate_is_planned_as_a_recipe_is(found):

@@ -276,4 +276,4 @@ def _planned(candidate: Candidate, options: dict[str, Any]) -> Candidate:
         return dataclasses.replace(candidate, refused=error.have)
     if not made.trained:
         return dataclasses.replace(candidate, refused="it trains nothing by itself")
-    return dataclasses.replace(candidate, plan=made)
+    return dataclasses.replace(candidate, plan=dataclasses.replace(made, take=None))  # it holds the model
