@@ -120,6 +120,25 @@ def test_without_a_fit_the_smallest_is_told(found, tmp_path):
     assert not (tmp_path / "none.yaml").exists()
 
 
+def test_mezo_is_the_last_resort(folder, found, tmp_path):
+    assert not any("mezo" in c.method for c in found.candidates), "back-propagation fits"
+    training = {"learning_rate": 0.5, "max_grad_norm": 1.0, "activation_checkpointing": True, "weight_decay": 0.1}
+    least = min(c.plan.fast_peak_bytes for c in found.candidates)
+    tight = recipe(folder, training=training, budget={"fast": f"{least - 1}B"})
+    last = search.search(tight, process=0, rates=flat())
+    assert last.best.method.endswith(", mezo") and last.best.plan.fast_peak_bytes < least
+    assert not any(c.fits for c in last.candidates if "mezo" not in c.method)
+    assert any("learns far more slowly" in n and "learning_rate, max_grad_norm" in n for n in last.notes)
+    written = search.write(last, tmp_path / "last.yaml")
+    values = Recipe.load(tmp_path / "last.yaml").training_values()
+    assert written.stepper == "mezo" and (values["learning_rate"], values["weight_decay"]) == (1e-6, 0.1)
+    assert plan(written, process=0, rates=flat()).fits
+    none = search.search(recipe(folder, training=training, budget={"fast": "1KiB"}), process=0, rates=flat())
+    assert none.best is None and not any("slowly" in note for note in none.notes)
+    with pytest.raises(DoesNotFit, match="mezo"):
+        none.require_fit()
+
+
 def test_a_mapped_base_beyond_free_memory_is_read_again(folder, monkeypatch):
     import trimtab.planning.plan as verb
 
