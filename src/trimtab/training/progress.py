@@ -24,8 +24,9 @@ from ..contracts import Surgery
 from ..cost.metered import metered
 from ..cost.trace import ADAPTER, MAPPED, OPTIMIZER, WEIGHTS, Trace, highest, live
 from ..files import write_text
+from ..memory.budget import gib
 from ..memory.guard import Guard
-from ..memory.meter import GIB, Meter
+from ..memory.meter import Meter
 
 Say = Callable[[str], None]
 NEAR = 0.85, 0.97  # shares of the budget at which the bar becomes yellow and red
@@ -220,8 +221,8 @@ class Live(TrainerCallback):
 
     @property
     def memory(self) -> str:
-        held = self.steps.meter.held() / GIB
-        return f"{held:.2f} of {self.limit / GIB:.2f} GiB" if self.limit else f"{held:.2f} GiB"
+        held = gib(self.steps.meter.held())
+        return f"{held} of {gib(self.limit)}" if self.limit else held
 
     @property
     def left(self) -> str:
@@ -239,7 +240,7 @@ class Live(TrainerCallback):
         of = self.limit or self.steps.meter.total
         share = self.steps.meter.held() / of if of else 0.0
         colour = "green" if share < NEAR[0] else "yellow" if share < NEAR[1] else "red"
-        memory = self.memory if self.limit else f"{self.memory}, {of / GIB:.1f} here"
+        memory = self.memory if self.limit else f"{self.memory}, {gib(of)} here"
         first = max(len(name), len("fast tier"))
         while len(figures) > 1 and first + len("  ".join(figures)) + 14 > options.max_width:
             figures.pop()
