@@ -175,6 +175,8 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_pa
     "fields",
     [
         {"probes": 2, "cap": 3},
+        {"router": "switch", "probes": 1},
+        {"router": "stable"},
         {"semantics": "union", "router": "centroid"},
         {"router": "fixed"},
         {"adam": "exact"},

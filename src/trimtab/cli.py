@@ -18,7 +18,7 @@ from .errors import Stopped, TrimtabError
 from .process.interrupt import INTERRUPTED, stopped_by_interrupt
 from .process.supervise import in_a_child
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Fine-tune and run language models inside a memory budget.")  # fmt: skip
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="A recipe, or the folder of a run.")]
@@ -294,6 +294,14 @@ def audit(
         print(f"{path}: the rows without findings", file=sys.stderr)
     if strict and made.findings:
         raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors that complete and check YAML files."""
+    from .schema import schema as made
+
+    print(json.dumps(made(), indent=2, default=str))
 
 
 @app.command()
