@@ -122,9 +122,7 @@ def test_python_in_pages_runs(name, tmp_path, monkeypatch, capsys):
             base, ours = MODELS["llama"]().to(torch.bfloat16).state_dict(), space["model"].state_dict()
             assert list(base) == list(ours)
             assert any(not torch.equal(base[key], ours[key]) for key in base), "the columns were merged"
-    said = re.sub(
-        r"[^\r\n]*it/s\]", "", capsys.readouterr().err
-    )  # bars of from_pretrained, which a page calls itself
+    said = re.sub(r"[^\r\n]*it/s\]", "", capsys.readouterr().err)  # bars of from_pretrained, which a page calls itself
     assert not said.strip()
 
 

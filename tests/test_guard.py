@@ -318,7 +318,7 @@ def test_the_bars_fit_the_width(width):
     plain = Console(width=width, record=True, file=io.StringIO())
     plain.print(shown(width, 1.02, 2.0)[1])
     text = plain.export_text().splitlines()
-    assert "40/100" in text[0] and "loss 2.345" in text[0] and "1.02 GiB of 2.00 GiB" in text[1]
+    assert "40/100" in text[0] and "loss 2.345" in text[0] and "1.02 of 2.00 GiB" in text[1]
     assert all(len(line.rstrip()) <= width for line in text)
     if width >= 80:
         assert "1,234 tokens/s" in text[0] and "left" in text[0] and "━━" in text[0] and "━━" in text[1]

@@ -26,7 +26,7 @@ from ..cost.trace import ADAPTER, MAPPED, OPTIMIZER, WEIGHTS, Trace, highest, li
 from ..files import write_text
 from ..memory.budget import gib
 from ..memory.guard import Guard
-from ..memory.meter import Meter
+from ..memory.meter import GIB, Meter
 
 Say = Callable[[str], None]
 NEAR = 0.85, 0.97  # shares of the budget at which the bar becomes yellow and red
@@ -222,7 +222,11 @@ class Live(TrainerCallback):
     @property
     def memory(self) -> str:
         held = gib(self.steps.meter.held())
-        return f"{held} of {gib(self.limit)}" if self.limit else held
+        if not self.limit:
+            return held
+        limit = gib(self.limit)
+        number, unit = held.split()
+        return f"{number if limit.endswith(' ' + unit) else held} of {limit}"  # a unit that both have is shown once
 
     @property
     def left(self) -> str:
@@ -240,7 +244,7 @@ class Live(TrainerCallback):
         of = self.limit or self.steps.meter.total
         share = self.steps.meter.held() / of if of else 0.0
         colour = "green" if share < NEAR[0] else "yellow" if share < NEAR[1] else "red"
-        memory = self.memory if self.limit else f"{self.memory}, {gib(of)} here"
+        memory = self.memory if self.limit else f"{self.memory}, {of / GIB:.1f} here"
         first = max(len(name), len("fast tier"))
         while len(figures) > 1 and first + len("  ".join(figures)) + 14 > options.max_width:
             figures.pop()
