@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from conftest import MIXTURES, MODELS
 from tiny import tiny_folder
 from trimtab import Recipe, cli, methods
+from trimtab.artifacts.run_folder import PARTS
 from trimtab.contracts import Place
 from trimtab.errors import BadInput
 from trimtab.inference.export import FORMS
@@ -257,3 +258,9 @@ def test_libraries_have_upper_bounds_that_hold_what_is_pinned():
 
 def test_without_results_the_page_says_so():
     assert "No results have been recorded yet." in build.results([])
+
+
+def test_what_a_run_s_folder_may_hold_is_documented():
+    page = (ROOT / "docs/cli.md").read_text()
+    for name in (*PARTS, "eval_base.json", "can be given several times"):
+        assert name in page, name

@@ -27,7 +27,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors an
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="Use this adapter folder, not the run's own.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; can be given several times.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="A generation setting, e.g. temperature=0.7.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A generation setting, e.g. temperature=0.7; can be given several times."),
+]
 BaseOnly = Annotated[bool, typer.Option("--base", help="Use the base model, without the adapter.")]
 
 
