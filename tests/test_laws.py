@@ -38,6 +38,7 @@ UNMERGED, UNPORTABLE = (
 )
 WHOLE = {"experts": 4, "probes": 4, "k": 64}  # no choice is made that a step along a gradient could change
 SMOOTH = {**dict.fromkeys(["meft", *STORED], WHOLE), "edora": {"detach_norm": False}}
+SMOOTH["meft switch"] = {**WHOLE, "experts": 1, "probes": 1}
 QUANTISED = ("paca", "lora", "edora", "parallel_adapter", "meft", "senszoq", "diff_pruning", "lst", *STORED)
 DEQUANTISED = ("paca", "edora", "senszoq", "diff_pruning")  # bitsandbytes also rounds the input of an int8 product
 
