@@ -192,3 +192,17 @@ def test_memory_grows_by_one_tensor_at_most(outtype, tmp_path):
     growth = meter.result()["fast_growth_bytes"]
     largest, whole = (4 * weigh([weight.numel() for weight in linears]) for weigh in (max, sum))
     assert growth < largest + 2**25 < whole / 4
+
+
+def test_several_patches_of_a_run(folder, tmp_path):
+    """A pruned vocabulary and pruned weights under a LoRA: the file is the merged folder, logit for logit."""
+    patches = ["embedding_pruning", {"pruning": {"targets": "up_proj"}}, {"lora": {"targets": "q_proj,v_proj"}}]
+    recipe = learned(tmp_path, folder, SKY, patches=patches, training={"max_steps": 2})
+    file = next(export(recipe, "gguf", outtype="f32").glob("*.gguf"))
+    auto = transformers.AutoModelForCausalLM
+    again = auto.from_pretrained(file.parent, gguf_file=file.name).eval()
+    merged = auto.from_pretrained(export(recipe, "merged"), dtype=torch.float32).eval()
+    ids = torch.arange(20)[None] + 5
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, merged(ids).logits)
+    assert (merged.model.layers[0].mlp.up_proj.weight == 0).any()
