@@ -56,7 +56,9 @@ def read_yaml(text: str, asked: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise BadInput(asked, f"{where}{getattr(error, 'problem', error)}", "Write it as YAML") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a date that does not exist
+    except BadInput:
+        raise
+    except Exception as error:  # a number of thousands of digits, a date that does not exist, a tag without a value
         raise BadInput(asked, f"a value cannot be read ({error})", "Write it as YAML") from None
 
 
