@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from trimtab.errors import TrimtabError
 
-SECONDS = 5.0  # that one input may take
+SECONDS = 5.0  # of computing that one input may take
 LONGEST = 2000  # characters of a message
 
 ODD_NUMBERS = [0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), True]
@@ -92,13 +93,13 @@ def in_time(seconds: float = SECONDS) -> Iterator[None]:
     def late(number: int, frame: Any) -> None:
         raise AssertionError(f"it took more than {seconds} seconds")
 
-    had = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    had = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, had)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, had)
 
 
 def read(reader: Callable[[Any], Any], value: Any) -> None:
@@ -112,20 +113,23 @@ def read(reader: Callable[[Any], Any], value: Any) -> None:
 
 
 def fuzz(reader: Callable[[Any], Any], strategy: st.SearchStrategy[Any], count: int, examples: list[Any],
-         seeded: bool = True) -> None:  # fmt: skip
-    """Give `reader` its `examples` and `count` values more. `seeded`: the same ones each time."""
+         seconds: float = 0) -> None:  # fmt: skip
+    """Give `reader` its `examples` and `count` values more, the same ones each time; or new ones for `seconds`."""
+    until, done = time.monotonic() + seconds, 0
 
     def body(value: Any) -> None:
+        nonlocal done
+        done += 1
         read(reader, value)
 
     for one in examples:
         body = example(one)(body)
+    phases = [Phase.explicit, Phase.generate, *([] if seconds else [Phase.shrink])]
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-    settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=seeded,
-        database=None,
-        report_multiple_bugs=False,
-        suppress_health_check=quiet,
-    )(given(strategy)(body))()
+    how = settings(max_examples=count, deadline=None, derandomize=not seconds, database=None, phases=phases,
+                   report_multiple_bugs=False, suppress_health_check=quiet)  # fmt: skip
+    while True:
+        how(given(strategy)(body))()
+        if time.monotonic() >= until:
+            break
+    print(f"{done:,} inputs")
