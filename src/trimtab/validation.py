@@ -97,6 +97,15 @@ def _measure(text: str, asked: str) -> None:
             raise BadInput(asked, have, "Write a recipe of fewer keys")
 
 
+def require_text_keys(tree: Any, where: str) -> None:
+    """BadInput for a key that is not text, at any depth: YAML reads 1 and 1e5 as numbers."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        if isinstance(tree, dict) and not isinstance(key, str):
+            raise BadInput(f"{where}: {key!r}", "a key is text", f'Write "{key}" in quotes, or check the indentation')
+        require_text_keys(value, f"{where}: {key}" if isinstance(tree, dict) else where)
+
+
 # --- blocks of keys --------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-
 # a thread that ends the process when its standard input is closed: by the parent's end, if that is killed
 _ENDS_WITH_PARENT = "import os, threading; " \
     "threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()"  # fmt: skip
