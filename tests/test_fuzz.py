@@ -25,10 +25,9 @@ from conftest import MODELS
 from helpers_fuzz import changed, damaged, fuzz, values
 from helpers_load import tiny_llama, tiny_tokenizer
 from helpers_run import make_world, tree
-from test_adapter_files import saved
 from trimtab import methods
 from trimtab.artifacts import checkpoint_files
-from trimtab.artifacts.adapter import CONFIG, OURS, load_adapter, load_into, patches_of
+from trimtab.artifacts.adapter import CONFIG, OURS, Base, load_adapter, load_into, patches_of, save_adapter
 from trimtab.artifacts.adapter_weights import CHECKSUMS, WEIGHTS
 from trimtab.artifacts.run_folder import checkpoints, finished_run, open_run
 from trimtab.cost import cache_file
@@ -39,13 +38,13 @@ from trimtab.data.spec import DataSpec
 from trimtab.engine.arguments import time_limit
 from trimtab.memory import budget
 from trimtab.model import hub
-from trimtab.model.load import empty_model
+from trimtab.model.load import base_hash, empty_model
 from trimtab.model.spec import ModelSpec
 from trimtab.recipe import Recipe, override
 from trimtab.report.report import report
 from trimtab.serving import protocol
 from trimtab.validation import read_yaml
-from world import make
+from world import make, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PLACE = trimtab.Place(fast="cpu")
@@ -63,6 +62,15 @@ YAML = (b"&a ", b"*a", b"[", b"]", b"{", b"}", b"!!python/object:os.system", b":
         b"? ", b"---\n", b"%YAML 9", b"!!set", b"!!binary", b"!!timestamp", b"2026-99-99", b"0x", b"1:2:3", b"\xff",
         b"\xef\xbb\xbf", b"\xed\xa0\x80", b"=", b"!!float ", b"!!int ")  # fmt: skip
 EACH = float(os.environ.get("TRIMTAB_FUZZ_SECONDS", "50"))  # of the long form, for each reader
+
+
+def saved(folder: Path, name: str) -> Path:
+    """An adapter of the tiny Llama that was trained for a step."""
+    model = MODELS["llama"]()
+    base = Base("llama", base_hash(model))
+    surgery = make(name).apply(model, PLACE)
+    train(model, surgery, 1)
+    return save_adapter(folder / "adapter", [surgery], base)
 
 
 def use(recipe: Recipe) -> None:

@@ -86,7 +86,7 @@ def test_an_export_killed_at_any_time(to, ran, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("to", FORMS)
 def test_an_export_killed_often(to, ran, tmp_path):
-    exports(ran, tmp_path, to, range(1, 6), later=True)
+    exports(ran, tmp_path / "again", to, range(1, 6), later=True)
     exports(ran, tmp_path / "new", to, range(6, 11), later=False)
 
 
