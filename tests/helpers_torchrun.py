@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,16 @@ def torchrun(folder: Path, jobs: list[dict[str, Any]], timeout: float = 300) -> 
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                "--max-restarts=0", __file__, str(folder / "jobs.json"), str(folder)]  # fmt: skip
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
-    (folder / "stderr.txt").write_text(done.stderr)
-    return done
+    with open(folder / "stderr.txt", "w+") as err:
+        process = subprocess.Popen(command, env=environment(), stdout=err, stderr=err)
+        try:
+            process.wait(timeout)
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun ends its workers
+                process.wait(60)
+        err.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, "", err.read())
 
 
 def environment() -> dict[str, str]:
@@ -35,14 +43,15 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def killed(rank: int, step: int) -> Any:
-    """Within it, the process `rank` is killed at the end of `step`."""
+def killed(rank: int, step: int, file: str | Path) -> Any:
+    """Within it, the process `rank` is killed at the end of `step`, and writes when into `file`."""
     from trimtab.training.progress import StopOnInterrupt
 
     had = StopOnInterrupt.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.global_step == step and args.process_index == rank:
+            Path(file).write_text(str(time.monotonic()))
             os.kill(os.getpid(), signal.SIGKILL)
         return had(self, args, state, control, **kwargs)
 
@@ -59,7 +68,7 @@ def train(keys: dict[str, Any]) -> str:
         dist.barrier()  # else one process could write a run's folder before the other has looked at it
     kill = keys.pop("kill", None)
     try:
-        with killed(*kill) if kill else contextlib.nullcontext():
+        with killed(*kill, Path(sys.argv[2]) / "killed-at") if kill else contextlib.nullcontext():
             trimtab.Recipe.from_dict(keys).train()
     except TrimtabError as error:
         return f"{type(error).__name__}: {error}"

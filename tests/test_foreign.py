@@ -40,6 +40,8 @@ METHODS: dict[Any, dict[str, str]] = {
         "_load_best_model": "",
         "_load_from_checkpoint": "resume_from_checkpoint model=None",
         "_load_optimizer_and_scheduler": "checkpoint",
+        "_save_optimizer_and_scheduler": "output_dir",
+        "_defer_fsdp_gradient_reduction": "",
         "_load_rng_state": "checkpoint",
         "_move_model_to_device": "model device",
         "_prepare_inputs": "inputs",

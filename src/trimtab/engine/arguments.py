@@ -16,7 +16,7 @@ from ..contracts import Objective, Stepper
 from ..errors import BadInput, nearest
 from ..recipe import Recipe
 from ..validation import booleans
-from .fields import check_fields
+from .fields import REFUSED, check_fields
 from .optimizers import name_of, require_library
 
 
@@ -37,6 +37,8 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
         if key not in known:
             do = nearest(str(key), known | {"max_minutes"})
             raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", do)
+    if values.get("fsdp"):  # its type differs between versions
+        raise BadInput(f"training: fsdp: {str(values['fsdp'])[:60]}", *REFUSED["fsdp"])
     kinds = get_type_hints(cls)
     values = {key: _typed(key, value, kinds[key]) for key, value in values.items()}
     ours = {"output_dir": str(output), "use_cpu": cpu, "disable_tqdm": True, "dataloader_pin_memory": not cpu}

@@ -53,6 +53,10 @@ class Full(Patch):
         return self.offload == "slow"
 
     @property
+    def shards(self) -> bool:  # type: ignore[override]
+        return self.offload == "none" and self.train == "all"
+
+    @property
     def gradient_reason(self) -> str:  # type: ignore[override]
         return "offload: slow keeps gradients and moments, of which it has none" if self.offload == "slow" else ""
 

@@ -46,6 +46,7 @@ class LoRA(Patch):
 
     paper: ClassVar[str] = "2106.09685"
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-4}  # QLoRA, arXiv 2305.14314, appendix B
+    shards: ClassVar[bool] = True
 
     r: int = 8
     alpha: float | None = None  # None: 2 r
