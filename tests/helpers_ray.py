@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 from trimtab.integrations.ray import STATISTICS, train
+
+HELD = contextlib.ExitStack()  # open as long as the worker lives
 
 
 def kill_once(file: str) -> None:
@@ -18,7 +21,7 @@ def kill_once(file: str) -> None:
     from helpers_torchrun import killed
 
     if torch.distributed.get_rank() == 1 and not Path(file).exists():
-        killed(1, 3, file).__enter__()
+        HELD.enter_context(killed(1, 3, file))
 
 
 if __name__ == "__main__":
