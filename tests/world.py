@@ -33,7 +33,11 @@ STORED = {  # tables elsewhere than in a file: name -> patch, more fields, place
     "meft in ram": ("meft", {}, Place(fast="cpu", slow="ram")),
     "meft with hot rows": ("meft", {"cache": 2e-5}, PLACE),
 }
-EVERY = {name: (name, {}, PLACE) for name in CASES} | STORED
+FORMS = {  # what a patch's fields make another method of: as in STORED
+    "lora with fa": ("lora", {"fa": True}, PLACE),
+    "lora with velora": ("lora", {"velora": True, "velora_groups": 8}, PLACE),
+}
+EVERY = {name: (name, {}, PLACE) for name in CASES} | STORED | FORMS
 LEARNING_RATE = 2e-2
 
 
