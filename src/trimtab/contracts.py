@@ -94,8 +94,7 @@ class Surgery(ABC):
 
     def merge(self) -> None:
         """Write the change into the base weights and remove the patch: a plain transformers model remains."""
-        asked = f"merge {type(self.patch).__name__}"
-        raise BadInput(asked, "it depends on its input, so it cannot be merged into weights", "Keep the adapter")
+        raise BadInput(f"merge {type(self.patch).__name__}", "it depends on its input", "Keep the adapter")
 
     def adapter_config(self) -> dict[str, Any]:
         """The content of adapter_config.json. PEFT can read it if the method is one of PEFT's own (LoRA overrides)."""
@@ -145,6 +144,7 @@ class Patch(ABC):
     reads_experts: ClassVar[bool] = False  # it reads stacked experts from the checkpoint; the loader leaves them out
     counts_tokens: ClassVar[bool] = False  # calibration needs only token ids, and a plan counts them for it (`counted`)
     shrinkable: ClassVar[tuple[str, ...]] = ()  # fields that use less memory when smaller, the least harmful first
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ()  # fields of other forms that a search for a plan tries too
 
     @abstractmethod
     def apply(self, model: PreTrainedModel, place: Place) -> Surgery: ...

@@ -55,6 +55,7 @@ class LoRA(Patch):
 
     paper: ClassVar[str] = "2106.09685"
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-4}  # QLoRA, arXiv 2305.14314, appendix B
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({"fa": True}, {"velora": True})
 
     r: int = 8
     alpha: float | None = None  # None: 2 r
