@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
@@ -82,6 +83,7 @@ def test_what_a_recipe_states_is_kept(folder):
 
 
 def test_a_candidate_is_planned_as_a_recipe_is(found):
+    pickle.dumps(found.candidates)  # several processes hand them back
     for c in found.candidates[:3]:
         alone = plan(c.recipe, process=0, rates=flat())
         assert (alone.kinds, alone.tokens_per_second) == (c.plan.kinds, c.plan.tokens_per_second)

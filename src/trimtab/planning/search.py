@@ -33,7 +33,7 @@ from .plan import Plan, foreseen, plan, process_bytes
 
 PRECISIONS, USUAL = ("bf16", "nf4", "fp32", "int8"), 2  # the first two win unless the processor lacks bf16
 SMALL_CHUNK = 32  # positions; the loss's own choice is 128 or more
-MOST, MOST_CHUNKS = 60, 2  # combinations that are planned, and how many of them again with the small chunk
+MOST, MOST_CHUNKS = 48, 2  # combinations that are planned, and how many of them again with the small chunk
 MOST_BETWEEN = 3  # methods (on a precision) of which the ways between are planned
 EVERY = (4, 2)  # blocks of which one is checkpointed, between none and all
 ALIKE = 1.05  # speeds within this factor count as equal; then the number of trained parameters decides
@@ -344,4 +344,4 @@ def _planned(candidate: Candidate, options: dict[str, Any]) -> Candidate:
         return dataclasses.replace(candidate, refused=error.have)
     if not made.trained:
         return dataclasses.replace(candidate, refused="it trains nothing by itself")
-    return dataclasses.replace(candidate, plan=made)
+    return dataclasses.replace(candidate, plan=dataclasses.replace(made, take=None))  # a model cannot change process
