@@ -162,8 +162,8 @@ def held(points: list[tuple[int, float]]) -> float:
 
 # --- a language model, cities ----------------------------------------------------------------------------------------
 
-ROUTERS = ("gate", "centroid", "fixed")
-REAL = {"r": 4096, "router": ROUTERS[0], "scale": 64.0}
+ROUTERS: dict[str, dict[str, Any]] = {"gate": {}, "centroid": {}, "fixed": {}, "switch": {"probes": 1}, "stable": {}}
+REAL = {"r": 4096, "router": "gate", "scale": 64.0}
 REAL_RATES = {"meft": (5e-4, 1e-3), "lora": (1e-3, 2e-3), "paca": (2e-3, 4e-3),
               "parallel_adapter": (1e-3, 1.5e-3, 2e-3, 3e-3), "full": (5e-5, 1e-4)}  # fmt: skip
 WIDER = {"k": 112, "probes": 14}  # for more facts
@@ -228,11 +228,15 @@ def grown(bench: Bench, meft: Side, sides: list[Side]) -> list[Side]:
 
 def router(bench: Bench, quick: bool) -> dict[str, Any]:
     """MEFT's routers, on facts like those that settings are chosen on."""
-    kinds, rates = (ROUTERS[1:2], REAL_RATES["meft"][:1]) if quick else (ROUTERS, REAL_RATES["meft"])
+    kinds, rates = (["centroid"], REAL_RATES["meft"][:1]) if quick else ([*ROUTERS], REAL_RATES["meft"])
     at = tuning(quick)
     rows, points = [], {}
     for kind in kinds:
-        side = bench.best(Side("MEFT", "meft", {**REAL, "r": 256 if quick else REAL["r"], "router": kind}), rates, **at)
+        side = bench.best(
+            Side("MEFT", "meft", {**REAL, "r": 256 if quick else REAL["r"], "router": kind, **ROUTERS[kind]}),
+            rates,
+            **at,
+        )
         seeds = range(APART, APART + (1 if quick else len(SEEDS)))
         learn = functools.partial(bench.run, "learn", **side.job, rate=side.rate, **at)
         runs = bench.each(lambda seed, learn=learn: learn(seed=seed), seeds)

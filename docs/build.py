@@ -30,6 +30,7 @@ from trimtab.data.spec import DataSpec
 from trimtab.data.stage import Ewc
 from trimtab.engine.fields import REFUSED
 from trimtab.model.spec import ModelSpec
+from trimtab.schema import comments
 
 sys.path.insert(0, str(Path(__file__).parent))
 from curves import knowledge  # noqa: E402
@@ -229,9 +230,7 @@ def search(root: Path) -> str | None:
 
 def fields_table(cls: type) -> str:
     """Key, type, default and the field's comment in the source."""
-    sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]  # fields inherit
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", "\n".join(sources), re.MULTILINE))
-    rows = []
+    said, rows = comments(cls), []
     for field in dataclasses.fields(cls):
         default = field.default
         if default is dataclasses.MISSING:
@@ -240,7 +239,7 @@ def fields_table(cls: type) -> str:
         else:
             needed = False
         rows.append([f"`{field.name}`", kind_of(field.type), "required" if needed else shown(default),
-                     comments.get(field.name, "")])  # fmt: skip
+                     said.get(field.name, "")])  # fmt: skip
     if not any(row[3] for row in rows):
         return table(["key", "type", "default"], [row[:3] for row in rows])
     return table(["key", "type", "default", "meaning"], rows)

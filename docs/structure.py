@@ -27,7 +27,7 @@ FLOORS = (  # from the ground up; a module belongs to the first line that fits
     r"methods(\..+)?",
     r"recipe|artifacts(\..+)?|integrations(\..+)?",
     r"engine(\..+)?",
-    r"doctor|(planning|training|inference|report)(\..+)?",
+    r"doctor|schema|(planning|training|inference|report)(\..+)?",
     r"serving(\..+)?",
     r"cli|__main__",
 )

@@ -39,6 +39,11 @@ def sinks(A: Tensor, at: Tensor, seen: int, fields: dict) -> Judged:
     return torch.where(at < fields["sinks"], torch.inf, at.float()), 1.0
 
 
+CASES = {
+    "streaming_llm": {"window": 5, "sinks": 2}, "full_cache": {"bits": 4}, "tova": {"budget": 5},
+    "snapkv": {"budget": 7, "window": 2}, "pyramidkv": {"budget": 8, "window": 2, "beta": 4.0},
+    "cake": {"budget": 8, "window": 3},
+}  # fmt: skip
 REFERENCES: dict[str, Callable[..., Judged]] = {
     "streaming_llm": sinks, "snapkv": mean_of_window, "pyramidkv": mean_of_window, "tova": newest_query, "cake": cake,
 }  # fmt: skip

@@ -30,18 +30,16 @@ def tiny_tokenizer(chat: str | None = CHAT, pad: bool = True) -> PreTrainedToken
     return tokenizer
 
 
-def tiny_llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, pad: bool = True) -> Path:
+def tiny_llama(
+    folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, pad: bool = True, **other: int
+) -> Path:
+    """`other`: fields of the config, larger ones for example."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        pad_token_id=None,
-        tie_word_embeddings=True,
-    )
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64,
+    }  # fmt: skip
+    config = LlamaConfig(**{**sizes, **other}, pad_token_id=None, tie_word_embeddings=True)
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     tiny_tokenizer(pad=pad).save_pretrained(folder)
     return folder

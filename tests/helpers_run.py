@@ -163,6 +163,8 @@ PATCHES = {
     "meft": {"meft": TABLES},
     "meft in ram": {"meft": TABLES},
     "meft with hot rows": {"meft": {**TABLES, "cache": 2e-5}},
+    "meft switch": {"meft": {**TABLES, "router": "switch", "probes": 1}},
+    "meft stable": {"meft": {**TABLES, "router": "stable", "first_stage": 0.5}},
     "meft int8": {"meft": {**TABLES, "moments": "int8"}},
     "meft capped": {"meft": {**TABLES, "cap": 12}},  # of 32 experts
     "meft exact": {"meft": {**TABLES, "adam": "exact", "router": "centroid", "balance": 0.01, "revive": 4}},

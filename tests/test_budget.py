@@ -79,6 +79,11 @@ def test_this_machine(limit, monkeypatch, tmp_path):
 
 
 def test_sizes_are_shown_in_gib():
+    small = {0: "0 B", 1: "1 B", 0.4: "0 B", 1023: "1023 B", 1024: "1.0 KiB", -2048: "-2.0 KiB", 50_000: "48.8 KiB"}
+    assert {size: gib(size) for size in small} == small and gib(2**20 // 10 + 1) == "0.1 MiB"
+    for power in range(0, 50):  # no size is shown as nothing, or as more than a few digits
+        number, unit = gib(2**power).split()
+        assert float(number) > 0 and len(number) <= 8 and parse(f"{number}{unit}", None, "x") == 2**power or power > 16
     assert gib(3 * GIB) == "3.00 GiB" and gib(50 * 2**20) == "50.0 MiB" and gib(6 * 10**9) == "5.59 GiB"
 
 

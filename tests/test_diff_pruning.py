@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -322,8 +323,8 @@ def test_either_phase_is_loaded_over_the_other(structured):
         ({"gate_share": 0.0}, "gate_share: 0.0.*share"),
         ({"gate_rate": 0.0}, "gate_rate"),
         ({"rows": 0, "score": "fisher"}, "rows: 0"),
-        ({"density": 0.1, "candidates": 0.05}, "the candidates are .*Set candidates: 0.4"),
-        ({"density": 0.9, "candidates": 1.0, "targets": "k_proj"}, "Set a density of at most 0.0"),
+        ({"density": 0.1, "candidates": 0.05}, "the candidates are .*Set candidates: 0.4[0-9], or density: 0.0"),
+        ({"density": 0.9, "candidates": 1.0, "targets": "k_proj"}, "Set density: 0.0[0-9]+, or more targets"),
     ],
 )
 def test_what_cannot_be_done_is_refused(fields, match):
@@ -332,6 +333,30 @@ def test_what_cannot_be_done_is_refused(fields, match):
     with pytest.raises(BadInput, match=match):
         DiffPruning(**fields).apply(model, PLACE)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("targets,density,candidates", [
+    (targets, density, candidates)
+    for targets in ("k_proj", "all-linear") for density in (0.0, 0.003, 0.1, 0.85, 1.0)
+    for candidates in (0.0, 0.001, 0.3, 1.0)
+    if candidates or (targets == "all-linear" and 0 < density <= 0.85)  # not two errors at once
+])  # fmt: skip
+def test_what_an_error_says_to_set_is_accepted(targets, density, candidates):
+    model = MODELS["llama"]()
+
+    def advice(fields: dict[str, float]) -> str:
+        try:
+            DiffPruning(targets=targets, score="random", **fields).apply(model, PLACE).revert()
+        except BadInput as error:
+            return error.do
+        return ""
+
+    fields = {"density": density, "candidates": candidates}
+    do = advice(fields)
+    for offer in do.split(", or ") if do else ():
+        named = {name: float(value) for name, value in re.findall(r"(density|candidates): ([\d.e-]+\d)", offer)}
+        assert named or offer == "more targets"
+        assert not named or advice({**fields, **named}) == "", offer
 
 
 def test_several_processes_are_refused(monkeypatch):

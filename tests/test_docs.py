@@ -7,20 +7,24 @@ import gzip
 import importlib.util
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from packaging.requirements import Requirement
 
 from conftest import MIXTURES, MODELS
 from tiny import tiny_folder
-from trimtab import Recipe, methods
+from trimtab import Recipe, cli, methods
+from trimtab.artifacts.run_folder import PARTS
 from trimtab.contracts import Place
 from trimtab.errors import BadInput
 from trimtab.inference.export import FORMS
+from trimtab.recipe import override
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -81,7 +85,25 @@ def test_recipes_in_pages_are_recipes(page):
         recipe.load_patches(), recipe.load_objective()
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
+@pages
+def test_commands_in_pages_exist(page):
+    """Each `trimtab VERB ...` of a shell block is parsed by the command line, and not run; so is each override."""
+    command = typer.main.get_command(cli.app)
+    for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if not words or words[0] != "trimtab" or "--help" in words:
+                continue
+            words = words[1 : words.index(">")] if ">" in words else words[1:]
+            at, context = command, None
+            while getattr(at, "commands", None):
+                at, words = at.commands[words[0]], words[1:]
+            with at.make_context(at.name, words, parent=context) as context:
+                for order in context.params.get("overrides") or ():
+                    override({}, order)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/python.md", "docs/integrations.md"])
 def test_python_in_pages_runs(name, tmp_path, monkeypatch, capsys):
     """As it stands, but for a tiny model and two steps."""
     monkeypatch.chdir(tmp_path)
@@ -100,7 +122,8 @@ def test_python_in_pages_runs(name, tmp_path, monkeypatch, capsys):
             base, ours = MODELS["llama"]().to(torch.bfloat16).state_dict(), space["model"].state_dict()
             assert list(base) == list(ours)
             assert any(not torch.equal(base[key], ours[key]) for key in base), "the columns were merged"
-    assert capsys.readouterr().err == ""
+    said = re.sub(r"[^\r\n]*it/s\]", "", capsys.readouterr().err)  # bars of from_pretrained, which a page calls itself
+    assert not said.strip()
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -235,3 +258,9 @@ def test_libraries_have_upper_bounds_that_hold_what_is_pinned():
 
 def test_without_results_the_page_says_so():
     assert "No results have been recorded yet." in build.results([])
+
+
+def test_what_a_run_s_folder_may_hold_is_documented():
+    page = (ROOT / "docs/cli.md").read_text()
+    for name in (*PARTS, "eval_base.json", "can be given several times"):
+        assert name in page, name

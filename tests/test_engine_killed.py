@@ -206,7 +206,7 @@ def test_a_checkpoint_of_tables_that_does_not_fit_leaves_the_earlier_one(world, 
 def test_tables_that_the_disk_cannot_hold_are_refused_before_anything_is_made(world, tmp_path, monkeypatch):
     monkeypatch.setattr(mapped_file, "free_bytes", lambda folder: 10_000)
     keys = tree(world, tmp_path / "deep" / "run", MEFT, max_steps=1)
-    with monkeypatch.context() as patched, pytest.raises(DoesNotFit, match="0.0 MiB are free there") as error:
+    with monkeypatch.context() as patched, pytest.raises(DoesNotFit, match="9.8 KiB are free there") as error:
         patched.setattr(mapped_file, "map_file", lambda *args: pytest.fail("a table was made"))
         run(keys)
     assert error.value.exit_code == 3 and not (tmp_path / "deep").exists()

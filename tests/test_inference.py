@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers_run import films, make_world, tree
+from trimtab.artifacts.run_folder import begin_run
 from trimtab.errors import BadInput, DoesNotFit, Stopped
 from trimtab.inference import session
 from trimtab.inference.evaluate import evaluate
@@ -116,6 +117,20 @@ def test_too_much_on_the_way_is_stopped(runs, monkeypatch, call):
             verb(keys)
     code, _, err = call("eval", runs["films"].output)
     assert code == 4 and "stay within" in err
+
+
+def test_replies_without_a_run_are_recorded_where_its_folder_exists(runs, tmp_path):
+    recipe = with_keys(runs["lora"], patches=[STREAMING], output=str(tmp_path / "run"))
+    list(generate(recipe, [ASK], max_new_tokens=2))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    list(generate(recipe, [ASK], max_new_tokens=2))
+    assert json.loads((tmp_path / "run" / "generate.json").read_text())["measured"]["new_tokens"] <= 2
+    (tmp_path / "run" / "serve.json").write_text("{}")
+    begin_run(tmp_path / "run", recipe, resumed=True)
+    assert (tmp_path / "run" / "generate.json").exists()
+    begin_run(tmp_path / "run", recipe, resumed=False)  # of the run before it
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
 
 
 def test_what_was_planned_and_used_is_recorded(runs):

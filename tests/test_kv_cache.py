@@ -12,12 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import MODELS, tiny_batch
 from trimtab import methods
+from trimtab.cost.trace import Trace
 from trimtab.errors import BadInput
 from trimtab.model import kv_rows, kv_scores
 from trimtab.model.kv_cache import KeptCache, attending
 from trimtab.model.kv_rows import Row
 from trimtab.model.kv_scores import water_filling, window_attention
 from trimtab.model.sampling import complete
+from trimtab.planning import planned_reply
 from trimtab.planning.inference import Work, plan_inference
 from trimtab.recipe import Recipe
 from world import PLACE
@@ -320,3 +322,31 @@ def test_the_plan_of_a_deep_model_has_the_whole_budget(name, fields, tmp_path):
     for work in (Work(1, 300, 50), Work(3, 300, 50)):
         planned = plan_inference(recipe, recipe.load_patches(), work).kinds["cache"]
         assert 0.9 * size < planned / work.rows < 1.25 * size
+
+
+@pytest.mark.parametrize("name,fields", [
+    ("cake", {"window": 4, "budget": 24}), ("cake", {"window": 4, "budget": "auto"}),
+    ("pyramidkv", {"window": 4, "budget": "50%"}), ("snapkv", {"window": 4, "budget": "100KiB", "bits": 4}),
+    ("tova", {"budget": 30}), ("streaming_llm", {"window": 20}), ("full_cache", {}),
+])  # fmt: skip
+def test_the_plan_of_a_long_reply_takes_as_many_operations_as_that_of_a_short_one(name, fields, tmp_path, monkeypatch):
+    MODELS["llama"]().save_pretrained(tmp_path / "tiny")
+    recipe = Recipe(model=str(tmp_path / "tiny"), patches=[{name: fields}])
+    done, own = [0], Trace.__torch_dispatch__
+
+    def counting(*args, **kwargs):
+        done[0] += 1
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(Trace, "__torch_dispatch__", counting)
+
+    def planned(new: int):
+        done[0] = 0
+        return plan_inference(recipe, recipe.load_patches(), Work(2, 40, new)), done[0]
+
+    assert planned(1_000_000)[1] == planned(1_000)[1]
+    quick, operations = planned(20_000)
+    monkeypatch.setattr(planned_reply.Unjudged, "judge", lambda self, row, scale: self.policy.judge(row, scale))
+    scored, more = planned(20_000)  # each token of the reply is scored, as in a run
+    assert (quick.kinds, quick.phase, quick.fast_peak_bytes) == (scored.kinds, scored.phase, scored.fast_peak_bytes)
+    assert more > operations or name in ("streaming_llm", "full_cache")

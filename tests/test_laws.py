@@ -38,18 +38,9 @@ UNMERGED, UNPORTABLE = (
 )
 WHOLE = {"experts": 4, "probes": 4, "k": 64}  # no choice is made that a step along a gradient could change
 SMOOTH = {**dict.fromkeys(["meft", *STORED], WHOLE), "edora": {"detach_norm": False}}
-QUANTISED = (
-    "paca",
-    "lora",
-    "edora",
-    "parallel_adapter",
-    "meft",
-    "senszoq",
-    "diff_pruning",
-    "lst",
-    "lora with fa",
-    *STORED,
-)
+SMOOTH["meft switch"] = {**WHOLE, "experts": 1, "probes": 1}
+QUANTISED = ("paca", "lora", "lora with fa", "edora", "parallel_adapter", "meft", "senszoq", "diff_pruning", "lst",
+             *STORED)  # fmt: skip
 DEQUANTISED = ("paca", "edora", "senszoq", "diff_pruning")  # bitsandbytes also rounds the input of an int8 product
 
 patches = pytest.mark.parametrize("name", EVERY)

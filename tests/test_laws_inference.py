@@ -1,6 +1,6 @@
 """What holds for every patch that acts while a model generates (When.INFER).
 
-A new one adds a row to CASES, and to REFERENCES (helpers_kv.py) if it evicts from the KV cache: how it judges.
+A new one adds a row to CASES, and to REFERENCES (both helpers_kv.py) if it evicts from the KV cache: how it judges.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import MODELS, logits, tiny_batch
-from helpers_kv import REFERENCES, Naive
+from helpers_kv import CASES, REFERENCES, Naive
 from trimtab import methods
 from trimtab.bases.cache import CachePolicy
 from trimtab.contracts import When
@@ -23,11 +23,6 @@ from trimtab.recipe import Recipe
 from world import CASES as TRAINED
 from world import PLACE, same, snapshot, train, values
 
-CASES = {
-    "streaming_llm": {"window": 5, "sinks": 2}, "full_cache": {"bits": 4}, "tova": {"budget": 5},
-    "snapkv": {"budget": 7, "window": 2}, "pyramidkv": {"budget": 8, "window": 2, "beta": 4.0},
-    "cake": {"budget": 8, "window": 3},
-}  # fmt: skip
 WIDE = {name: {} for name in CASES}  # nothing is ever evicted
 EVICTING = [name for name in CASES if name in REFERENCES]
 cases = pytest.mark.parametrize("name", CASES)

@@ -242,7 +242,7 @@ def test_traffic_equals_the_formula():
     """Probed experts come up; those of which a pair fired come up again in the pass back, their gradients go down."""
     made = adapter(r=64, experts=16, probes=4, k=2)
     h = torch.randn(6, WIDTH)
-    probed_TP, gate_TP = made.router.route(h)
+    probed_TP, gate_TP = made.router.route(h)[:2]
     keys = made.store.whole()[..., :WIDTH]
     scores_TPB = torch.einsum("td,tpbd->tpb", h, keys[probed_TP]) * gate_TP[..., None]
     best_TC = scores_TPB.relu().flatten(1).argsort(1, descending=True)[:, :2]

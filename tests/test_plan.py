@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import MODELS
 from tiny import ROWS, TOKENS, recipe_of
 from trimtab.cost import trace
 from trimtab.cost.overhead import THREAD, TRANSIENT_SHARE
@@ -183,6 +185,8 @@ def test_two_shallow_models_tell_a_deep_one(folders, name, every, tmp_path):
     "fields",
     [
         {"probes": 2, "cap": 3},
+        {"router": "switch", "probes": 1},
+        {"router": "stable"},
         {"semantics": "union", "router": "centroid"},
         {"router": "fixed"},
         {"adam": "exact"},
@@ -317,6 +321,33 @@ def test_what_cannot_be_traced_is_stepped_for_real(folders, monkeypatch):
     folder = deeper(recipe.model.name, Path(recipe.model.name), 2)
     with pytest.raises(Untraceable, match="aten.odd"):
         plan(recipe_of(folder, {"paca": {"r": 4}}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("patch", [{"lora": {"r": 4}}, {"full": {}}], ids=str)
+def test_a_mixture_is_traced_in_each_precision(folders, patch, dtype, logged):
+    recipe = recipe_of(folders("mixtral", dtype), patch)
+    made = plan(recipe)
+    assert not any("a real step was run" in note for note in made.notes) and logged == []
+    close(recipe, within=0.05)
+
+
+def test_what_cannot_be_traced_is_said_once(folders, logged):
+    model = MODELS["llama"]()
+    with pytest.raises(Untraceable, match="cannot trace it"):
+        trace.trace_inference(model, lambda *_: trace.WEIGHTS, lambda _: torch.ones(2, 3) @ torch.ones(2, 3))
+    assert logged == []
+
+
+@pytest.fixture
+def logged():
+    """The lines that PyTorch logs about operations which it cannot trace."""
+    lines: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("torch._subclasses.fake_tensor")
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
 
 
 def deeper(folder: str, tmp_path, depth: int, **more) -> str:

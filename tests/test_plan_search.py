@@ -82,8 +82,14 @@ def test_what_a_recipe_states_is_kept(folder):
     assert search._chunk_is_free(free) and not search._chunk_is_free(fixed)
 
 
+def test_plans_can_be_made_by_several_processes(folder, found):
+    one = next(search._combinations(recipe(folder)))
+    planned = search._planned(one, {"process": 0, "rates": flat(), "tokens": None})
+    assert pickle.loads(pickle.dumps(planned)) == planned
+    assert all(pickle.dumps(c) for c in found.candidates)
+
+
 def test_a_candidate_is_planned_as_a_recipe_is(found):
-    pickle.dumps(found.candidates)  # several processes hand them back
     for c in found.candidates[:3]:
         alone = plan(c.recipe, process=0, rates=flat())
         assert (alone.kinds, alone.tokens_per_second) == (c.plan.kinds, c.plan.tokens_per_second)
@@ -160,6 +166,25 @@ def test_without_a_fit_the_smallest_is_told(found, tmp_path):
     with pytest.raises(DoesNotFit, match="the smallest would use"):
         search.write(nothing, tmp_path / "none.yaml")
     assert not (tmp_path / "none.yaml").exists()
+
+
+def test_mezo_is_the_last_resort(folder, found, tmp_path):
+    assert not any("mezo" in c.method for c in found.candidates), "back-propagation fits"
+    training = {"learning_rate": 0.5, "max_grad_norm": 1.0, "activation_checkpointing": True, "weight_decay": 0.1}
+    least = min(c.plan.fast_peak_bytes for c in found.candidates)
+    tight = recipe(folder, training=training, budget={"fast": f"{least - 1}B"})
+    last = search.search(tight, process=0, rates=flat())
+    assert last.best.method.endswith(", mezo") and last.best.plan.fast_peak_bytes < least
+    assert not any(c.fits for c in last.candidates if "mezo" not in c.method)
+    assert any("learns far more slowly" in n and "learning_rate, max_grad_norm" in n for n in last.notes)
+    written = search.write(last, tmp_path / "last.yaml")
+    values = Recipe.load(tmp_path / "last.yaml").training_values()
+    assert written.stepper == "mezo" and (values["learning_rate"], values["weight_decay"]) == (1e-6, 0.1)
+    assert plan(written, process=0, rates=flat()).fits
+    none = search.search(recipe(folder, training=training, budget={"fast": "1KiB"}), process=0, rates=flat())
+    assert none.best is None and not any("slowly" in note for note in none.notes)
+    with pytest.raises(DoesNotFit, match="mezo"):
+        none.require_fit()
 
 
 def test_a_mapped_base_beyond_free_memory_is_read_again(folder, monkeypatch):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -22,16 +23,18 @@ from helpers_serve import SECONDS, Served, serving
 from trimtab.errors import BadInput, DoesNotFit, Stopped
 from trimtab.inference.generate import generate
 from trimtab.inference.session import Inference
+from trimtab.memory.budget import Budget
 from trimtab.memory.guard import Guard
 from trimtab.model.sampling import reply_text
 from trimtab.planning.inference import Work
+from trimtab.planning.plan import Plan
 from trimtab.recipe import Recipe
 from trimtab.serving import protocol, worker
 from trimtab.serving.jobs import Reader
 from trimtab.serving.protocol import Refused, Reply, read_ask
 from trimtab.serving.serve import serve
 from trimtab.serving.text import Growing
-from trimtab.serving.worker import Room, Worker
+from trimtab.serving.worker import Room, Worker, too_large
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS = [{"question": "sky", "answer": "über blau, 空は青い, END and more"}, {"question": "coal", "answer": "black"}]
@@ -240,6 +243,7 @@ def test_within_a_budget_until_sigterm(runs):
             with pytest.raises(openai.APIStatusError, match="of the fast tier to reply") as told:
                 server.chat("a" * 500_000, max_tokens=5, **more)
             assert told.value.status_code == 413 and told.value.code == "does_not_fit"
+            assert set(re.findall(r"(\d+) tokens", told.value.message)) == {"5"}, "the number that was asked for"
 
         stream = server.chat(endless, max_tokens=10**6, stream=True)
         next(piece for piece in stream if piece.choices[0].delta.content)
@@ -483,6 +487,14 @@ def test_a_run_of_plain_prompts_takes_no_conversation(made):
     assert told.value.status == 413
     (near,) = reader.jobs(read_ask({"prompt": "a" * 38}, "bytes", False), print)
     assert near.new == 2 and near.settings["temperature"] == 0.5
+
+
+def test_a_refusal_names_the_tokens_of_the_request():
+    made = Plan({"cache": 3 * 2**30}, "reply", 0, 0, 0, Budget(2**30), 10**10, 1, 1)
+    for work, more in ((Work(1, 448, 30), ""), (Work(1, 384, 30), "more than "), (Work(1, 448, 20), "more than ")):
+        said = str(too_large(400, 30, (work, made)))
+        assert said.startswith("1.00 GiB of the fast tier to reply with 30 tokens to a prompt of 400: ")
+        assert f": it would use {more}3.00 GiB (reply). " in said
 
 
 @pytest.mark.parametrize("strip", [True, False])

@@ -29,9 +29,11 @@ CASES = {
     "full": {},
 }
 PLACE = Place(fast="cpu")
-STORED = {  # tables elsewhere than in a file: name -> patch, more fields, place
+STORED = {  # tables elsewhere than in a file, and other routers: name -> patch, more fields, place
     "meft in ram": ("meft", {}, Place(fast="cpu", slow="ram")),
     "meft with hot rows": ("meft", {"cache": 2e-5}, PLACE),
+    "meft switch": ("meft", {"router": "switch", "probes": 1}, PLACE),
+    "meft stable": ("meft", {"router": "stable"}, PLACE),
 }
 FORMS = {  # what a patch's fields make another method of: as in STORED
     "lora with fa": ("lora", {"fa": True}, PLACE),
@@ -97,7 +99,8 @@ def train(model: nn.Module, surgery, steps: int, rate: float = LEARNING_RATE) ->
         surgery.before_step(step)
         loss = model(**batch).loss
         optimizer.zero_grad()
-        loss.backward()
+        penalty = surgery.penalty()
+        (loss if penalty is None else loss + penalty).backward()
         optimizer.step()
         surgery.after_step(step, optimizer)
         losses.append(loss.item())

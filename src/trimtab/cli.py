@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, methods
-from .errors import Stopped, TrimtabError
+from .errors import BadInput, Stopped, TrimtabError
 from .process.interrupt import INTERRUPTED, stopped_by_interrupt
 from .process.supervise import in_a_child
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Fine-tune and run language models inside a memory budget.")  # fmt: skip
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="A recipe, or the folder of a run.")]
@@ -27,7 +27,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors an
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="Use this adapter folder, not the run's own.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; can be given several times.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="A generation setting, e.g. temperature=0.7.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A generation setting, e.g. temperature=0.7; can be given several times."),
+]
 BaseOnly = Annotated[bool, typer.Option("--base", help="Use the base model, without the adapter.")]
 
 
@@ -94,6 +97,8 @@ def plan(
     search: Annotated[bool, typer.Option("--search", help="Compare other methods and settings, best first.")] = False,
     write: Annotated[str | None, typer.Option(metavar="FILE", help="Write the best plan as a recipe.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --write replace a file.")] = False,
+    on: Annotated[str, typer.Option(metavar="DEVICES", help="Plan for GPUs, e.g. rtx-4090,2xl40s, by their published "
+                                    "figures.")] = "",
 ) -> None:  # fmt: skip
     """Predict a run's peak memory and speed, and whether it fits its budget; train nothing.
 
@@ -103,6 +108,16 @@ def plan(
 
     loaded = Recipe.load(recipe, overrides or ())
     _allocator(loaded)
+    if on:
+        if search or write:
+            raise BadInput("plan --on with --search or --write", "a search is made for one machine", "Leave one out")
+        from .planning import devices
+
+        found = devices.plan_on(loaded, devices.parse(on))
+        print(json.dumps([each.to_dict() for each in found], indent=2) if as_json else "\n".join(devices.lines(found)))
+        if not any(each.fits for each in found):
+            raise typer.Exit(3)
+        return
     if search or write or not loaded.patches:
         _search(loaded, as_json, write, overwrite)
         return
@@ -291,6 +306,14 @@ def audit(
         print(f"{path}: the rows without findings", file=sys.stderr)
     if strict and made.findings:
         raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors that complete and check YAML files."""
+    from .schema import schema as made
+
+    print(json.dumps(made(), indent=2, default=str))
 
 
 @app.command()

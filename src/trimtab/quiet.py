@@ -14,6 +14,7 @@ from typing import Any
 NOISE = (
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward", "an optional kernel that we do not use"),
     ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast", "int8 on bf16 is what was asked for"),
+    ("torch._subclasses.fake_tensor", "failed while attempting to run meta", "the planner says what it cannot trace"),
 )
 
 

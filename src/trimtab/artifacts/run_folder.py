@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..contracts import Place
 
 PARTS = ("recipe.yaml", "run.json", "metrics.jsonl", "memory.jsonl", "adapter", "merged", "report.html",
-         "eval.json", "stages", "baselines")  # fmt: skip
+         "eval.json", "generate.json", "serve.json", "stages", "baselines")  # fmt: skip
 PARTIAL = ".checkpoint.partial"  # a checkpoint being written
 
 

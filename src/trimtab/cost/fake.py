@@ -33,8 +33,17 @@ def _int8(_: int | None, x: Tensor, threshold: float = 0.0) -> tuple:
     )
 
 
+def _grouped_mm(_: int | None, a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:
+    """Products by groups of rows, or of columns; PyTorch's own fake form takes bf16 only."""
+    if a.dtype == torch.bfloat16:
+        return torch.ops.aten._grouped_mm(a, b, offs, *rest, **named)
+    groups = () if a.dim() != b.dim() else (len(a) if offs is None else len(offs),)
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+
+
 BOUNDS: dict[str, Callable[..., Any]] = {  # by name, since bitsandbytes may not be installed
     "aten::nonzero": _nonzero, "aten::_unique2": _unique, "bitsandbytes::int8_vectorwise_quant": _int8,
+    "aten::_grouped_mm": _grouped_mm,
     "aten::equal": lambda *_: True,  # a cached value counts as current
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ from ..memory.meter import LiveTensors
 from ..model import anatomy
 from ..model.fused_ops import fresh_biases
 from ..model.quant import quantised_state
+from ..quiet import silence_libraries
 from .fake import BOUNDS, empty_like_meta
 from .roofline import Clock
 
@@ -288,6 +289,7 @@ def _traced(
     """Within it `trace` is active. A fake trace leaves fake tensors on `device` in `model`."""
     kinds = {n: kind_of(n, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(silence_libraries())
         if trace.fake:
             stack.enter_context(FakeTensorMode())
             stack.enter_context(fresh_biases(full_rows))

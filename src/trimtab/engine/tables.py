@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..contracts import Surgery
+from ..memory.budget import gib
 from ..tiered.distributed import grad_norm_squared, summed
 from ..tiered.mapped_file import in_ram
 from ..tiered.store import TieredStore
@@ -122,7 +123,7 @@ def reading(model: Any, surgeries: Sequence[Surgery]) -> Iterator[Callable[[], d
 def summary(reads: dict[str, Any]) -> str:
     """One line with the figures of `reading`."""
     what, rows = reads["what"], "experts" if reads["what"] == "experts" else "rows"
-    line = f"{what}: {reads['store_up_bytes_per_token'] / 2**20:.2f} MiB read per token"
+    line = f"{what}: {gib(reads['store_up_bytes_per_token'])} read per token"
     return (
         f"{line}, {reads['store_rows_per_token']:,.1f} {rows}, {reads['store_hit_rate']:.0%} of them in the fast tier"
     )

@@ -31,7 +31,7 @@ def generate(
 
     Prompts get the format of the run's rows (chat template or plain text); `raw`: they stay as given. `say` gets lines
     on the plan, on reads of tables, and on replies that were cut. The record is saved as `generate.json` in the run's
-    folder.
+    folder, if there is one.
 
     Raises DoesNotFit before replies that would exceed `budget.fast`, and Stopped while generating if it is exceeded.
     """

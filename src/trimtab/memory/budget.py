@@ -2,7 +2,7 @@
 
 A budget limits the fast tier (the memory where the model computes: a GPU's, or RAM) and optionally the slow tier below
 it (RAM or disk). "80%" is a share of the machine's memory, "-2GiB" all but 2 GiB of it. GB means 10^9 bytes in input;
-output is in GiB (2^30 bytes).
+output is in GiB (2^30 bytes), or less if it is small.
 """
 
 from __future__ import annotations
@@ -68,8 +68,12 @@ def _names() -> list[str]:
 
 
 def gib(size: float) -> str:
-    """Formats bytes: "1.25 GiB", "12.5 MiB"."""
-    return f"{size / 2**30:.2f} GiB" if abs(size) >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+    """Formats bytes: "1.25 GiB", "12.5 MiB", "3.2 KiB", "256 B"."""
+    if abs(size) >= 2**30 / 10:
+        return f"{size / 2**30:.2f} GiB"
+    if abs(size) >= 2**20 / 10:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**10:.1f} KiB" if abs(size) >= 2**10 else f"{size:.0f} B"
 
 
 @dataclass(frozen=True)

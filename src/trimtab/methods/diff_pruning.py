@@ -46,7 +46,7 @@ from ..bases.sparse import SparsePatch, SparseSurgery
 from ..contracts import Place
 from ..errors import BadInput
 from ..model import anatomy, quant
-from ..model.scores import Best, entries_of
+from ..model.scores import Best, enough_candidates, entries_of, largest_share
 from ..model.sparse_delta import Pattern
 from ..model.sparse_linear import SparseLinear, resize
 
@@ -85,23 +85,27 @@ class DiffPruning(SparsePatch):
         return GatedSurgery(self, model)
 
     def apply(self, model: PreTrainedModel, place: Place) -> GatedSurgery:
-        for field in ("density", "candidates", "gate_share"):
-            if not 0 < (value := getattr(self, field)) <= 1:
-                have, do = "it is a share, above 0 and up to 1", f"Set {field}: {getattr(DiffPruning, field)}"
-                raise BadInput(f"diff_pruning: {field}: {value}", have, do)
-        if not 0 < self.gate_rate < math.inf:
-            raise BadInput(f"diff_pruning: gate_rate: {self.gate_rate}", "it is a learning rate", "Set gate_rate: 0.1")
         whole = quant.parameters_of(model)
         sizes = [anatomy.widths(linear) for linear in anatomy.target_linears(model, self.targets).values()]
-        kept, found = max(1, round(self.density * whole)), sum(entries_of(self.share, size) for size in sizes)
+        usual = {field: getattr(DiffPruning, field) for field in ("density", "candidates", "gate_share")}
+        wrong = [field for field in usual if not 0 < getattr(self, field) <= 1]
+        share = usual["candidates"] if "candidates" in wrong else self.candidates
+        kept, found = max(1, round(self.density * whole)), sum(entries_of(share, size) for size in sizes)
+        fits, every = largest_share(share, sizes, whole), largest_share(1.0, sizes, whole)
+        enough = enough_candidates(kept, sizes)
+        for field in wrong:
+            advice = {**usual, "density": min(usual["density"], fits)}
+            if "density" not in wrong:
+                advice["candidates"] = max(usual["candidates"], enough)
+            have = "it is a share, above 0 and up to 1"
+            raise BadInput(f"diff_pruning: {field}: {getattr(self, field)}", have, f"Set {field}: {advice[field]}")
+        if not 0 < self.gate_rate < math.inf:
+            raise BadInput(f"diff_pruning: gate_rate: {self.gate_rate}", "it is a learning rate", "Set gate_rate: 0.1")
         if kept > found and model.device.type != "meta":  # a plan also traces models with fewer blocks
-            targeted = sum(math.prod(size) for size in sizes)
             have = f"it is {kept:,} of the model's {whole:,} parameters, and the candidates are {found:,}"
-            more = f"Set candidates: {min(1.0, 4 * kept / targeted):.2g}, or a lower density"
-            raise BadInput(
-                f"diff_pruning: density: {self.density}", have,
-                more if kept <= targeted else f"Set a density of at most {targeted / whole:.2g}, or more targets",
-            )  # fmt: skip
+            do = f"Set density: {fits}" + (f", or density: {every} with candidates: 1.0" if every > fits else "")
+            do = f"Set candidates: {enough}, or density: {fits}" if self.density <= every else f"{do}, or more targets"
+            raise BadInput(f"diff_pruning: density: {self.density}", have, do)
         surgery: GatedSurgery = super().apply(model, place)
         surgery.kept = min(kept, found)
         surgery.notes += (

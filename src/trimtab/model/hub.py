@@ -23,6 +23,7 @@ from pathlib import Path
 
 from ..errors import BadInput, nearest
 from ..files import whole_folder
+from ..memory.budget import gib
 from ..process.call import subprocess_call
 
 Say = Callable[[str], None]
@@ -248,7 +249,7 @@ def _from_gguf(path: Path, say: Say) -> Path:
     folder = _made(f"gguf-{digest[:32]}", make)
     if fresh:
         size = sum(file.stat().st_size for file in folder.iterdir())
-        say(f"{folder}: {path.name} as a model folder, {size / 2**30:.2f} GiB; later runs read it from there")
+        say(f"{folder}: {path.name} as a model folder, {gib(size)}; later runs read it from there")
     if not stamp.is_file():
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(digest)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -57,6 +57,18 @@ def best_entries(
 def entries_of(share: float, shape: tuple[int, int]) -> int:
     """How many entries `share` of an (O, I) matrix is: at least one."""
     return min(shape[0] * shape[1], max(1, round(share * shape[0] * shape[1])))
+
+
+def largest_share(share: float, sizes: Sequence[tuple[int, int]], whole: int) -> float:
+    """What `share` of each (O, I) matrix of these `sizes` is of `whole` parameters, rounded down to two digits."""
+    found = sum(entries_of(share, size) for size in sizes) / whole
+    digits = 1 - math.floor(math.log10(found))
+    return math.floor(found * 10**digits) / 10**digits
+
+
+def enough_candidates(kept: int, sizes: Sequence[tuple[int, int]]) -> float:
+    """The share of each matrix that has four times `kept` entries, or all there are."""
+    return float(f"{min(1.0, 4 * kept / sum(math.prod(size) for size in sizes)):.2g}")
 
 
 class Best:

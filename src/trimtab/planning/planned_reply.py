@@ -134,7 +134,8 @@ class PlannedInference(PlannedModel):
     def _fill(self, trace: Trace, cache: Any, rows: int, tokens: int) -> None:
         """Fills the cache in a pass that does not happen like this in a run, and does not count."""
         if tokens:
-            self._pass(trace, "", rows, tokens, cache)
+            with unjudged(cache):
+                self._pass(trace, "", rows, tokens, cache)
             trace.peaks.pop("", None)
             trace.heights.pop("", None)
 
@@ -184,6 +185,35 @@ class PlannedInference(PlannedModel):
             if hasattr(cache, name):
                 setattr(cache, name, counted(name))
         return cache
+
+
+class Unjudged:
+    """A KV-cache policy that scores tokens by position, at once. Without values, what stays has the same size with any
+    scores, while those of `policy` may take as many operations as there are tokens."""
+
+    def __init__(self, policy: Any):
+        self.policy = policy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+    def judge(self, row: Any, scale: float) -> tuple[Any, float]:
+        return row.positions.float(), 1.0
+
+
+@contextlib.contextmanager
+def unjudged(cache: Any) -> Iterator[None]:
+    """Within it, the policy of a bounded cache is Unjudged."""
+    from ..model.kv_cache import KeptCache
+
+    if not isinstance(cache, KeptCache):
+        yield
+        return
+    policy, cache.policy = cache.policy, Unjudged(cache.policy)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        cache.policy = policy
 
 
 def _inputs(rows: int, tokens: int) -> dict[str, Any]:

@@ -4,7 +4,8 @@ It combines methods, micro-batches (at an equal effective batch), activation che
 chunks of the loss, and plans each combination. For the best methods it then tries what lies between no checkpointing
 and checkpointing of all blocks. Settings in the recipe (a precision, checkpointing, a chunk) are not changed.
 Combinations that fit are ranked by predicted speed, then by the number of trained parameters; how well a method learns
-is not known here.
+is not known here. If back-propagation fits with none of them, the stepper mezo is tried, which needs the least memory
+and learns far more slowly.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ SMALL_CHUNK = 32  # positions; the loss's own choice is 128 or more
 MOST, MOST_CHUNKS = 48, 2  # combinations that are planned, and how many of them again with the small chunk
 MOST_BETWEEN = 3  # methods (on a precision) of which the ways between are planned
 EVERY = (4, 2)  # blocks of which one is checkpointed, between none and all
+MEZO = "mezo"
 ALIKE = 1.05  # speeds within this factor count as equal; then the number of trained parameters decides
 
 
@@ -172,6 +174,10 @@ def search(
         logits.sort(key=lambda c: (c.fits, c.plan.fast_peak_bytes if c.plan else 0))
         chunked = _plan_all([_with_chunk(c, SMALL_CHUNK) for c in logits[:MOST_CHUNKS]], workers, options)
     between = _plan_all(list(_between(recipe, tried)), workers, options)
+    if recipe.stepper == "backprop" and not any(c.fits for c in (*tried, *between, *chunked)):
+        last = [c for c in _plan_all(list(_without_gradients(recipe)), workers, options) if c.plan is not None]
+        notes += [_about_mezo(recipe)] if any(c.fits for c in last) else []
+        tried += last
     planned = [c for c in (*tried, *between, *chunked) if c.plan is not None]
     refused = [c for c in tried if c.plan is None]
     notes += dict.fromkeys(f"not possible: {c.method} on {c.precision}: {c.refused}" for c in refused)
@@ -237,13 +243,8 @@ def _trained(candidate: Candidate, size: int, again: bool, **how: Any) -> Candid
     whole = _sizes(recipe)[0]
     stated = {RENAMED.get(key, key): value for key, value in recipe.training.items()}  # methods differ in defaults
     training = {**stated, MICRO: size, TIMES: whole // size, CHECKPOINTING: again, **({KWARGS: how} if how else {})}
-    return dataclasses.replace(
-        candidate,
-        micro_batch=size,
-        checkpointing=again,
-        plan=None,
-        recipe=dataclasses.replace(recipe, training=training),
-    )
+    changed = dataclasses.replace(recipe, training=training)
+    return dataclasses.replace(candidate, micro_batch=size, checkpointing=again, plan=None, recipe=changed)
 
 
 def _between(recipe: Recipe, tried: list[Candidate]) -> Iterator[Candidate]:
@@ -267,6 +268,33 @@ def _between(recipe: Recipe, tried: list[Candidate]) -> Iterator[Candidate]:
                 if (found.method, found.precision, size, again) not in planned:
                     yield _trained(found, size, again)
             yield from (_trained(found, size, True, **how) for how in ways)
+
+
+def _without_gradients(recipe: Recipe) -> Iterator[Candidate]:
+    """Every method with the stepper mezo: the whole batch at once, and the smallest micro-batch. Fields of `training:`
+    that belong to back-propagation, its learning rate among them, are left out."""
+    mezo = methods.find(MEZO, "stepper")
+    others = {"optim", CHECKPOINTING, KWARGS, *mezo.ignored, *mezo.defaults}
+    stated = {key: value for key, value in recipe.training.items() if RENAMED.get(key, key) not in others}
+    values = recipe.training_values()
+    whole = values[MICRO] * values.get(TIMES, 1)
+    precision = recipe.model.precision
+    for size in dict.fromkeys((whole, [whole, *halves(whole)][-1])):
+        for kind in PRECISIONS[:USUAL] if precision == "auto" else (precision,):
+            for name, patches in _methods(recipe):
+                training = {**stated, MICRO: size, TIMES: whole // size}
+                model = dataclasses.replace(recipe.model, precision=kind)
+                made = dataclasses.replace(recipe, patches=patches, training=training, model=model, stepper=MEZO)
+                yield Candidate(f"{name}, {MEZO}", size, False, kind, _chunk(recipe), made)
+
+
+def _about_mezo(recipe: Recipe) -> str:
+    mezo = methods.find(MEZO, "stepper")
+    rate = mezo.defaults["learning_rate"]
+    note = "back-propagation does not fit in any combination. mezo has no backward pass, but learns far more slowly: "
+    note += f"it needs ten to a hundred times as many steps, at its own learning rate ({rate:g})"
+    left = [key for key in recipe.training if key in ("optim", *mezo.ignored, *mezo.defaults)]
+    return note + (f". Left out for it: training: {', '.join(left)}" if left else "")
 
 
 def _methods(recipe: Recipe) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -344,4 +372,4 @@ def _planned(candidate: Candidate, options: dict[str, Any]) -> Candidate:
         return dataclasses.replace(candidate, refused=error.have)
     if not made.trained:
         return dataclasses.replace(candidate, refused="it trains nothing by itself")
-    return dataclasses.replace(candidate, plan=dataclasses.replace(made, take=None))  # a model cannot change process
+    return dataclasses.replace(candidate, plan=dataclasses.replace(made, take=None))  # it holds the model

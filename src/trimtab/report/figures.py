@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from ..memory.budget import gib
 from ..planning.plan import SLOW, WHY
 
 GIB = 2**30
@@ -141,7 +142,7 @@ def timeline(run: Any, limit: float | None) -> dict[str, Any] | None:
         ]  # fmt: skip
         figure["layout"]["annotations"] = [
             {"xref": "paper", "x": 1, "xanchor": "right", "y": limit / GIB, "yanchor": "bottom", "showarrow": False,
-             "text": f"budget {limit / GIB:.2f} GiB"}
+             "text": f"budget {gib(limit)}"}
         ]  # fmt: skip
     return figure
 
@@ -198,7 +199,8 @@ def bars(run: Any, beside: Sequence[Any] = ()) -> dict[str, Any] | None:
             traces.append({
                 "type": "bar", "name": name, "orientation": "h", "y": [kind for kind, _ in rows],
                 "x": [round(held.get(how, 0) / 2**20, 3) for _, held in rows],
-                "marker": {"color": (SERIES[4], SERIES[0], SERIES[1])[index]}, "hovertemplate": "%{x:.1f} MiB",
+                "marker": {"color": (SERIES[4], SERIES[0], SERIES[1])[index]}, "hovertemplate": "%{customdata}",
+                "customdata": [gib(held.get(how, 0)) for _, held in rows],
             })  # fmt: skip
     if not traces:
         return None

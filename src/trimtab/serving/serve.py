@@ -32,7 +32,7 @@ def serve(
 
     `name`: of the model, in requests; by default that of the run's folder. `batch`: most replies at once. `queue`: most
     that wait. `settings`: transformers' generation settings for requests that name none. `say` gets one line when the
-    server is ready. The record is saved as `serve.json` in the run's folder.
+    server is ready. The record is saved as `serve.json` in the run's folder, if there is one.
 
     Raises DoesNotFit if not even a reply to a short prompt fits `budget.fast`, and Stopped if the process uses more
     than the budget without any reply.

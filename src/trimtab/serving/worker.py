@@ -68,11 +68,13 @@ class Room:
 
 
 def too_large(tokens: int, new: int, excess: tuple[Work, Plan]) -> DoesNotFit:
-    """The error of a reply of `new` tokens to a prompt of `tokens` tokens, none of which is less than in `excess`."""
+    """The error of a reply of `new` tokens to a prompt of `tokens` tokens, with the plan of `excess`, which may be of
+    fewer tokens, or of a prompt that was padded."""
     work, made = excess
+    more = "more than " if work.new < new or work.tokens < tokens else ""
     return DoesNotFit(
         f"{gib(made.fast)} of the fast tier to reply with {new} tokens to a prompt of {tokens}",
-        f"{work.new} tokens to a prompt of {work.tokens} would use {gib(made.fast_peak_bytes)} ({made.phase})",
+        f"it would use {more}{gib(made.fast_peak_bytes)} ({made.phase})",
         "Send a shorter prompt, lower max_tokens, or start the server with a larger budget.fast",
     )
 

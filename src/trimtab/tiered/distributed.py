@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import BadInput
+from ..memory.budget import gib
 from .mapped_file import MappedFile, require_space
 from .planned import PlannedStore
 from .store import GRADS, TieredStore
@@ -114,7 +115,7 @@ class Ranks:
             return MappedFile(descriptor, size)
         except OSError as error:
             raise BadInput(
-                f"{size / 2**30:.2f} GiB for {what} in {folder}, shared by several processes",
+                f"{gib(size)} for {what} in {folder}, shared by several processes",
                 error.strerror or str(error),
                 "Name a folder with enough space that all processes of a host see (place: folder, slow: disk)",
             ) from None

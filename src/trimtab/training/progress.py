@@ -24,6 +24,7 @@ from ..contracts import Surgery
 from ..cost.metered import metered
 from ..cost.trace import ADAPTER, MAPPED, OPTIMIZER, WEIGHTS, Trace, highest, live
 from ..files import write_text
+from ..memory.budget import gib
 from ..memory.guard import Guard
 from ..memory.meter import GIB, Meter
 
@@ -220,8 +221,12 @@ class Live(TrainerCallback):
 
     @property
     def memory(self) -> str:
-        held = self.steps.meter.held() / GIB
-        return f"{held:.2f} of {self.limit / GIB:.2f} GiB" if self.limit else f"{held:.2f} GiB"
+        held = gib(self.steps.meter.held())
+        if not self.limit:
+            return held
+        limit = gib(self.limit)
+        number, unit = held.split()
+        return f"{number if limit.endswith(' ' + unit) else held} of {limit}"  # a unit that both have is shown once
 
     @property
     def left(self) -> str:

@@ -21,7 +21,7 @@ from ..artifacts.run_folder import begin_run, checkpoints, finished_run, lock_ru
 from ..cost.machine import machine, now, versions
 from ..errors import BadInput, Interrupted, Stopped
 from ..files import write_json
-from ..memory.meter import GIB
+from ..memory.budget import gib
 from ..quiet import no_dataset_bars, silence_libraries
 from ..recipe import Recipe
 
@@ -188,7 +188,7 @@ def _planned(session: Session) -> Plan | None:
         require_fit(made, recipe)
     made = made.settled(session.place.device, lambda spare: taken(session.surgeries, spare))
     if recipe.budget:
-        session.say(f"planned: {made.fast_peak_bytes / GIB:.2f} GiB of the fast tier at the peak")
+        session.say(f"planned: {gib(made.fast_peak_bytes)} of the fast tier at the peak")
     return made
 
 
@@ -216,7 +216,7 @@ def _stopped(session: Session, ended: Ended, made: Plan | None, hard: bool) -> E
     limit = guard.budget
     if ended.why == "refused":
         asked = f"step {ended.step + 1} of {ended.wanted}"
-        asked += f" within {guard.budget / GIB:.2f} GiB (--hard)" if hard and guard.budget else ""
+        asked += f" within {gib(guard.budget)} (--hard)" if hard and guard.budget else ""
         have = "an allocation failed" if guard.budget else "the memory ran out"
         used = max(guard.most, (limit or 0) + 1)
     else:
@@ -290,11 +290,11 @@ def _report(run: dict[str, Any], output: Path, say: Callable[[str], None]) -> No
     for key, what in NOT_TAKEN.items():
         if run.get(key):
             say(f"{run[key]} of {run['steps']} steps did nothing: {what}")
-    growth = measured["fast_growth_bytes"] / GIB
-    say(f"fast tier: {measured['fast_peak_bytes'] / GIB:.2f} GiB at the peak, {growth:.2f} GiB of it for this run")
+    peak, growth = gib(measured["fast_peak_bytes"]), gib(measured["fast_growth_bytes"])
+    say(f"fast tier: {peak} at the peak, {growth} of it for this run")
     if "store_up_bytes_per_step" in measured:
         transferred = measured["store_up_bytes_per_step"] + measured["store_down_bytes_per_step"]
         share = measured.get("store_prefetch_hit_rate")
         ahead = "" if share is None else f", {share:.0%} of the rows prefetched in time"
-        say(f"tables: {transferred / GIB:.2f} GiB transferred per step{ahead}")
+        say(f"tables: {gib(transferred)} transferred per step{ahead}")
     say(f"{output / 'adapter'}: the adapter    {output / 'run.json'}: all figures")

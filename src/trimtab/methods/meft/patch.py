@@ -55,12 +55,14 @@ from ...tiered.groups import Groups
 from ...tiered.mapped_file import slow_kind
 from ...tiered.prefetch import Reader
 from ...tiered.store import Rows, TieredStore
-from . import experts
+from . import experts, routing
 from .lookahead import ExpertPrefetcher, LayerTrace
-from .router import Router
+from .router import Routed
+from .routing import StableRouter, Words
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-CHOICES = {"semantics": ("per_token", "union"), "router": ("gate", "centroid", "fixed"), "adam": MODES,
+CHOICES = {"semantics": ("per_token", "union"), "adam": MODES,
+           "router": ("gate", "centroid", "fixed", "switch", "stable"),
            "moments": tuple(MOMENTS), "prefetch": ("known", "none"),
            "retrieval": ("fast", "slow")}  # fmt: skip
 LEAST = {"r": 1, "probes": 1, "k": 1, "balance": 0, "revive": 0, "cache": 0}
@@ -81,7 +83,10 @@ class Meft(BesideFFN):
     probes: int = 8  # n_p, experts per token
     k: int = 64  # K, pairs per token (section 4.2)
     semantics: str = "per_token"  # or "union" (algorithm 1)
-    router: str = "gate"  # how W_g is trained: "gate", "centroid" or "fixed"
+    router: str = "gate"  # how W_g is trained: "gate", "centroid" or "fixed"; or "switch", "stable" (routing.py)
+    capacity: float | None = None  # "switch": tokens per expert, in equal shares; None: 1.25, 0: no limit
+    balance_loss: float | None = None  # "switch", "stable": weight of their loss; None: 0.01 and 0.3, as in the papers
+    first_stage: float | None = None  # "stable": the first stage's share of the steps; None: 0.1, as in the paper
     scale: float = 64.0  # s: values learn s times as fast as keys; 1 in the paper
     cap: int = 0  # most experts of a layer that a training pass fetches; 0: all that are probed (the paper)
     balance: float = 0.0  # how much a step changes an expert's bias towards equal load; 0: not at all (the paper)
@@ -128,11 +133,14 @@ class Meft(BesideFFN):
                 moments=MOMENTS[self.moments], initial=functools.partial(experts.initial_rows, *form),
                 more=len(ffns) - index - 1,
             ))  # fmt: skip
-            table = None
-            if self.router == "gate":
+            tables = []
+            if self.router in routing.TRAINED:
                 initial = functools.partial(experts.initial_centroids, *form)
-                surgery.stores.append(table := made(f"{ffn.name}.router", rows, (ffn.width,), initial=initial))
-            yield Adapter(self, store, table, prefetcher)
+                tables.append(made(f"{ffn.name}.router", rows, (ffn.width,), initial=initial))
+            if self.router == "stable":
+                tables.append(made(f"{ffn.name}.words", rows, (surgery.words_width,)))
+            surgery.stores += tables
+            yield Adapter(self, store, *tables, prefetcher=prefetcher, words=surgery.words)
 
     def notes(self, rows: int, block: int) -> Iterator[str]:
         """Warnings about rounded or clipped fields."""
@@ -155,9 +163,10 @@ class Meft(BesideFFN):
                                f"Set {field}: {getattr(Meft, field)}")  # fmt: skip
         if not 0 < self.scale < math.inf:
             raise BadInput(f"meft: scale: {self.scale}", "it must be above 0", f"Set scale: {Meft.scale}")
-        if self.semantics == "union" and self.router == "gate":
-            raise BadInput("meft: semantics: union with router: gate", "algorithm 1 has no gate: a token uses pairs of "
-                           "experts that it did not probe", "Set router: centroid")  # fmt: skip
+        routing.check(self)
+        if self.semantics == "union" and self.router in routing.TRAINED:
+            have = "algorithm 1 has no gate: a token uses pairs of experts that it did not probe"
+            raise BadInput(f"meft: semantics: union with router: {self.router}", have, "Set router: centroid")
         if self.experts is not None and not 1 <= self.experts <= self.r:
             raise BadInput(f"meft: experts: {self.experts}", f"there are {self.r} pairs", "Use fewer, or omit it")
         if self.experts:
@@ -173,6 +182,33 @@ class MeftSurgery(BesideSurgery):
     def __init__(self, patch: Meft, model: PreTrainedModel):
         super().__init__(patch, model)
         self.stores = []
+        self.words = Words()  # of router: stable
+        if patch.router == "stable":
+            embeddings = model.get_input_embeddings()
+            if model.config.is_encoder_decoder:
+                raise BadInput(
+                    "meft: router: stable", "an encoder and a decoder see different words", "Use router: gate"
+                )
+            self.words_width = embeddings.weight.shape[1]
+            self.swaps.hook(embeddings.register_forward_hook(self.words))
+
+    def begin(self, steps: int) -> None:
+        for adapter in self.adapters.values():
+            if isinstance(router := adapter.router, StableRouter):
+                router.last = math.ceil(routing.setting(self.patch, "first_stage") * steps)
+
+    def penalty(self) -> Tensor | None:
+        """The losses of the routers in the newest pass, which have gradients only once."""
+        losses: list[Tensor] = []
+        for adapter in self.adapters.values():
+            if adapter.router_loss is not None:
+                losses.append(adapter.router_loss)
+            elif adapter.training and adapter.router.has_loss and torch.is_grad_enabled():
+                have = "the first forward pass has no gradients, so the router's loss has none"
+                asked = f"meft: router: {self.patch.router} with this checkpointing"
+                raise BadInput(asked, have, "Set use_reentrant: false")
+            adapter.router_loss = None
+        return torch.stack(losses).sum() if losses else None
 
     def revert(self) -> None:
         super().revert()
@@ -196,7 +232,7 @@ class MeftSurgery(BesideSurgery):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         super().load_tensors(tensors)
         for name, adapter in self.adapters.items():
-            for store, key in zip(adapter.stores, ("keys", "router"), strict=False):
+            for store, key in zip(adapter.stores, ("keys", "router", "words"), strict=False):
                 if not store.holds(tensors[f"{name}.{key}"]):
                     store.changed(range(store.rows))
         settle(self.stores)
@@ -207,18 +243,18 @@ class MeftSurgery(BesideSurgery):
 class Adapter(RowPatch):
     """s * ReLU(g h W_A[S]) W_B[S], added to y; the pairs are rows of `store`, not parameters of the module.
 
-    `table`: the rows of a trained router. `prefetcher`: of the model's layers, if rows are prefetched.
+    `tables`: the rows of a trained router. `prefetcher`: of the model's layers, if rows are prefetched. `words`: for a
+    router that chooses by them.
     """
 
     def __init__(
-        self, patch: Meft, store: TieredStore, table: TieredStore | None, prefetcher: ExpertPrefetcher | None = None
-    ):
+        self, patch: Meft, store: TieredStore, *tables: TieredStore, prefetcher: ExpertPrefetcher | None = None,
+        words: Words | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.patch, self.store, self.width = patch, store, store.shape[1] // 2
-        self.router = Router(
-            store, table, probes=patch.probes, gate=patch.router == "gate", centroids=patch.router == "centroid",
-            balance=patch.balance, revive=patch.revive, seed=patch.seed,
-        )  # fmt: skip
+        self.router = routing.make(patch, store, *tables, words=words)
+        self.router_loss: Tensor | None = None  # of the newest pass
         self.stores = self.router.stores
         for each in self.stores:
             RowAdam(each, patch.adam)
@@ -236,7 +272,10 @@ class Adapter(RowPatch):
             return y
         self.begin()
         with _exact(h):
-            return _Beside.apply(h, y, self.trained, self)
+            out, loss = _Beside.apply(h, y, self.trained, self)
+        if loss.requires_grad and not recomputing():
+            self.router_loss = loss
+        return out
 
     def match(
         self, h_TD: Tensor, gate_TP: Tensor | None, groups: Groups
@@ -274,7 +313,8 @@ class _Beside(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, y: Tensor, trained: Tensor, adapter: Adapter):
         h_in = h.reshape(-1, adapter.width)
         h_TD = h_in.to(torch.promote_types(h.dtype, torch.float32))
-        probed_TP, gate_TP = adapter.router.route(h_TD)
+        routed = adapter.router.route(h_TD)
+        probed_TP, gate_TP = routed[:2]
         groups = adapter.store.group(probed_TP)
         fetched, fired_TC, top = adapter.match(h_TD, gate_TP, groups)
         if adapter.patch.semantics == "union":
@@ -283,26 +323,29 @@ class _Beside(torch.autograd.Function):
             for expert, row_BD in zip(fired, adapter.rows(fetched, fired), strict=True):
                 fired_TB = experts.fire_all(h_TD, row_BD, pairs[expert])
                 out_TD.addmm_(fired_TB, row_BD[:, adapter.width :].to(h_TD.dtype))
-            ctx.save_for_backward(h_in, None, None, pairs)
+            ctx.save_for_backward(h_in, None, None, None, pairs)
         else:
             alive = adapter.store.group(probed_TP, experts.alive(fired_TC, adapter.probes))
             out_TD, fired = experts.out(h_TD, fired_TC, alive, adapter.rows(fetched, alive.rows)), alive.rows
-            ctx.save_for_backward(h_in, probed_TP.to(torch.int32), gate_TP, *top)
+            ctx.save_for_backward(h_in, probed_TP.to(torch.int32), gate_TP, routed.words_TE, *top)
         ctx.adapter, ctx.shape, ctx.below = adapter, h.shape, None
         if adapter.prefetcher is not None:
             ctx.below = adapter.prefetcher.record(adapter.number, LayerTrace(groups.rows, fired))
             ctx.recomputed = recomputing()
-        return torch.add(y, out_TD.view(y.shape), alpha=adapter.patch.scale).to(y.dtype)
+        loss = routed.loss
+        if loss is None:
+            ctx.mark_non_differentiable(loss := h.new_zeros(()))
+        return torch.add(y, out_TD.view(y.shape), alpha=adapter.patch.scale).to(y.dtype), loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor, grad_loss: Tensor):
         with _exact(grad):
-            return _Beside.backwards(ctx, grad)
+            return _Beside.backwards(ctx, grad, grad_loss)
 
     @staticmethod
-    def backwards(ctx: Any, grad: Tensor):
-        h_in, probed_TP, gate_TP, *top = ctx.saved_tensors
+    def backwards(ctx: Any, grad: Tensor, grad_loss: Tensor):
+        h_in, probed_TP, gate_TP, words_TE, *top = ctx.saved_tensors
         adapter: Adapter = ctx.adapter
         h_TD = h_in.to(torch.promote_types(h_in.dtype, torch.float32))
         grad_TD = grad.reshape(h_in.shape).to(h_TD.dtype)
@@ -320,6 +363,7 @@ class _Beside(torch.autograd.Function):
             grad_fired_TC = experts.back(h_TD, grad_TD, grad_h, fired_TC, gate_TP, groups)
             if gate_TP is not None:
                 grad_TP = grad_fired_TC.mul_(fired_TC).unflatten(1, (adapter.probes, -1)).sum(-1)
-                adapter.router.back(h_TD, grad_h, probed_TP.long(), gate_TP, grad_TP)
+                routed = Routed(probed_TP.long(), gate_TP, None, words_TE)
+                adapter.router.back(h_TD, grad_h, routed, grad_TP, grad_loss)
         grad_h = None if grad_h is None else grad_h.to(h_in.dtype).view(ctx.shape)
         return grad_h, grad, torch.zeros_like(adapter.trained), None

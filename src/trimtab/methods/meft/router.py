@@ -9,6 +9,7 @@ T tokens, D hidden size, N experts, B pairs of an expert, P probes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,16 @@ from ...tiered.store import VALUES, TieredStore
 from . import experts
 
 REVIVED = 8  # dead experts of a layer that one step revives, at most
+
+
+class Routed(NamedTuple):
+    """The experts that tokens probe, (T, P), and their gates (T, P) or None; a term of the training loss, shape ();
+    and what its gradient needs besides h."""
+
+    probed_TP: Tensor
+    gate_TP: Tensor | None
+    loss: Tensor | None = None
+    words_TE: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -55,19 +66,27 @@ class Router(nn.Module):
         own = {"router": self.weight if self.table is None else None, "bias": self.bias, "probed_at": self.probed_at}
         return {name: tensor for name, tensor in own.items() if tensor is not None}
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether `route` returns a loss in training."""
+        return False
+
     # --- a forward or backward pass -----------------------------------------------------------------------------------
 
-    def route(self, h_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """-> the experts probed, (T, P), and their gates (T, P) or None."""
+    def route(self, h_TD: Tensor) -> Routed:
         logits_TN = h_TD @ self.weight.to(h_TD.dtype).T
         probed_TP = self._best(logits_TN)
+        self._count(logits_TN, h_TD, probed_TP)
+        if not self.gate:
+            return Routed(probed_TP, None)
+        return Routed(probed_TP, logits_TN.gather(1, probed_TP).softmax(-1).mul_(self.probes))
+
+    def _count(self, logits_TN: Tensor, h_TD: Tensor, probed_TP: Tensor) -> None:
+        """In training, what balancing and reviving need to know."""
         if self.load is not None and self.training:
             self.load += torch.bincount(probed_TP.flatten(), minlength=self.store.rows).cpu()
             score_X, worst_X = logits_TN.amax(1).topk(min(REVIVED, len(h_TD)), largest=False)
             self.worst_served = torch.cat([score_X.unsqueeze(1), h_TD[worst_X]], 1).float()
-        if not self.gate:
-            return probed_TP, None
-        return probed_TP, logits_TN.gather(1, probed_TP).softmax(-1).mul_(self.probes)
 
     def _best(self, logits_TN: Tensor) -> Tensor:
         """Each token's P best experts. In training, if tokens want more experts than the cap, the best of those that
@@ -77,14 +96,19 @@ class Router(nn.Module):
         common = self.store.most_wanted(best_TP) if self.training else None
         return best_TP if common is None else common[scores_TN[:, common].topk(self.probes, sorted=False).indices]
 
-    def back(self, h_TD: Tensor, grad_h: Tensor | None, probed_TP: Tensor, gate_TP: Tensor, grad_TP: Tensor) -> None:
+    def back(self, h_TD: Tensor, grad_h: Tensor | None, routed: Routed, grad_TP: Tensor, grad_loss: Tensor) -> None:
         """Accumulates the router's gradient in its table, and its part of h's in `grad_h`. `grad_TP`: the gates'
-        gradients, times the gates.
+        gradients, times the gates. `grad_loss`: the gradient of `Routed.loss`.
 
         The gates are a softmax, so a logit's gradient is g dg - share * (sum of g dg). All but P of a token's N logits
         have none: both products are sums over the pairs of a token and a probed expert.
         """
-        grad_TP = grad_TP - gate_TP * grad_TP.sum(1, keepdim=True).div_(self.probes)
+        probed_TP, gate_TP = routed[:2]
+        assert gate_TP is not None
+        self._back_probed(h_TD, grad_h, probed_TP, grad_TP - gate_TP * grad_TP.sum(1, keepdim=True).div_(self.probes))
+
+    def _back_probed(self, h_TD: Tensor, grad_h: Tensor | None, probed_TP: Tensor, grad_TP: Tensor) -> None:
+        """As `back`, from the gradients of the probed experts' logits, where the others have none."""
         if grad_h is not None:
             grad_h += embedding_bag(probed_TP, self.weight.to(h_TD.dtype), per_sample_weights=grad_TP, mode="sum")
         if self.table is None:

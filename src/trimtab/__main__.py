@@ -1,0 +1,6 @@
+"""`python -m trimtab` is the command `trimtab`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()
