@@ -178,6 +178,8 @@ class LoRA(Patch):
 
 
 class LoraSurgery(Surgery):
+    merges_apart = True
+
     def __init__(self, patch: LoRA, model: PreTrainedModel):
         self.patch, self.model = patch, model
         self.swaps = Swaps(model)
@@ -248,6 +250,20 @@ class LoraSurgery(Surgery):
         for name, (linear, values) in merged.items():
             linear.weight.data = values
             self._put_back(name, linear)
+
+    def merged_weight(self, path: str) -> Tensor | None:
+        if (layer := self.layers.get(path)) is None:
+            return None
+        weight, kept = layer.base_layer.weight, layer.base_layer.weight.data
+        if not weight.is_floating_point():
+            return dense(layer, self.model.dtype).weight.data
+        try:
+            weight.data = kept.clone()
+            layer.merge()
+            return anatomy.dense_view(layer.base_layer).data
+        finally:
+            layer.merged_adapters.clear()
+            weight.data = kept
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Under PEFT's names without its prefix: `<path>.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector`."""
