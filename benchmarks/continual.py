@@ -11,9 +11,9 @@ two seeds, STEPS steps of BATCH rows for each task, LoRA r 8:
     diffs         a diff per task (diff_pruning); three of them take about twice BUDGET bytes
 
 Learning rates, the share of rehearsed rows and the anchor's strength are the best on training rows set apart: the mean
-exact match after all tasks, in both orders; logits and loss_diverse take those of text. Seconds are those of the process's CPU
-in training, with what a stage keeps for later ones; other work on the machine does not count. Each training's result is
-kept in results/continual_trainings.jsonl, and it is not run again.
+exact match after all tasks, in both orders; logits and loss_diverse take those of text. Seconds are those of the
+process's CPU in training, with what a stage keeps for later ones; other work on the machine does not count. Each
+training's result is kept in results/continual_trainings.jsonl, and it is not run again.
 
     python benchmarks/continual.py --data FOLDER [--sides text,logits] [--quick] [--json FILE]
 """
