@@ -235,16 +235,19 @@ def serve(
 @app.command()
 def export(
     recipe: RecipeArg, overrides: Overrides = None,
-    to: Annotated[str, typer.Option(help="peft: a stock PEFT adapter; merged: a transformers folder.")] = "merged",
+    to: Annotated[str, typer.Option(help="peft: a stock PEFT adapter; merged: a transformers folder; gguf: a file for "
+                                    "llama.cpp or Ollama; gguf-lora: the adapter for llama.cpp.")] = "merged",
     out: Annotated[str | None, typer.Option(help="The folder to write (default: OUTPUT/TO).")] = None,
     adapter: Adapter = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    outtype: Annotated[str, typer.Option("--outtype", help="Of GGUF tensors: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, "
+                                         "q4_0 (default: f16; of gguf-lora f32).")] = "",
 ) -> None:  # fmt: skip
     """Write the trained model in a form that needs no trimtab."""
     from .inference.export import export as run
     from .recipe import Recipe
 
-    print(run(Recipe.load(recipe, overrides or (), final=True), to, out, adapter, overwrite))
+    print(run(Recipe.load(recipe, overrides or (), final=True), to, out, adapter, overwrite, outtype))
 
 
 @app.command()

@@ -5,8 +5,7 @@
 - An Objective turns a batch into a loss, and names the trainer that runs it.
 - A Stepper turns losses into gradients and gradients into steps.
 
-Methods implement these classes and never import each other. Everything else (engine, planner, adapter files, inference)
-knows only these classes and no method by name. Bases for the common cases are in `bases/`.
+Methods implement these and never import each other; all else knows no method by name. Bases of methods are in `bases/`.
 """
 
 from __future__ import annotations
@@ -50,16 +49,13 @@ class Portable:
 
 
 class Surgery(ABC):
-    """A change made to a model: how it is undone, and which tensors are its own.
-
-    `own_tensors` returns every tensor that the patch trains or must save. Keys are module paths of the *unpatched*
-    model plus a suffix; no tensor of the base is among them. `load_tensors` accepts the same dict.
-    """
+    """A change made to a model: how it is undone, and which tensors are its own."""
 
     patch: Patch
     stores: list = []  # tables in the slow tier (TieredStore), if the method has any
     starts_at_zero: bool = True  # before training, the patched model computes exactly what the unpatched one does
     saved: bool = True  # an adapter folder has a part for it
+    merges_apart: bool = False  # it changes only weights of linears, and `merged_weight` returns each without merging
     keeps_outputs: bool = False  # inference on the bare base gives the same outputs, so that an export may omit it
     tiers: Any = None  # the base's experts in two tiers (tiered/experts.py), if the patch has moved them
     notes: tuple[str, ...] = ()  # for the user, on how the patch was applied
@@ -71,7 +67,8 @@ class Surgery(ABC):
         """Restore the model exactly: state dict bit for bit, `str(model)`, number of hooks."""
 
     @abstractmethod
-    def own_tensors(self) -> dict[str, Tensor]: ...
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Every tensor that it trains or must save, and none of the base: path in the *unpatched* model + suffix."""
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Copy `tensors` into the patched model in place. Names and shapes must match those of `own_tensors`."""
@@ -82,9 +79,8 @@ class Surgery(ABC):
             raise BadInput(f"load {len(tensors)} tensors into {type(self.patch).__name__}", have, do)
         with torch.no_grad():
             for name, tensor in tensors.items():
-                if own[name].shape != tensor.shape:
-                    have = f"the patched model has {tuple(own[name].shape)} there"
-                    raise BadInput(f"load {name} of shape {tuple(tensor.shape)}", have, do)
+                if (there := tuple(own[name].shape)) != (shape := tuple(tensor.shape)):
+                    raise BadInput(f"load {name} of shape {shape}", f"the patched model has {there} there", do)
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
 
@@ -94,8 +90,11 @@ class Surgery(ABC):
 
     def merge(self) -> None:
         """Write the change into the base weights and remove the patch: a plain transformers model remains."""
-        asked = f"merge {type(self.patch).__name__}"
-        raise BadInput(asked, "it depends on its input, so it cannot be merged into weights", "Keep the adapter")
+        raise BadInput(f"merge {type(self.patch).__name__}", "it depends on its input", "Keep the adapter")
+
+    def merged_weight(self, path: str) -> Tensor | None:
+        """If `merges_apart`: the weight (out, in) of the linear `path` as `merge` would leave it, a new tensor."""
+        return None
 
     def adapter_config(self) -> dict[str, Any]:
         """The content of adapter_config.json. PEFT can read it if the method is one of PEFT's own (LoRA overrides)."""
@@ -146,6 +145,7 @@ class Patch(ABC):
     reads_experts: ClassVar[bool] = False  # it reads stacked experts from the checkpoint; the loader leaves them out
     counts_tokens: ClassVar[bool] = False  # calibration needs only token ids, and a plan counts them for it (`counted`)
     shrinkable: ClassVar[tuple[str, ...]] = ()  # fields that use less memory when smaller, the least harmful first
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ()  # fields of other forms that a search for a plan tries too
 
     @abstractmethod
     def apply(self, model: PreTrainedModel, place: Place) -> Surgery: ...

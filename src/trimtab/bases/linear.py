@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..contracts import Patch, Place, Surgery
-from ..model import anatomy
+from ..model import anatomy, quant
 from ..model.freeze import freeze_base
 from ..model.surgery import Swaps
 
 
 class LinearSurgery(Surgery):
     """Wrapped linears. A wrapper has the frozen linear as `base`, and its own parameters."""
+
+    merges_apart = True
 
     def __init__(self, patch: LinearPatch, model: PreTrainedModel):
         self.patch, self.model = patch, model
@@ -44,6 +46,21 @@ class LinearSurgery(Surgery):
         for name, linear in merged.items():
             if self.model.get_submodule(name) is not linear:
                 self.swaps.replace(name, linear)
+
+    def merged_weight(self, path: str) -> Tensor | None:
+        """By `merge_into_base` on a copy of the base's weight; one in 4 or 8 bits it copies itself."""
+        if (layer := self.layers.get(path)) is None:
+            return None
+        if callable(detach := getattr(layer, "detach_base", None)):
+            detach()
+        if quant.is_quantised(layer.base):
+            return layer.merge_into_base().weight.data
+        weight, kept = layer.base.weight, layer.base.weight.data
+        try:
+            weight.data = kept.clone()
+            return anatomy.dense_view(layer.merge_into_base()).data
+        finally:
+            weight.data = kept
 
 
 @dataclass(frozen=True)

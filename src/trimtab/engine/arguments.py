@@ -48,6 +48,16 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
             "training: activation_offloading: true", "on a CPU activations are in RAM already",
             "Set activation_checkpointing: true",
         )  # fmt: skip
+    options = values.get("activation_checkpointing_kwargs") or {}
+    if options.get("offload") and cpu:
+        raise BadInput(
+            "training: activation_checkpointing_kwargs: {offload: true}", "on a CPU activations are in RAM already",
+            "Leave offload out",
+        )  # fmt: skip
+    every = options.get("every_n_layers", 1)
+    if type(every) is not int or every < 1:
+        have = "it must be a whole number of 1 or more: every n-th block is checkpointed"
+        raise BadInput(f"training: activation_checkpointing_kwargs: every_n_layers: {every!r}", have, "Set it to 2")
     values.setdefault("bf16", False)
     if values.get("packing") and values["max_length"] is None and values.get("completion_only_loss") is None:
         raise BadInput("training: packing: true", "max_length is None", "Give max_length")

@@ -136,6 +136,7 @@ NEEDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "metric_for_best_model": ("load_best_model_at_end", bool, "Set load_best_model_at_end: true"),
     "greater_is_better": ("load_best_model_at_end", bool, "Set load_best_model_at_end: true"),
     "packing_strategy": ("packing", bool, "Set packing: true"),
+    "activation_checkpointing_kwargs": ("activation_checkpointing", bool, "Set activation_checkpointing: true"),
     "optim_target_modules": ("optim", lambda v: "galore" in v or "apollo" in v, "Use a GaLore or APOLLO optimizer"),
 }  # fmt: skip
 

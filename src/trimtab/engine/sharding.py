@@ -28,6 +28,8 @@ from ..model import anatomy
 from ..model.load import config_folder
 from ..recipe import Recipe
 
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+
 
 def require_shardable(recipe: Recipe, args: Any) -> None:
     """BadInput for a recipe whose model cannot be split over processes; needs no model."""
@@ -45,6 +47,8 @@ def require_shardable(recipe: Recipe, args: Any) -> None:
     stepper = recipe.load_stepper()
     if type(stepper).optimizer is not Stepper.optimizer or not stepper.uses_gradients:
         refuse(type(stepper).__name__, "it steps whole parameters")
+    if str(getattr(args.optim, "value", args.optim)) not in OPTIMIZERS:
+        refuse(f"training: optim: {recipe.training['optim']}", "it has not been tested", "Set optim: adamw_torch")
     if recipe.data.rewards:
         refuse("rewards", "sampling would gather every weight for each token")
     if recipe.stages or recipe.anchor:

@@ -40,7 +40,7 @@ from ..errors import BadInput
 from ..files import discard, replace_folder, sync, sync_entry, writing
 from ..foreign import admit_quantised
 from ..model.limits import check_dataset, learned_positions
-from ..model.sampling import refused_by_template
+from ..model.reply import refused_by_template
 from ..recipe import Recipe
 from .divergence import mean_of
 from .job import Inputs, Job

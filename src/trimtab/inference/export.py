@@ -1,7 +1,8 @@
-"""`trimtab export RECIPE.yaml --to peft | merged`: exports the result in a format that does not need trimtab.
+"""`trimtab export RECIPE.yaml --to peft | merged | gguf | gguf-lora`: the result in a format that needs no trimtab.
 
 `peft`: an adapter folder that stock `peft` loads (PaCA becomes a LoRA with a one-hot A). `merged`: a plain model folder
-for transformers, vLLM or llama.cpp; a 4/8-bit base is dequantised, so that its outputs equal those of the run.
+for transformers or vLLM; a 4/8-bit base is dequantised, so that its outputs equal those of the run. `gguf` and
+`gguf-lora`: one file for llama.cpp or Ollama, of the merged model or of the adapter (export_gguf.py).
 """
 
 from __future__ import annotations
@@ -27,18 +28,20 @@ from ..validation import read_json
 if TYPE_CHECKING:
     from ..artifacts.adapter import Base
 
-FORMS = ("peft", "merged")
+FORMS = ("peft", "merged", "gguf", "gguf-lora")
 MARK = "trimtab_export.json"  # in an exported folder: its format and its files
 
 
 @silence_libraries()
 def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str | Path | None = None,
-           overwrite: bool = False) -> Path:  # fmt: skip
-    """Writes the run's adapter as `to` into `out` (default: `<output>/peft` or `<output>/merged`); -> the folder."""
+           overwrite: bool = False, outtype: str = "") -> Path:  # fmt: skip
+    """Writes the run's adapter as `to` into `out` (default: `<output>/<to>`); -> the folder. `outtype`: GGUF's."""
     if to not in FORMS:
         raise BadInput(f"export to {to}", "there is no such form", nearest(to, FORMS))
+    from .export_gguf import outtype_of
     from .load_run import load_run
 
+    outtype = outtype_of(to, outtype)
     out = Path(out) if out else Path(recipe.output) / to
     with contextlib.ExitStack() as locks:
         if os.access(recipe.output, os.W_OK):  # a read-only run can be exported elsewhere
@@ -50,7 +53,10 @@ def export(recipe: Recipe, to: str, out: str | Path | None = None, adapter: str 
         if not surgeries:
             raise BadInput(f"export to {to}", "the recipe changes no weight of the model", "Use the model itself")
         with writing(f"write {out}", "Free some space, or name another folder"), whole_folder(out) as folder:
-            {"peft": _peft, "merged": _merged}[to](folder, recipe, model, tokenizer, surgeries, base)
+            if to.startswith("gguf"):
+                _gguf(folder, to, outtype, recipe, model, tokenizer, surgeries, base)
+            else:
+                {"peft": _peft, "merged": _merged}[to](folder, recipe, model, tokenizer, surgeries, base)
             ordinary_modes(folder)
             mark = {"trimtab": __version__, "to": to, "recipe": recipe.hash, "files": sorted(_names(folder))}
             (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
@@ -141,6 +147,21 @@ def _merged(folder: Path, recipe: Recipe, model: Any, tokenizer: Any, surgeries:
     _card(folder, "merged", recipe, surgeries, base, model, tokenizer)
 
 
+def _gguf(folder: Path, to: str, outtype: str, recipe: Recipe, model: Any, tokenizer: Any, surgeries: list,
+          base: Base) -> None:  # fmt: skip
+    """One GGUF file, a Modelfile for Ollama, and the card."""
+    from .export_gguf import modelfile, write_adapter, write_model
+
+    name = Path(recipe.output).resolve().name
+    if to == "gguf":
+        file = write_model(folder, name, outtype, model, tokenizer, surgeries, base)
+        text = modelfile(file.name, tokenizer, stop_ids(model, tokenizer, base.reply), base.reply)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+    else:
+        file = write_adapter(folder, name, outtype, model, surgeries)
+    _card(folder, to, recipe, surgeries, base, model, tokenizer, file.name)
+
+
 def _reply_as_measured(model: Any, tokenizer: Any, base: Base) -> None:
     """Makes greedy replies of the exported model equal to those that `eval` measured: writes the ends of a reply into
     each file, and removes settings that change greedy search. The base's sampling settings stay."""
@@ -156,21 +177,26 @@ def _reply_as_measured(model: Any, tokenizer: Any, base: Base) -> None:
     model.config.get_text_config().eos_token_id = kept["eos_token_id"]
 
 
-def _card(folder: Path, form: str, recipe: Recipe, surgeries: list, base: Base, model: Any, tokenizer: Any) -> None:
-    """Writes README.md: how the folder was made, how to load it, and how to prompt the model."""
+def _card(folder: Path, form: str, recipe: Recipe, surgeries: list, base: Base, model: Any, tokenizer: Any,
+          file: str = "") -> None:  # fmt: skip
+    """Writes README.md: how the folder was made, how to load it, and how to prompt the model. `file`: its GGUF file."""
     from ..artifacts.adapter import front_matter
+    from .export_gguf import how_to_run
 
     name = recipe.model.name
     on_hub = "/" in name and loadable(name) == name and not Path(name).exists()
     title = name if on_hub else Path(name).name
     patches = " + ".join(methods.name_of(surgery.patch) for surgery in surgeries)
-    library = "peft" if form == "peft" else "transformers"
+    library = "peft" if form == "peft" else "gguf" if file else "transformers"
     loader = "AutoPeftModelFor" if form == "peft" else "AutoModelFor"
     loader += "CausalLM" if base.task == "causal-lm" else "SequenceClassification"
-    what = "an adapter" if form == "peft" else "the base with the trained adapter merged into it"
+    what = "the base with the trained adapter merged into it" if form in ("merged", "gguf") else "an adapter"
     text = front_matter(library, name if on_hub else "")
     text += f"\n# {patches} on {title}\n\nMade by trimtab {__version__}: {what}.\n"
-    text += f'\n```python\nfrom {library} import {loader}\n\nmodel = {loader}.from_pretrained("FOLDER")\n```\n'
+    if file:
+        text += f"\n{how_to_run(form, file)}"
+    else:
+        text += f'\n```python\nfrom {library} import {loader}\n\nmodel = {loader}.from_pretrained("FOLDER")\n```\n'
     if form == "peft" and not on_hub:
         text += "\n`base_model_name_or_path` in adapter_config.json is the base's folder on the machine where this was "
         text += "made. On another machine, change it to the base's folder there.\n"

@@ -28,29 +28,29 @@ class Row:
 
 TABLE: dict[str, Row] = {
     "paca": Row("paca:PaCA", "patch", "PaCA, QPaCA", "trains r input columns of each weight in place; a 4/8-bit base "
-                "makes it QPaCA", "2503.01905", ("peft", "merged")),
-    "lora": Row("lora:LoRA", "patch", "LoRA, QLoRA, DoRA", "low-rank adapters, computed by peft", "2106.09685",
-                ("peft", "merged")),
+                "makes it QPaCA", "2503.01905", ("peft", "merged", "gguf", "gguf-lora")),
+    "lora": Row("lora:LoRA", "patch", "LoRA, QLoRA, DoRA, LoRA-FA, VeLoRA", "low-rank adapters, computed by peft; "
+                "two forms keep less of the activations", "2106.09685", ("peft", "merged", "gguf", "gguf-lora")),
     "edora": Row("edora:EDoRA", "patch", "EDoRA", "trains an r x r core between the weight's own singular vectors, and "
-                 "each row's norm", "2501.12067", ("peft", "merged")),
+                 "each row's norm", "2501.12067", ("peft", "merged", "gguf")),
     "senszoq": Row("senszoq:SensZOQ", "patch", "SensZOQ", "trains the 0.1 % of the weights that matter most, as "
-                   "a sparse change of a dense or 4-bit base", "2406.02913", ("peft", "merged")),
+                   "a sparse change of a dense or 4-bit base", "2406.02913", ("peft", "merged", "gguf")),
     "diff_pruning": Row("diff_pruning:DiffPruning", "patch", "Diff pruning", "learns which 0.5 % of the parameters a "
-                        "task changes, by gates that open and close", "2012.07463", ("peft", "merged")),
+                        "task changes, by gates that open and close", "2012.07463", ("peft", "merged", "gguf")),
     "parallel_adapter": Row("parallel_adapter:ParallelAdapter", "patch", "Parallel Adapter",
                             "a wide two-layer ReLU network beside each FFN", "2110.04366"),
     "meft": Row("meft:Meft", "patch", "MEFT", "a sparse adapter larger than fast memory; only the experts that a batch "
                 "needs are fetched", "2406.04984"),
     "lst": Row("lst:LST", "patch", "LST", "a narrow side network that reads the model's blocks; no backward pass "
                "through the model", "2206.06522"),
-    "full": Row("full:Full", "patch", "Full fine-tuning", "trains every weight", exports=("merged",)),
+    "full": Row("full:Full", "patch", "Full fine-tuning", "trains every weight", exports=("merged", "gguf")),
     "pruning": Row("pruning:Pruning", "patch", "Magnitude pruning, Wanda", "sets the least important weights to zero, "
-                   "before training or for export", "2306.11695", ("merged",), "both"),
+                   "before training or for export", "2306.11695", ("merged", "gguf"), "both"),
     "sparsegpt": Row("sparsegpt:SparseGPT", "patch", "SparseGPT", "sets weights to zero and makes up for them in the "
-                     "others, by the Hessian of each linear's inputs; optionally in 4 bits", "2301.00774", ("merged",),
-                     "both"),
+                     "others, by the Hessian of each linear's inputs; optionally in 4 bits", "2301.00774",
+                     ("merged", "gguf"), "both"),
     "embedding_pruning": Row("embedding_pruning:EmbeddingPruning", "patch", "Embedding pruning", "keeps only the "
-                             "embeddings of ids that occur in the data", "2309.08708", ("merged",), "both"),
+                             "embeddings of ids that occur in the data", "2309.08708", ("merged", "gguf"), "both"),
     "cake": Row("cake:CAKE", "patch", "CAKE", "a KV cache within a budget, divided among layers by how they attend",
                 "2503.12491", when="infer"),
     "snapkv": Row("snapkv:SnapKV", "patch", "SnapKV", "keeps what the newest tokens attend to in the KV cache",
