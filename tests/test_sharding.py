@@ -121,7 +121,7 @@ def test_what_cannot_be_split_is_refused_before_the_model_is_loaded(name: str, p
     for rank in range(2):
         said = json.loads((pair / f"said-{rank}.json").read_text())[-len(REFUSED) :]
         line = said[list(REFUSED).index(name)]
-        assert line.startswith("BadInput") and "shard" in line and name in line, line
+        assert line.startswith("BadInput") and "shard" in line and name.lower() in line.lower(), line
 
 
 def test_one_process_and_the_library_own_switch_are_refused(pair: Path) -> None:
