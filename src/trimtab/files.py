@@ -1,7 +1,7 @@
 """Files and folders that appear on disk complete or not at all. Imports no torch.
 
-While something is written or removed it has a hidden name in the same folder, `.NAME.partial` or `.NAME.old`. A killed
-process may leave one; the next writer of the same name removes it.
+While something is written or removed it has a hidden name in the same folder, `.NAME.PID.partial` or `.NAME.old`. A
+killed process may leave one; the next writer of the same name removes it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,33 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
+def write_record(path: Path, content: Any, say: Callable[[str], None]) -> None:
+    """`write_json` for measurements that only add to what a command prints: `say` says that they were not written."""
+    try:
+        write_json(path, content)
+    except OSError as error:
+        say(f"{path} was not written: {error.strerror or error}")
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder to fill, which then replaces `folder`; after an error it is removed."""
-    partial = beside(folder, "partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = beside(folder, f"{os.getpid()}.partial")  # a child of a killed process may still write into another one
+    for left in _partials(folder):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partials(folder: Path) -> list[Path]:
+    """What this or a killed process has of `folder`."""
+    name = re.compile(rf"\.{re.escape(folder.name)}(\.\d+)?\.partial")
+    found = list(folder.parent.iterdir()) if folder.parent.is_dir() else []
+    return [path for path in found if name.fullmatch(path.name)]
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -117,6 +134,8 @@ def _unwritten(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, SafetensorError) and "I/O error" in text:
         return text.partition("I/O error: ")[2].rstrip(".") or text
+    if found := re.search(r"([\w ,-]+) \(os error \d+\)", text):  # tokenizers raises Exception with the kernel's words
+        return found[1].strip()
     if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
         return "torch could not write it; the disk may be full"
     return None

@@ -26,7 +26,7 @@ from .data.stage import AnchorSpec, RehearsalSpec, StageSpec
 from .errors import BadInput, nearest
 from .memory.place import Place
 from .model.spec import ModelSpec
-from .validation import LONGEST, Block, FileName, build, read_yaml, write_yaml
+from .validation import LONGEST, Block, FileName, build, read_yaml, require_text_keys, write_yaml
 
 if TYPE_CHECKING:
     from .contracts import Objective, Patch, Stepper
@@ -133,6 +133,7 @@ class Recipe(Block):
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Recipe:
+        require_text_keys(tree, cls.key())
         return build(cls, tree, cls.key())
 
     def to_dict(self) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def read_yaml(text: str, asked: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise BadInput(asked, f"{where}{getattr(error, 'problem', error)}", "Write it as YAML") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a date that does not exist
+    except BadInput:
+        raise
+    except Exception as error:  # a number of thousands of digits, a date that does not exist, a tag without a value
         raise BadInput(asked, f"a value cannot be read ({error})", "Write it as YAML") from None
 
 
@@ -93,6 +95,15 @@ def _measure(text: str, asked: str) -> None:
             have = f"line {line}: it is nested more than {DEEPEST} deep" if len(open_) > DEEPEST else \
                 f"line {line}: it holds more than {MOST:,} values, aliases counted"  # fmt: skip
             raise BadInput(asked, have, "Write a recipe of fewer keys")
+
+
+def require_text_keys(tree: Any, where: str) -> None:
+    """BadInput for a key that is not text, at any depth: YAML reads 1 and 1e5 as numbers."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        if isinstance(tree, dict) and not isinstance(key, str):
+            raise BadInput(f"{where}: {key!r}", "a key is text", f'Write "{key}" in quotes, or check the indentation')
+        require_text_keys(value, f"{where}: {key}" if isinstance(tree, dict) else where)
 
 
 # --- blocks of keys --------------------------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ def locked(file: Path, asked: str, do: str = "Wait until it is done, or name ano
             from None  # fmt: skip
     _HELD.add(file)
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, without its holder's name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
         _HELD.discard(file)

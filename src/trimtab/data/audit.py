@@ -9,8 +9,8 @@ only read; `write_clean` writes copies without the rows that were found.
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from ..errors import BadInput
 from ..files import write_text, writing
 from ..model.reply import through_template
 from .columns import name_columns
-from .files import Table, is_hub, open_bytes, read_table
+from .files import Table, is_hub, open_bytes, read_table, unreadable
 from .near import near_pairs
 from .row_faults import Row, Words, cut_answer, encoding_fault, language, role_faults, row_of, secret, words_of
 from .spec import DataSpec
@@ -176,9 +176,8 @@ def read(name: str, spec: DataSpec, test: bool = False) -> Source:
                         rows.append(_parsed(line))
                         source.raw.append(line.decode("utf-8", "replace").rstrip("\r\n"))
                         source.lines.append(number)
-        except (OSError, EOFError) as error:
-            have = "it is not intact gzip" if isinstance(error, EOFError | gzip.BadGzipFile) else str(error)
-            raise BadInput(f"read {name}", have, "Write the file again") from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise unreadable(path, 0, error) from None
     first = next((row for row in rows if isinstance(row, dict)), None)
     if first is None:
         raise BadInput(f"audit {name}", "none of its rows is a JSON object", "Give a data set with at least one row")

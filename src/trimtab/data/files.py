@@ -120,7 +120,7 @@ def _jsonl(path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any]]]:
                     raise BadInput(f"read {path}, line {number}", f"it is a {type(row).__name__}, not an object", do)
                 yield number, row
     except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, number, error) from None
+        raise unreadable(path, number, error) from None
 
 
 def _csv(path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -139,7 +139,7 @@ def _csv(path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any]]]:
         line = content.count(b"\n", 0, error.start) + 1
         raise BadInput(f"read {path}, line {line}", "it is not UTF-8", "Save the file as UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, 0, error) from None
+        raise unreadable(path, 0, error) from None
     if not content.strip():
         raise BadInput(f"read {path}", "it has no rows", "Give a data set with at least one row")
     parse = pc.ParseOptions(newlines_in_values=True)
@@ -194,7 +194,7 @@ def _hub(name: str, part: str) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from enumerate(data, 1)
 
 
-def _unreadable(path: Path, number: int, error: Exception) -> BadInput:
+def unreadable(path: Path, number: int, error: Exception) -> BadInput:
     packed = isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error))
     have = f"it is not intact gzip ({_short(error)})" if packed else f"it cannot be read ({_short(error)})"
     at = f" after line {number}" if number else ""

@@ -269,8 +269,10 @@ def _pair(
 
 def _history(reader: Reader, index: int) -> list[dict[str, str]]:
     """Earlier turns of an Alpaca row: `history`, a list of [question, answer]."""
-    turns = []
-    for pair in reader.optional(index, "history") or []:
+    turns, pairs = [], reader.optional(index, "history") or []
+    if not isinstance(pairs, list):
+        raise reader.wrong(index, "history", f"is {kind(pairs)}, not a list", "Give [question, answer] pairs")
+    for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2:
             raise reader.wrong(index, "history", f"has {kind(pair)}, not a pair", "Give [question, answer] pairs")
         asked, said = (reader.check_text(index, "history", text) for text in pair)

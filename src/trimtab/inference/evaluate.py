@@ -38,7 +38,7 @@ def evaluate(
     The result is saved in the run's folder as `eval.json`, or `eval_base.json` for the base; not for another `adapter`.
     """
     from ..engine.objectives import evaluator
-    from ..files import write_json
+    from ..files import write_record
     from .session import Inference
 
     if not recipe.data.test and not tasks:
@@ -61,7 +61,7 @@ def evaluate(
     if adapter is None and folder.is_dir():
         tests = recipe.data.test if isinstance(recipe.data.test, list) else [recipe.data.test or ""]
         source = {"tasks": list(tasks)} if tasks else {"test": [Path(name).name for name in tests]}
-        write_json(folder / ("eval_base.json" if base_only else "eval.json"), {**source, **result})
+        write_record(folder / ("eval_base.json" if base_only else "eval.json"), {**source, **result}, say)
     return result
 
 

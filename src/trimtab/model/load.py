@@ -306,11 +306,14 @@ def _config(folder: Path, spec: ModelSpec, task: str, labels: int | None) -> Any
         raise BadInput(
             f"model: {spec.name}", "it is an encoder-decoder", "Use a decoder-only model or a BERT-type encoder"
         )
-    heads = [name for name in config.architectures or [] if name.endswith(("CausalLM", "LMHeadModel", "Generation"))]
-    if task == "causal-lm" and config.architectures and not heads:
+    classes = config.architectures or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise _unreadable(folder, "its config.json", TypeError("architectures is no list of names"))
+    heads = [name for name in classes if name.endswith(("CausalLM", "LMHeadModel", "Generation"))]
+    if task == "causal-lm" and classes and not heads:
         raise BadInput(
             f"model: {spec.name} as a causal language model",
-            f"its weights are of {', '.join(config.architectures)}, which has no such head",
+            f"its weights are of {', '.join(classes)}, which has no such head",
             "Use a decoder-only model, or train a classifier on this one",
         )
     if task == "classification" and getattr(config, "quantization_config", None) is None:

@@ -11,6 +11,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+# a thread that ends the process when its standard input is closed: by the parent's end, if that is killed
+_ENDS_WITH_PARENT = "import os, threading; " \
+    "threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()"  # fmt: skip
+
 
 def subprocess_call(
     work: Callable[..., Any], *arguments: Any, on_line: Callable[[str], None] | None = None, **environment: str
@@ -21,12 +25,12 @@ def subprocess_call(
 
     Raises RuntimeError with the last line of standard error if the process fails.
     """
-    code = f"import json, sys; from {work.__module__} import {work.__name__} as work; "
+    code = f"import json, sys; {_ENDS_WITH_PARENT}; from {work.__module__} import {work.__name__} as work; "
     code += "print(json.dumps(work(*json.loads(sys.argv[1]))))"
     paths = os.pathsep.join(path for path in sys.path if path)
     newest: deque[str] = deque(maxlen=50)
     with subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(arguments)], text=True, stdin=subprocess.DEVNULL,
+        [sys.executable, "-c", code, json.dumps(arguments)], text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths, **environment},
     ) as child:  # fmt: skip
 

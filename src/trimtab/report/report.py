@@ -54,7 +54,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     for run, name in zip(found, _names(folders), strict=True):
         run.name = name
     target = Path(out) if out else folders[0] / "report.html"
-    text = page(found)
+    text = page(found).encode(errors="replace").decode()  # JSON can hold halves of surrogate pairs
     if not target.parent.is_dir():
         raise BadInput(f"write {target}", f"there is no folder {target.parent}", "Name another file with --out")
     asked, do = f"write {target}", "Name another file with --out"

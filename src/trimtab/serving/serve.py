@@ -39,7 +39,7 @@ def serve(
     """
     _require_libraries()
     with listening(host, port) as listener:
-        from ..files import write_json
+        from ..files import write_record
         from ..inference.generate import language_model
         from .jobs import Reader
         from .worker import Worker, too_large
@@ -64,7 +64,7 @@ def serve(
             record = made.record()
             record["measured"].pop("tokens_per_second", None)  # most of the time it may have waited
         if adapter is None and Path(recipe.output).is_dir():
-            write_json(Path(recipe.output) / "serve.json", record)
+            write_record(Path(recipe.output) / "serve.json", record, say)
     if failures:
         raise failures[0]
     if signal.SIGINT in signals:

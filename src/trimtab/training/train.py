@@ -57,7 +57,7 @@ def train(
     from .progress import speaker
 
     say = say or speaker(quiet)
-    with lock_run(recipe.output, f"train into {recipe.output}"):
+    with lock_run(recipe.output, f"train into {recipe.output}"), _write_errors(Path(recipe.output)):
         for key in ("rehearsal", "anchor", "neutral"):
             if getattr(recipe, key) and not recipe.stages:
                 raise BadInput(key, "the recipe has no stages", "Remove it, or add stages")
@@ -92,7 +92,7 @@ def _run(
 
     session = Session(recipe, output, say, quiet, checkpoint is not None, start or Start())
     _check_shortest(session)
-    with _write_errors(output), session:
+    with session:
         say = session.say
         made = _planned(session)
         if session.main:  # nothing is written before this line
@@ -135,7 +135,8 @@ def _write_errors(output: Path) -> Iterator[None]:
                 f"write into {output}", "the folder was removed during the run",
                 "Start the run again, and leave its folder in place until it ends",
             ) from error  # fmt: skip
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+                               errno.EIO):  # fmt: skip
             raise
         raise BadInput(
             f"write into {output}", error.strerror or str(error), "Free some space, or name another output"
