@@ -10,10 +10,10 @@ two seeds, STEPS steps of BATCH rows for each task, LoRA r 8:
     ewc           and anchoring; its bytes are those of theta* and the Fisher information (the first order only)
     diffs         a diff per task (diff_pruning); three of them take about twice BUDGET bytes
 
-Learning rates, the share of rehearsed rows and the anchor's strength are the best on training rows set apart (the mean
-exact match after one task, or for the latter two after two, in the first order). Seconds are those of the process's CPU
-in training, with what a stage keeps for later ones; other work on the machine does not count. Each training's result is
-kept in results/continual_trainings.jsonl, and it is not run again.
+Learning rates, the share of rehearsed rows and the anchor's strength are the best on training rows set apart: the mean
+exact match after all tasks, in both orders; logits and loss_diverse take those of text. Seconds are those of the
+process's CPU in training, with what a stage keeps for later ones; other work on the machine does not count. Each
+training's result is kept in results/continual_trainings.jsonl, and it is not run again.
 
     python benchmarks/continual.py --data FOLDER [--sides text,logits] [--quick] [--json FILE]
 """
@@ -46,7 +46,7 @@ SIDES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # patch, keys 
     "ewc": (LORA, {"anchor": {"ewc": {"strength": 1.0}}}, 1),
     "loss_diverse": (LORA, {"rehearsal": {"budget": BUDGET, "policy": "loss_diverse"}}, 1),
 }
-RATES, MIXES, STRENGTHS = (5e-3, 1e-2), (0.25, 0.5), (300.0, 3000.0)
+RATES, OF_DIFFS, MIXES, STRENGTHS = (1e-3, 2.5e-3, 5e-3), (5e-3, 1e-2), (0.25, 0.5), (300.0, 3000.0)
 TRIED = 101  # the seed of the search
 
 
@@ -146,16 +146,21 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         job = {"steps": steps, **job}
         return kept.once(job, lambda out: learned(job, base, out), folder)
 
+    def chain(**job: Any) -> float:
+        """The mean accuracy after all tasks, in both orders, on training rows set apart."""
+        found = [run(tasks=order, on="apart", seed=TRIED, **job)["acc"] for order in orders]
+        return statistics.mean(found)
+
     def chosen(side: str) -> dict[str, float]:
-        first = "diffs" if side == "diffs" else "sequential"
-        alone = lambda rate: run(side=first, tasks=TASKS[:1], on="apart", seed=TRIED, rate=rate)["acc"]  # noqa: E731
-        fields = {"rate": seek(alone, RATES[-1:] if args.quick else RATES)[0]}
+        rates = OF_DIFFS if side == "diffs" else RATES
+        rates = rates[-1:] if args.quick else rates
+        if side in ("sequential", "diffs"):
+            return {"rate": seek(lambda rate: chain(side=side, rate=rate), rates)[0]}
         field, of, tried = ("strength", side, STRENGTHS) if side == "ewc" else ("mix", "text", MIXES)
-        if side not in ("sequential", "diffs"):
-            two = lambda value: run(side=of, tasks=TASKS[:2], on="apart", seed=TRIED, **fields,  # noqa: E731
-                                    **{field: value})["acc"]  # fmt: skip
-            fields[field] = seek(two, tried[:1] if args.quick else tried)[0]
-        return fields
+        value = tried[-1]
+        rate = seek(lambda rate: chain(side=of, rate=rate, **{field: value}), rates)[0]
+        value = seek(lambda value: chain(side=of, rate=rate, **{field: value}), tried[:1] if args.quick else tried)[0]
+        return {"rate": rate, field: value}
 
     wanted, results = args.sides.split(","), {}
     fields = {side: chosen(side) for side in SIDES if side in wanted}
@@ -230,10 +235,9 @@ NOTES = [
     "bytes: what the side stores of earlier tasks, as files. A diff has its own task's model, so what it has forgotten "
     "is its score after all stages, loaded again, minus that right after its stage. The perplexity of neutral text is "
     "that of the last stage's model.",
-    "The learning rate of LoRA, 1e-2, was chosen on one task alone and proved too high for a chain of four: in the "
-    "second order the perplexity of neutral text rose from 131 to some thousands, and tasks were not learned at all. "
-    "Three diffs take 94 KB, about twice the 48 KiB of the buffers, so bytes are not equal for them. ewc and "
-    "loss_diverse have not been run.",
+    "Three diffs take 94 KB, about twice the 48 KiB of the buffers, so bytes are not equal for them.",
+    "A first form chose LoRA's rate on one task alone, 1e-2, which ruins a chain of four: text cut forgetting by 41 %, "
+    "logits by 56 %. Rates are now those that are best after the whole chain.",
     "The fields (learning rate; share of rehearsed rows; the anchor's strength) were chosen on 50 training rows set "
     "apart, with a seed of their own.",
 ]

@@ -221,7 +221,7 @@ def search(root: Path) -> str | None:
          f"{row['fast_peak_bytes'] / 2**30:.2f} GiB", f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"]
          else "-", f"{row['trained']:,}", "yes" if row["fits"] else "no"]
         for row in found
-        if row["precision"] in ("bf16", "nf4") and row["chunk"] is None
+        if row["precision"] in ("bf16", "nf4") and row["chunk"] is None and "activation_checkpointing_kwargs" not in row
         and (row["micro_batch"], row["activation_checkpointing"]) in ends
     ]  # fmt: skip
     head = ["method", "micro-batch", "checkpointing", "base", "fast peak", "tokens/s", "trained", "fits 1 GiB"]

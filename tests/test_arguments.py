@@ -81,7 +81,8 @@ def test_numbers_out_of_range_are_refused(name, value):
 @pytest.mark.parametrize("name", NEEDS)
 def test_what_acts_with_another_field_only_needs_it(name):
     value = {"greater_is_better": True, "eval_on_start": True, "eval_packing": False, "packing_strategy": "wrapped",
-             "metric_for_best_model": "loss", "optim_target_modules": "all-linear"}.get(name, 3)  # fmt: skip
+             "metric_for_best_model": "loss", "optim_target_modules": "all-linear",
+             "activation_checkpointing_kwargs": {"every_n_layers": 2}}.get(name, 3)  # fmt: skip
     with pytest.raises(BadInput, match=f"{name}.*{NEEDS[name][0]}"):
         made(**{name: value})
 
@@ -89,6 +90,15 @@ def test_what_acts_with_another_field_only_needs_it(name):
 def test_a_classifier_packs_nothing_and_a_cpu_offloads_nothing():
     with pytest.raises(BadInput, match="packing"):
         made(TrainingArguments, packing=True)
+    again = {"activation_checkpointing": True}
+    for options, words in (
+        ({"offload": True}, "on a CPU activations are in RAM already"), ({"every_n_layers": 0}, "every n-th block"),
+        ({"every_n_layers": "two"}, "every n-th block"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=words):
+            made(**again, activation_checkpointing_kwargs=options)
+    offloaded = made(cpu=False, **again, activation_checkpointing_kwargs={"offload": True, "every_n_layers": 2})
+    assert offloaded.activation_checkpointing_kwargs == {"offload": True, "every_n_layers": 2}
     with pytest.raises(BadInput, match="activation_offloading"):
         made(activation_offloading=True)
     assert made(cpu=False, activation_offloading=True).activation_offloading

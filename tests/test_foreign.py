@@ -40,6 +40,8 @@ METHODS: dict[Any, dict[str, str]] = {
         "_load_best_model": "",
         "_load_from_checkpoint": "resume_from_checkpoint model=None",
         "_load_optimizer_and_scheduler": "checkpoint",
+        "_save_optimizer_and_scheduler": "output_dir",
+        "_defer_fsdp_gradient_reduction": "",
         "_load_rng_state": "checkpoint",
         "_move_model_to_device": "model device",
         "_prepare_inputs": "inputs",
@@ -124,6 +126,7 @@ IN_SOURCE = {  # attributes that the libraries' own code sets or asks for
         ("_step", "_buffered_inputs", "_metrics", "_logs", "_entropy_bonus_enabled", "_last_world_entropy"), GRPOTrainer
     ),
     "_is_hf_initialized": transformers.modeling_utils,
+    "_gradient_checkpointing_func": transformers.modeling_utils,
     "_ddp_params_and_buffers_to_ignore": torch.nn.parallel.distributed,
 }
 PUBLIC = {"_exit", "_replace"}  # of os and of named tuples, in spite of their names

@@ -96,6 +96,15 @@ def test_a_plan_is_what_the_meter_finds(folders, name, dtype, family):
         ({"full": {"train": "norm"}}, {}),
         ({"full": {"dtype": "bf16"}}, {}),
         ({"paca": {"r": 4}}, {"training": {"activation_checkpointing": True}}),
+        (
+            {"paca": {"r": 4}},
+            {"training": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}}},
+        ),
+        ({"lora": {"r": 4, "fa": True}}, {}),
+        ({"lora": {"r": 4, "fa": True}}, {"model": "nf4"}),
+        ({"lora": {"r": 4, "fa": True, "dropout": 0.1}}, {"model": "int8"}),
+        ({"lora": {"r": 4, "velora": True, "velora_groups": 8}}, {}),
+        ({"lora": {"r": 4, "velora": True, "velora_groups": 8, "velora_init": "random"}}, {"model": "nf4"}),
         ({"paca": {"r": 4}}, {"training": {"gradient_accumulation_steps": 2}}),
         ({"full": {}}, {"training": {"gradient_accumulation_steps": 3}}),
         ({"full": {}}, {"training": {"optim": "adamw_torch"}}),
@@ -156,10 +165,11 @@ def test_what_a_patch_writes_into_a_mapped_base_is_fast(folders):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_shallow_models_tell_a_deep_one(folders, name, checkpointing, tmp_path):
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_two_shallow_models_tell_a_deep_one(folders, name, every, tmp_path):
     folder = deeper(folders("llama", torch.bfloat16), tmp_path, 7)
-    recipe = recipe_of(folder, {name: CASES[name]}, training={"activation_checkpointing": checkpointing})
+    kwargs = {"activation_checkpointing_kwargs": {"every_n_layers": every}} if every > 1 else {}
+    recipe = recipe_of(folder, {name: CASES[name]}, training={"activation_checkpointing": every > 0, **kwargs})
     args = training_arguments(recipe, arguments_class(recipe.load_objective()), tmp_path, True)
     step = PlannedStep(recipe, args, None)
     cost = step.complete(step.trace(ROWS, TOKENS))

@@ -9,13 +9,16 @@ import pickle
 import pytest
 import torch
 import yaml
+from trl import SFTConfig
 
 from tiny import tiny_folder
 from trimtab import methods
+from trimtab.engine.arguments import training_arguments
 from trimtab.errors import BadInput, DoesNotFit
 from trimtab.memory.budget import Budget
 from trimtab.planning import calibrate, search
 from trimtab.planning.plan import Plan, plan
+from trimtab.planning.step import PlannedStep
 from trimtab.recipe import Recipe
 from world import flat
 
@@ -52,7 +55,9 @@ def test_what_fits_comes_first_then_speed_then_what_is_trained():
 
 def test_every_training_method_of_the_table_is_tried(folder, found):
     tried = {c.method for c in (*found.candidates, *found.refused)}
-    assert tried == {n for n in methods.names("patch") if methods.find(n).when.value == "train"}
+    forms = {"lora fa", "lora velora", "full offload: slow"}
+    assert tried == {n for n in methods.names("patch") if methods.find(n).when.value == "train"} | forms
+    assert {c.method for c in found.candidates} >= {"lora fa", "full offload: slow", "lst", "senszoq", "edora"}
     assert {(c.micro_batch, c.checkpointing) for c in found.candidates} == {
         (2, False),
         (1, True),
@@ -90,6 +95,49 @@ def test_a_candidate_is_planned_as_a_recipe_is(found):
         assert (alone.kinds, alone.tokens_per_second) == (c.plan.kinds, c.plan.tokens_per_second)
 
 
+def test_between_no_checkpointing_and_all_blocks_are_every_second_and_fourth(folder, monkeypatch):
+    """With a budget that LoRA exceeds without checkpointing."""
+    monkeypatch.setattr(search, "_methods", lambda recipe: [("lora", recipe.patches)])
+    training = {"per_device_train_batch_size": 2, "max_length": 256}
+    wide = recipe(folder, patches=["lora"], training=training, objective={"causal_lm": {"chunk": 16}})
+    whole = [plan(c.recipe, process=0, rates=flat()) for c in search._combinations(wide)]
+    most, least = (pick(p.fast_peak_bytes for p in whole) for pick in (max, min))
+    tight = dataclasses.replace(wide, budget={"fast": (most + least) // 2})
+    found = search.search(tight, process=0, rates=flat())
+    between = [c for c in found.candidates if c.how]
+    assert {(c.blocks, c.micro_batch) for c in between} == {("1/2", 2), ("1/4", 2), ("1/2", 1), ("1/4", 1)}
+    best = found.best
+    assert best.fits and all(c.plan.tokens_per_second <= best.plan.tokens_per_second * 1.06 for c in between if c.fits)
+    for c in between:
+        assert c.recipe.training["activation_checkpointing_kwargs"]["every_n_layers"] == int(c.blocks[2:])
+        assert "activation_checkpointing_kwargs" in c.to_dict() and c.blocks in "\n".join(found.lines())
+    stated = recipe(folder, patches=["lora"], training={"activation_checkpointing": True})
+    assert not list(search._between(stated, found.candidates))
+
+
+def test_offloading_is_tried_and_planned_on_a_gpu_only(folder, tmp_path, monkeypatch):
+    gpu = recipe(folder, patches=["lora"], place={"fast": "cuda"}, budget={"fast": "24GiB"}, training={
+        "per_device_train_batch_size": 8, "max_length": 64, "activation_checkpointing": True})  # fmt: skip
+    kwargs = {"activation_checkpointing_kwargs": {"offload": True}}
+    away = dataclasses.replace(gpu, training={**gpu.training, **kwargs})
+    plain, held = (
+        PlannedStep(r, training_arguments(r, SFTConfig, tmp_path, False), None)
+        .trace(8, 64)
+        .peaks["backward of the head"]
+        for r in (gpu, away)
+    )
+    kept = 8 * 64 * 64 * 4  # the input of a block, fp32
+    assert held["activations in the slow tier"] == 2 * kept and "activations in the slow tier" not in plain
+    assert plain["activations"] - held["activations"] == kept, "the input of the first is the embedding's too"
+    assert plan(away).slow_bytes > 0
+    monkeypatch.setattr(search, "_methods", lambda recipe: [("lora", recipe.patches)])
+    small = dataclasses.replace(gpu, training={"per_device_train_batch_size": 2, "max_length": 64}, budget={"fast": 1})
+    tried = [search._planned(c, {"process": 0}) for c in search._combinations(small)]
+    fitting = [dataclasses.replace(c, plan=dataclasses.replace(c.plan, budget=Budget(10**9))) if c.checkpointing else c
+               for c in tried]  # fmt: skip
+    assert "off" in {c.blocks for c in search._between(small, fitting)}
+
+
 def test_checkpointing_and_products_cost_time(found):
     speed = {
         (c.method, c.micro_batch, c.checkpointing): c.plan.tokens_per_second for c in found.candidates if not c.chunk
@@ -120,10 +168,12 @@ def test_without_a_fit_the_smallest_is_told(found, tmp_path):
     assert not (tmp_path / "none.yaml").exists()
 
 
-def test_mezo_is_the_last_resort(folder, found, tmp_path):
+def test_mezo_is_the_last_resort(folder, found, tmp_path, monkeypatch):
     assert not any("mezo" in c.method for c in found.candidates), "back-propagation fits"
     training = {"learning_rate": 0.5, "max_grad_norm": 1.0, "activation_checkpointing": True, "weight_decay": 0.1}
-    least = min(c.plan.fast_peak_bytes for c in found.candidates)
+    least = min(c.plan.fast_peak_bytes for c in found.candidates if c.method in ("paca", "full"))
+    two = [("paca", [{"paca": {}}]), ("full", [{"full": {}}])]
+    monkeypatch.setattr(search, "_methods", lambda recipe: two)
     tight = recipe(folder, training=training, budget={"fast": f"{least - 1}B"})
     last = search.search(tight, process=0, rates=flat())
     assert last.best.method.endswith(", mezo") and last.best.plan.fast_peak_bytes < least

@@ -35,7 +35,11 @@ STORED = {  # tables elsewhere than in a file, and other routers: name -> patch,
     "meft switch": ("meft", {"router": "switch", "probes": 1}, PLACE),
     "meft stable": ("meft", {"router": "stable"}, PLACE),
 }
-EVERY = {name: (name, {}, PLACE) for name in CASES} | STORED
+FORMS = {  # what a patch's fields make another method of: as in STORED
+    "lora with fa": ("lora", {"fa": True}, PLACE),
+    "lora with velora": ("lora", {"velora": True, "velora_groups": 8}, PLACE),
+}
+EVERY = {name: (name, {}, PLACE) for name in CASES} | STORED | FORMS
 LEARNING_RATE = 2e-2
 
 

@@ -1,6 +1,7 @@
 """The command line: `trimtab VERB RECIPE.yaml [key=value ...]`. It only handles arguments.
 
-Exit codes: 0 done, 2 bad input, 3 does not fit, 4 stopped early (memory, divergence), 130 Ctrl-C, 1 a bug of ours.
+Exit codes: 0 done, 2 bad input, 3 does not fit, 4 stopped early (memory, divergence), 130 Ctrl-C, 143 SIGTERM, 1 a bug
+of ours.
 """
 
 from __future__ import annotations

@@ -90,8 +90,7 @@ class Surgery(ABC):
 
     def merge(self) -> None:
         """Write the change into the base weights and remove the patch: a plain transformers model remains."""
-        have = "it depends on its input, so it cannot be merged into weights"
-        raise BadInput(f"merge {type(self.patch).__name__}", have, "Keep the adapter")
+        raise BadInput(f"merge {type(self.patch).__name__}", "it depends on its input", "Keep the adapter")
 
     def merged_weight(self, path: str) -> Tensor | None:
         """If `merges_apart`: the weight (out, in) of the linear `path` as `merge` would leave it, a new tensor."""
@@ -142,9 +141,11 @@ class Patch(ABC):
     defaults: ClassVar[dict[str, Any]] = {}  # of `training:`; they override the objective's
     gradient_reason: ClassVar[str] = ""  # why no stepper without gradients can train it; "" if one can
     uses_tables: ClassVar[bool] = False  # whether it trains tables or weights in the slow tier, which only Adam steps
+    shards: ClassVar[bool] = False  # whether it trains with weights split over processes (engine/sharding.py)
     reads_experts: ClassVar[bool] = False  # it reads stacked experts from the checkpoint; the loader leaves them out
     counts_tokens: ClassVar[bool] = False  # calibration needs only token ids, and a plan counts them for it (`counted`)
     shrinkable: ClassVar[tuple[str, ...]] = ()  # fields that use less memory when smaller, the least harmful first
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ()  # fields of other forms that a search for a plan tries too
 
     @abstractmethod
     def apply(self, model: PreTrainedModel, place: Place) -> Surgery: ...
@@ -227,9 +228,7 @@ class Stepper:
 
     def backward(self, loss: Callable[[], Tensor], back: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
         """Processes one micro-batch: computes `loss`, sets `.grad` for the optimizer, and returns the loss, detached.
-
-        Each call of `loss` runs a forward pass. `back`: runs a backward pass from a loss.
-        """
+        Each call of `loss` runs a forward pass. `back`: runs a backward pass from a loss."""
         value = loss()
         back(value)
         return value.detach()

@@ -48,7 +48,7 @@ class Stopped(TrimtabError):
 
 
 class Interrupted(TrimtabError):
-    """Ctrl-C: the step was finished and a checkpoint written (exit code 130)."""
+    """Ctrl-C or SIGTERM: the step was finished and a checkpoint written (exit code 130, or 143 after SIGTERM)."""
 
     exit_code = 130
 

@@ -109,7 +109,8 @@ def same_recipe(output: Path, old: Recipe, new: Recipe) -> None:
     """
     micro, times = "per_device_train_batch_size", "gradient_accumulation_steps"
     free = ("max_steps", "num_train_epochs", "max_minutes", "save_strategy", "save_steps", "save_total_limit",
-            "logging_steps", "report_to", "activation_checkpointing", micro, times)  # fmt: skip
+            "logging_steps", "report_to", "activation_checkpointing", "activation_checkpointing_kwargs",
+            micro, times)  # fmt: skip
 
     def training(r: Recipe) -> dict[str, Any]:
         values = r.training_values()

@@ -41,7 +41,8 @@ ROWS = "rows in the slow tier"
 EXPERTS, EXPERT_ROWS = "experts", "experts in the slow tier"
 OFFLOADED = "training state in the slow tier"  # weights, gradients and moments (tiered/offload.py)
 BLOCK_BACKWARD = ("backward of the last block", "backward of the blocks between")
-SLOW = (MAPPED, ROWS, EXPERT_ROWS, OFFLOADED)  # kinds of the slow tier
+HELD = "activations in the slow tier"
+SLOW = (MAPPED, ROWS, EXPERT_ROWS, OFFLOADED, HELD)  # kinds of the slow tier
 OPTIMIZER, ACTIVATIONS, LOGITS, TEMPORARIES = "optimizer", "activations", "logits", "temporaries"
 CACHE = "cache"
 EVALUATION = "evaluation"  # a phase; OPTIMIZER is one too
@@ -243,6 +244,7 @@ class Step:
     clip: float = 0.0
     counted: int | None = None  # positions of a batch that count in the loss
     full_rows: bool = False  # no row of a batch is padded
+    offload: bool = False  # what checkpointed blocks keep lies in the slow tier
     clock: Clock | None = None  # counts the seconds of the operations
 
 
@@ -253,6 +255,8 @@ def trace_steps(step: Step, fake: bool = True) -> StepCost:
     """
     trace = Trace(step.model.config.get_text_config().vocab_size, step.counted, step.clock, fake)
     with _traced(trace, step.model, step.device, step.kind_of, step.full_rows):
+        if step.offload:
+            _hold_in_slow_tier(trace, step.model)
         trained = [p for p in step.model.parameters() if p.requires_grad]
         optimizer = step.optimizer(trained)
         for _ in range(2):
@@ -304,6 +308,28 @@ def _traced(
                 f"the planner cannot trace it ({type(error).__name__}: {_operation(error)})",
                 "Remove budget:; run.json will show what the run used",
             ) from error
+
+
+def _hold_in_slow_tier(trace: Trace, model: Any) -> None:
+    """From now on the inputs that checkpointed blocks save are copied to the slow tier, and back when they are needed,
+    as under transformers' `activation_checkpointing_kwargs: {offload: true}` on a GPU."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        before, trace.kind = trace.kind, HELD
+        copied = tensor.clone()
+        trace.kind = before
+        return copied
+
+    def held(checkpointed: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.autograd.graph.saved_tensors_hooks(pack, Tensor.clone):
+                return checkpointed(*args, **kwargs)
+
+        return run
+
+    for module in model.modules():
+        if checkpointed := vars(module).get("_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = held(checkpointed)
 
 
 def _operation(error: Exception) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ..files import write_text, writing
+from ..model.reply import through_template
 from .columns import name_columns
 from .files import Table, is_hub, open_bytes, read_table, unreadable
 from .near import near_pairs
@@ -210,7 +211,7 @@ def count_tokens(row: Row, spec: DataSpec, tokenizer: Any) -> int:
     if chat:
         messages = [{"role": role, "content": text} for role, text in row.turns]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = through_template(tokenizer, messages, tokenize=False)
             return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         except Exception:  # a template is a program by someone else; it refuses rows whose roles do not alternate
             pass

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput, nearest
-from ..model.reply import QUESTION_END, ReplyForm, longest_answer, stop_texts
+from ..model.reply import QUESTION_END, ReplyForm, longest_answer, refused_by_template, stop_texts, through_template
 from .columns import Reader
 from .spec import DataSpec
 
@@ -49,8 +49,6 @@ def use_template(spec: DataSpec, tokenizer: PreTrainedTokenizerBase | None) -> N
 
 def check_renders(reader: Reader, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase | None) -> None:
     """BadInput, with file and line, for a row that the chat template refuses. Renders one row per sequence of roles."""
-    from ..model.sampling import refused_by_template
-
     seen: set[tuple] = set()
     for index, row in enumerate(rows):
         messages = row.get("messages") or row.get("prompt")
@@ -62,7 +60,7 @@ def check_renders(reader: Reader, rows: list[dict[str, Any]], tokenizer: PreTrai
             continue
         seen.add(shape)
         try:
-            tokenizer.apply_chat_template(messages, tools=json.loads(row.get("tools") or "null"), tokenize=False)
+            through_template(tokenizer, messages, tools=json.loads(row.get("tools") or "null"), tokenize=False)
         except Exception as error:  # a template is a program by someone else and may raise anything
             raise refused_by_template(reader.table.where(index), error) from None
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from ..errors import BadInput, nearest
 
+LONGEST_LINE, MOST_EMPTY, LARGEST_CSV = 2**23, 1_000_000, 2**31  # bytes of a row, empty lines, bytes of a file
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
@@ -99,9 +100,16 @@ def _jsonl(path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
         with open_bytes(path, packed) as file:
-            for number, line in enumerate(file, 1):
+            empty = 0
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
                 if not line.strip():
+                    empty += 1
+                    if empty > MOST_EMPTY or len(line) > LONGEST_LINE:
+                        raise BadInput(f"read {path}", f"it has more than {MOST_EMPTY:,} empty lines", do)
                     continue
+                if len(line) > LONGEST_LINE:
+                    have = f"it is longer than {LONGEST_LINE // 2**20} MiB"
+                    raise BadInput(f"read {path}, line {number}", have, "Divide the text into rows")
                 try:
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError:
@@ -122,7 +130,10 @@ def _csv(path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any]]]:
 
     try:
         with open_bytes(path, packed) as file:
-            content = file.read()
+            content = file.read(LARGEST_CSV + 1)
+        if len(content) > LARGEST_CSV:
+            have = f"it has more than {LARGEST_CSV // 2**30} GiB{' unpacked' if packed else ''}, which are read at once"
+            raise BadInput(f"read {path}", have, "Write it as JSONL or Parquet")
         content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1

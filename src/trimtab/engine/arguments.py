@@ -16,7 +16,7 @@ from ..contracts import Objective, Stepper
 from ..errors import BadInput, nearest
 from ..recipe import Recipe
 from ..validation import booleans
-from .fields import check_fields
+from .fields import REFUSED, check_fields
 from .optimizers import name_of, require_library
 
 
@@ -37,6 +37,8 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
         if key not in known:
             do = nearest(str(key), known | {"max_minutes"})
             raise BadInput(f'training: "{key}"', f"{cls.__name__} has no such field", do)
+    if values.get("fsdp"):  # its type differs between versions
+        raise BadInput(f"training: fsdp: {str(values['fsdp'])[:60]}", *REFUSED["fsdp"])
     kinds = get_type_hints(cls)
     values = {key: _typed(key, value, kinds[key]) for key, value in values.items()}
     ours = {"output_dir": str(output), "use_cpu": cpu, "disable_tqdm": True, "dataloader_pin_memory": not cpu}
@@ -46,6 +48,16 @@ def training_arguments(recipe: Recipe, cls: type[TrainingArguments], output: Pat
             "training: activation_offloading: true", "on a CPU activations are in RAM already",
             "Set activation_checkpointing: true",
         )  # fmt: skip
+    options = values.get("activation_checkpointing_kwargs") or {}
+    if options.get("offload") and cpu:
+        raise BadInput(
+            "training: activation_checkpointing_kwargs: {offload: true}", "on a CPU activations are in RAM already",
+            "Leave offload out",
+        )  # fmt: skip
+    every = options.get("every_n_layers", 1)
+    if type(every) is not int or every < 1:
+        have = "it must be a whole number of 1 or more: every n-th block is checkpointed"
+        raise BadInput(f"training: activation_checkpointing_kwargs: every_n_layers: {every!r}", have, "Set it to 2")
     values.setdefault("bf16", False)
     if values.get("packing") and values["max_length"] is None and values.get("completion_only_loss") is None:
         raise BadInput("training: packing: true", "max_length is None", "Give max_length")

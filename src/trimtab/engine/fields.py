@@ -30,8 +30,8 @@ load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
 restore_callback_states_from_checkpoint full_determinism seed data_seed accelerator_config dataloader_drop_last
 dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
 dataloader_multiprocessing_context dataloader_in_order remove_unused_columns train_sampling_strategy
-ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
-fsdp_config deepspeed router_aux_loss_coef dataset_num_proc eos_token max_length truncation_mode shuffle_dataset
+ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+deepspeed router_aux_loss_coef dataset_num_proc eos_token max_length truncation_mode shuffle_dataset
 packing packing_strategy padding_free pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss
 loss_type activation_offloading pad_token
 disable_dropout num_generations num_generations_eval max_completion_length ds3_gather_for_generation
@@ -46,6 +46,7 @@ entropy_coef_delta entropy_target off_policy_mask_threshold use_bias_correction_
 _HUB = ("trimtab sends nothing to a hub", "Leave it out, and upload the finished folder with `hf upload`")
 _COMPUTE = "trimtab computes in the model's own dtype, or in bf16"
 _NO_METRICS = "during training trimtab evaluates only the loss, not predictions"
+_SHARD = ("the recipe's place sets whether weights are split over processes", "Set place: {shard: true}")
 _FLAG = "the trimtab command decides what runs"
 _FUSED = ("trimtab has its own fused operations (engine: fused_ops)", "Leave it out")
 _COMPILE = ("trimtab compiles block by block", "Set engine: {compile: true}")
@@ -93,6 +94,7 @@ REFUSED: dict[str, tuple[str, str]] = {  # field -> have, do
     "max_tool_calling_iterations": ("replies call no tools here", "Leave it out"),
     "cast_lm_head_to_fp32": (_COMPUTE + "; log-probabilities are fp32 anyway", "Leave it out"),
     "debug": ("trimtab's trainers have no such hooks", "Leave it out"),
+    "fsdp": _SHARD, "fsdp_config": _SHARD,
     "do_train": (_FLAG, "Run `trimtab train`"), "do_eval": (_FLAG, "Set eval_strategy, or run `trimtab eval`"),
     "do_predict": (_FLAG, "Run `trimtab eval`"),
     "local_rank": ("the launcher sets it", "Start several processes with torchrun"),
@@ -134,6 +136,7 @@ NEEDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "metric_for_best_model": ("load_best_model_at_end", bool, "Set load_best_model_at_end: true"),
     "greater_is_better": ("load_best_model_at_end", bool, "Set load_best_model_at_end: true"),
     "packing_strategy": ("packing", bool, "Set packing: true"),
+    "activation_checkpointing_kwargs": ("activation_checkpointing", bool, "Set activation_checkpointing: true"),
     "optim_target_modules": ("optim", lambda v: "galore" in v or "apollo" in v, "Use a GaLore or APOLLO optimizer"),
 }  # fmt: skip
 

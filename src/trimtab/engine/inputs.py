@@ -59,6 +59,7 @@ def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) 
     """-> a function (patch) that yields the rows which the patch is calibrated with, in batches on `device`, collated
     as in a run: the first ones of `data.train`, or of the patch's own file; for a patch that counts tokens, only their
     ids on the CPU, in parts. BadInput for too little text."""
+    from torch.utils.data import DataLoader
     from transformers import IntervalStrategy
 
     from ..model.load import empty_model
@@ -82,7 +83,11 @@ def calibration_batches(recipe: Recipe, inputs: Inputs, args: Any, device: Any) 
         if patch.counts_tokens:
             yield from ({"input_ids": ids} for ids in token_parts(trainer.train_dataset))
             return
-        for batch in trainer.get_eval_dataloader(trainer.train_dataset):
+        loader = trainer.get_eval_dataloader(trainer.train_dataset)
+        if args.world_size > 1:  # each process reads all rows, so that all choose the same
+            size = own.per_device_eval_batch_size
+            loader = DataLoader(loader.dataset, batch_size=size, collate_fn=loader.collate_fn)
+        for batch in loader:
             yield {key: value.to(device) for key, value in batch.items()}
 
     return batches

@@ -66,7 +66,7 @@ def training_forward(model: PreTrainedModel, objective: Objective, recipe: Recip
     try:
         if recipe.engine.compile:
             _compile(model, swaps)
-        elif recipe.engine.prefetch:
+        elif recipe.engine.prefetch and not recipe.place.shard:
             read_weights_ahead(model, swaps)
         had = vars(model).get("forward")
         model.forward = forward

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..contracts import Objective, Surgery
+from ..errors import BadInput
 from ..model.block_mask import BLOCK
 from ..recipe import Recipe
 from .packed_rows import PackedRows
@@ -28,6 +30,11 @@ class LossCompared:
         if self.applies:
             self._stack.enter_context(head_read(self.model))
             self.before = loss_now(self.model)
+            if not math.isfinite(self.before):
+                self._stack.close()
+                name = type(self.model).__name__
+                have = f"its loss of a test batch is {self.before}: a weight is NaN or infinite, or too large"
+                raise BadInput(f"train {name}", have, "Fetch the model again, or load it in another precision")
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -40,12 +40,13 @@ from ..errors import BadInput
 from ..files import discard, replace_folder, sync, sync_entry, writing
 from ..foreign import admit_quantised
 from ..model.limits import check_dataset, learned_positions
-from ..model.sampling import refused_by_template
+from ..model.reply import refused_by_template
 from ..recipe import Recipe
 from .divergence import mean_of
 from .job import Inputs, Job
 from .packed_rows import PackedRows
 from .prepare import autocast_dtype
+from .sharding import Sharded
 from .tables import ClipsRows
 
 
@@ -55,6 +56,8 @@ class _OurTrainer(ClipsRows):
     arguments: ClassVar[type[TrainingArguments]]  # the dataclass of the fields of `training:`
     job: Job
 
+    sharded: Sharded | None = None  # while the model's parameters are split over the processes
+    lost = False  # whether another process has ended
     grad_norm = 0.0  # of the newest step, before clipping
     start_optimizer: Path | None = None  # optimizer.pt of an earlier run, whose state a new run takes over
     rehearsed: tuple[int, float] | None = None  # number of own rows before those of earlier stages, and their share
@@ -125,6 +128,10 @@ class _OurTrainer(ClipsRows):
             if surgery.offloaded is not None:
                 surgery.offloaded.hold(optimizer)
 
+    def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
+        """Gradients of each micro-batch are reduced at once, so that no process keeps whole ones."""
+        return contextlib.nullcontext()
+
     def step_loss(self) -> float:
         """The mean loss of the current optimizer step over all processes (each must call this)."""
         loss = mean_of(self.step_losses, self.step_summed)
@@ -136,6 +143,7 @@ class _OurTrainer(ClipsRows):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         found = super()._get_grad_norm(model, grad_norm)
+        found = found.full_tensor() if hasattr(found, "full_tensor") else found
         self.grad_norm = 0.0 if found is None else float(found)
         return found
 
@@ -158,13 +166,18 @@ class _OurTrainer(ClipsRows):
             yield
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            before = next(iter(reversed(checkpoints(Path(self.args.output_dir)))), None)
-            adapter.write_adapter(folder, self.job.surgeries, self.job.base, (before,))
+        with self.sharded.whole() if self.sharded else contextlib.nullcontext():
+            if self.args.should_save:
+                folder = Path(output_dir or self.args.output_dir)
+                before = next(iter(reversed(checkpoints(Path(self.args.output_dir)))), None)
+                adapter.write_adapter(folder, self.job.surgeries, self.job.base, (before,))
+
+    def _load(self, folder: str) -> None:
+        with self.sharded.whole(write=True) if self.sharded else contextlib.nullcontext():
+            adapter.load_into(self.job.surgeries, folder, self.job.base)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        adapter.load_into(self.job.surgeries, resume_from_checkpoint, self.job.base)
+        self._load(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Checks the states first: a fused optimizer step with a moment of a wrong shape writes out of bounds."""
@@ -174,7 +187,14 @@ class _OurTrainer(ClipsRows):
             check_scheduler(folder / "scheduler.pt", self.lr_scheduler, self.state.global_step)
         with mapped_loads():
             super()._load_optimizer_and_scheduler(checkpoint)
+        if self.sharded and checkpoint:
+            self.sharded.split_states(getattr(self.optimizer, "optimizer", self.optimizer))
         self._hold(self.optimizer)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        with self.sharded.whole_states(inner) if self.sharded else contextlib.nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         try:
@@ -183,7 +203,7 @@ class _OurTrainer(ClipsRows):
             raise BadInput(f"resume from {checkpoint}", "its random state cannot be read", EARLIER) from error
 
     def _load_best_model(self) -> None:
-        adapter.load_into(self.job.surgeries, str(self.state.best_model_checkpoint), self.job.base)
+        self._load(str(self.state.best_model_checkpoint))
 
     def tokens(self) -> int:
         """Tokens trained on so far, over all processes (each must call this)."""
@@ -211,6 +231,9 @@ class _OurTrainer(ClipsRows):
             with writing(f"write checkpoint {name} to {run}", do):
                 # Trainer's method, not SFTTrainer's, which would write a model card into the run's folder first
                 Trainer._save_checkpoint(self, model, trial)
+                best = run / f"checkpoint-{self.state.best_global_step}"
+                if best.name == name or best.is_dir():  # every process loads it at the end
+                    self.state.best_model_checkpoint = str(best)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     self._publish(run, partial / name)
@@ -228,9 +251,6 @@ class _OurTrainer(ClipsRows):
     def _publish(self, run: Path, whole: Path) -> None:
         """Moves a complete checkpoint into the run's folder, and removes those beyond `save_total_limit`."""
         if self.state.best_global_step:
-            best = f"checkpoint-{self.state.best_global_step}"
-            if best == whole.name or (run / best).is_dir():
-                self.state.best_model_checkpoint = str(run / best)
             self.state.save_to_json(str(whole / STATE))
         write_sums(whole)
         sync(whole)

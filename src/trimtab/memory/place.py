@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 class Place(Block):
     """The two tiers of memory. `fast`: the device that computes: auto (CUDA if there is one, else the CPU), cpu, cuda,
     or one of several, as cuda:1. `slow`: the larger memory below it (auto, ram, disk). `folder`: where the slow tier's
-    files are."""
+    files are. `shard`: under torchrun, each process keeps a share of every weight (FSDP2); `offload`: in host memory.
+    """
 
     short: ClassVar[str] = "fast"
 
     fast: str = "auto"
     slow: Literal["auto", "ram", "disk"] = "auto"
     folder: FileName | None = None
+    shard: bool | Literal["offload"] = False
 
     @property
     def device(self) -> torch.device:

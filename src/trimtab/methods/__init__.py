@@ -29,8 +29,8 @@ class Row:
 TABLE: dict[str, Row] = {
     "paca": Row("paca:PaCA", "patch", "PaCA, QPaCA", "trains r input columns of each weight in place; a 4/8-bit base "
                 "makes it QPaCA", "2503.01905", ("peft", "merged", "gguf", "gguf-lora")),
-    "lora": Row("lora:LoRA", "patch", "LoRA, QLoRA, DoRA", "low-rank adapters, computed by peft", "2106.09685",
-                ("peft", "merged", "gguf", "gguf-lora")),
+    "lora": Row("lora:LoRA", "patch", "LoRA, QLoRA, DoRA, LoRA-FA, VeLoRA", "low-rank adapters, computed by peft; "
+                "two forms keep less of the activations", "2106.09685", ("peft", "merged", "gguf", "gguf-lora")),
     "edora": Row("edora:EDoRA", "patch", "EDoRA", "trains an r x r core between the weight's own singular vectors, and "
                  "each row's norm", "2501.12067", ("peft", "merged", "gguf")),
     "senszoq": Row("senszoq:SensZOQ", "patch", "SensZOQ", "trains the 0.1 % of the weights that matter most, as "

@@ -56,6 +56,7 @@ class EDoRA(LinearPatch):
 
     paper: ClassVar[str] = "2501.12067"
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3}  # of the paper's grid, 1e-4 to 5e-3
+    shards: ClassVar[bool] = True
 
     r: int = 16  # singular vectors per linear; at most its smaller width
     alpha: float = 16.0  # s = alpha / r (the paper's alpha at each rank)

@@ -44,6 +44,8 @@ class Full(Patch):
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-5}
     exclusive_reason: ClassVar[str] = "full fine-tuning changes the base weights, which every other patch needs frozen"
 
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({"offload": "slow"},)
+
     dtype: Literal["fp32", "bf16", "keep"] = "fp32"  # of the weights while they are trained; bf16 loses small updates
     train: str = "all"  # "all", or a regex on parameter paths
     offload: Literal["none", "slow"] = "none"  # slow: weights, gradients and Adam's moments in a mapped file
@@ -51,6 +53,10 @@ class Full(Patch):
     @property
     def uses_tables(self) -> bool:  # type: ignore[override]
         return self.offload == "slow"
+
+    @property
+    def shards(self) -> bool:  # type: ignore[override]
+        return self.offload == "none" and self.train == "all"
 
     @property
     def gradient_reason(self) -> str:  # type: ignore[override]

@@ -8,6 +8,12 @@ The layers are `peft`'s, inserted in place and without a wrapper, so the model r
 On a 4- or 8-bit base this is QLoRA (2305.14314); with `dora` the weight's norm is trained separately from its direction
 (2402.09353).
 
+Two forms keep less for the backward pass. `fa` (LoRA-FA, 2308.03303): A stays as it was drawn, and each linear keeps
+A x, (T, r), instead of x, (T, in). The gradient g of B becomes g (A A^T)^-1 / s^2, s = alpha / r, as in peft's LoRA-FA
+optimizer, but before clipping and for any optimizer. `velora` (VeLoRA, 2405.17991): x is kept as one number for each of
+`velora_groups` groups, and the gradient of A is computed from those; fields and defaults are peft's `VeloraConfig`.
+Linears that read the same input share its code, and x is never rebuilt, as it is in peft.
+
 Ours are: reverting (module by module, and the weights that PiSSA and OLoRA change), random numbers that do not touch
 the global generator, files in PEFT's layout, and, for the plain case (no dropout, no DoRA), one autograd function that
 replaces peft's chain of casts and products. It computes the same sum in the base's precision and saves x, A x and the
@@ -17,10 +23,11 @@ fp32 weights for the backward pass, but no fp32 copy of x. A test compares it wi
 from __future__ import annotations
 
 import copy
-import functools
 import math
+import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +37,15 @@ from ..contracts import Patch, Place, Portable, Surgery
 from ..errors import BadInput
 from ..model import anatomy, quant
 from ..model.freeze import freeze_base
+from ..model.low_rank import Codes, corrected, unit
+from ..model.peft_layers import ADAPTER, bare, dense, forward_of, weighted
 from ..model.surgery import PATCH_MARK, Swaps
 from ..quiet import no_kernel_lookup
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-ADAPTER = "default"  # peft's name for the one adapter of a model
+EMBED = "lora_velora_embed"  # peft's name for VeLoRA's v
 INITS = ("default", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
 
 
@@ -46,6 +55,7 @@ class LoRA(Patch):
 
     paper: ClassVar[str] = "2106.09685"
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-4}  # QLoRA, arXiv 2305.14314, appendix B
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({"fa": True}, {"velora": True})
 
     r: int = 8
     alpha: float | None = None  # None: 2 r
@@ -54,6 +64,11 @@ class LoRA(Patch):
     dora: bool = False
     rslora: bool = False
     init: str = "default"  # as peft's init_lora_weights; "default" is its True
+    fa: bool = False  # LoRA-FA: A stays frozen, and a linear keeps A x instead of its input
+    velora: bool = False  # VeLoRA: a linear keeps one number for each group of its input, for the gradient of A
+    velora_groups: int = 64  # peft's num_groups
+    velora_scale: float = 1.0  # peft's scale: the gradient of A times it
+    velora_init: Literal["batch_average", "batch_average_once", "random"] = "batch_average"  # peft's init_type
     seed: int = 0
 
     def apply(self, model: PreTrainedModel, place: Place) -> LoraSurgery:
@@ -75,7 +90,7 @@ class LoRA(Patch):
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 empty = next(model.parameters()).device.type == "meta"
-                parts = _parts(model)
+                parts = bare(model)
                 inject_adapter_in_model(config, parts, ADAPTER, low_cpu_mem_usage=empty)
             model.peft_config = parts.peft_config
             cast_adapter_dtype(model, ADAPTER)  # A and B in fp32
@@ -88,9 +103,17 @@ class LoRA(Patch):
         return surgery
 
     @property
+    def shards(self) -> bool:  # type: ignore[override]
+        return not (self.dora or self.fa or self.velora) and self.init == "default"
+
+    @property
     def autocast(self) -> bool:
         """peft's own forward uses less memory and is faster under autocast; ours casts by itself."""
         return not self._plain
+
+    @property
+    def gradient_reason(self) -> str:  # type: ignore[override]
+        return "fa and velora change what is kept for gradients, of which it has none" if self.fa or self.velora else ""
 
     @property
     def _plain(self) -> bool:
@@ -122,6 +145,7 @@ class LoRA(Patch):
             raise BadInput(f"lora: alpha: {self.alpha}", "alpha / r scales the adapter", "Set alpha to 16, for example")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"lora: dropout: {self.dropout}", "it is a share, 0 or more and below 1", "Set dropout: 0")
+        self._check_forms(targets)
         if self.init not in INITS and not self.init.startswith("pissa_niter_"):
             raise BadInput(f'lora: init: "{self.init}"', "there is no such init", f"Use one of {', '.join(INITS)}")
         on_cpu = [linear for linear in targets.values() if linear.weight.device.type in ("cpu", "meta")]
@@ -131,6 +155,30 @@ class LoRA(Patch):
             )
         if self._moves_base and any(not linear.weight.is_floating_point() for linear in targets.values()):
             raise BadInput(f'lora: init: "{self.init}"', "the base is quantised", 'Set init to "default"')
+
+    def _check_forms(self, targets: dict[str, nn.Module]) -> None:
+        """BadInput for what `fa` and `velora` cannot be combined with."""
+        stated = [
+            key for key in ("velora_groups", "velora_scale", "velora_init") if vars(self).get(key) != getattr(LoRA, key)
+        ]
+        narrow = min(anatomy.widths(linear)[0] for linear in targets.values())
+        int8 = any(quant.stored_as(linear) == "int8" for linear in targets.values())
+        one, less = "Keep one of the two", "Set velora_groups to a smaller number"
+        faults = {  # asked -> whether it is so, have, do
+            "fa with velora": (self.fa and self.velora, "A is frozen, so its gradient needs no input at all", one),
+            "fa with dora": (self.fa and self.dora, "LoRA-FA's gradient is for B alone, not for a norm beside it", one),
+            "velora with dora": (self.velora and self.dora, "peft computes DoRA, and keeps whole inputs", one),
+            "velora with dropout": (self.velora and self.dropout, "each linear then has an input of its own", one),
+            "velora on an 8-bit base": (self.velora and int8, "peft's own layer keeps whole inputs", "Use nf4 or bf16"),
+            f"{stated[:1]} without velora": (stated and not self.velora, "it would do nothing", "Set velora: true"),
+            f"velora_groups: {self.velora_groups}": (
+                self.velora and not 1 <= self.velora_groups < narrow, f"a linear reads {narrow} numbers a token", less),
+            f"velora_scale: {self.velora_scale}": (
+                not 0 < self.velora_scale < math.inf, "it multiplies the gradient of A", "Set velora_scale: 1"),
+        }  # fmt: skip
+        for asked, (wrong, have, do) in faults.items():
+            if wrong:
+                raise BadInput(f"lora: {asked}", have, do)
 
 
 class LoraSurgery(Surgery):
@@ -155,10 +203,32 @@ class LoraSurgery(Surgery):
         """After peft's layers are inserted: record and adapt them."""
         for name, linear in targets.items():
             self.layers[name] = layer = self.model.get_submodule(name).train(linear.training)
-            layer.__class__ = _weighted(type(layer))
+            layer.__class__ = weighted(type(layer))
             self.swaps.set_attribute(layer, PATCH_MARK, True)
+        codes = self._codes() if self.patch.velora else {}
+        for name, linear in targets.items():
+            layer = self.layers[name]
             if self.patch._plain and quant.stored_as(linear) != "int8":
-                self.swaps.set_attribute(layer, "forward", _forward(layer))
+                self.swaps.set_attribute(layer, "forward", forward_of(layer, codes.get(name), self.patch.velora_scale))
+            if self.patch.fa:
+                a_RI = layer.lora_A[ADAPTER].weight.requires_grad_(False)
+                layer.lora_B[ADAPTER].weight.register_hook(corrected(a_RI, layer.scaling[ADAPTER]))
+
+    def _codes(self) -> dict[str, Codes]:
+        """VeLoRA: by path, what compresses the layer's input; one for all layers that read the same. The first of them
+        keeps a fixed v, under peft's name."""
+        patch, found = self.patch, {}
+        for group in anatomy.shared_input_groups(list(self.layers)):
+            first = self.layers[group[0]]
+            codes = Codes(patch.velora_groups, first.in_features, patch.velora_init, partial(getattr, first, EMBED))
+            if patch.velora_init != "batch_average":
+                v_D = torch.zeros(codes.size, device=first.lora_A[ADAPTER].weight.device)
+                if patch.velora_init == "random" and not v_D.is_meta:
+                    rng = torch.Generator().manual_seed((patch.seed << 20) + zlib.crc32(group[0].encode()))
+                    v_D.copy_(unit(torch.randn(codes.size, generator=rng)))
+                first.register_buffer(EMBED, v_D)
+            found |= dict.fromkeys(group, codes)
+        return found
 
     def _put_back(self, name: str, linear: nn.Module) -> None:
         path, _, leaf = name.rpartition(".")
@@ -178,7 +248,7 @@ class LoraSurgery(Surgery):
                 layer.merge()
                 merged[name] = (layer.base_layer, layer.base_layer.weight.data)
             else:
-                plain = _dense(layer, self.model.dtype)
+                plain = dense(layer, self.model.dtype)
                 merged[name] = (plain, plain.weight.data)
         self.swaps.undo()
         for name, (linear, values) in merged.items():
@@ -190,7 +260,7 @@ class LoraSurgery(Surgery):
             return None
         weight, kept = layer.base_layer.weight, layer.base_layer.weight.data
         if not weight.is_floating_point():
-            return _dense(layer, self.model.dtype).weight.data
+            return dense(layer, self.model.dtype).weight.data
         try:
             weight.data = kept.clone()
             layer.merge()
@@ -223,95 +293,6 @@ class LoraSurgery(Surgery):
         """As peft saves it. When it is loaded, PiSSA and OLoRA are computed again from the same base."""
         if self.patch.init.startswith("pissa_niter"):
             raise BadInput("export lora to peft", "its init was random, and peft cannot repeat it", "Use --to merged")
-        tensors = {f"base_model.model.{name}": tensor.detach() for name, tensor in self.own_tensors().items()}
+        own = {name: tensor.detach() for name, tensor in self.own_tensors().items() if not name.endswith(EMBED)}
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in own.items()}
         return Portable(self._config(), tensors)
-
-
-def _parts(model: PreTrainedModel) -> nn.Module:
-    """The model's modules without its config, so that peft takes the names as they are.
-
-    From the config, peft would conclude that the gate_proj of a dense FFN or of a shared expert means stacked experts,
-    and that Mamba's kernels cannot be adapted; these read the weight that `_Weighted` provides.
-    """
-    parts = nn.Module()
-    vars(parts)["_modules"] = model._modules
-    for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            setattr(parts, name, getattr(model, name))
-    return parts
-
-
-class _Weighted:
-    """Mixed into the class of peft's layer: `weight` is the effective weight, for models that read it themselves."""
-
-    @property
-    def weight(self: Any) -> Tensor:
-        base = self.get_base_layer().weight
-        plain = not self.merged and not self.disable_adapters and not self.lora_variant
-        return base + self.get_delta_weight(ADAPTER).to(base.dtype) if plain and base.is_floating_point() else base
-
-
-@functools.cache
-def _weighted(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_Weighted, kind), {})
-
-
-def _forward(layer: nn.Module) -> Any:
-    """peft's forward, with `_LowRank` if the only active adapter is the plain one."""
-    theirs = layer.forward
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = not args and not kwargs and not layer.disable_adapters and not layer.merged
-        if not plain or layer.active_adapters != [ADAPTER] or not x.is_floating_point():
-            return theirs(x, *args, **kwargs)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        a_RI, b_OR = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        return _LowRank.apply(x, a_RI, b_OR, layer.base_layer, layer.scaling[ADAPTER])
-
-    return forward
-
-
-class _LowRank(torch.autograd.Function):
-    """Equation 3 in x's dtype. T tokens (all leading dimensions), I in, O out, R rank."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a_RI: Tensor, b_OR: Tensor, base: nn.Module, scale: float) -> Tensor:
-        y = quant.product(base, x)
-        x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        low_TR = x_TI @ a_RI.to(x.dtype).T
-        y_TO.addmm_(low_TR, b_OR.to(x.dtype).T, alpha=scale)
-        ctx.save_for_backward(x, low_TR, a_RI, b_OR)
-        ctx.base, ctx.scale = base, scale
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor):
-        x, low_TR, a_RI, b_OR = ctx.saved_tensors
-        x_TI, dy_TO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        slope_TR = (dy_TO @ b_OR.to(dy.dtype)).mul_(ctx.scale)
-        dx = d_a_RI = d_b_OR = None
-        if ctx.needs_input_grad[0]:
-            dx_TI = dy_TO @ quant.dense_weight(ctx.base, dy.dtype)
-            dx = dx_TI.addmm_(slope_TR, a_RI.to(dy.dtype)).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            d_a_RI = (slope_TR.T @ x_TI).to(a_RI.dtype)
-        if ctx.needs_input_grad[2]:
-            d_b_OR = (low_TR.T @ dy_TO).T.to(b_OR.dtype) * ctx.scale
-        return dx, d_a_RI, d_b_OR, None, None
-
-
-def _dense(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    """A plain linear with the de-quantised weight of peft's `layer` and its adapter."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    base, variant = layer.base_layer, layer.lora_variant.get(ADAPTER)
-    weight_OI = dequantize_module_weight(base).float()
-    if variant is None:
-        weight_OI = weight_OI + layer.get_delta_weight(ADAPTER).float()
-    else:
-        weight_OI = variant.merge_safe(layer, ADAPTER, weight_OI)
-    plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(weight_OI.detach().to(dtype), requires_grad=False)
-    plain.bias = base.bias
-    return plain

@@ -45,6 +45,7 @@ class PaCA(LinearPatch):
 
     paper: ClassVar[str] = "2503.01905"
     defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3}
+    shards = property(lambda self: self.form == "side" and not self.reselect_every)  # type: ignore[assignment]
 
     r: int = 8  # columns per linear (section 4: 16 matches LoRA's r 8 in parameters)
     alpha: float | None = None  # s = alpha / r; None: s = 1. Under Adam, s only scales the learning rate

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import WeightConverter, get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from .experts import leaves, mixtures, take_out
+from .hub import opened
 
 FILES = "trimtab_expert_files"  # attribute of a model that was loaded without its experts
 PIECES, PIECE = 64, 64  # of each file in its fingerprint: so many pieces of so many bytes
@@ -70,7 +70,7 @@ class ExpertFiles:
 
     def _opened(self, file: Path) -> Any:
         if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
+            self._open[file] = opened(file)
         return self._open[file]
 
     def _found(self) -> dict[str, tuple[Any, dict[str, list[str]]]]:

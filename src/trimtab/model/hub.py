@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import BadInput, nearest
 from ..files import whole_folder, write_text
@@ -134,8 +135,6 @@ def read_json(path: Path, asked: str) -> dict:
 
 
 def _count_tensors(folder: Path, shard: str, asked: str) -> int:
-    from safetensors import SafetensorError, safe_open
-
     file = folder / shard
     if Path(shard).name != shard:
         raise BadInput(asked, f'its index names a file outside the folder, "{shard}"', "Do not use this model")
@@ -145,11 +144,20 @@ def _count_tensors(folder: Path, shard: str, asked: str) -> int:
         if other and not other[0].endswith(".gguf"):
             do = f"Save it as safetensors first, since {other[0]} is a pickle and may run code"
         raise BadInput(asked, f"it has no {shard}", do)
+    with opened(file, asked, "numpy") as tensors:
+        return len(tensors.keys())
+
+
+def opened(file: Path, asked: str = "", framework: str = "pt") -> Any:
+    """A model's file of tensors; BadInput for a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with safe_open(file, framework="numpy") as opened:
-            return len(opened.keys())
+        return safe_open(file, framework=framework)
     except (SafetensorError, OSError) as error:
-        raise BadInput(asked, f"{shard} is damaged ({error})", "Fetch the model again") from None
+        raise BadInput(
+            asked or f"model: {file.parent}", f"{file.name} is damaged ({error})", "Fetch the model again"
+        ) from None
 
 
 def _from_hub(name: str, revision: str | None, code: bool) -> Path:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -37,7 +36,7 @@ from ..quiet import quiet
 from . import anatomy
 from .expert_files import FILES, ExpertFiles, whole, without_experts
 from .experts import mixtures, taken_out
-from .hub import Say, cached_folder
+from .hub import Say, cached_folder, opened
 from .quant import quantise_empty
 from .spec import ModelSpec
 from .vocabulary import TOKENIZER
@@ -171,7 +170,7 @@ def assembled(model: PreTrainedModel, spec: ModelSpec) -> list[torch.nn.Paramete
         return []
     there: set[str] = set()
     for file in config_folder(spec).glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
+        with opened(file) as tensors:
             there.update(tensors.keys())
     return [
         parameter for name, parameter in model.named_parameters()
@@ -193,8 +192,8 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
     """The dtype of the floating-point tensors in a model's first file; None if there is no file."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            kinds = (names.get(opened.get_slice(key).get_dtype()) for key in opened.keys())
+        with opened(file) as tensors:
+            kinds = (names.get(tensors.get_slice(key).get_dtype()) for key in tensors.keys())
             return next((kind for kind in kinds if kind is not None), None)
     return None
 

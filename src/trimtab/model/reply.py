@@ -12,6 +12,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ..errors import BadInput
+from ..process.time_limit import time_limit
+
+RENDERING = 10.0  # seconds that a chat template may take for one conversation
 
 QUESTION_END = "\n"  # between a question and its answer if no chat template is used
 LONGEST = 1_000_000  # tokens: a recorded length beyond this is invalid
@@ -88,7 +91,7 @@ def _turn_end(tokenizer: Any) -> tuple[int | None, str]:
         return None, ""
     turns = [{"role": "user", "content": USER}, {"role": "assistant", "content": ASSISTANT}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = through_template(tokenizer, turns, tokenize=False)
     except Exception:  # a template can raise anything; it may refuse this and accept the user's rows
         return None, ""
     _, found, after = text.rpartition(ASSISTANT)
@@ -110,3 +113,19 @@ def longest_answer(tokenizer: Any, answers: list[list[str]], most: int | None = 
     if most is not None and len(texts) > most:
         texts = sorted(texts, key=lambda text: -len(text.encode()))[:most]
     return max((len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]), default=0) if texts else 0
+
+
+def through_template(tokenizer: Any, messages: Any, **options: Any) -> Any:
+    """`tokenizer.apply_chat_template`, with a time limit: a template is a program by someone else, and may raise
+    anything or never end."""
+    with time_limit(RENDERING):
+        return tokenizer.apply_chat_template(messages, **options)
+
+
+def refused_by_template(what: str, error: Exception) -> BadInput:
+    """The error for messages of `what` ("d.jsonl, line 3") that the chat template refuses."""
+    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    return BadInput(
+        f"put {what} through the chat template", f"the template refuses it ({reason})",
+        "Use roles and an order that the template supports, or set data.chat_template",
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from transformers import (
 from ..errors import BadInput, nearest
 from .kv_cache import attending, chunk_of
 from .limits import check_ids, learned_positions
-from .reply import ReplyForm, stop_ids
+from .reply import ReplyForm, refused_by_template, stop_ids, through_template
 
 Prompt = str | list[dict[str, Any]]  # text, or the messages of a conversation
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -44,8 +44,8 @@ def prompt_ids(
         ids = list(whole if start is None else whole[: start + len(plain)])
     else:
         try:
-            encoded = tokenizer.apply_chat_template(
-                prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
+            encoded = through_template(
+                tokenizer, prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
             )
         except Exception as error:  # a template can raise anything
             raise refused_by_template("a prompt", error) from None
@@ -55,15 +55,6 @@ def prompt_ids(
     if not ids:
         raise BadInput(f"reply to {prompt!r}", "it has no tokens, and the tokenizer no bos token", "Give a longer one")
     return ids
-
-
-def refused_by_template(what: str, error: Exception) -> BadInput:
-    """The error for messages of `what` ("d.jsonl, line 3") that the chat template refuses."""
-    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-    return BadInput(
-        f"put {what} through the chat template", f"the template refuses it ({reason})",
-        "Use roles and an order that the template supports, or set data.chat_template",
-    )  # fmt: skip
 
 
 def check_generation(values: dict[str, Any]) -> dict[str, Any]:

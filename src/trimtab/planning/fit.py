@@ -13,6 +13,7 @@ from ..recipe import Recipe
 from .plan import Plan, plan
 
 MICRO, TIMES, CHECKPOINTING = "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing"
+KWARGS = f"{CHECKPOINTING}_kwargs"
 TIMES_HALVED = 4
 
 

@@ -41,12 +41,13 @@ WHY = {
     "temporaries": "what the backward pass allocates and frees",
 }
 TABLES, EXPERTS = "rows in the slow tier", "experts in the slow tier"
-OFFLOADED = "training state in the slow tier"
+OFFLOADED, HELD = "training state in the slow tier", "activations in the slow tier"
 SLOW = {
     "mapped weights": "base weights in their file's precision, mapped from the file",
     TABLES: "an adapter's table, with its gradients and Adam's state",
     EXPERTS: "the base's experts, one record each",
     OFFLOADED: "trained weights, their gradients and Adam's moments, in a file",
+    HELD: "what checkpointed blocks keep for the backward pass, in RAM",
 }
 USED = 0.95  # of the budget: a plan is not more exact
 TIERS = "fast: memory that budget.fast limits, of the process or a GPU; slow: larger memory below it, files or RAM"

@@ -1,10 +1,11 @@
 """`trimtab plan --search`: plans combinations of methods and settings, and ranks those that fit.
 
 It combines methods, micro-batches (at an equal effective batch), activation checkpointing, precisions of the base and
-chunks of the loss, and plans each combination. Settings in the recipe (a precision, checkpointing, a chunk) are not
-changed. Combinations that fit are ranked by predicted speed, then by the number of trained parameters; how well a
-method learns is not known here. If back-propagation fits with none of them, the stepper mezo is tried, which needs the
-least memory and learns far more slowly.
+chunks of the loss, and plans each combination. For the best methods it then tries what lies between no checkpointing
+and checkpointing of all blocks. Settings in the recipe (a precision, checkpointing, a chunk) are not changed.
+Combinations that fit are ranked by predicted speed, then by the number of trained parameters; how well a method learns
+is not known here. If back-propagation fits with none of them, the stepper mezo is tried, which needs the least memory
+and learns far more slowly.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from ..memory.budget import gib
 from ..quiet import silence_libraries
 from ..recipe import RENAMED, Recipe
 from . import calibrate
-from .fit import CHECKPOINTING, MICRO, TIMES, halves
+from .fit import CHECKPOINTING, KWARGS, MICRO, TIMES, halves
 from .plan import Plan, foreseen, plan, process_bytes
 
 PRECISIONS, USUAL = ("bf16", "nf4", "fp32", "int8"), 2  # the first two win unless the processor lacks bf16
 SMALL_CHUNK = 32  # positions; the loss's own choice is 128 or more
-MOST, MOST_CHUNKS = 60, 2  # combinations that are planned, and how many of them again with the small chunk
+MOST, MOST_CHUNKS = 48, 2  # combinations that are planned, and how many of them again with the small chunk
+MOST_BETWEEN = 3  # methods (on a precision) of which the ways between are planned
+EVERY = (4, 2)  # blocks of which one is checkpointed, between none and all
 MEZO = "mezo"
 ALIKE = 1.05  # speeds within this factor count as equal; then the number of trained parameters decides
 
@@ -55,11 +58,24 @@ class Candidate:
     def fits(self) -> bool:
         return self.plan is not None and self.plan.fits
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """`every_n_layers` and `offload`, if it checkpoints with them."""
+        return (self.recipe.training.get(KWARGS) or {}) if self.checkpointing else {}
+
+    @property
+    def blocks(self) -> str:
+        """Which blocks are checkpointed, in four letters at most: "no", "yes", "1/2" of them; "+off" with offload."""
+        every, offload = self.how.get("every_n_layers", 1), self.how.get("offload", False)
+        which = "no" if not self.checkpointing else "yes" if every == 1 else f"1/{every}"
+        return "off" if offload and every == 1 else which + ("+" if offload else "")
+
     def to_dict(self) -> dict[str, Any]:
         assert self.plan is not None
         speed = self.plan.tokens_per_second
         return {
             "method": self.method, "micro_batch": self.micro_batch, "activation_checkpointing": self.checkpointing,
+            **({KWARGS: self.how} if self.how else {}),
             "precision": self.precision, "chunk": self.chunk, "fast_peak_bytes": self.plan.fast_peak_bytes,
             "slow_bytes": self.plan.slow_bytes, "tokens_per_second": speed and round(speed, 2),
             "trained": self.plan.trained, "fits": self.fits,
@@ -95,7 +111,7 @@ class Found:
         for c in self.candidates:
             assert c.plan is not None
             yield (
-                f"{c.method:<{wide}} {c.micro_batch:>5} {_word(c.checkpointing):<4} {c.precision:<4} "
+                f"{c.method:<{wide}} {c.micro_batch:>5} {c.blocks:<4} {c.precision:<4} "
                 f"{c.chunk or '':>5} {gib(c.plan.fast_peak_bytes):>11} "
                 f"{_speed(c.plan):>9} {c.plan.trained:>13,}  {_word(c.fits)}"
             )
@@ -157,11 +173,12 @@ def search(
         logits = [c for c in tried if c.plan is not None and c.plan.kinds.get("logits")]
         logits.sort(key=lambda c: (c.fits, c.plan.fast_peak_bytes if c.plan else 0))
         chunked = _plan_all([_with_chunk(c, SMALL_CHUNK) for c in logits[:MOST_CHUNKS]], workers, options)
-    if recipe.stepper == "backprop" and not any(c.fits for c in (*tried, *chunked)):
+    between = _plan_all(list(_between(recipe, tried)), workers, options)
+    if recipe.stepper == "backprop" and not any(c.fits for c in (*tried, *between, *chunked)):
         last = [c for c in _plan_all(list(_without_gradients(recipe)), workers, options) if c.plan is not None]
         notes += [_about_mezo(recipe)] if any(c.fits for c in last) else []
         tried += last
-    planned = [c for c in (*tried, *chunked) if c.plan is not None]
+    planned = [c for c in (*tried, *between, *chunked) if c.plan is not None]
     refused = [c for c in tried if c.plan is None]
     notes += dict.fromkeys(f"not possible: {c.method} on {c.precision}: {c.refused}" for c in refused)
     if left_out > 0:
@@ -194,32 +211,70 @@ def check_free(path: Path, overwrite: bool) -> None:
 def _combinations(recipe: Recipe) -> Iterator[Candidate]:
     """The extremes first (the whole batch at once; the smallest micro-batch with checkpointing), on the precisions that
     are usually best; then the other precisions, then what lies between."""
-    values = recipe.training_values()
-    whole = values[MICRO] * values.get(TIMES, 1)
-    sizes = [whole, *halves(whole)]
-    sizes = sizes if len(sizes) <= 4 else [*sizes[:3], sizes[-1]]
-    ways = (
-        [values[CHECKPOINTING]] if {CHECKPOINTING, "gradient_checkpointing"} & recipe.training.keys() else [False, True]
-    )
+    sizes = _sizes(recipe)
+    ways = [False, True] if _way_is_free(recipe) else [recipe.training_values()[CHECKPOINTING]]
     ends = list(dict.fromkeys([(sizes[0], ways[0]), (sizes[-1], ways[-1])]))
     between = [(size, again) for again in ways for size in sizes if (size, again) not in ends]
     free = recipe.model.precision == "auto"
     groups = (PRECISIONS[:USUAL], PRECISIONS[USUAL:]) if free else ((recipe.model.precision,),)
-    stated = {RENAMED.get(key, key): value for key, value in recipe.training.items()}  # methods differ in defaults
     for variants in (ends, between):
         for group, (size, again) in itertools.product(groups, variants):
             for precision, (name, patches) in itertools.product(group, _methods(recipe)):
-                training = {**stated, MICRO: size, TIMES: whole // size, CHECKPOINTING: again}
                 model = dataclasses.replace(recipe.model, precision=precision)
-                changed = dataclasses.replace(recipe, patches=patches, training=training, model=model)
-                yield Candidate(name, size, again, precision, _chunk(recipe), changed)
+                changed = dataclasses.replace(recipe, patches=patches, model=model)
+                yield _trained(Candidate(name, size, again, precision, _chunk(recipe), changed), size, again)
+
+
+def _sizes(recipe: Recipe) -> list[int]:
+    """Micro-batches, from the whole batch down."""
+    values = recipe.training_values()
+    whole = values[MICRO] * values.get(TIMES, 1)
+    sizes = [whole, *halves(whole)]
+    return sizes if len(sizes) <= 4 else [*sizes[:3], sizes[-1]]
+
+
+def _way_is_free(recipe: Recipe) -> bool:
+    return not {CHECKPOINTING, "gradient_checkpointing"} & recipe.training.keys()
+
+
+def _trained(candidate: Candidate, size: int, again: bool, **how: Any) -> Candidate:
+    """The candidate, not yet planned, with micro-batches of `size` and checkpointing, under the options `how`."""
+    recipe = candidate.recipe
+    whole = _sizes(recipe)[0]
+    stated = {RENAMED.get(key, key): value for key, value in recipe.training.items()}  # methods differ in defaults
+    training = {**stated, MICRO: size, TIMES: whole // size, CHECKPOINTING: again, **({KWARGS: how} if how else {})}
+    changed = dataclasses.replace(recipe, training=training)
+    return dataclasses.replace(candidate, micro_batch=size, checkpointing=again, plan=None, recipe=changed)
+
+
+def _between(recipe: Recipe, tried: list[Candidate]) -> Iterator[Candidate]:
+    """For the best methods that fit somewhere, but not with the whole batch at once and no checkpointing: every n-th
+    block checkpointed, on a GPU also with offloading, at the whole batch and at half of it."""
+    options = {KWARGS, "gradient_checkpointing_kwargs"}
+    if not _way_is_free(recipe) or options & recipe.training.keys() or not recipe.load_stepper().uses_gradients:
+        return
+    sizes = _sizes(recipe)[:2]
+    planned = {(c.method, c.precision, c.micro_batch, c.checkpointing): c for c in tried if c.plan is not None}
+    fits = sorted((c for c in planned.values() if c.fits), key=_rank)
+    chosen = {(c.method, c.precision): c for c in reversed(fits)}
+    best = sorted(chosen.values(), key=_rank)
+    best = [c for c in best if (whole := planned.get((c.method, c.precision, sizes[0], False))) and not whole.fits]
+    ways: list[dict[str, Any]] = [{"every_n_layers": every} for every in EVERY]
+    if recipe.place.device.type != "cpu":
+        ways += [{"offload": True}]
+    for found in best[:MOST_BETWEEN]:
+        for size in sizes:
+            for again in (False, True):
+                if (found.method, found.precision, size, again) not in planned:
+                    yield _trained(found, size, again)
+            yield from (_trained(found, size, True, **how) for how in ways)
 
 
 def _without_gradients(recipe: Recipe) -> Iterator[Candidate]:
     """Every method with the stepper mezo: the whole batch at once, and the smallest micro-batch. Fields of `training:`
     that belong to back-propagation, its learning rate among them, are left out."""
     mezo = methods.find(MEZO, "stepper")
-    others = {"optim", CHECKPOINTING, *mezo.ignored, *mezo.defaults}
+    others = {"optim", CHECKPOINTING, KWARGS, *mezo.ignored, *mezo.defaults}
     stated = {key: value for key, value in recipe.training.items() if RENAMED.get(key, key) not in others}
     values = recipe.training_values()
     whole = values[MICRO] * values.get(TIMES, 1)
@@ -243,10 +298,18 @@ def _about_mezo(recipe: Recipe) -> str:
 
 
 def _methods(recipe: Recipe) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(name, patches): those of the recipe, and each training patch of the table with its defaults."""
+    """(name, patches): those of the recipe; each training patch of the table, with its defaults and as its variants."""
     own = [(" + ".join(next(iter(entry)) for entry in recipe.patches), recipe.patches)] if recipe.patches else []
-    others = methods.names("patch", "train")
-    return own + [(name, [{name: {}}]) for name in others if [{name: {}}] != recipe.patches]
+    found = {name: {name: {}} for name in methods.names("patch", "train")}
+    for name in list(found):
+        for fields in methods.find(name).variants:
+            found[f"{name} {_form(fields)}"] = {name: dict(fields)}
+    return own + [(name, [entry]) for name, entry in found.items() if [entry] != recipe.patches]
+
+
+def _form(fields: dict[str, Any]) -> str:
+    """What a variant is called: "fa", "offload: slow"."""
+    return ", ".join(key if value is True else f"{key}: {value}" for key, value in fields.items())
 
 
 def _chunk(recipe: Recipe) -> int | None:
@@ -285,7 +348,7 @@ def _word(yes: bool) -> str:
 
 def _described(candidate: Candidate) -> str:
     parts = [candidate.method, f"micro-batch {candidate.micro_batch}", candidate.precision]
-    parts += ["checkpointing"] if candidate.checkpointing else []
+    parts += [f"checkpointing ({candidate.blocks})"] if candidate.how else ["checkpointing"] * candidate.checkpointing
     return ", ".join(parts)
 
 

@@ -101,7 +101,7 @@ class PlannedStep(PlannedModel):
                 self.stepper.backward, self.optimizer, self.kind_of, self._evaluation(tokens),
                 micro_batches=self.args.gradient_accumulation_steps, clip=self.args.max_grad_norm or 0.0,
                 counted=None if counted is None else rows * counted, clock=clock,
-                full_rows=bool(getattr(self.args, "packing", False)),
+                full_rows=bool(getattr(self.args, "packing", False)), offload=self._offloads,
             ), fake=not self.real)  # fmt: skip
         if rates is not None and not self.real:
             cost = self._with_row_updates(cost, rates)
@@ -184,15 +184,17 @@ class PlannedStep(PlannedModel):
 
         return autocast_dtype(self.surgeries, self.dtype, self.args.bf16)
 
+    @property
+    def _offloads(self) -> bool:
+        options = self.args.activation_checkpointing_kwargs or {}
+        return self.args.activation_checkpointing and bool(options.get("offload"))
+
     def _checkpointing(self) -> None:
         if not self.args.activation_checkpointing:
             return
         options = dict(self.args.activation_checkpointing_kwargs or {})
         every = options.pop("every_n_layers", 1)
-        if options.pop("offload", False):
-            raise BadInput(
-                "plan activation checkpointing with offload", "the planner does not support it yet", "Remove it"
-            )
+        options.pop("offload", False)  # traced by cost/trace.py
         self.model.activation_checkpointing_enable(
             activation_checkpointing_kwargs=options or None, every_n_layers=every
         )

@@ -123,7 +123,9 @@ class Steps(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         for surgery in self.surgeries:
             surgery.before_step(state.global_step)
-        if state.global_step == self.first + 1:  # the second step: optimizer state exists, warm-up is over
+        if (
+            state.global_step == self.first + 1 and not self.trainer.sharded
+        ):  # the second step: optimizer state exists, warm-up is over
             # `own_tensors` of a table would bring its rows up to date, which other steps do not do
             own = [t for surgery in self.surgeries if not surgery.stores for t in surgery.own_tensors().values()]
             tables = [t for surgery in self.surgeries for store in surgery.stores for t in store.mapped()]
@@ -275,6 +277,7 @@ class StopOnInterrupt(TrainerCallback):
 
     def __init__(self, say: Say):
         self.say, self.requested = say, False
+        self.number = signal.SIGINT  # the signal that was received
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnInterrupt:
@@ -290,7 +293,7 @@ class StopOnInterrupt(TrainerCallback):
     def _request(self, number: int, frame: Any) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.number = True, signal.Signals(number)
         self.say("Stopping: finishing this step and writing a checkpoint (again to stop at once)")
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -29,6 +29,7 @@ from ..engine.objectives import arguments_class
 from ..engine.patching import apply_patches, prepare, revert, without_stand_ins
 from ..engine.prepare import autocast_dtype, restore_model, training_forward
 from ..engine.rehearsal import Rehearsal
+from ..engine.sharding import require_shardable, sharded
 from ..engine.start import LossCompared, checked
 from ..engine.tables import notes_of
 from ..engine.trainers import Job, remove_printing
@@ -41,6 +42,15 @@ from .progress import Live, MetricsFile, SamplesFile, SaveLast, Steps, StopAtLim
 from .time_limit import StopAtTime
 
 Say = Callable[[str], None]
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket Timeout",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)  # of errors of gloo and NCCL
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,9 @@ class Ended:
 
     step: int
     wanted: int
-    why: str = ""  # "" (done), "interrupt", "time", "budget", "machine", "diverged", "refused" (an allocation failed)
+    why: str = (
+        ""  # "" (done), "interrupt", "time", "budget", "machine", "diverged", "lost" (another process), "refused"
+    )
     mean_loss: float = 0.0
     diverged: Diverged | None = None
     failed: Stopped | None = None  # of what the user provides, a reward function say
@@ -182,6 +194,8 @@ class Session:
     def _arguments(self) -> Any:
         cls = arguments_class(self.objective)
         args = training_arguments(self.recipe, cls, self.output, self.place.device.type == "cpu")
+        if self.recipe.place.shard:
+            require_shardable(self.recipe, args)
         check_optimizer(self.recipe, args)
         return args
 
@@ -230,6 +244,7 @@ class Session:
         self.steps = Steps(self.surgeries, meter, self.model, self.as_loaded)
         self.steps.trainer = trainer
         live, interrupt = Live(self.steps, self.say, self.quiet, limit), StopOnInterrupt(self.say)
+        self.interrupt = interrupt
         if self.main:
             meter.timeline = self.output / "memory.jsonl"
             trainer.add_callback(MetricsFile(self.output / "metrics.jsonl"))
@@ -245,7 +260,8 @@ class Session:
         if self.recipe.engine.stop_if_diverged:
             trainer.add_callback(StopIfDiverged(trainer, chance_of(self.model, self.rows.labels, self.rows.regression)))
         why, loss, diverged, failed = "", 0.0, None, None
-        with training_forward(self.model, self.objective, self.recipe), interrupt:
+        split = sharded(trainer, self.model, self.recipe, self.place.device, self.main)
+        with split, training_forward(self.model, self.objective, self.recipe), interrupt:
             try:
                 with hard_limit(limit, self.place.device, meter) if hard and limit else contextlib.nullcontext():
                     loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
@@ -256,9 +272,12 @@ class Session:
                 if trainer.state.global_step > self.steps.first:
                     trainer.save_complete()
             except Exception as error:
-                if not ran_out(error, hard):
+                if ran_out(error, hard):
+                    why = "refused"
+                elif self.args.world_size > 1 and any(text in str(error) for text in LOST):
+                    why, trainer.lost = "lost", True
+                else:
                     raise
-                why = "refused"
             finally:
                 self.steps.end_live()
                 live.close()

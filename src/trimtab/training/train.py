@@ -203,7 +203,14 @@ def _stopped(session: Session, ended: Ended, made: Plan | None, hard: bool) -> E
     if ended.why == "time":
         return session.timer.stopped(at, left[-1], session.resumed)
     if ended.why == "interrupt":
-        return Interrupted(f"stopped after {at}", f"{left[-1]} is complete", "Continue with resume=true")
+        stopped = Interrupted(f"stopped after {at}", f"{left[-1]} is complete", "Continue with resume=true")
+        stopped.exit_code = 128 + session.interrupt.number
+        return stopped
+    if ended.why == "lost":
+        have = f"{left[-1]} is complete" if left else "no checkpoint had been written yet"
+        how = "resume=true" if left else "overwrite=true, and set save_strategy: steps"
+        asked = f"step {ended.step + 1} of {ended.wanted} in {session.args.world_size} processes"
+        return Stopped(asked, f"another process has ended or cannot be reached; {have}", f"Start all again with {how}")
     if ended.failed:
         have = f"{left[-1]} is complete" if left else "no checkpoint had been written yet"
         return type(ended.failed)(ended.failed.asked, f"{ended.failed.have}; {have}", ended.failed.do)
