@@ -197,10 +197,10 @@ def test_rewards_train(objective, device, tmp_path):
 @whole_runs
 @pytest.mark.parametrize("name", ["lora", "paca", "meft", "full"])
 def test_a_plan_covers_what_the_gpu_allocated(name, device, tmp_path):
-    """A Llama large enough that its own tensors decide, 25 million parameters."""
+    """On a GPU with a Llama large enough that its own tensors decide, of 25 million parameters."""
     world = make_world(tmp_path)
     wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
-    folder = tiny_llama(tmp_path / "wide", **wide)
+    folder = tiny_llama(tmp_path / "wide", **(wide if device == "cuda" else {}))
     fields = {"lora": {"r": 8}, "paca": {"r": 8}, "meft": {"r": 1024}, "full": {}}[name]
     keys = tree(world, tmp_path / "run", {name: fields}, max_steps=4, per_device_train_batch_size=8)
     recipe = trimtab.Recipe.from_dict({**keys, "model": str(folder), "place": {"fast": device}})

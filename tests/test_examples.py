@@ -172,7 +172,7 @@ def test_demo(measured, folders, tmp_path, monkeypatch, capsys):
     if measured:
         monkeypatch.setattr("trimtab.planning.plan.known_rates", lambda device="auto": flat())
     for name, value in {"MODEL": folders["causal-lm"], "FACTS": 20, "STEPS": 3, "BATCH": 2,
-                        "FOLDER": tmp_path / "demo"}.items():  # fmt: skip
+                        "BUDGET": "4GiB", "FOLDER": tmp_path / "demo"}.items():  # fmt: skip  # this process has more
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "know_machine", lambda: None)  # a minute of measuring
     demo.main()
