@@ -106,7 +106,7 @@ def test_rows_at_work():
     surgery = Meft(r=64, experts=16, probes=3, k=5).apply(model, Place(fast="cpu"))
     adapter = next(iter(surgery.adapters.values()))
     h_TD = torch.randn(6, 64)
-    probed_TP, _ = adapter.router.route(h_TD)
+    probed_TP = adapter.router.route(h_TD).probed_TP
     for tokens, parts in ((None, [slice(0, 6)]), (2, [slice(0, 2), slice(2, 4), slice(4, 6)])):
         with fast_memory.Rows(tokens) as rows:
             adapter(h_TD, h_TD).sum().backward()

@@ -69,7 +69,7 @@ def test_reads_are_told_by_token():
     up = sum(store.traffic.up - was for store, was in zip(surgery.stores, before, strict=True))
     assert found["tokens"] == ids.numel() + 3 * len(ids), "each later token passes alone, and the last one not at all"
     assert found["store_up_bytes_per_token"] == up // found["tokens"] > 0
-    assert found["store_rows_per_token"] > 0 and found["store_hit_rate"] == 0 and "MiB" in summary(found)
+    assert found["store_rows_per_token"] > 0 and found["store_hit_rate"] == 0 and "KiB read per token" in summary(found)
     assert len(model.get_input_embeddings()._forward_pre_hooks) == hooks
     with reading(model, []) as reads:
         model(input_ids=ids)
