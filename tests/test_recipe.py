@@ -157,7 +157,8 @@ model: x
 data: {train: t.jsonl, columns: {prompt: on}, system: no, chat: off}
 engine: {fused_ops: no, compile: on}
 training: {run_name: yes, packing: no, lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6},
-           activation_checkpointing: yes, activation_checkpointing_kwargs: {use_reentrant: no}, save_strategy: no, eval_strategy: false}
+           activation_checkpointing: yes, activation_checkpointing_kwargs: {use_reentrant: no}, save_strategy: no,
+           eval_strategy: false}
 """, "recipe"))  # fmt: skip
     assert recipe.data.columns == {"prompt": "on"} and recipe.data.system == "no" and recipe.data.chat is False
     assert recipe.engine.fused_ops is False and recipe.engine.compile is True
