@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import torch
 import torch.distributed as dist
 
 import trimtab
+from helpers_run import make_world, rows, write_rows
 from trimtab.errors import TrimtabError
+
+ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3}
 
 
 def torchrun(folder: Path, jobs: list[dict[str, Any]], timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -34,6 +38,23 @@ def torchrun(folder: Path, jobs: list[dict[str, Any]], timeout: float = 300) -> 
                 process.wait(60)
         err.seek(0)
         return subprocess.CompletedProcess(command, process.returncode, "", err.read())
+
+
+def even_world(folder: Path) -> Path:
+    """`folder` with `make_world` in "world", and rows that two processes share evenly."""
+    (folder / "world").mkdir()
+    make_world(folder / "world")
+    write_rows(folder / "even.jsonl", rows(16))
+    return folder
+
+
+def runs_of_two(recipe: Callable[..., dict[str, Any]], folder: Path, name: str) -> list[dict[str, Any]]:
+    """Jobs for two processes: a run ("two"), one with Adam ("adam"), and the same stopped and resumed ("again")."""
+    half = recipe(folder, name, "again", 2, **ADAM)
+    return [
+        recipe(folder, name, "two", 2), recipe(folder, name, "adam", 2, **ADAM),
+        {**half, "training": {**half["training"], "max_steps": 2}}, {**half, "resume": True},
+    ]  # fmt: skip
 
 
 def environment() -> dict[str, str]:

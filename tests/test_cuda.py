@@ -23,7 +23,7 @@ from trimtab.model.kv_cache import attending
 from trimtab.tiered.prefetch import Reader
 from trimtab.tiered.record import GRADS, VALUES
 from trimtab.tiered.store import TieredStore
-from world import CASES, LEARNING_RATE
+from world import CASES, LEARNING_RATE, train
 
 GPU = torch.cuda.is_available()
 pytestmark = [
@@ -54,21 +54,9 @@ def steps(device: str, name: str, place: Place, count: int = 3) -> tuple[list[fl
     """Losses of `count` steps of a method on a tiny Llama, and its own tensors after them, on the CPU."""
     model = MODELS["llama"]().to(device)
     surgery = methods.find(name)(**CASES[name]).apply(model, place)
-    batch = on(device, tiny_batch(model))
     if surgery.patch.calibration_rows:
         surgery.calibrate([on(device, tiny_batch(model, seed=seed)) for seed in (1, 2)])
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE / 10, eps=1e-4)
-    losses = []
-    surgery.begin(count)
-    for step in range(count):
-        surgery.before_step(step)
-        loss = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        surgery.after_step(step, optimizer)
-        losses.append(loss.item())
+    losses = train(model, surgery, count, LEARNING_RATE / 10, eps=1e-4)
     return losses, {key: tensor.detach().cpu().clone() for key, tensor in surgery.own_tensors().items()}
 
 

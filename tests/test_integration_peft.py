@@ -184,6 +184,13 @@ def test_mistakes_are_refused(name, fields, said):
     assert snapshot(model)["text"] == before["text"]
 
 
+def test_tables_are_not_shared_between_processes(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(BadInput, match="shares a table between processes"):
+        get_peft_model(MODELS["llama"](), config("meft"))
+
+
 def test_an_edora_of_another_base_is_refused(tmp_path):
     get_peft_model(MODELS["llama"](), config("edora")).save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="singular vectors"):

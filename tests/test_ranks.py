@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import trimtab
-from helpers_run import make_world, metrics, rows, tree, write_rows
-from helpers_torchrun import torchrun
+from helpers_run import metrics, tree
+from helpers_torchrun import even_world, runs_of_two, torchrun
 from trimtab.artifacts.adapter import read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,16 +38,8 @@ def recipe(folder: Path, name: str, run: str, batch: int, **training: Any) -> di
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs of one process ("one"), of two ("two"), and of two that resume ("adam", "again")."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "world").mkdir()
-    make_world(folder / "world")
-    write_rows(folder / "even.jsonl", rows(16))
-    jobs = []
-    for name in PATCHES:
-        adam = {"optim": "adamw_torch", "learning_rate": 1e-3}
-        jobs += [recipe(folder, name, "two", 2), recipe(folder, name, "adam", 2, **adam)]
-        half = recipe(folder, name, "again", 2, **adam)
-        jobs += [{**half, "training": {**half["training"], "max_steps": 2}}, {**half, "resume": True}]
+    folder = even_world(tmp_path_factory.mktemp("ranks"))
+    jobs = [job for name in PATCHES for job in runs_of_two(recipe, folder, name)]
     gates = {"diff_pruning": {"density": 0.02, "candidates": 0.2}}
     done = torchrun(folder, [*jobs, {**recipe(folder, "lora", "refused", 2), "patches": [gates]}])
     assert done.returncode == 0, done.stderr[-3000:]

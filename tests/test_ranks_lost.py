@@ -16,8 +16,8 @@ import torch
 import yaml
 
 import trimtab
-from helpers_run import make_world, metrics, rows, tree, write_rows
-from helpers_torchrun import environment, torchrun
+from helpers_run import metrics, tree
+from helpers_torchrun import environment, even_world, torchrun
 from trimtab.artifacts.adapter import read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,11 +33,7 @@ def recipe(folder: Path, run: str, shard: bool, **training: Any) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lost")
-    (folder / "world").mkdir()
-    make_world(folder / "world")
-    write_rows(folder / "even.jsonl", rows(16))
-    return folder
+    return even_world(tmp_path_factory.mktemp("lost"))
 
 
 @pytest.mark.parametrize("shard", [False, True])

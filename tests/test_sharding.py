@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 import trimtab
-from helpers_run import make_world, metrics, rows, tree, write_rows
-from helpers_torchrun import torchrun
+from helpers_run import metrics, tree
+from helpers_torchrun import ADAM, even_world, runs_of_two, torchrun
 from trimtab.artifacts.adapter import read_tensors
 from trimtab.errors import BadInput
 
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 PATCHES: dict[str, dict[str, Any]] = {"full": {}, "lora": {"r": 4}, "paca": {"r": 4}, "edora": {"r": 4}}
 STEPS = 4
-ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3}
 REFUSED: dict[str, dict[str, Any]] = {
     "MEFT": {"patches": [{"meft": {"r": 64, "k": 16}}]},
     "Full": {"patches": [{"full": {"offload": "slow"}}]},
@@ -55,15 +54,8 @@ def refused(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharded")
-    (folder / "world").mkdir()
-    make_world(folder / "world")
-    write_rows(folder / "even.jsonl", rows(16))
-    jobs = []
-    for name in PATCHES:
-        jobs += [recipe(folder, name, "two", 2), recipe(folder, name, "adam", 2, **ADAM)]
-        half = recipe(folder, name, "again", 2, **ADAM)
-        jobs += [{**half, "training": {**half["training"], "max_steps": 2}}, {**half, "resume": True}]
+    folder = even_world(tmp_path_factory.mktemp("sharded"))
+    jobs = [job for name in PATCHES for job in runs_of_two(recipe, folder, name)]
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
                  "gradient_accumulation_steps": 2}  # fmt: skip
     jobs += [recipe(folder, "lora", "offload", 2, "offload"), recipe(folder, "lora", "best", 1, **evaluated)]

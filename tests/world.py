@@ -90,9 +90,10 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def train(model: nn.Module, surgery, steps: int, rate: float = LEARNING_RATE) -> list[float]:
-    batch = tiny_batch(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.01)
+def train(model: nn.Module, surgery, steps: int, rate: float = LEARNING_RATE, eps: float = 1e-8) -> list[float]:
+    batch = {key: tensor.to(model.device) for key, tensor in tiny_batch(model).items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01, eps=eps)
     losses = []
     surgery.begin(steps)
     for step in range(steps):

@@ -105,7 +105,7 @@ class Surgery(ABC):
         raise BadInput(f"export {type(self.patch).__name__} to peft", "no tuner of peft computes it", "Use trimtab")
 
     def penalty(self) -> Tensor | None:
-        """A term of the loss, shape (), that does not depend on the batch; added once per optimizer step."""
+        """A term of the training loss, shape (), asked for after each forward pass; a step takes its mean over them."""
         return None
 
     def cache(self) -> Cache | None:

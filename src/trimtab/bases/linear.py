@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..contracts import Patch, Place, Surgery
 from ..model import anatomy, quant
 from ..model.freeze import freeze_base
-from ..model.surgery import Swaps
+from ..model.surgery import Swaps, on_a_copy
 
 
 class LinearSurgery(Surgery):
@@ -55,12 +55,8 @@ class LinearSurgery(Surgery):
             detach()
         if quant.is_quantised(layer.base):
             return layer.merge_into_base().weight.data
-        weight, kept = layer.base.weight, layer.base.weight.data
-        try:
-            weight.data = kept.clone()
+        with on_a_copy(layer.base):
             return anatomy.dense_view(layer.merge_into_base()).data
-        finally:
-            weight.data = kept
 
 
 @dataclass(frozen=True)

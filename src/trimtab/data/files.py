@@ -102,14 +102,14 @@ def _jsonl(path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any]]]:
         with open_bytes(path, packed) as file:
             empty = 0
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
-                if not line.strip():
-                    empty += 1
-                    if empty > MOST_EMPTY or len(line) > LONGEST_LINE:
-                        raise BadInput(f"read {path}", f"it has more than {MOST_EMPTY:,} empty lines", do)
-                    continue
                 if len(line) > LONGEST_LINE:
                     have = f"it is longer than {LONGEST_LINE // 2**20} MiB"
                     raise BadInput(f"read {path}, line {number}", have, "Divide the text into rows")
+                if not line.strip():
+                    empty += 1
+                    if empty > MOST_EMPTY:
+                        raise BadInput(f"read {path}", f"it has more than {MOST_EMPTY:,} empty lines", do)
+                    continue
                 try:
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError:

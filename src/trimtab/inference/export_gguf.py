@@ -19,7 +19,7 @@ from ..model import anatomy, quant
 from ..model.gguf_file import TYPES, Entry, checked_type, write_file
 from ..model.gguf_shape import Shape
 from ..model.gguf_vocab import Vocabulary
-from ..model.reply import ReplyForm, stop_ids
+from ..model.reply import ReplyForm, stop_ids, through_template
 from ..model.surgery import is_patch
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ def _turns(tokenizer: Any) -> tuple[str, str] | None:
     if it does more than put fixed texts around each turn."""
     system, first, reply, second = ("Be brief.", "Who was it?", "Ada it was.", "And when?")
     turns = [("system", system), ("user", first), ("assistant", reply), ("user", second)]
-    render = lambda some, ask: tokenizer.apply_chat_template(  # noqa: E731
-        [{"role": role, "content": text} for role, text in some], tokenize=False, add_generation_prompt=ask
+    render = lambda some, ask: through_template(  # noqa: E731
+        tokenizer, [{"role": role, "content": text} for role, text in some], tokenize=False, add_generation_prompt=ask
     )
     around: dict[str, tuple[str, str]] = {}
     try:

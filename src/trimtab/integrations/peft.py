@@ -27,6 +27,7 @@ from ..contracts import Batch, Patch, Place, Surgery
 from ..errors import BadInput
 from ..model import anatomy, quant
 from ..model.row_steps import step_with_optimizers
+from ..model.surgery import on_a_copy
 from ..quiet import no_kernel_lookup
 from ..tiered.distributed import settle
 
@@ -135,12 +136,9 @@ class LinearLayer(nn.Module, _Layer):
 
     def _effective(self, name: str, plain: Tensor) -> Tensor:
         """The weight with one adapter, from the weight without any."""
-        weight = self.base_layer.weight
-        now = weight.data.clone()
-        weight.data.copy_(plain)
-        found = self.adapters[name].merge_into_base().weight.detach().clone()
-        weight.data.copy_(now)
-        return found
+        with on_a_copy(self.base_layer):
+            self.base_layer.weight.data.copy_(plain)
+            return self.adapters[name].merge_into_base().weight.data
 
     def unmerge(self) -> None:
         if self._plain is not None:
@@ -233,6 +231,9 @@ class Tuner(BaseTuner):
     ) -> None:  # fmt: skip
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
+        if self.method == "meft" and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            have = "only trimtab's own training shares a table between processes"
+            raise BadInput("meft in PEFT in several processes", have, "Use `trimtab train` under torchrun")
         patch = config.patch()
         surgeries = self.__dict__.setdefault("surgeries", {})
         flags = [(p, p.requires_grad) for p in model.parameters()]

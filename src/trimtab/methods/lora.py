@@ -39,7 +39,7 @@ from ..model import anatomy, quant
 from ..model.freeze import freeze_base
 from ..model.low_rank import Codes, corrected, unit
 from ..model.peft_layers import ADAPTER, bare, dense, forward_of, weighted
-from ..model.surgery import PATCH_MARK, Swaps
+from ..model.surgery import PATCH_MARK, Swaps, on_a_copy
 from ..quiet import no_kernel_lookup
 
 if TYPE_CHECKING:
@@ -258,16 +258,14 @@ class LoraSurgery(Surgery):
     def merged_weight(self, path: str) -> Tensor | None:
         if (layer := self.layers.get(path)) is None:
             return None
-        weight, kept = layer.base_layer.weight, layer.base_layer.weight.data
-        if not weight.is_floating_point():
+        if not layer.base_layer.weight.is_floating_point():
             return dense(layer, self.model.dtype).weight.data
         try:
-            weight.data = kept.clone()
-            layer.merge()
-            return anatomy.dense_view(layer.base_layer).data
+            with on_a_copy(layer.base_layer):
+                layer.merge()
+                return anatomy.dense_view(layer.base_layer).data
         finally:
             layer.merged_adapters.clear()
-            weight.data = kept
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Under PEFT's names without its prefix: `<path>.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector`."""

@@ -6,7 +6,8 @@ attributes, and undoes them in reverse order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -66,6 +67,17 @@ class Swaps:
         """Undoes every change, newest first. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
+
+
+@contextmanager
+def on_a_copy(linear: nn.Module) -> Iterator[None]:
+    """Within it, an unquantised linear's weight has values of its own, which may be overwritten; then its old ones."""
+    weight, kept = linear.weight, linear.weight.data
+    weight.data = kept.clone()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        weight.data = kept
 
 
 def require_unpatched(model: nn.Module, swaps: Swaps, why: str) -> None:

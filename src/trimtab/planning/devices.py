@@ -105,21 +105,24 @@ def parse(text: str) -> list[tuple[str, int]]:
 
 def plan_on(recipe: Recipe, devices: Sequence[tuple[str, int]]) -> list[OnDevice]:
     """The recipe's plan on each of the devices, in their order. Its own budget is kept where it is smaller."""
-    made = []
-    for name, count in devices:
+    plans: dict[str, Plan | str] = {}  # by name; text: why there is none
+    for name in dict.fromkeys(name for name, _ in devices):
         size = int(DEVICES[name].memory * USABLE * 2**30)
         budget = {**(recipe.budget or {})}
         budget["fast"] = size if budget.get("fast") is None else budget["fast"]
         place = dataclasses.replace(recipe.place, fast="cuda")
         moved = dataclasses.replace(recipe, place=place, budget=budget)
         try:
-            planned = plan(moved, rates=rates_of(DEVICES[name]))
+            plans[name] = dataclasses.replace(plan(moved, rates=rates_of(DEVICES[name])), machine=size)
         except DoesNotFit as error:
-            made.append(OnDevice(name, count, None, refused=error.have))
-            continue
-        planned = dataclasses.replace(planned, machine=size)
-        made.append(OnDevice(name, count, planned, 4 * planned.trained if count > 1 else 0))
-    return made
+            plans[name] = error.have
+    return [_on(name, count, plans[name]) for name, count in devices]
+
+
+def _on(name: str, count: int, found: Plan | str) -> OnDevice:
+    if isinstance(found, str):
+        return OnDevice(name, count, None, refused=found)
+    return OnDevice(name, count, found, 4 * found.trained if count > 1 else 0)
 
 
 def rates_of(device: Device) -> Rates:

@@ -35,7 +35,7 @@ from .plan import Plan, foreseen, plan, process_bytes
 PRECISIONS, USUAL = ("bf16", "nf4", "fp32", "int8"), 2  # the first two win unless the processor lacks bf16
 SMALL_CHUNK = 32  # positions; the loss's own choice is 128 or more
 MOST, MOST_CHUNKS = 48, 2  # combinations that are planned, and how many of them again with the small chunk
-MOST_BETWEEN = 3  # methods (on a precision) of which the ways between are planned
+MOST_BETWEEN = 3  # methods, each on one precision, for which partial checkpointing is planned
 EVERY = (4, 2)  # blocks of which one is checkpointed, between none and all
 MEZO = "mezo"
 ALIKE = 1.05  # speeds within this factor count as equal; then the number of trained parameters decides
@@ -276,10 +276,9 @@ def _without_gradients(recipe: Recipe) -> Iterator[Candidate]:
     mezo = methods.find(MEZO, "stepper")
     others = {"optim", CHECKPOINTING, KWARGS, *mezo.ignored, *mezo.defaults}
     stated = {key: value for key, value in recipe.training.items() if RENAMED.get(key, key) not in others}
-    values = recipe.training_values()
-    whole = values[MICRO] * values.get(TIMES, 1)
+    whole, *smaller = _sizes(recipe)
     precision = recipe.model.precision
-    for size in dict.fromkeys((whole, [whole, *halves(whole)][-1])):
+    for size in dict.fromkeys((whole, *smaller[-1:])):
         for kind in PRECISIONS[:USUAL] if precision == "auto" else (precision,):
             for name, patches in _methods(recipe):
                 training = {**stated, MICRO: size, TIMES: whole // size}

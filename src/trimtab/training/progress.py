@@ -123,9 +123,8 @@ class Steps(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         for surgery in self.surgeries:
             surgery.before_step(state.global_step)
-        if (
-            state.global_step == self.first + 1 and not self.trainer.sharded
-        ):  # the second step: optimizer state exists, warm-up is over
+        second = state.global_step == self.first + 1  # optimizer state exists, warm-up is over
+        if second and not self.trainer.sharded:
             # `own_tensors` of a table would bring its rows up to date, which other steps do not do
             own = [t for surgery in self.surgeries if not surgery.stores for t in surgery.own_tensors().values()]
             tables = [t for surgery in self.surgeries for store in surgery.stores for t in store.mapped()]

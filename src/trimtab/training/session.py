@@ -42,15 +42,10 @@ from .progress import Live, MetricsFile, SamplesFile, SaveLast, Steps, StopAtLim
 from .time_limit import StopAtTime
 
 Say = Callable[[str], None]
-LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "Socket Timeout",
-    "remote process exited",
-    "NCCL communicator was aborted",
-)  # of errors of gloo and NCCL
+LOST = (  # in errors of gloo and NCCL
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout",
+    "remote process exited", "NCCL communicator was aborted",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,9 +54,8 @@ class Ended:
 
     step: int
     wanted: int
-    why: str = (
-        ""  # "" (done), "interrupt", "time", "budget", "machine", "diverged", "lost" (another process), "refused"
-    )
+    # "" (done), "interrupt", "time", "budget", "machine", "diverged", "lost" (another process), "refused" (allocation)
+    why: str = ""
     mean_loss: float = 0.0
     diverged: Diverged | None = None
     failed: Stopped | None = None  # of what the user provides, a reward function say
